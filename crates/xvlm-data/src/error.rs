@@ -1,0 +1,138 @@
+//! What can go wrong with data, each variant naming where, what was expected and what was found.
+
+use std::fmt;
+use std::path::PathBuf;
+
+/// Where in a file something stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// A line of a JSON-lines file, counted from 1.
+    Line(usize),
+    /// An item of a JSON array, counted from 0.
+    Item(usize),
+    /// The file as a whole.
+    Whole,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Line(line) => write!(f, ":{line}"),
+            Self::Item(item) => write!(f, " item {item}"),
+            Self::Whole => Ok(()),
+        }
+    }
+}
+
+/// The errors of this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DataError {
+    /// A file could not be opened or read.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// Text that is no JSON.
+    #[error("{}{place}: expected JSON, found {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where in it.
+        place: Place,
+        /// What the parser said.
+        source: serde_json::Error,
+    },
+    /// A field is missing or holds something else than it should.
+    #[error("{}{place}: {field}: expected {expected}, found {found}", path.display())]
+    Field {
+        /// The file.
+        path: PathBuf,
+        /// Where in it.
+        place: Place,
+        /// The field, as a path such as `elems[2].bb`.
+        field: String,
+        /// What should have been there.
+        expected: String,
+        /// What was there.
+        found: String,
+    },
+    /// An image that cannot be read or decoded.
+    #[error("image {name}: expected a JPEG, PNG, WebP or GIF, found {message}")]
+    Image {
+        /// The image's file, or the record that carries it.
+        name: String,
+        /// What the decoder said.
+        message: String,
+    },
+    /// A box that reaches outside its image by more than a pixel.
+    #[error(
+        "{origin}: {field}: expected a box (x, y, w, h) inside the {width}x{height} image, found {bbox:?}"
+    )]
+    BoxOutside {
+        /// The record: file and line.
+        origin: String,
+        /// The field, as a path such as `elems[2].bb`.
+        field: String,
+        /// The box as written, in pixels.
+        bbox: [f32; 4],
+        /// The image's width in pixels.
+        width: u32,
+        /// The image's height in pixels.
+        height: u32,
+    },
+    /// A text of which cleaning leaves nothing.
+    #[error("expected a text with at least one word, found {text:?}")]
+    EmptyText {
+        /// The text before cleaning.
+        text: String,
+    },
+    /// A record that has no text for the batch it was asked for.
+    #[error("{origin}: expected {expected}, found none")]
+    MissingText {
+        /// The record: file and line.
+        origin: String,
+        /// What kind of text was wanted.
+        expected: &'static str,
+    },
+    /// A tokenizer that cannot be read, built or applied.
+    #[error("tokenizer {name}: expected {expected}, found {found}")]
+    Tokenizer {
+        /// The file, or what it was built from.
+        name: String,
+        /// What should have been there.
+        expected: String,
+        /// What was there.
+        found: String,
+    },
+    /// A configuration value that makes no sense.
+    #[error("configuration: {field}: expected {expected}, found {found}")]
+    Config {
+        /// The field's name.
+        field: &'static str,
+        /// What it should be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+    /// The code that builds a batch panicked on a loader's worker thread.
+    #[error("building the batch of step {step}: expected a batch, found a panic: {message}")]
+    WorkerPanic {
+        /// The step.
+        step: u64,
+        /// The panic's message.
+        message: String,
+    },
+}
+
+/// The first characters of a value, for messages.
+pub(crate) fn excerpt(text: &str) -> String {
+    const LONGEST: usize = 60;
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}… ({} bytes)", &text[..end], text.len()),
+        None => text.to_owned(),
+    }
+}

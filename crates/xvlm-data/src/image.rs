@@ -1,0 +1,334 @@
+//! Pictures: decoding, resizing, normalising, and a cache of what was decoded.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock, PoisonError, RwLock};
+
+use crate::error::DataError;
+use crate::records::ImageSource;
+use crate::resize::resize_bicubic;
+use crate::tokens::hash_bytes;
+use crate::transform::Rect;
+
+/// Mean of each channel that pixels are normalised with (CLIP's; X-VLM `dataset/__init__.py`).
+pub const MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
+/// Standard deviation of each channel that pixels are normalised with (CLIP's).
+pub const STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
+
+/// An RGB image of 8 bits a channel, `[height][width][3]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Picture {
+    width: u32,
+    height: u32,
+    rgb: Vec<u8>,
+}
+
+impl Picture {
+    /// A picture of given bytes, `[height][width][3]`; `None` if their number does not fit or a side
+    /// is 0.
+    #[must_use]
+    pub fn from_rgb(width: u32, height: u32, rgb: Vec<u8>) -> Option<Self> {
+        let fits = width > 0 && height > 0 && rgb.len() == width as usize * height as usize * 3;
+        fits.then_some(Self { width, height, rgb })
+    }
+
+    /// Decodes an image file; transparency is dropped, of an animation the first frame is taken.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::Image`] naming the file, or `name` for bytes in memory.
+    pub fn decode(source: &ImageSource, name: &dyn std::fmt::Display) -> Result<Self, DataError> {
+        match source {
+            ImageSource::Path(path) => Self::open(path),
+            ImageSource::Bytes(bytes) => Self::from_bytes(bytes, name),
+        }
+    }
+
+    /// Reads and decodes an image file; see [`Self::decode`].
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::Image`] naming the file.
+    pub fn open(path: &Path) -> Result<Self, DataError> {
+        let bytes = std::fs::read(path).map_err(|error| DataError::Image {
+            name: path.display().to_string(),
+            message: error.to_string(),
+        })?;
+        Self::from_bytes(&bytes, &path.display())
+    }
+
+    /// Decodes the content of an image file; see [`Self::decode`].
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::Image`] naming `name`.
+    pub fn from_bytes(bytes: &[u8], name: &dyn std::fmt::Display) -> Result<Self, DataError> {
+        let image = image::load_from_memory(bytes).map_err(|error| DataError::Image {
+            name: name.to_string(),
+            message: error.to_string(),
+        })?;
+        let image = image.into_rgb8();
+        let (width, height) = image.dimensions();
+        Self::from_rgb(width, height, image.into_raw()).ok_or_else(|| DataError::Image {
+            name: name.to_string(),
+            message: format!("an image of {width}x{height} pixels"),
+        })
+    }
+
+    /// Width in pixels.
+    #[must_use]
+    pub fn width(&self) -> u32 {
+        self.width
+    }
+
+    /// Height in pixels.
+    #[must_use]
+    pub fn height(&self) -> u32 {
+        self.height
+    }
+
+    /// The bytes, `[height][width][3]`.
+    #[must_use]
+    pub fn rgb(&self) -> &[u8] {
+        &self.rgb
+    }
+
+    /// The bytes, `[height][width][3]`, to draw into.
+    pub fn rgb_mut(&mut self) -> &mut [u8] {
+        &mut self.rgb
+    }
+
+    /// The whole of it.
+    #[must_use]
+    pub fn rect(&self) -> Rect {
+        Rect::whole(self.width, self.height)
+    }
+
+    /// The part `rect`, resized to `width` × `height` as Pillow's bicubic filter does it.
+    ///
+    /// # Panics
+    ///
+    /// If the rectangle is empty or not inside the picture, or the new size is 0.
+    #[must_use]
+    pub fn resized(&self, rect: Rect, width: u32, height: u32) -> Self {
+        assert!(width > 0 && height > 0, "a picture of {width}x{height}");
+        let (w, h) = (width as usize, height as usize);
+        let rgb = resize_bicubic(&self.rgb, self.width as usize, rect, w, h);
+        Self { width, height, rgb }
+    }
+
+    /// The whole, resized to a square.
+    #[must_use]
+    pub fn resized_square(&self, resolution: usize) -> Self {
+        let side = resolution as u32;
+        if (self.width, self.height) == (side, side) {
+            self.clone()
+        } else {
+            self.resized(self.rect(), side, side)
+        }
+    }
+
+    /// Writes the normalised pixels, `[3][height][width]`, mirrored left to right if `flip`.
+    ///
+    /// # Panics
+    ///
+    /// If `out` is not of `3 · height · width` numbers.
+    pub fn normalise_into(&self, flip: bool, out: &mut [f32]) {
+        static TABLE: LazyLock<[[f32; 256]; 3]> = LazyLock::new(|| {
+            std::array::from_fn(|c| {
+                std::array::from_fn(|byte| (byte as f32 / 255.0 - MEAN[c]) / STD[c])
+            })
+        });
+        let (width, plane) = (self.width as usize, self.rgb.len() / 3);
+        assert_eq!(out.len(), plane * 3, "[3, {}, {width}]", self.height);
+        let [red, green, blue] = &*TABLE;
+        let (out_red, rest) = out.split_at_mut(plane);
+        let (out_green, out_blue) = rest.split_at_mut(plane);
+        let rows = self.rgb.chunks_exact(width * 3);
+        let planes = out_red
+            .chunks_exact_mut(width)
+            .zip(out_green.chunks_exact_mut(width))
+            .zip(out_blue.chunks_exact_mut(width));
+        for (row, ((r, g), b)) in rows.zip(planes) {
+            for (pixel, ((r, g), b)) in row.chunks_exact(3).zip(r.iter_mut().zip(&mut *g).zip(&mut *b)) {
+                *r = red[usize::from(pixel[0])];
+                *g = green[usize::from(pixel[1])];
+                *b = blue[usize::from(pixel[2])];
+            }
+            if flip {
+                r.reverse();
+                g.reverse();
+                b.reverse();
+            }
+        }
+    }
+
+    /// The normalised pixels, `[3][height][width]`.
+    #[must_use]
+    pub fn normalised(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.rgb.len()];
+        self.normalise_into(false, &mut out);
+        out
+    }
+
+    /// The inverse of [`Self::normalised`]; `None` if the number of values does not fit.
+    #[must_use]
+    pub fn from_normalised(values: &[f32], width: u32, height: u32) -> Option<Self> {
+        let plane = width as usize * height as usize;
+        if values.len() != plane * 3 {
+            return None;
+        }
+        let byte = |c: usize, i: usize| {
+            let value = values[c * plane + i] * STD[c] + MEAN[c];
+            (value * 255.0).round().clamp(0.0, 255.0) as u8
+        };
+        let pixels = (0..plane).flat_map(|i| (0..3).map(move |c| (c, i)));
+        Self::from_rgb(width, height, pixels.map(|(c, i)| byte(c, i)).collect())
+    }
+
+    /// The content of a PNG file of this picture.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::Image`] if the encoder fails.
+    pub fn to_png(&self) -> Result<Vec<u8>, DataError> {
+        use image::ImageEncoder;
+        let mut png = Vec::new();
+        let color = image::ExtendedColorType::Rgb8;
+        image::codecs::png::PngEncoder::new(&mut png)
+            .write_image(&self.rgb, self.width, self.height, color)
+            .map_err(|error| DataError::Image {
+                name: format!("of {}x{} pixels", self.width, self.height),
+                message: error.to_string(),
+            })?;
+        Ok(png)
+    }
+}
+
+/// The normalised pixels `[3][R][R]` of an image for evaluation (whole, no augmentation), and its
+/// size (width, height) as stored.
+///
+/// # Errors
+///
+/// [`DataError::Image`] naming the file.
+pub fn load_pixels(
+    source: &ImageSource,
+    resolution: usize,
+) -> Result<(Vec<f32>, (u32, u32)), DataError> {
+    let picture = Picture::decode(source, &"in memory")?;
+    let size = (picture.width(), picture.height());
+    Ok((picture.resized_square(resolution).normalised(), size))
+}
+
+/// A decoded image, perhaps already resized, and the size it had in its file.
+#[derive(Debug)]
+pub struct Decoded {
+    /// The pixels.
+    pub picture: Picture,
+    /// Width as stored; boxes in files refer to this.
+    pub width: u32,
+    /// Height as stored.
+    pub height: u32,
+}
+
+/// Decoded images in memory up to a limit, shared by the workers of a loader.
+///
+/// Without random crops an image is the same in each epoch but for its mirroring, so it is kept at
+/// the model's resolution; with them it is kept as decoded. What does not fit is decoded each time.
+#[derive(Debug)]
+pub struct ImageCache {
+    limit: usize,
+    used: AtomicUsize,
+    images: RwLock<HashMap<(u64, usize), Arc<Decoded>>>,
+}
+
+impl ImageCache {
+    /// A cache of at most `limit` bytes of pixels.
+    #[must_use]
+    pub fn new(limit: usize) -> Self {
+        Self {
+            limit,
+            used: AtomicUsize::new(0),
+            images: RwLock::default(),
+        }
+    }
+
+    /// Bytes of pixels held.
+    #[must_use]
+    pub fn used(&self) -> usize {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// Number of images held.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.images
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .len()
+    }
+
+    /// Whether it holds nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The image, from memory or decoded; resized to a square of `resolution` if that is given.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::Image`]; see [`Picture::decode`].
+    pub fn get(
+        &self,
+        source: &ImageSource,
+        resolution: Option<usize>,
+        name: &dyn std::fmt::Display,
+    ) -> Result<Arc<Decoded>, DataError> {
+        let key = (source_key(source), resolution.unwrap_or(0));
+        let found = self
+            .images
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&key)
+            .cloned();
+        if let Some(decoded) = found {
+            return Ok(decoded);
+        }
+        let decoded = Arc::new(decode(source, resolution, name)?);
+        let size = decoded.picture.rgb.len();
+        let mut images = self.images.write().unwrap_or_else(PoisonError::into_inner);
+        if self.used() + size <= self.limit && images.insert(key, Arc::clone(&decoded)).is_none() {
+            self.used.fetch_add(size, Ordering::Relaxed);
+        }
+        Ok(decoded)
+    }
+}
+
+/// Decodes an image and resizes it to a square of `resolution` if that is given.
+pub(crate) fn decode(
+    source: &ImageSource,
+    resolution: Option<usize>,
+    name: &dyn std::fmt::Display,
+) -> Result<Decoded, DataError> {
+    let picture = Picture::decode(source, name)?;
+    let (width, height) = (picture.width, picture.height);
+    let side = |r: usize| (width as usize, height as usize) != (r, r);
+    let picture = match resolution {
+        Some(resolution) if side(resolution) => picture.resized_square(resolution),
+        _ => picture,
+    };
+    Ok(Decoded {
+        picture,
+        width,
+        height,
+    })
+}
+
+fn source_key(source: &ImageSource) -> u64 {
+    match source {
+        ImageSource::Path(path) => hash_bytes(path.as_os_str().as_encoded_bytes()),
+        ImageSource::Bytes(bytes) => !hash_bytes(bytes),
+    }
+}

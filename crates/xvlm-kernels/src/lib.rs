@@ -1,0 +1,33 @@
+//! Differentiable tensor operations for X-VLM.
+//!
+//! Every operation is one public function over [`candle_core::Tensor`]s. On the CPU in `f32` it runs fused, with a
+//! hand-written backward pass; for every other device or data type (CUDA, `f64`, `bf16`, …) the same function is composed
+//! from candle's own differentiable operations. Neither path ever drops a gradient.
+//!
+//! Errors are [`candle_core::Error`]s; a wrong shape is a [`KernelError`] wrapped in one.
+
+mod activation;
+mod attention;
+mod boxes;
+mod embedding;
+mod error;
+mod host;
+mod linear;
+mod loss;
+mod norm;
+mod optim;
+mod pool;
+mod simd;
+mod window;
+
+pub use activation::{gelu, quick_gelu};
+pub use attention::{Dropped, cross_attention, self_attention};
+pub use boxes::{box_losses, cxcywh_to_xyxy, giou, patch_rectangle, patch_rectangle_mask};
+pub use embedding::embedding;
+pub use error::KernelError;
+pub use linear::linear;
+pub use loss::{IGNORE, cross_entropy, log_softmax, softmax};
+pub use norm::layer_norm;
+pub use optim::{AdamW, adamw_step, squared_norm};
+pub use pool::patch_pool;
+pub use window::{WindowShape, window_attention};

@@ -1,0 +1,235 @@
+//! Plain loops compiled for the instruction set found at run time, and the elementary functions they need.
+
+use gemm::Parallelism;
+
+/// Runs `work` compiled for the best instruction set of this CPU. Whatever `work` calls must be `#[inline(always)]` to
+/// profit.
+#[inline(always)]
+pub(crate) fn vectorized<R>(work: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(work)
+}
+
+const LANES: usize = 16;
+
+/// Σ f(i) over `0..len`, summed in a fixed order over sixteen lanes.
+#[inline(always)]
+fn lane_sum(len: usize, f: impl Fn(usize) -> f32) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let whole = len - len % LANES;
+    for i in (0..whole).step_by(LANES) {
+        for (j, lane) in lanes.iter_mut().enumerate() {
+            *lane += f(i + j);
+        }
+    }
+    for i in whole..len {
+        lanes[i - whole] += f(i);
+    }
+    lanes.iter().sum()
+}
+
+#[inline(always)]
+pub(crate) fn sum(x: &[f32]) -> f32 {
+    lane_sum(x.len(), |i| x[i])
+}
+
+#[inline(always)]
+pub(crate) fn dot(x: &[f32], y: &[f32]) -> f32 {
+    let y = &y[..x.len()];
+    lane_sum(x.len(), |i| x[i] * y[i])
+}
+
+/// Mean of a row and the reciprocal of its standard deviation (biased, with `eps` under the root).
+#[inline(always)]
+pub(crate) fn moments(x: &[f32], eps: f32) -> (f32, f32) {
+    let width = x.len() as f32;
+    let mean = sum(x) / width;
+    let variance = lane_sum(x.len(), |i| (x[i] - mean) * (x[i] - mean)) / width;
+    (mean, 1.0 / (variance + eps).sqrt())
+}
+
+#[inline(always)]
+pub(crate) fn add_assign(x: &mut [f32], y: &[f32]) {
+    for (x, y) in x.iter_mut().zip(y) {
+        *x += y;
+    }
+}
+
+#[inline(always)]
+pub(crate) fn max(x: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let mut chunks = x.chunks_exact(LANES);
+    for chunk in &mut chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane = if v > *lane { v } else { *lane };
+        }
+    }
+    let tail = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    lanes.iter().copied().fold(tail, f32::max)
+}
+
+/// eˣ with a relative error below 2e-7; 0 far below −87, finite above 88.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 · 2²³: adding and subtracting it rounds to an integer
+    let clamped = x.clamp(-87.3, 88.3);
+    let n = clamped * std::f32::consts::LOG2_E + ROUND - ROUND;
+    // ln 2 split in two, so that n · high is exact (Cody and Waite).
+    let r = clamped - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let p = 1.987_569_1e-4;
+    let p = p * r + 1.398_199_9e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_6e-1;
+    let p = p * r + 0.5;
+    let y = p * (r * r) + r + 1.0;
+    let scaled = y * f32::from_bits((((n as i32) + 127) << 23) as u32);
+    if x < -87.3 { 0.0 } else { scaled }
+}
+
+/// The error function by a rational approximation on [−4, 4], within 3e-7.
+#[inline(always)]
+pub(crate) fn erf(x: f32) -> f32 {
+    let x = x.clamp(-4.0, 4.0);
+    let s = x * x;
+    let p = -2.726_142_3e-10;
+    let p = p * s + 2.770_681_4e-8;
+    let p = p * s - 2.101_024e-6;
+    let p = p * s - 5.692_506_4e-5;
+    let p = p * s - 7.349_906_3e-4;
+    let p = p * s - 2.954_599_8e-3;
+    let p = p * s - 1.609_603_3e-2;
+    let q = -1.456_607_2e-5;
+    let q = q * s - 2.133_740_5e-4;
+    let q = q * s - 1.682_827e-3;
+    let q = q * s - 7.373_329_2e-3;
+    let q = q * s - 1.426_473_9e-2;
+    x * p / q
+}
+
+/// Softmax of one row in place.
+#[inline(always)]
+pub(crate) fn softmax_row(row: &mut [f32]) {
+    let top = max(row);
+    for x in row.iter_mut() {
+        *x = exp(*x - top);
+    }
+    let scale = 1.0 / sum(row);
+    for x in row.iter_mut() {
+        *x *= scale;
+    }
+}
+
+/// A matrix in memory: start and the distances between rows and between columns.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix {
+    pub(crate) start: *const f32,
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+}
+
+impl Matrix {
+    /// Row-major with `stride` numbers from row to row.
+    pub(crate) fn rows(values: &[f32], stride: usize) -> Self {
+        Self { start: values.as_ptr(), rows: stride, columns: 1 }
+    }
+
+    pub(crate) fn transposed(self) -> Self {
+        Self { rows: self.columns, columns: self.rows, ..self }
+    }
+}
+
+/// `out[m, n] = beta · out + alpha · a[m, k] · b[k, n]`, `out` row-major with `stride` numbers a row.
+///
+/// # Safety
+/// `a` and `b` cover the stated sizes; `out` covers `(m − 1) · stride + n` numbers and overlaps neither.
+#[allow(clippy::too_many_arguments)]
+pub(crate) unsafe fn multiply(
+    (m, n, k): (usize, usize, usize),
+    out: &mut [f32],
+    stride: usize,
+    accumulate: bool,
+    a: Matrix,
+    b: Matrix,
+    alpha: f32,
+    parallelism: Parallelism,
+) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    debug_assert!(out.len() >= (m - 1) * stride + n);
+    // SAFETY: the caller's promise.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            out.as_mut_ptr(),
+            1,
+            stride as isize,
+            accumulate,
+            a.start,
+            a.columns as isize,
+            a.rows as isize,
+            b.start,
+            b.columns as isize,
+            b.rows as isize,
+            1.0,
+            alpha,
+            false,
+            false,
+            false,
+            parallelism,
+        )
+    }
+}
+
+/// All threads of the current rayon pool.
+pub(crate) fn all_threads() -> Parallelism {
+    Parallelism::Rayon(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// erf by its Taylor series in f64, good on the range tested.
+    fn erf_series(x: f64) -> f64 {
+        let (mut term, mut total) = (x, x);
+        for n in 1..200 {
+            term *= -x * x / n as f64;
+            total += term / (2 * n + 1) as f64;
+        }
+        total * 2.0 / std::f64::consts::PI.sqrt()
+    }
+
+    #[test]
+    fn exp_is_accurate() {
+        for i in -8700..8800 {
+            let x = i as f32 / 100.0;
+            let want = (x as f64).exp();
+            assert!(((exp(x) as f64 - want) / want).abs() < 3e-7, "exp({x})");
+        }
+        assert_eq!(exp(-10_000.0), 0.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+    }
+
+    #[test]
+    fn erf_is_accurate() {
+        for i in -400..=400 {
+            let x = i as f32 / 100.0;
+            assert!((erf(x) as f64 - erf_series(x as f64)).abs() < 4e-7, "erf({x})");
+        }
+        assert!((erf(30.0) - 1.0).abs() < 4e-7);
+    }
+
+    #[test]
+    fn sums_cover_the_tail() {
+        for len in 0..40 {
+            let x: Vec<f32> = (0..len).map(|i| i as f32).collect();
+            assert_eq!(sum(&x), (len * len.saturating_sub(1) / 2) as f32);
+            if len > 0 {
+                assert_eq!(max(&x), (len - 1) as f32);
+            }
+        }
+    }
+}
