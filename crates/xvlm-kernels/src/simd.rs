@@ -224,7 +224,7 @@ mod tests {
 
     #[test]
     fn sums_cover_the_tail() {
-        for len in 0..40 {
+        for len in 0..40usize {
             let x: Vec<f32> = (0..len).map(|i| i as f32).collect();
             assert_eq!(sum(&x), (len * len.saturating_sub(1) / 2) as f32);
             if len > 0 {

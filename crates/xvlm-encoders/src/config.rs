@@ -1,0 +1,231 @@
+//! Sizes of the model. Field names are those of the official configuration files.
+
+use serde::{Deserialize, Serialize};
+
+/// A size that cannot be built.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("model configuration: {field}: expected {expected}, found {found}")]
+pub struct ConfigError {
+    /// The field, with its section.
+    pub field: &'static str,
+    /// What it should be.
+    pub expected: String,
+    /// What it is.
+    pub found: String,
+}
+
+fn ensure(holds: bool, field: &'static str, expected: impl Into<String>, found: impl ToString) -> Result<(), ConfigError> {
+    if holds { Ok(()) } else { Err(ConfigError { field, expected: expected.into(), found: found.to_string() }) }
+}
+
+/// A Swin transformer (Liu et al. 2021).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SwinConfig {
+    /// Side of the square input, in pixels.
+    pub image_res: usize,
+    /// Side of a patch, in pixels.
+    pub patch_size: usize,
+    /// Width of the first stage; doubles with every stage.
+    pub embed_dim: usize,
+    /// Blocks of each stage.
+    pub depths: Vec<usize>,
+    /// Attention heads of each stage.
+    pub num_heads: Vec<usize>,
+    /// Side of an attention window, in tokens; a stage smaller than that has one window.
+    pub window_size: usize,
+    /// Width of the hidden layer of a block over its own width.
+    #[serde(default = "default_mlp_ratio")]
+    pub mlp_ratio: usize,
+    /// Stochastic depth of the last block; rises linearly from 0.
+    #[serde(default)]
+    pub drop_path_rate: f64,
+    /// Whether absolute position embeddings are added to the patches.
+    #[serde(default)]
+    pub ape: bool,
+}
+
+fn default_mlp_ratio() -> usize {
+    4
+}
+
+impl SwinConfig {
+    /// Swin-B at a resolution: windows of 7 tokens at 224 pixels, 12 at 384, 15 at 480.
+    pub fn base(image_res: usize) -> Self {
+        Self {
+            image_res,
+            patch_size: 4,
+            embed_dim: 128,
+            depths: vec![2, 2, 18, 2],
+            num_heads: vec![4, 8, 16, 32],
+            window_size: image_res / 32,
+            mlp_ratio: 4,
+            drop_path_rate: 0.1,
+            ape: false,
+        }
+    }
+
+    /// Width of the output tokens.
+    pub fn width(&self) -> usize {
+        self.embed_dim << (self.depths.len().max(1) - 1)
+    }
+
+    /// Pixels an output token stands for, along one side.
+    pub fn stride(&self) -> usize {
+        self.patch_size << (self.depths.len().max(1) - 1)
+    }
+
+    /// Output tokens along one side.
+    pub fn grid(&self) -> usize {
+        self.image_res / self.stride()
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        ensure(!self.depths.is_empty(), "vision_config.depths", "at least one stage", "none")?;
+        ensure(
+            self.num_heads.len() == self.depths.len(),
+            "vision_config.num_heads",
+            format!("{} numbers, one a stage", self.depths.len()),
+            self.num_heads.len(),
+        )?;
+        let fits = self.patch_size > 0 && self.image_res > 0 && self.image_res.is_multiple_of(self.stride());
+        ensure(fits, "vision_config.image_res", format!("a multiple of {}", self.stride()), self.image_res)?;
+        for (stage, &heads) in self.num_heads.iter().enumerate() {
+            let width = self.embed_dim << stage;
+            let divides = heads > 0 && width > 0 && width.is_multiple_of(heads);
+            ensure(divides, "vision_config.num_heads", format!("a divisor of {width} in stage {stage}"), heads)?;
+            let side = self.image_res / (self.patch_size << stage);
+            let window = self.window_size.min(side);
+            ensure(
+                window > 0 && side.is_multiple_of(window),
+                "vision_config.window_size",
+                format!("a divisor of the {side} tokens along a side in stage {stage}"),
+                self.window_size,
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// A BERT (Devlin et al. 2019) whose layers from [`Self::fusion_layer`] upwards have cross attention.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BertConfig {
+    /// Number of different tokens.
+    pub vocab_size: usize,
+    /// Width of the tokens.
+    pub hidden_size: usize,
+    /// Number of layers, text and fusion together.
+    pub num_hidden_layers: usize,
+    /// Index of the first layer that has cross attention.
+    pub fusion_layer: usize,
+    /// Attention heads of each layer.
+    pub num_attention_heads: usize,
+    /// Width of the hidden layer of a block.
+    pub intermediate_size: usize,
+    /// Longest text, in tokens.
+    pub max_position_embeddings: usize,
+    /// Number of token types (X-VLM uses the first only).
+    #[serde(default = "default_token_types")]
+    pub type_vocab_size: usize,
+    /// Added to variances in layer normalisation.
+    #[serde(default = "default_eps")]
+    pub layer_norm_eps: f64,
+    /// Dropout on hidden states.
+    #[serde(default)]
+    pub hidden_dropout_prob: f64,
+    /// Dropout on attention probabilities.
+    #[serde(default)]
+    pub attention_probs_dropout_prob: f64,
+    /// Standard deviation of freshly drawn weights.
+    #[serde(default = "default_range")]
+    pub initializer_range: f64,
+}
+
+fn default_token_types() -> usize {
+    2
+}
+
+fn default_eps() -> f64 {
+    1e-12
+}
+
+fn default_range() -> f64 {
+    0.02
+}
+
+impl BertConfig {
+    /// BERT-base with cross attention in its upper half.
+    pub fn base() -> Self {
+        Self {
+            vocab_size: 30_522,
+            hidden_size: 768,
+            num_hidden_layers: 12,
+            fusion_layer: 6,
+            num_attention_heads: 12,
+            intermediate_size: 3072,
+            max_position_embeddings: 512,
+            type_vocab_size: 2,
+            layer_norm_eps: 1e-12,
+            hidden_dropout_prob: 0.1,
+            attention_probs_dropout_prob: 0.1,
+            initializer_range: 0.02,
+        }
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        ensure(self.vocab_size > 0, "text_config.vocab_size", "a positive number", self.vocab_size)?;
+        ensure(
+            self.num_attention_heads > 0
+                && self.hidden_size > 0
+                && self.hidden_size.is_multiple_of(self.num_attention_heads),
+            "text_config.num_attention_heads",
+            format!("a divisor of hidden_size ({})", self.hidden_size),
+            self.num_attention_heads,
+        )?;
+        ensure(
+            self.fusion_layer < self.num_hidden_layers,
+            "text_config.fusion_layer",
+            format!("less than num_hidden_layers ({})", self.num_hidden_layers),
+            self.fusion_layer,
+        )?;
+        ensure(self.type_vocab_size > 0, "text_config.type_vocab_size", "at least 1", self.type_vocab_size)
+    }
+}
+
+/// The whole model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct XvlmConfig {
+    /// The vision encoder.
+    pub vision_config: SwinConfig,
+    /// The text and fusion layers.
+    pub text_config: BertConfig,
+    /// Width of the embeddings that contrastive learning and search compare.
+    pub embed_dim: usize,
+    /// The temperature that similarities are divided by, before training.
+    #[serde(default = "default_temp")]
+    pub temp: f64,
+}
+
+fn default_temp() -> f64 {
+    0.07
+}
+
+impl XvlmConfig {
+    /// The base model (216 M parameters) at a resolution.
+    pub fn base(image_res: usize) -> Self {
+        Self { vision_config: SwinConfig::base(image_res), text_config: BertConfig::base(), embed_dim: 256, temp: 0.07 }
+    }
+
+    /// Checks that the sizes fit together.
+    ///
+    /// # Errors
+    /// Names the first field that does not fit.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.vision_config.validate()?;
+        self.text_config.validate()?;
+        ensure(self.embed_dim > 0, "embed_dim", "a positive number", self.embed_dim)?;
+        ensure(self.temp > 0.0, "temp", "a positive number", self.temp)
+    }
+}

@@ -1,0 +1,71 @@
+//! What turns tokens into answers.
+
+use candle_core::{Result, Tensor};
+use candle_nn::{Init, VarBuilder};
+use xvlm_kernels as kernels;
+
+use crate::config::BertConfig;
+use crate::layers::{LayerNorm, Linear};
+
+/// Linear to twice the width, layer norm, GELU, linear to the output (`build_mlp` in the original's `models/xvlm.py`).
+#[derive(Clone, Debug)]
+pub struct Head {
+    inner: Linear,
+    norm: LayerNorm,
+    outer: Linear,
+}
+
+impl Head {
+    /// Builds the head; parameters are numbered as in the official checkpoints (`0`, `1`, `3`).
+    ///
+    /// # Errors
+    /// If the builder has a parameter of another shape.
+    pub fn new(input: usize, output: usize, vb: VarBuilder) -> Result<Self> {
+        Ok(Self {
+            inner: Linear::uniform(input, 2 * input, vb.pp("0"))?,
+            norm: LayerNorm::new(2 * input, 1e-5, vb.pp("1"))?,
+            outer: Linear::uniform(2 * input, output, vb.pp("3"))?,
+        })
+    }
+
+    /// `[B, input]` → `[B, output]`.
+    ///
+    /// # Errors
+    /// On a wrong shape.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.outer.forward(&kernels::gelu(&self.norm.forward(&self.inner.forward(x)?)?)?)
+    }
+}
+
+/// The masked-language head of BERT; its last weights are the word embeddings.
+#[derive(Clone, Debug)]
+pub struct MlmHead {
+    dense: Linear,
+    norm: LayerNorm,
+    bias: Tensor,
+}
+
+impl MlmHead {
+    /// Builds the head.
+    ///
+    /// # Errors
+    /// If the builder has a parameter of another shape.
+    pub fn new(config: &BertConfig, vb: VarBuilder) -> Result<Self> {
+        let width = config.hidden_size;
+        let transform = vb.pp("transform");
+        Ok(Self {
+            dense: Linear::normal(width, width, config.initializer_range, transform.pp("dense"))?,
+            norm: LayerNorm::new(width, config.layer_norm_eps, transform.pp("LayerNorm"))?,
+            bias: vb.get_with_hints(config.vocab_size, "bias", Init::Const(0.0))?,
+        })
+    }
+
+    /// Tokens `[.., H]` and word embeddings `[V, H]` → logits `[.., V]`.
+    ///
+    /// # Errors
+    /// On a wrong shape.
+    pub fn forward(&self, x: &Tensor, words: &Tensor) -> Result<Tensor> {
+        let x = self.norm.forward(&kernels::gelu(&self.dense.forward(x)?)?)?;
+        kernels::linear(&x, words, &self.bias)
+    }
+}

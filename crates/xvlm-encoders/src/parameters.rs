@@ -1,0 +1,94 @@
+//! Where trainable numbers live.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{DType, Device, Result, Shape, Tensor, Var};
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{Init, VarBuilder};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// The parameters of a model by name, each drawn when first asked for.
+///
+/// What a parameter starts as depends on the seed, its name and its shape alone, not on the order of construction.
+#[derive(Clone)]
+pub struct Parameters {
+    seed: u64,
+    vars: Arc<Mutex<BTreeMap<String, Var>>>,
+}
+
+impl Parameters {
+    /// No parameters yet.
+    pub fn new(seed: u64) -> Self {
+        Self { seed, vars: Arc::default() }
+    }
+
+    /// What models are built from: hands out parameters and keeps them here.
+    pub fn builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
+        VarBuilder::from_backend(Box::new(self.clone()), dtype, device.clone())
+    }
+
+    /// All parameters in the order of their names.
+    pub fn named(&self) -> Vec<(String, Var)> {
+        let vars = self.vars.lock().unwrap_or_else(PoisonError::into_inner);
+        vars.iter().map(|(name, var)| (name.clone(), var.clone())).collect()
+    }
+
+    /// Number of trainable numbers.
+    pub fn count(&self) -> usize {
+        self.named().iter().map(|(_, var)| var.elem_count()).sum()
+    }
+
+    fn draw(&self, shape: &Shape, name: &str, init: Init) -> Vec<f32> {
+        // FNV-1a: stable over platforms and releases, which `std`'s hasher does not promise.
+        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+        let mut rng = ChaCha8Rng::seed_from_u64(self.seed ^ hash);
+        let count = shape.elem_count();
+        match init {
+            Init::Const(value) => vec![value as f32; count],
+            Init::Uniform { lo, up } => (0..count).map(|_| (lo + (up - lo) * rng.random::<f64>()) as f32).collect(),
+            Init::Randn { mean, stdev } => (0..count).map(|_| (mean + stdev * normal(&mut rng)) as f32).collect(),
+            Init::Kaiming { .. } => {
+                let fan_in: usize = shape.dims().iter().skip(1).product();
+                let bound = (fan_in.max(1) as f64).powf(-0.5);
+                (0..count).map(|_| (bound * (2.0 * rng.random::<f64>() - 1.0)) as f32).collect()
+            }
+        }
+    }
+}
+
+/// A standard normal number (Box and Muller 1958).
+fn normal(rng: &mut impl Rng) -> f64 {
+    let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt();
+    radius * (std::f64::consts::TAU * rng.random::<f64>()).cos()
+}
+
+impl SimpleBackend for Parameters {
+    fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
+        let mut vars = self.vars.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(var) = vars.get(name) {
+            if *var.shape() != shape {
+                candle_core::bail!("parameter {name}: expected shape {shape:?}, found {:?}", var.shape());
+            }
+            return Ok(var.as_tensor().clone());
+        }
+        let values = Tensor::from_vec(self.draw(&shape, name, init), shape, device)?.to_dtype(dtype)?;
+        let var = Var::from_tensor(&values)?;
+        let tensor = var.as_tensor().clone();
+        vars.insert(name.to_owned(), var);
+        Ok(tensor)
+    }
+
+    fn get_unchecked(&self, name: &str, _dtype: DType, _device: &Device) -> Result<Tensor> {
+        let vars = self.vars.lock().unwrap_or_else(PoisonError::into_inner);
+        match vars.get(name) {
+            Some(var) => Ok(var.as_tensor().clone()),
+            None => candle_core::bail!("parameter {name}: expected one of the model's, found none of that name"),
+        }
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.vars.lock().unwrap_or_else(PoisonError::into_inner).contains_key(name)
+    }
+}

@@ -1,0 +1,220 @@
+//! Swin transformer (Liu et al. 2021, arXiv 2103.14030), as X-VLM's vision encoder.
+//!
+//! Parameter names are those of the official checkpoints (`layers.0.blocks.1.attn.qkv.weight`). Attention takes the
+//! tokens in image order, so there is no roll and no copy into windows.
+
+use candle_core::{Result, Tensor};
+use candle_nn::{Init, VarBuilder};
+use xvlm_kernels::{self as kernels, WindowShape};
+
+use crate::config::SwinConfig;
+use crate::layers::{FeedForward, LayerNorm, Linear};
+use crate::pass::Pass;
+
+/// Added to variances in layer normalisation.
+const EPS: f64 = 1e-5;
+/// Standard deviation of freshly drawn weights; the original truncates at ±2, a hundred deviations away.
+const DEVIATION: f64 = 0.02;
+
+/// The vision encoder.
+#[derive(Clone, Debug)]
+pub struct Swin {
+    config: SwinConfig,
+    patch_weight: Tensor,
+    patch_bias: Tensor,
+    patch_norm: LayerNorm,
+    positions: Option<Tensor>,
+    stages: Vec<Stage>,
+    norm: LayerNorm,
+}
+
+#[derive(Clone, Debug)]
+struct Stage {
+    blocks: Vec<Block>,
+    merging: Option<Merging>,
+}
+
+impl Swin {
+    /// Builds the encoder.
+    ///
+    /// # Errors
+    /// If the builder has a parameter of another shape. Sizes are to be checked with
+    /// [`crate::XvlmConfig::validate`].
+    pub fn new(config: &SwinConfig, vb: VarBuilder) -> Result<Self> {
+        let (patch, width) = (config.patch_size, config.embed_dim);
+        let embed = vb.pp("patch_embed");
+        let bound = ((3 * patch * patch) as f64).powf(-0.5);
+        let init = Init::Uniform { lo: -bound, up: bound };
+        let tokens = (config.image_res / patch).pow(2);
+        let normal = Init::Randn { mean: 0.0, stdev: DEVIATION };
+        let blocks: usize = config.depths.iter().sum();
+        let mut before = 0;
+        let mut stages = Vec::new();
+        for (i, &depth) in config.depths.iter().enumerate() {
+            let vb = vb.pp("layers").pp(i);
+            let width = width << i;
+            let side = config.image_res / (patch << i);
+            let build = |j: usize| {
+                let drop_path = config.drop_path_rate * (before + j) as f64 / (blocks.max(2) - 1) as f64;
+                Block::new(config, width, config.num_heads[i], side, j % 2 == 1, drop_path, vb.pp("blocks").pp(j))
+            };
+            stages.push(Stage {
+                blocks: (0..depth).map(build).collect::<Result<_>>()?,
+                merging: match i + 1 < config.depths.len() {
+                    true => Some(Merging::new(side, width, vb.pp("downsample"))?),
+                    false => None,
+                },
+            });
+            before += depth;
+        }
+        Ok(Self {
+            patch_weight: embed.pp("proj").get_with_hints((width, 3, patch, patch), "weight", init)?,
+            patch_bias: embed.pp("proj").get_with_hints(width, "bias", init)?,
+            patch_norm: LayerNorm::new(width, EPS, embed.pp("norm"))?,
+            positions: match config.ape {
+                true => Some(vb.get_with_hints((1, tokens, width), "absolute_pos_embed", normal)?),
+                false => None,
+            },
+            stages,
+            norm: LayerNorm::new(config.width(), EPS, vb.pp("norm"))?,
+            config: config.clone(),
+        })
+    }
+
+    /// The sizes.
+    pub fn config(&self) -> &SwinConfig {
+        &self.config
+    }
+
+    /// Pixels `[N, 3, R, R]` → patch tokens `[N, L, C]` in image order, after the final norm.
+    ///
+    /// # Errors
+    /// If the pixels do not have the configured resolution.
+    pub fn forward(&self, pixels: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let mut x = self.patch_norm.forward(&self.patches(pixels)?)?;
+        if let Some(positions) = &self.positions {
+            x = x.broadcast_add(positions)?;
+        }
+        for stage in &self.stages {
+            for block in &stage.blocks {
+                x = block.forward(&x, pass)?;
+            }
+            if let Some(merging) = &stage.merging {
+                x = merging.forward(&x)?;
+            }
+        }
+        self.norm.forward(&x)
+    }
+
+    /// A convolution whose kernels do not overlap is a linear map of patches.
+    fn patches(&self, pixels: &Tensor) -> Result<Tensor> {
+        let (n, channels, height, width) = pixels.dims4()?;
+        let (res, patch) = (self.config.image_res, self.config.patch_size);
+        if (channels, height, width) != (3, res, res) {
+            candle_core::bail!("pixels: expected shape [_, 3, {res}, {res}], found {:?}", pixels.dims());
+        }
+        let side = res / patch;
+        let patches = pixels
+            .reshape((n, 3, side, patch, side, patch))?
+            .permute([0, 2, 4, 1, 3, 5])?
+            .contiguous()?
+            .reshape((n, side * side, 3 * patch * patch))?;
+        kernels::linear(&patches, &self.patch_weight.flatten_from(1)?, &self.patch_bias)
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Block {
+    norm1: LayerNorm,
+    qkv: Linear,
+    /// `[(2·window − 1)², heads]`.
+    bias_table: Tensor,
+    /// Row of the table for each pair of tokens of a window.
+    bias_index: Tensor,
+    window: WindowShape,
+    projection: Linear,
+    norm2: LayerNorm,
+    feed_forward: FeedForward,
+    drop_path: f64,
+}
+
+impl Block {
+    fn new(
+        config: &SwinConfig,
+        width: usize,
+        heads: usize,
+        side: usize,
+        shifted: bool,
+        drop_path: f64,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let window = config.window_size.min(side);
+        let shift = if shifted && side > window { window / 2 } else { 0 };
+        let attention = vb.pp("attn");
+        let table = ((2 * window - 1).pow(2), heads);
+        let normal = Init::Randn { mean: 0.0, stdev: DEVIATION };
+        let hidden = config.mlp_ratio * width;
+        Ok(Self {
+            norm1: LayerNorm::new(width, EPS, vb.pp("norm1"))?,
+            qkv: Linear::normal(width, 3 * width, DEVIATION, attention.pp("qkv"))?,
+            bias_table: attention.get_with_hints(table, "relative_position_bias_table", normal)?,
+            bias_index: Tensor::new(relative_positions(window), vb.device())?,
+            window: WindowShape { height: side, width: side, window, shift },
+            projection: Linear::normal(width, width, DEVIATION, attention.pp("proj"))?,
+            norm2: LayerNorm::new(width, EPS, vb.pp("norm2"))?,
+            feed_forward: FeedForward {
+                inner: Linear::normal(width, hidden, DEVIATION, vb.pp("mlp").pp("fc1"))?,
+                outer: Linear::normal(hidden, width, DEVIATION, vb.pp("mlp").pp("fc2"))?,
+            },
+            drop_path,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let area = self.window.window.pow(2);
+        let bias = self.bias_table.index_select(&self.bias_index, 0)?;
+        let bias = bias.t()?.contiguous()?.reshape(((), area, area))?;
+        let attended = kernels::window_attention(&self.qkv.forward(&self.norm1.forward(x)?)?, &bias, self.window)?;
+        let x = (x + pass.drop_path(&self.projection.forward(&attended)?, self.drop_path)?)?;
+        let fed = self.feed_forward.forward(&self.norm2.forward(&x)?)?;
+        x + pass.drop_path(&fed, self.drop_path)?
+    }
+}
+
+/// For each pair of tokens of a window, the row of the bias table that their offset has.
+fn relative_positions(window: usize) -> Vec<u32> {
+    let axis = |a: usize, b: usize| a + window - 1 - b;
+    let tokens = || (0..window).flat_map(|y| (0..window).map(move |x| (y, x)));
+    let row = |(y, x): (usize, usize), (v, u): (usize, usize)| axis(y, v) * (2 * window - 1) + axis(x, u);
+    tokens().flat_map(|query| tokens().map(move |key| row(query, key) as u32)).collect()
+}
+
+/// Joins each 2 × 2 tokens into one of twice the width.
+#[derive(Clone, Debug)]
+struct Merging {
+    side: usize,
+    norm: LayerNorm,
+    reduction: Linear,
+}
+
+impl Merging {
+    fn new(side: usize, width: usize, vb: VarBuilder) -> Result<Self> {
+        Ok(Self {
+            side,
+            norm: LayerNorm::new(4 * width, EPS, vb.pp("norm"))?,
+            reduction: Linear::without_bias(4 * width, 2 * width, DEVIATION, vb.pp("reduction"))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (n, _, c) = x.dims3()?;
+        let half = self.side / 2;
+        // Order of the four, as in the official code: upper left, lower left, upper right, lower right.
+        let joined = x
+            .reshape((n, half, 2, half, 2, c))?
+            .permute([0, 1, 3, 4, 2, 5])?
+            .contiguous()?
+            .reshape((n, half * half, 4 * c))?;
+        self.reduction.forward(&self.norm.forward(&joined)?)
+    }
+}
