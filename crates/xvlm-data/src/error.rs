@@ -118,6 +118,20 @@ pub enum DataError {
         /// What it is.
         found: String,
     },
+    /// So many records are broken that something is wrong with the data as a whole.
+    #[error(
+        "expected at most {limit} of the records to be broken, found {broken} of {seen}, such as{examples}"
+    )]
+    TooManyBroken {
+        /// How often a broken record was met.
+        broken: u64,
+        /// How often any record was taken.
+        seen: u64,
+        /// The largest share allowed.
+        limit: f64,
+        /// The first few, a line each.
+        examples: String,
+    },
     /// The code that builds a batch panicked on a loader's worker thread.
     #[error("building the batch of step {step}: expected a batch, found a panic: {message}")]
     WorkerPanic {

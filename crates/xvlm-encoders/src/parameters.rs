@@ -14,14 +14,19 @@ use rand_chacha::ChaCha8Rng;
 /// What a parameter starts as depends on the seed, its name and its shape alone, not on the order of construction.
 #[derive(Clone)]
 pub struct Parameters {
-    seed: u64,
+    seed: Option<u64>,
     vars: Arc<Mutex<BTreeMap<String, Var>>>,
 }
 
 impl Parameters {
     /// No parameters yet.
     pub fn new(seed: u64) -> Self {
-        Self { seed, vars: Arc::default() }
+        Self { seed: Some(seed), vars: Arc::default() }
+    }
+
+    /// Parameters that start as zeros: to be filled from a file.
+    pub fn zeros() -> Self {
+        Self { seed: None, vars: Arc::default() }
     }
 
     /// What models are built from: hands out parameters and keeps them here.
@@ -41,10 +46,13 @@ impl Parameters {
     }
 
     fn draw(&self, shape: &Shape, name: &str, init: Init) -> Vec<f32> {
+        let count = shape.elem_count();
+        let Some(seed) = self.seed else {
+            return vec![0.0; count];
+        };
         // FNV-1a: stable over platforms and releases, which `std`'s hasher does not promise.
         let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
-        let mut rng = ChaCha8Rng::seed_from_u64(self.seed ^ hash);
-        let count = shape.elem_count();
+        let mut rng = ChaCha8Rng::seed_from_u64(seed ^ hash);
         match init {
             Init::Const(value) => vec![value as f32; count],
             Init::Uniform { lo, up } => (0..count).map(|_| (lo + (up - lo) * rng.random::<f64>()) as f32).collect(),

@@ -1,0 +1,163 @@
+//! Building batches ahead of the training loop, on threads, without giving up determinism.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::DataError;
+
+/// How far and by how many threads to work ahead.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LoaderConfig {
+    /// Number of threads; 0 counts as 1. Default 2.
+    pub workers: usize,
+    /// Most batches being built or waiting; 0 counts as 1. Default 4.
+    pub ahead: usize,
+}
+
+impl Default for LoaderConfig {
+    fn default() -> Self {
+        Self {
+            workers: 2,
+            ahead: 4,
+        }
+    }
+}
+
+/// An endless iterator over `build(step)`, `build(step + 1)`, …: always in this order, whichever
+/// worker is done first. Errors take their batch's place; a panic of `build` becomes
+/// [`DataError::WorkerPanic`]. Dropping it stops the workers after the batches they are at.
+#[derive(Debug)]
+pub struct Loader<T> {
+    shared: Arc<Shared<T>>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared<T> {
+    state: Mutex<State<T>>,
+    changed: Condvar,
+    ahead: u64,
+}
+
+#[derive(Debug)]
+struct State<T> {
+    /// The step the consumer gets next.
+    due: u64,
+    /// The step the next free worker takes.
+    next: u64,
+    ready: BTreeMap<u64, Result<T, DataError>>,
+    stopped: bool,
+}
+
+impl<T> Shared<T> {
+    fn lock(&self) -> MutexGuard<'_, State<T>> {
+        // Nothing panics while the lock is held.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait_while<'a>(
+        &'a self,
+        state: MutexGuard<'a, State<T>>,
+        condition: impl FnMut(&mut State<T>) -> bool,
+    ) -> MutexGuard<'a, State<T>> {
+        let waited = self.changed.wait_while(state, condition);
+        waited.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn work(&self, build: &(impl Fn(u64) -> Result<T, DataError> + ?Sized)) {
+        loop {
+            let too_far = |state: &mut State<T>| {
+                !state.stopped && state.next >= state.due.saturating_add(self.ahead)
+            };
+            let mut state = self.wait_while(self.lock(), too_far);
+            if state.stopped {
+                return;
+            }
+            let step = state.next;
+            state.next += 1;
+            drop(state);
+            let built = catch_unwind(AssertUnwindSafe(|| build(step))).unwrap_or_else(|panic| {
+                Err(DataError::WorkerPanic {
+                    step,
+                    message: panic_message(&*panic),
+                })
+            });
+            self.lock().ready.insert(step, built);
+            self.changed.notify_all();
+        }
+    }
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "of no text".to_owned())
+}
+
+impl<T: Send + 'static> Loader<T> {
+    /// Starts with step 0; see [`Self::starting_at`].
+    pub fn new(
+        config: &LoaderConfig,
+        build: impl Fn(u64) -> Result<T, DataError> + Send + Sync + 'static,
+    ) -> Self {
+        Self::starting_at(config, 0, build)
+    }
+
+    /// Starts with `step`. `build` must depend on its argument alone, as
+    /// [`BatchBuilder`](crate::BatchBuilder)'s batches do; then a run resumed at a step sees what an
+    /// uninterrupted one would have seen.
+    pub fn starting_at(
+        config: &LoaderConfig,
+        step: u64,
+        build: impl Fn(u64) -> Result<T, DataError> + Send + Sync + 'static,
+    ) -> Self {
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                due: step,
+                next: step,
+                ready: BTreeMap::new(),
+                stopped: false,
+            }),
+            changed: Condvar::new(),
+            ahead: config.ahead.max(1) as u64,
+        });
+        let build = Arc::new(build);
+        let spawn = |_| {
+            let (shared, build) = (Arc::clone(&shared), Arc::clone(&build));
+            std::thread::spawn(move || shared.work(&*build))
+        };
+        let workers = (0..config.workers.max(1)).map(spawn).collect();
+        Self { shared, workers }
+    }
+}
+
+impl<T> Iterator for Loader<T> {
+    type Item = Result<T, DataError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let missing = |state: &mut State<T>| !state.ready.contains_key(&state.due);
+        let mut state = self.shared.wait_while(self.shared.lock(), missing);
+        let due = state.due;
+        state.due += 1;
+        let built = state.ready.remove(&due);
+        drop(state);
+        self.shared.changed.notify_all();
+        built
+    }
+}
+
+impl<T> Drop for Loader<T> {
+    fn drop(&mut self) {
+        self.shared.lock().stopped = true;
+        self.shared.changed.notify_all();
+        for worker in self.workers.drain(..) {
+            // A worker cannot panic: `build` is caught.
+            let _ = worker.join();
+        }
+    }
+}

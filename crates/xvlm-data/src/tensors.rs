@@ -1,0 +1,143 @@
+//! From host batches to tensors: the one place of this crate that knows a tensor library.
+//!
+//! What losses and samplers look at on the host anyway (labels, keys, indices) stays in vectors.
+
+use candle_core::{Device, Result, Tensor};
+
+use crate::batch::{CaptionBatch, GenerationBatch, RegionBatch, TextBatch};
+
+/// Texts on a device; see [`TextBatch`].
+#[derive(Debug, Clone)]
+pub struct TextTensors {
+    /// `[B, T]` u32.
+    pub ids: Tensor,
+    /// `[B, T]` f32: 1 at tokens, 0 at padding.
+    pub mask: Tensor,
+    /// `[B, T]` u32: the texts with blanks.
+    pub masked_ids: Tensor,
+    /// `[K]` u32: where something is to be predicted, as `row · T + column`.
+    pub masked_positions: Tensor,
+    /// `[K]`: the original token there.
+    pub masked_labels: Vec<i64>,
+    /// `[B]`: equal for equal texts.
+    pub keys: Vec<i64>,
+}
+
+/// Rows for a decoder on a device; see [`GenerationBatch`].
+#[derive(Debug, Clone)]
+pub struct GenerationTensors {
+    /// `[B, T]` u32.
+    pub ids: Tensor,
+    /// `[B, T]` f32: 1 at tokens, 0 at padding.
+    pub mask: Tensor,
+    /// `[B·T]`: the token that should follow each position, or -100.
+    pub labels: Vec<i64>,
+    /// `[B]`: the image of each row.
+    pub image_index: Vec<u32>,
+}
+
+/// Whole images with a text each on a device; see [`CaptionBatch`].
+#[derive(Debug, Clone)]
+pub struct CaptionTensors {
+    /// `[N, 3, R, R]` f32.
+    pub pixels: Tensor,
+    /// `N` texts.
+    pub text: TextTensors,
+    /// Rows for a decoder.
+    pub generation: Option<GenerationTensors>,
+}
+
+/// Images with texts of parts of them on a device; see [`RegionBatch`].
+#[derive(Debug, Clone)]
+pub struct RegionTensors {
+    /// `[N, 3, R, R]` f32.
+    pub pixels: Tensor,
+    /// `B` texts.
+    pub text: TextTensors,
+    /// `[B]`: the image of each text.
+    pub image_index: Vec<u32>,
+    /// `[B, 4]` f32: `(cx, cy, w, h)` in fractions of the image.
+    pub boxes: Tensor,
+    /// `[B, 1+L]` f32 of 0 and 1.
+    pub region_mask: Tensor,
+    /// `[B]`: whether the text tells the whole image.
+    pub is_image: Vec<bool>,
+}
+
+impl TextBatch {
+    /// The batch on a device.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    pub fn to_tensors(self, device: &Device) -> Result<TextTensors> {
+        let shape = (self.rows, self.len);
+        let count = self.masked_positions.len();
+        Ok(TextTensors {
+            ids: Tensor::from_vec(self.ids, shape, device)?,
+            mask: Tensor::from_vec(self.mask, shape, device)?,
+            masked_ids: Tensor::from_vec(self.masked_ids, shape, device)?,
+            masked_positions: Tensor::from_vec(self.masked_positions, count, device)?,
+            masked_labels: self.masked_labels,
+            keys: self.keys,
+        })
+    }
+}
+
+impl GenerationBatch {
+    /// The batch on a device.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    pub fn to_tensors(self, device: &Device) -> Result<GenerationTensors> {
+        let shape = (self.rows, self.len);
+        Ok(GenerationTensors {
+            ids: Tensor::from_vec(self.ids, shape, device)?,
+            mask: Tensor::from_vec(self.mask, shape, device)?,
+            labels: self.labels,
+            image_index: self.image_index,
+        })
+    }
+}
+
+impl CaptionBatch {
+    /// The batch on a device.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    pub fn to_tensors(self, device: &Device) -> Result<CaptionTensors> {
+        let generation = self.generation.map(|batch| batch.to_tensors(device));
+        Ok(CaptionTensors {
+            pixels: images(self.pixels, self.images, device)?,
+            text: self.text.to_tensors(device)?,
+            generation: generation.transpose()?,
+        })
+    }
+}
+
+impl RegionBatch {
+    /// The batch on a device.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    pub fn to_tensors(self, device: &Device) -> Result<RegionTensors> {
+        let (rows, columns) = (self.text.rows, 1 + self.patches);
+        Ok(RegionTensors {
+            pixels: images(self.pixels, self.images, device)?,
+            text: self.text.to_tensors(device)?,
+            image_index: self.image_index,
+            boxes: Tensor::from_vec(self.boxes.concat(), (rows, 4), device)?,
+            region_mask: Tensor::from_vec(self.region_mask, (rows, columns), device)?,
+            is_image: self.is_image,
+        })
+    }
+}
+
+/// `[N·3·R·R]` as `[N, 3, R, R]`.
+fn images(pixels: Vec<f32>, count: usize, device: &Device) -> Result<Tensor> {
+    let side = (pixels.len() / (3 * count.max(1))).isqrt();
+    Tensor::from_vec(pixels, (count, 3, side, side), device)
+}

@@ -1,0 +1,201 @@
+//! What is done to a picture on its way into the model, and what that does to boxes in it.
+
+use std::ops::Range;
+
+use rand::Rng;
+
+use crate::image::Decoded;
+
+/// A rectangle of whole pixels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rect {
+    /// Left edge.
+    pub x: u32,
+    /// Upper edge.
+    pub y: u32,
+    /// Width.
+    pub width: u32,
+    /// Height.
+    pub height: u32,
+}
+
+impl Rect {
+    /// All of an image.
+    #[must_use]
+    pub fn whole(width: u32, height: u32) -> Self {
+        Self {
+            x: 0,
+            y: 0,
+            width,
+            height,
+        }
+    }
+}
+
+/// The part of a box `(x, y, w, h)` that is inside an image of `width` × `height` pixels; `None` if
+/// the box reaches outside by more than a pixel (rounding in annotations), or nothing is inside.
+#[must_use]
+pub fn clip_box(bbox: [f32; 4], width: u32, height: u32) -> Option<[f32; 4]> {
+    const SLACK: f64 = 1.0;
+    let [x, y, w, h] = bbox.map(f64::from);
+    let along = |lo: f64, size: f64, side: u32| {
+        let side = f64::from(side);
+        let inside = lo >= -SLACK && lo + size <= side + SLACK;
+        let (from, to) = (lo.max(0.0), (lo + size).min(side));
+        (inside && to > from).then_some((from as f32, (to - from) as f32))
+    };
+    let ((x, w), (y, h)) = (along(x, w, width)?, along(y, h, height)?);
+    Some([x, y, w, h])
+}
+
+/// A box `(x, y, w, h)` in pixels of a view, before the view is resized.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Placed {
+    bbox: [f64; 4],
+    /// The view's width and height.
+    size: [f64; 2],
+}
+
+impl Placed {
+    /// The box as `(cx, cy, w, h)` in fractions of the view.
+    #[must_use]
+    pub fn centered(&self) -> [f32; 4] {
+        let ([x, y, w, h], [width, height]) = (self.bbox, self.size);
+        [(x + w / 2.0) / width, (y + h / 2.0) / height, w / width, h / height].map(|v| v as f32)
+    }
+
+    /// Which of `grid` × `grid` patches the box touches: `[1 + grid²]` of 0 and 1, the first always 1.
+    #[must_use]
+    pub fn region_mask(&self, grid: usize) -> Vec<f32> {
+        let ([x, y, w, h], [width, height]) = (self.bbox, self.size);
+        let columns = covered_patches(x, x + w, width, grid);
+        let mut mask = vec![0.0; 1 + grid * grid];
+        mask[0] = 1.0;
+        for row in covered_patches(y, y + h, height, grid) {
+            mask[1 + row * grid..][columns.clone()].fill(1.0);
+        }
+        mask
+    }
+}
+
+/// The patches that the span `lo..hi` touches when a side of length `side` is cut into `grid` (X-VLM
+/// `get_image_attns`); never empty.
+#[must_use]
+pub fn covered_patches(lo: f64, hi: f64, side: f64, grid: usize) -> Range<usize> {
+    // Multiplied first: exact wherever the quotient is whole.
+    let first = ((lo * grid as f64 / side).floor() as usize).min(grid.saturating_sub(1));
+    let end = ((hi * grid as f64 / side).ceil() as usize).min(grid);
+    first..end.max(first + 1)
+}
+
+/// What the model gets to see of an image: a part of it, perhaps mirrored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct View {
+    /// The part, in pixels of the image as stored.
+    pub crop: Rect,
+    /// Whether it is mirrored left to right.
+    pub flip: bool,
+}
+
+impl View {
+    /// The whole image, not mirrored.
+    #[must_use]
+    pub fn whole(width: u32, height: u32) -> Self {
+        Self {
+            crop: Rect::whole(width, height),
+            flip: false,
+        }
+    }
+
+    /// Where a box of the image, `(x, y, w, h)` in pixels as stored, is in this view, clipped to it;
+    /// `None` unless more than `min_share` of its area is left.
+    #[must_use]
+    pub fn place(&self, bbox: [f32; 4], min_share: f64) -> Option<Placed> {
+        let [x, y, w, h] = bbox.map(f64::from);
+        let [x0, y0, width, height] =
+            [self.crop.x, self.crop.y, self.crop.width, self.crop.height].map(f64::from);
+        let (left, top) = ((x - x0).max(0.0), (y - y0).max(0.0));
+        let (right, bottom) = ((x + w - x0).min(width), (y + h - y0).min(height));
+        if right <= left || bottom <= top {
+            return None;
+        }
+        let (new_w, new_h) = (right - left, bottom - top);
+        let left = if self.flip { width - right } else { left };
+        let kept = new_w * new_h > min_share * w * h;
+        kept.then_some(Placed {
+            bbox: [left, top, new_w, new_h],
+            size: [width, height],
+        })
+    }
+
+    /// Writes the view's normalised pixels, `[3][R][R]`. The image may have been resized to that
+    /// square already if the view is the whole of it.
+    ///
+    /// # Panics
+    ///
+    /// If `out` is not of `3 · resolution²` numbers, or the crop is not inside the image.
+    pub fn render(&self, image: &Decoded, resolution: usize, out: &mut [f32]) {
+        let picture = &image.picture;
+        let side = resolution as u32;
+        let whole = self.crop == Rect::whole(image.width, image.height);
+        if whole && (picture.width(), picture.height()) == (side, side) {
+            picture.normalise_into(self.flip, out);
+        } else {
+            let crop = if whole { picture.rect() } else { self.crop };
+            picture.resized(crop, side, side).normalise_into(self.flip, out);
+        }
+    }
+}
+
+/// How views are drawn.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Transform {
+    /// Whether to cut out a part at random.
+    pub random_crop: bool,
+    /// Whether to mirror half of the pictures.
+    pub hflip: bool,
+    /// Whether pictures whose texts tell left from right are never mirrored.
+    pub careful_hflip: bool,
+}
+
+impl Transform {
+    /// A part of an image of `width` × `height` that holds all of `keep`, a box `(x, y, w, h)` inside
+    /// it; each edge is uniform between the image's and the box's. The whole without `random_crop`.
+    pub fn crop(&self, keep: [f32; 4], width: u32, height: u32, rng: &mut impl Rng) -> Rect {
+        if !self.random_crop {
+            return Rect::whole(width, height);
+        }
+        let [x, y, w, h] = keep;
+        let mut along = |lo: f32, size: f32, side: u32| {
+            let from = rng.random_range(0..=(lo.max(0.0).floor() as u32).min(side.saturating_sub(1)));
+            let least = ((lo + size).ceil() as u32).clamp(from + 1, side.max(from + 1));
+            let to = rng.random_range(least..=side.max(least));
+            (from, to - from)
+        };
+        let ((x, width), (y, height)) = (along(x, w, width), along(y, h, height));
+        Rect {
+            x,
+            y,
+            width,
+            height,
+        }
+    }
+
+    /// Whether to mirror a picture that goes with these texts.
+    pub fn flip<'a>(
+        &self,
+        texts: impl IntoIterator<Item = &'a str>,
+        rng: &mut impl Rng,
+    ) -> bool {
+        let wanted = self.hflip && rng.random_bool(0.5);
+        wanted && !(self.careful_hflip && texts.into_iter().any(tells_sides))
+    }
+}
+
+/// Whether mirroring would make a text wrong. Like X-VLM (`left_or_right_in_caption`) this looks for
+/// parts of words: "leftmost" counts, and so does the harmless "bright".
+#[must_use]
+pub fn tells_sides(text: &str) -> bool {
+    let text = text.to_lowercase();
+    text.contains("left") || text.contains("right")
+}

@@ -1,0 +1,50 @@
+//! What can go wrong in a task.
+
+use xvlm_data::DataError;
+use xvlm_train::TrainError;
+use xvlm_weights::WeightsError;
+
+/// The errors of this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TaskError {
+    /// Data that cannot be read or understood.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// A model folder that cannot be read or written.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// Training that cannot go on.
+    #[error(transparent)]
+    Train(#[from] TrainError),
+    /// A tensor operation that failed: wrong shapes, or a device that does not answer.
+    #[error("tensor operation: {0}")]
+    Tensor(#[from] candle_core::Error),
+    /// A configuration that cannot be read or understood.
+    #[error(transparent)]
+    Config(#[from] ConfigProblem),
+    /// A phrase to be completed that has no blank.
+    #[error("text {text:?}: expected one blank, written ___ or [MASK], found {found}")]
+    Blank {
+        /// The phrase.
+        text: String,
+        /// How many blanks it has.
+        found: usize,
+    },
+    /// A data set without the items that a score needs.
+    #[error("{what}: expected at least one item, found none")]
+    Empty {
+        /// What should hold items.
+        what: String,
+    },
+}
+
+/// A configuration that cannot be read or understood.
+#[derive(Debug, thiserror::Error)]
+#[error("{file}: {message}")]
+pub struct ConfigProblem {
+    /// The file, preset or option.
+    pub file: String,
+    /// What was expected and found, with the field.
+    pub message: String,
+}

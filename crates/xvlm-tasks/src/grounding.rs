@@ -1,0 +1,116 @@
+//! Visual grounding (§3.3.2 of the paper): the box that a text means.
+
+use std::path::Path;
+
+use candle_core::Tensor;
+use serde::Serialize;
+use xvlm_data::Picture;
+use xvlm_data::annotations::{GroundingItem, read_grounding};
+use xvlm_encoders::{Attention, Concepts, Pass};
+use xvlm_kernels as kernels;
+use xvlm_metrics::boxes::{BoxScores, iou_xywh};
+
+use crate::error::TaskError;
+use crate::model::{ImageTokens, Model};
+use crate::{BATCH, Counter};
+
+/// Where a text points.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Found {
+    /// `(cx, cy, w, h)` in fractions of the image.
+    pub bounds: [f32; 4],
+    /// Probability that the text matches what is inside the box.
+    pub probability: f32,
+}
+
+impl Found {
+    /// The box in pixels `(x, y, w, h)` of an image of the size given, cut at its borders.
+    pub fn pixels(&self, width: u32, height: u32) -> [f32; 4] {
+        let [cx, cy, w, h] = self.bounds;
+        let span = |centre: f32, extent: f32, size: u32| {
+            let edge = |at: f32| at.clamp(0.0, 1.0) * size as f32;
+            let (low, high) = (edge(centre - extent / 2.0), edge(centre + extent / 2.0));
+            (low, high - low)
+        };
+        let ((x, w), (y, h)) = (span(cx, w, width), span(cy, h, height));
+        [x, y, w, h]
+    }
+}
+
+/// Finds the box of each text, given with the row of `images` it is about. The box is predicted from the whole image; the
+/// probability then comes from matching the text with the region inside that box.
+///
+/// # Errors
+/// If a text is empty.
+pub fn ground(model: &Model, images: &ImageTokens, texts: &[(u32, &str)]) -> Result<Vec<Found>, TaskError> {
+    let mut found = Vec::new();
+    for texts in texts.chunks(4 * BATCH) {
+        let index: Vec<u32> = texts.iter().map(|(image, _)| *image).collect();
+        let texts: Vec<&str> = texts.iter().map(|(_, text)| *text).collect();
+        let tokens = model.tokenise(&texts)?;
+        let encoded = model.encode_texts(&tokens)?;
+        let fused = model.look(&encoded, &tokens.mask, images, &index, Attention::Full)?;
+        let predicted: Vec<[f32; 4]> = model
+            .xvlm()
+            .predict_box(&fused)?
+            .to_vec2::<f32>()?
+            .iter()
+            .map(|row| [row[0], row[1], row[2], row[3]])
+            .collect();
+
+        let patches = images.0.narrow(1, 1, images.0.dim(1)? - 1)?;
+        let grid = model.config().model.vision_config.grid();
+        let covered: Vec<f32> =
+            predicted.iter().flat_map(|&bounds| kernels::patch_rectangle_mask(bounds, grid)).collect();
+        let covered = Tensor::from_vec(covered, (predicted.len(), grid * grid), model.device())?;
+        let regions = kernels::patch_pool(&patches, &index, &covered)?;
+        let mask = Tensor::cat(&[&covered.narrow(1, 0, 1)?.ones_like()?, &covered], 1)?;
+        let rows: Vec<u32> = (0..predicted.len() as u32).collect();
+        let concepts = Concepts { tokens: &regions, index: &rows, mask: &mask };
+        let fused = model.xvlm().fuse(&encoded, &tokens.mask, &concepts, Attention::Full, &Pass::inference())?;
+        let probabilities = model.match_probabilities(&fused)?;
+        found.extend(predicted.into_iter().zip(probabilities).map(|(bounds, probability)| Found { bounds, probability }));
+    }
+    Ok(found)
+}
+
+/// What the model found for each item of a data set, and the scores.
+pub struct Evaluation {
+    /// The items.
+    pub items: Vec<GroundingItem>,
+    /// What was found for each.
+    pub found: Vec<Found>,
+    /// Accuracy at IoU 0.5 and mean IoU.
+    pub scores: BoxScores,
+}
+
+/// Evaluates on `grounding.json` of a folder.
+///
+/// # Errors
+/// If the file or an image cannot be read.
+pub fn evaluate(model: &Model, data: &Path, counter: Counter) -> Result<Evaluation, TaskError> {
+    let items = read_grounding(data.join("grounding.json"))?;
+    if items.is_empty() {
+        return Err(TaskError::Empty { what: data.join("grounding.json").display().to_string() });
+    }
+    let mut found = Vec::with_capacity(items.len());
+    // Items of one image stand together, and share its encoding.
+    let by_image: Vec<&[GroundingItem]> = items.chunk_by(|a, b| a.image == b.image).collect();
+    for group in by_image.chunks(BATCH) {
+        let pictures = group.iter().map(|items| Picture::open(&items[0].image)).collect::<Result<Vec<_>, _>>()?;
+        let images = model.encode(&pictures)?;
+        let texts: Vec<(u32, &str)> = group
+            .iter()
+            .enumerate()
+            .flat_map(|(row, items)| items.iter().map(move |item| (row as u32, item.text.as_str())))
+            .collect();
+        found.extend(ground(model, &images, &texts)?);
+        counter(found.len(), items.len());
+    }
+    let overlaps: Vec<f32> = items
+        .iter()
+        .zip(&found)
+        .map(|(item, found)| iou_xywh(found.pixels(item.width, item.height), item.bbox))
+        .collect();
+    Ok(Evaluation { scores: BoxScores::from_ious(&overlaps), items, found })
+}

@@ -1,0 +1,264 @@
+//! A trained model, opened for use.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::VarBuilder;
+use serde::{Deserialize, Serialize};
+use xvlm_data::{Picture, TextTokenizer, pre_caption};
+use xvlm_encoders::{Attention, Concepts, Parameters, Pass, Xvlm, XvlmConfig};
+use xvlm_weights::{LoadRules, ModelFiles, ModelFolder, StoredType};
+
+use crate::error::{ConfigProblem, TaskError};
+
+/// What `config.json` of a model folder holds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// Sizes of the model.
+    pub model: XvlmConfig,
+    /// Longest text in tokens, `[CLS]` included.
+    pub max_tokens: usize,
+    /// Longest text in words.
+    pub max_words: usize,
+    /// What captions begin with, left out of the answer.
+    pub prompt: String,
+}
+
+/// A model for inference: no gradients, no randomness.
+pub struct Model {
+    config: ModelConfig,
+    xvlm: Xvlm,
+    tokenizer: TextTokenizer,
+    device: Device,
+}
+
+/// Images after the vision encoder: patch tokens `[N, 1+L, C]`. Whatever is asked about them, they are encoded once.
+#[derive(Clone, Debug)]
+pub struct ImageTokens(pub(crate) Tensor);
+
+impl ImageTokens {
+    /// Number of images.
+    pub fn len(&self) -> usize {
+        self.0.dim(0).unwrap_or(0)
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The tokens `[N, 1+L, C]`.
+    pub fn tensor(&self) -> &Tensor {
+        &self.0
+    }
+}
+
+/// Texts as rows of one batch.
+pub(crate) struct Tokenised {
+    pub(crate) ids: Tensor,
+    pub(crate) mask: Tensor,
+}
+
+impl Model {
+    /// Opens a model folder.
+    ///
+    /// # Errors
+    /// If a file is missing or broken, or a tensor is missing, unexpected or of another shape: each named.
+    pub fn open(dir: &Path, device: &Device) -> Result<Self, TaskError> {
+        Self::from_files(&ModelFolder::open(dir)?, device)
+    }
+
+    /// A model from the content of a model folder.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn from_files(files: &ModelFiles, device: &Device) -> Result<Self, TaskError> {
+        let config: ModelConfig = parse_config(files)?;
+        let parameters = Parameters::zeros();
+        Xvlm::new(&config.model, parameters.builder(DType::F32, device))?;
+        let named = parameters.named();
+        xvlm_weights::assign(&files.name, &files.tensors, &named, &LoadRules::default())?;
+        let tensors: HashMap<String, Tensor> =
+            named.into_iter().map(|(name, var)| (name, var.as_detached_tensor())).collect();
+        Ok(Self {
+            xvlm: Xvlm::new(&config.model, VarBuilder::from_tensors(tensors, DType::F32, device))?,
+            tokenizer: TextTokenizer::from_bytes(&format!("{}/tokenizer.json", files.name), &files.tokenizer)?,
+            config,
+            device: device.clone(),
+        })
+    }
+
+    /// Writes a model folder, atomically.
+    ///
+    /// # Errors
+    /// If a file cannot be written, or something other than a model is in the way.
+    pub fn write(
+        dir: &Path,
+        config: &ModelConfig,
+        parameters: &[(String, Var)],
+        tokenizer: &TextTokenizer,
+        stored: StoredType,
+    ) -> Result<(), TaskError> {
+        let tensors: BTreeMap<String, Tensor> =
+            parameters.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();
+        let config = serde_json::to_string_pretty(config).map_err(|error| ConfigProblem {
+            file: dir.join("config.json").display().to_string(),
+            message: error.to_string(),
+        })?;
+        Ok(ModelFolder::write(dir, &config, &tensors, &tokenizer.to_bytes(), stored)?)
+    }
+
+    /// What `config.json` holds.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The network.
+    pub fn xvlm(&self) -> &Xvlm {
+        &self.xvlm
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &TextTokenizer {
+        &self.tokenizer
+    }
+
+    /// Where the model computes.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Encodes pictures, each resized to the model's square.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn encode(&self, pictures: &[Picture]) -> Result<ImageTokens, TaskError> {
+        let side = self.config.model.vision_config.image_res;
+        let mut batches = Vec::new();
+        for pictures in pictures.chunks(crate::BATCH) {
+            let pixels: Vec<f32> =
+                pictures.iter().flat_map(|picture| picture.resized_square(side).normalised()).collect();
+            let pixels = Tensor::from_vec(pixels, (pictures.len(), 3, side, side), &self.device)?;
+            batches.push(self.xvlm.encode_image(&pixels, &Pass::inference())?);
+        }
+        match batches.as_slice() {
+            [] => Err(TaskError::Empty { what: "pictures to encode".to_owned() }),
+            [one] => Ok(ImageTokens(one.clone())),
+            several => Ok(ImageTokens(Tensor::cat(several, 0)?)),
+        }
+    }
+
+    /// Embeddings of images `[N, E]`, of unit length.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn embed_images(&self, images: &ImageTokens) -> Result<Tensor, TaskError> {
+        Ok(self.xvlm.project_image(&images.0)?)
+    }
+
+    /// Embeddings of texts `[B, E]`, of unit length.
+    ///
+    /// # Errors
+    /// If a text is empty.
+    pub fn embed_texts(&self, texts: &[&str]) -> Result<Tensor, TaskError> {
+        let mut batches = Vec::new();
+        for texts in texts.chunks(crate::BATCH) {
+            batches.push(self.xvlm.project_text(&self.encode_texts(&self.tokenise(texts)?)?)?);
+        }
+        match batches.is_empty() {
+            true => Err(TaskError::Empty { what: "texts to embed".to_owned() }),
+            false => Ok(Tensor::cat(&batches, 0)?),
+        }
+    }
+
+    /// Probability that each text tells its image: pairs of a row of `images` and a text.
+    ///
+    /// # Errors
+    /// If a text is empty.
+    pub fn match_pairs(&self, images: &ImageTokens, pairs: &[(u32, &str)]) -> Result<Vec<f32>, TaskError> {
+        self.match_probabilities(&self.fuse_pairs(images, pairs)?)
+    }
+
+    /// The logit of matching of each pair: what re-ranking compares.
+    ///
+    /// # Errors
+    /// If a text is empty.
+    pub fn match_scores(&self, images: &ImageTokens, pairs: &[(u32, &str)]) -> Result<Vec<f32>, TaskError> {
+        let logits = self.xvlm.match_logits(&self.fuse_pairs(images, pairs)?)?;
+        Ok(logits.narrow(1, 1, 1)?.flatten_all()?.to_vec1()?)
+    }
+
+    fn fuse_pairs(&self, images: &ImageTokens, pairs: &[(u32, &str)]) -> Result<Tensor, TaskError> {
+        let texts: Vec<&str> = pairs.iter().map(|(_, text)| *text).collect();
+        let tokens = self.tokenise(&texts)?;
+        let index: Vec<u32> = pairs.iter().map(|(image, _)| *image).collect();
+        Ok(self.look(&self.encode_texts(&tokens)?, &tokens.mask, images, &index, Attention::Full)?)
+    }
+
+    /// Fused texts `[B, T, H]` → the probability that each matches what it was fused with.
+    pub(crate) fn match_probabilities(&self, fused: &Tensor) -> Result<Vec<f32>, TaskError> {
+        let logits = self.xvlm.match_logits(fused)?;
+        let difference = (logits.narrow(1, 1, 1)? - logits.narrow(1, 0, 1)?)?;
+        Ok(candle_nn::ops::sigmoid(&difference)?.flatten_all()?.to_vec1()?)
+    }
+
+    /// Cleans and tokenises texts.
+    pub(crate) fn tokenise(&self, texts: &[&str]) -> Result<Tokenised, TaskError> {
+        let encode = |text: &&str| -> Result<Vec<u32>, TaskError> {
+            let cleaned = pre_caption(text, self.config.max_words)?;
+            Ok(self.tokenizer.encode(&cleaned, self.config.max_tokens, false)?)
+        };
+        let rows = texts.iter().map(encode).collect::<Result<Vec<_>, _>>()?;
+        Ok(self.pad(&rows)?)
+    }
+
+    /// Rows of token ids, padded to the longest.
+    pub(crate) fn pad(&self, rows: &[Vec<u32>]) -> candle_core::Result<Tokenised> {
+        let longest = rows.iter().map(Vec::len).max().unwrap_or(0);
+        let shape = (rows.len(), longest);
+        let padded = |row: &Vec<u32>| {
+            let padding = longest - row.len();
+            row.iter().copied().chain(std::iter::repeat_n(self.tokenizer.pad_id(), padding)).collect::<Vec<_>>()
+        };
+        let ids: Vec<u32> = rows.iter().flat_map(padded).collect();
+        let mask: Vec<f32> =
+            rows.iter().flat_map(|row| (0..longest).map(|i| if i < row.len() { 1.0 } else { 0.0 })).collect();
+        Ok(Tokenised {
+            ids: Tensor::from_vec(ids, shape, &self.device)?,
+            mask: Tensor::from_vec(mask, shape, &self.device)?,
+        })
+    }
+
+    pub(crate) fn encode_texts(&self, tokens: &Tokenised) -> candle_core::Result<Tensor> {
+        self.xvlm.encode_text(&tokens.ids, &tokens.mask, Attention::Full, &Pass::inference())
+    }
+
+    /// Fuses encoded texts with whole images: text `i` looks at row `index[i]` of `images`.
+    pub(crate) fn look(
+        &self,
+        text: &Tensor,
+        mask: &Tensor,
+        images: &ImageTokens,
+        index: &[u32],
+        attention: Attention,
+    ) -> candle_core::Result<Tensor> {
+        // Keys and values are computed for each image once, and only for those that are looked at.
+        let mut used = index.to_vec();
+        used.sort_unstable();
+        used.dedup();
+        let rows: Vec<u32> = index.iter().map(|image| used.partition_point(|other| other < image) as u32).collect();
+        let tokens = images.0.index_select(&Tensor::new(used, &self.device)?, 0)?;
+        let seen = Tensor::ones((rows.len(), tokens.dim(1)?), DType::F32, &self.device)?;
+        let concepts = Concepts { tokens: &tokens, index: &rows, mask: &seen };
+        self.xvlm.fuse(text, mask, &concepts, attention, &Pass::inference())
+    }
+}
+
+fn parse_config(files: &ModelFiles) -> Result<ModelConfig, ConfigProblem> {
+    let problem = |message: String| ConfigProblem { file: format!("{}/config.json", files.name), message };
+    let config: ModelConfig = serde_json::from_str(&files.config).map_err(|error| problem(error.to_string()))?;
+    config.model.validate().map_err(|error| problem(error.to_string()))?;
+    Ok(config)
+}
