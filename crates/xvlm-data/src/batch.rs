@@ -113,7 +113,11 @@ impl BatchConfig {
     fn check(&self) -> Result<(), DataError> {
         let wrong = |field, expected: &str, found: String| {
             let expected = expected.to_owned();
-            Err(DataError::Config { field, expected, found })
+            Err(DataError::Config {
+                field,
+                expected,
+                found,
+            })
         };
         for (field, value, least) in [
             ("resolution", self.resolution, 1),
@@ -123,7 +127,11 @@ impl BatchConfig {
             ("max_regions", self.max_regions, 1),
             ("regions_per_image", self.regions_per_image, 1),
             ("max_words", self.max_words, 1),
-            ("max_tokens", self.max_tokens, 2 + usize::from(self.append_sep)),
+            (
+                "max_tokens",
+                self.max_tokens,
+                2 + usize::from(self.append_sep),
+            ),
         ] {
             if value < least {
                 return wrong(field, &format!("at least {least}"), value.to_string());
@@ -372,7 +380,8 @@ impl BatchBuilder {
     /// [`DataError::TooManyBroken`]; [`DataError::Config`] when no record has a caption.
     pub fn captions(&self, step: u64) -> Result<CaptionBatch, DataError> {
         let count = self.config.batch_size;
-        let sample = |record: &Record, rng: &mut ChaCha8Rng, _: &[Captioned]| self.captioned(record, rng);
+        let sample =
+            |record: &Record, rng: &mut ChaCha8Rng, _: &[Captioned]| self.captioned(record, rng);
         let samples = self.draw(&self.captions, step, count, |_| false, sample)?;
 
         let side = self.config.resolution;
@@ -382,7 +391,8 @@ impl BatchBuilder {
         }
         let generation = self.config.generation.as_ref().map(|_| {
             let rows = samples.iter().enumerate();
-            let rows = rows.flat_map(|(i, sample)| sample.rows.iter().map(move |row| (i as u32, row)));
+            let rows =
+                rows.flat_map(|(i, sample)| sample.rows.iter().map(move |row| (i as u32, row)));
             collate_generation(&rows.collect::<Vec<_>>(), self.tokenizer.pad_id())
         });
         Ok(CaptionBatch {
@@ -400,7 +410,11 @@ impl BatchBuilder {
     ///
     /// [`DataError::TooManyBroken`]; [`DataError::Config`] when no record has elements.
     pub fn regions(&self, step: u64) -> Result<RegionBatch, DataError> {
-        let (most, grid, side) = (self.config.max_regions, self.config.grid(), self.config.resolution);
+        let (most, grid, side) = (
+            self.config.max_regions,
+            self.config.grid(),
+            self.config.resolution,
+        );
         let texts = |samples: &[Regions]| samples.iter().map(|s| s.concepts.len()).sum::<usize>();
         let full = |samples: &[Regions]| texts(samples) >= most;
         let sample = |record: &Record, rng: &mut ChaCha8Rng, before: &[Regions]| {
@@ -471,7 +485,8 @@ impl BatchBuilder {
                     // Twice as many failures in a row as there are records: nothing works at all.
                     let hopeless = failures >= 2 * order.indices.len();
                     let limit = self.config.max_broken_share;
-                    self.lock_broken().note(index, record, error, limit, hopeless)?;
+                    self.lock_broken()
+                        .note(index, record, error, limit, hopeless)?;
                 }
             }
         }
@@ -483,21 +498,36 @@ impl BatchBuilder {
     }
 
     fn captioned(&self, record: &Record, rng: &mut ChaCha8Rng) -> Result<Captioned, DataError> {
-        let image = self.cache.get(&record.image, Some(self.config.resolution), &record.origin)?;
-        let caption = record.captions.choose(rng).ok_or_else(|| missing(record, "a caption"))?;
+        let image = self
+            .cache
+            .get(&record.image, Some(self.config.resolution), &record.origin)?;
+        let caption = record
+            .captions
+            .choose(rng)
+            .ok_or_else(|| missing(record, "a caption"))?;
         let text = self.text(caption, rng)?;
         let mut rows = Vec::new();
         if let Some(config) = &self.config.generation {
             rows.push(self.caption_row(record, config, rng)?);
-            let questions = record.questions.choose_multiple(rng, config.questions_per_image);
+            let questions = record
+                .questions
+                .choose_multiple(rng, config.questions_per_image);
             for (question, answer) in questions {
                 rows.push(self.answer_row(question, answer)?);
             }
         }
         let said = rows.iter().flat_map(|row| &row.said).chain([&text.text]);
         let flip = self.config.transform().flip(said.map(String::as_str), rng);
-        let view = View { flip, ..View::whole(image.width, image.height) };
-        Ok(Captioned { image, view, text, rows })
+        let view = View {
+            flip,
+            ..View::whole(image.width, image.height)
+        };
+        Ok(Captioned {
+            image,
+            view,
+            text,
+            rows,
+        })
     }
 
     fn regions_of(
@@ -530,7 +560,11 @@ impl BatchBuilder {
         elems.retain(|(_, bbox)| unflipped.place(*bbox, least).is_some());
 
         let mut chosen = Vec::new();
-        if let Some(caption) = record.captions.choose(rng).filter(|_| self.config.whole_image_text) {
+        if let Some(caption) = record
+            .captions
+            .choose(rng)
+            .filter(|_| self.config.whole_image_text)
+        {
             chosen.push((self.text(caption, rng)?, None));
         }
         for (elem, bbox) in elems.into_iter().take(self.config.regions_per_image) {
@@ -540,8 +574,15 @@ impl BatchBuilder {
         let flip = transform.flip(chosen.iter().map(|(text, _)| text.text.as_str()), rng);
         let view = View { crop, flip };
         let place = |bbox: Option<[f32; 4]>| bbox.and_then(|bbox| view.place(bbox, least));
-        let concepts = chosen.into_iter().map(|(text, bbox)| (text, place(bbox))).collect();
-        Ok(Regions { image, view, concepts })
+        let concepts = chosen
+            .into_iter()
+            .map(|(text, bbox)| (text, place(bbox)))
+            .collect();
+        Ok(Regions {
+            image,
+            view,
+            concepts,
+        })
     }
 
     fn element_text(
@@ -550,7 +591,10 @@ impl BatchBuilder {
         record: &Record,
         rng: &mut ChaCha8Rng,
     ) -> Result<Text, DataError> {
-        let text = elem.texts.choose(rng).ok_or_else(|| missing(record, "a text of each element"))?;
+        let text = elem
+            .texts
+            .choose(rng)
+            .ok_or_else(|| missing(record, "a text of each element"))?;
         let attribute = elem.attributes.choose(rng);
         match attribute.filter(|_| rng.random_bool(self.config.attribute_probability)) {
             Some(attribute) => self.text(&format!("{attribute} {text}"), rng),
@@ -560,12 +604,20 @@ impl BatchBuilder {
 
     fn text(&self, text: &str, rng: &mut ChaCha8Rng) -> Result<Text, DataError> {
         let cleaned = pre_caption(text, self.config.max_words)?;
-        let ids = self.tokenizer.encode(&cleaned, self.config.max_tokens, self.config.append_sep)?;
+        let ids =
+            self.tokenizer
+                .encode(&cleaned, self.config.max_tokens, self.config.append_sep)?;
         if ids.len() < 2 + usize::from(self.config.append_sep) {
-            return Err(DataError::EmptyText { text: text.to_owned() });
+            return Err(DataError::EmptyText {
+                text: text.to_owned(),
+            });
         }
         let masked = self.config.masking.mask(&ids, &self.tokenizer, rng);
-        Ok(Text { text: cleaned, ids, masked })
+        Ok(Text {
+            text: cleaned,
+            ids,
+            masked,
+        })
     }
 
     fn caption_row(
@@ -583,7 +635,11 @@ impl BatchBuilder {
         let prompt = self.tokenizer.tokens(&config.prompt)?;
         let target = self.tokenizer.tokens(&caption)?;
         // The prompt is short and says what to do: the caption is what gets cut.
-        let room = self.config.max_tokens.saturating_sub(2 + prompt.len()).max(1);
+        let room = self
+            .config
+            .max_tokens
+            .saturating_sub(2 + prompt.len())
+            .max(1);
         Ok(self.row(&prompt, &target[..target.len().min(room)], vec![caption]))
     }
 
@@ -610,14 +666,22 @@ impl BatchBuilder {
     fn collate(&self, texts: Vec<Text>) -> TextBatch {
         let (rows, pad) = (texts.len(), self.tokenizer.pad_id());
         let len = texts.iter().map(|text| text.ids.len()).max().unwrap_or(0);
-        let mut batch = TextBatch { rows, len, ..TextBatch::default() };
+        let mut batch = TextBatch {
+            rows,
+            len,
+            ..TextBatch::default()
+        };
         for (row, text) in texts.into_iter().enumerate() {
             push_row(&mut batch.ids, &text.ids, pad, len);
             push_row(&mut batch.mask, &vec![1.0; text.ids.len()], 0.0, len);
             push_row(&mut batch.masked_ids, &text.masked.ids, pad, len);
             let start = (row * len) as u32;
-            batch.masked_positions.extend(text.masked.positions.iter().map(|p| start + p));
-            batch.masked_labels.extend(text.masked.labels.iter().map(|&label| i64::from(label)));
+            batch
+                .masked_positions
+                .extend(text.masked.positions.iter().map(|p| start + p));
+            batch
+                .masked_labels
+                .extend(text.masked.labels.iter().map(|&label| i64::from(label)));
             batch.keys.push(text_key(&text.text).cast_signed());
             batch.texts.push(text.text);
         }
@@ -671,7 +735,11 @@ fn push_row<V: Copy>(to: &mut Vec<V>, values: &[V], padding: V, len: usize) {
 
 fn collate_generation(rows: &[(u32, &Row)], pad: u32) -> GenerationBatch {
     let len = rows.iter().map(|(_, row)| row.ids.len()).max().unwrap_or(0);
-    let mut batch = GenerationBatch { rows: rows.len(), len, ..GenerationBatch::default() };
+    let mut batch = GenerationBatch {
+        rows: rows.len(),
+        len,
+        ..GenerationBatch::default()
+    };
     for &(image, row) in rows {
         // A position's label is the token after it, from the last given token on.
         let mut labels = vec![IGNORE; row.prompt - 1];
@@ -705,9 +773,17 @@ struct Shuffled {
 }
 
 impl Shuffled {
-    fn new(seed: u64, stream: u64, records: &[Record], takes_part: impl Fn(&Record) -> bool) -> Self {
+    fn new(
+        seed: u64,
+        stream: u64,
+        records: &[Record],
+        takes_part: impl Fn(&Record) -> bool,
+    ) -> Self {
         let records = (0u32..).zip(records);
-        let indices = records.filter(|(_, record)| takes_part(record)).map(|(i, _)| i).collect();
+        let indices = records
+            .filter(|(_, record)| takes_part(record))
+            .map(|(i, _)| i)
+            .collect();
         Self {
             seed,
             stream,

@@ -132,6 +132,12 @@ pub enum DataError {
         /// The first few, a line each.
         examples: String,
     },
+    /// A batch that could not be turned into tensors.
+    #[error("a batch on the device: {0}")]
+    Tensor(#[from] candle_core::Error),
+    /// A worker thread that the system would not start.
+    #[error("expected to start a worker thread, found {0}")]
+    Thread(#[source] std::io::Error),
     /// The code that builds a batch panicked on a loader's worker thread.
     #[error("building the batch of step {step}: expected a batch, found a panic: {message}")]
     WorkerPanic {

@@ -151,7 +151,10 @@ impl Picture {
             .zip(out_green.chunks_exact_mut(width))
             .zip(out_blue.chunks_exact_mut(width));
         for (row, ((r, g), b)) in rows.zip(planes) {
-            for (pixel, ((r, g), b)) in row.chunks_exact(3).zip(r.iter_mut().zip(&mut *g).zip(&mut *b)) {
+            for (pixel, ((r, g), b)) in row
+                .chunks_exact(3)
+                .zip(r.iter_mut().zip(&mut *g).zip(&mut *b))
+            {
                 *r = red[usize::from(pixel[0])];
                 *g = green[usize::from(pixel[1])];
                 *b = blue[usize::from(pixel[2])];

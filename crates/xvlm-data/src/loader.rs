@@ -28,8 +28,8 @@ impl Default for LoaderConfig {
     }
 }
 
-/// An endless iterator over `build(step)`, `build(step + 1)`, …: always in this order, whichever
-/// worker is done first. Errors take their batch's place; a panic of `build` becomes
+/// An endless supply of `build(step)`, `build(step + 1)`, …: always in this order, whichever worker is
+/// done first. Errors take their batch's place; a panic of `build` becomes
 /// [`DataError::WorkerPanic`]. Dropping it stops the workers after the batches they are at.
 #[derive(Debug)]
 pub struct Loader<T> {
@@ -101,53 +101,80 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
 
 impl<T: Send + 'static> Loader<T> {
     /// Starts with step 0; see [`Self::starting_at`].
+    ///
+    /// # Errors
+    ///
+    /// See [`Self::starting_at`].
     pub fn new(
-        config: &LoaderConfig,
+        config: LoaderConfig,
         build: impl Fn(u64) -> Result<T, DataError> + Send + Sync + 'static,
-    ) -> Self {
-        Self::starting_at(config, 0, build)
+    ) -> Result<Self, DataError> {
+        Self::starting_at(0, config, build)
     }
 
     /// Starts with `step`. `build` must depend on its argument alone, as
     /// [`BatchBuilder`](crate::BatchBuilder)'s batches do; then a run resumed at a step sees what an
     /// uninterrupted one would have seen.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::Thread`] when the system starts no thread.
     pub fn starting_at(
-        config: &LoaderConfig,
         step: u64,
+        config: LoaderConfig,
         build: impl Fn(u64) -> Result<T, DataError> + Send + Sync + 'static,
-    ) -> Self {
+    ) -> Result<Self, DataError> {
+        let state = State {
+            due: step,
+            next: step,
+            ready: BTreeMap::new(),
+            stopped: false,
+        };
         let shared = Arc::new(Shared {
-            state: Mutex::new(State {
-                due: step,
-                next: step,
-                ready: BTreeMap::new(),
-                stopped: false,
-            }),
+            state: Mutex::new(state),
             changed: Condvar::new(),
             ahead: config.ahead.max(1) as u64,
         });
         let build = Arc::new(build);
-        let spawn = |_| {
-            let (shared, build) = (Arc::clone(&shared), Arc::clone(&build));
-            std::thread::spawn(move || shared.work(&*build))
+        // Made first: dropped on an error, it stops the workers that did start.
+        let mut loader = Self {
+            shared,
+            workers: Vec::new(),
         };
-        let workers = (0..config.workers.max(1)).map(spawn).collect();
-        Self { shared, workers }
+        for worker in 0..config.workers.max(1) {
+            let (shared, build) = (Arc::clone(&loader.shared), Arc::clone(&build));
+            let thread = std::thread::Builder::new().name(format!("loader {worker}"));
+            let handle = thread.spawn(move || shared.work(&*build));
+            loader.workers.push(handle.map_err(DataError::Thread)?);
+        }
+        Ok(loader)
     }
 }
 
-impl<T> Iterator for Loader<T> {
-    type Item = Result<T, DataError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let missing = |state: &mut State<T>| !state.ready.contains_key(&state.due);
-        let mut state = self.shared.wait_while(self.shared.lock(), missing);
-        let due = state.due;
-        state.due += 1;
-        let built = state.ready.remove(&due);
-        drop(state);
-        self.shared.changed.notify_all();
-        built
+impl<T> Loader<T> {
+    /// The next step's batch; waits until it is built.
+    ///
+    /// # Errors
+    ///
+    /// What building it led to, or [`DataError::WorkerPanic`]; the step after it comes next.
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "there is always a next one, so an iterator's Option would say nothing"
+    )]
+    pub fn next(&mut self) -> Result<T, DataError> {
+        let mut state = self.shared.lock();
+        loop {
+            let due = state.due;
+            if let Some(built) = state.ready.remove(&due) {
+                state.due += 1;
+                drop(state);
+                self.shared.changed.notify_all();
+                return built;
+            }
+            state = self
+                .shared
+                .wait_while(state, |state| !state.ready.contains_key(&due));
+        }
     }
 }
 

@@ -61,7 +61,13 @@ impl Placed {
     #[must_use]
     pub fn centered(&self) -> [f32; 4] {
         let ([x, y, w, h], [width, height]) = (self.bbox, self.size);
-        [(x + w / 2.0) / width, (y + h / 2.0) / height, w / width, h / height].map(|v| v as f32)
+        [
+            (x + w / 2.0) / width,
+            (y + h / 2.0) / height,
+            w / width,
+            h / height,
+        ]
+        .map(|v| v as f32)
     }
 
     /// Which of `grid` × `grid` patches the box touches: `[1 + grid²]` of 0 and 1, the first always 1.
@@ -142,7 +148,9 @@ impl View {
             picture.normalise_into(self.flip, out);
         } else {
             let crop = if whole { picture.rect() } else { self.crop };
-            picture.resized(crop, side, side).normalise_into(self.flip, out);
+            picture
+                .resized(crop, side, side)
+                .normalise_into(self.flip, out);
         }
     }
 }
@@ -167,7 +175,8 @@ impl Transform {
         }
         let [x, y, w, h] = keep;
         let mut along = |lo: f32, size: f32, side: u32| {
-            let from = rng.random_range(0..=(lo.max(0.0).floor() as u32).min(side.saturating_sub(1)));
+            let from =
+                rng.random_range(0..=(lo.max(0.0).floor() as u32).min(side.saturating_sub(1)));
             let least = ((lo + size).ceil() as u32).clamp(from + 1, side.max(from + 1));
             let to = rng.random_range(least..=side.max(least));
             (from, to - from)
@@ -182,11 +191,7 @@ impl Transform {
     }
 
     /// Whether to mirror a picture that goes with these texts.
-    pub fn flip<'a>(
-        &self,
-        texts: impl IntoIterator<Item = &'a str>,
-        rng: &mut impl Rng,
-    ) -> bool {
+    pub fn flip<'a>(&self, texts: impl IntoIterator<Item = &'a str>, rng: &mut impl Rng) -> bool {
         let wanted = self.hflip && rng.random_bool(0.5);
         wanted && !(self.careful_hflip && texts.into_iter().any(tells_sides))
     }

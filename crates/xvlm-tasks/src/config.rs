@@ -1,0 +1,202 @@
+//! The configuration of a pre-training run: YAML, presets, single values on the command line.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_norway::Value;
+use xvlm_data::{BatchConfig, LoaderConfig};
+use xvlm_encoders::XvlmConfig;
+use xvlm_train::TrainConfig;
+use xvlm_weights::StoredType;
+
+use crate::error::ConfigProblem;
+
+/// A pre-training run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PretrainConfig {
+    /// JSON-lines files of records.
+    pub train_file: Vec<PathBuf>,
+    /// `tokenizer.json` or `vocab.txt`; if left out, the vocabulary of the built-in world.
+    #[serde(default)]
+    pub tokenizer: Option<PathBuf>,
+    /// A model folder to start from instead of random weights.
+    #[serde(default)]
+    pub init_from: Option<PathBuf>,
+    /// Sizes of the model.
+    pub model: XvlmConfig,
+    /// How often the region stream gets a batch.
+    #[serde(default)]
+    pub regions: RegionStream,
+    /// What a batch is made of.
+    #[serde(default)]
+    pub data: BatchConfig,
+    /// Threads that build batches.
+    #[serde(default)]
+    pub loader: LoaderConfig,
+    /// Memory for decoded images, in MiB.
+    #[serde(default = "default_cache")]
+    pub image_cache_mib: usize,
+    /// Optimizer, schedule, checkpoints.
+    #[serde(default)]
+    pub train: TrainConfig,
+    /// How the finished model's weights are stored.
+    #[serde(default = "default_stored")]
+    pub stored: StoredType,
+}
+
+fn default_cache() -> usize {
+    2048
+}
+
+fn default_stored() -> StoredType {
+    StoredType::F32
+}
+
+/// The region stream.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RegionStream {
+    /// Probability that an iteration has a region batch.
+    pub iter_perc: f64,
+}
+
+impl Default for RegionStream {
+    fn default() -> Self {
+        Self { iter_perc: 0.5 }
+    }
+}
+
+const PRESETS: [(&str, &str); 2] =
+    [("scenes", include_str!("../presets/scenes.yaml")), ("base-4m", include_str!("../presets/base-4m.yaml"))];
+
+impl PretrainConfig {
+    /// Names of the compiled-in configurations.
+    pub fn presets() -> impl Iterator<Item = &'static str> {
+        PRESETS.iter().map(|(name, _)| *name)
+    }
+
+    /// The YAML of a compiled-in configuration.
+    ///
+    /// # Errors
+    /// If there is none of that name; the message has the nearest.
+    pub fn preset_text(name: &str) -> Result<&'static str, ConfigProblem> {
+        let text = PRESETS.iter().find(|(preset, _)| *preset == name).map(|(_, text)| *text);
+        text.ok_or_else(|| ConfigProblem {
+            file: "preset".to_owned(),
+            message: format!("unknown preset `{name}`{}", suggestion(name, Self::presets())),
+        })
+    }
+
+    /// A compiled-in configuration with single values replaced.
+    ///
+    /// # Errors
+    /// As [`Self::from_yaml`], or if there is no preset of that name.
+    pub fn preset(name: &str, overrides: &[String]) -> Result<Self, ConfigProblem> {
+        Self::from_yaml(&format!("preset {name}"), Self::preset_text(name)?, overrides)
+    }
+
+    /// A configuration file with single values replaced. Paths in it are relative to the current directory.
+    ///
+    /// # Errors
+    /// As [`Self::from_yaml`], or if the file cannot be read.
+    pub fn open(path: &Path, overrides: &[String]) -> Result<Self, ConfigProblem> {
+        let file = path.display().to_string();
+        match std::fs::read_to_string(path) {
+            Ok(text) => Self::from_yaml(&file, &text, overrides),
+            Err(error) => Err(ConfigProblem { file, message: error.to_string() }),
+        }
+    }
+
+    /// Reads YAML; `overrides` are of the form `a.b=value`, the value again YAML.
+    ///
+    /// # Errors
+    /// If it is no YAML, a key is unknown (the message has the nearest known one), a value has the wrong type, or sizes do
+    /// not fit together.
+    pub fn from_yaml(file: &str, text: &str, overrides: &[String]) -> Result<Self, ConfigProblem> {
+        let problem = |message: String| ConfigProblem { file: file.to_owned(), message };
+        let parsed = |error: serde_norway::Error| problem(with_suggestion(&error.to_string()));
+        // Straight from the text first: only then do errors name line and column.
+        let mut config: Self = serde_norway::from_str(text).map_err(parsed)?;
+        if !overrides.is_empty() {
+            let mut value: Value = serde_norway::from_str(text).map_err(parsed)?;
+            for assignment in overrides {
+                set(&mut value, assignment)
+                    .map_err(|message| ConfigProblem { file: format!("--set {assignment}"), message })?;
+            }
+            let at = |error: serde_norway::Error| ConfigProblem {
+                file: format!("{file} with --set"),
+                message: with_suggestion(&error.to_string()),
+            };
+            config = serde_norway::from_value(value).map_err(at)?;
+        }
+        if !(0.0..=1.0).contains(&config.regions.iter_perc) {
+            let found = config.regions.iter_perc;
+            return Err(problem(format!("regions.iter_perc: expected a probability, found {found}")));
+        }
+        Ok(config)
+    }
+}
+
+/// Replaces one value: `a.b=value`.
+fn set(root: &mut Value, assignment: &str) -> Result<(), String> {
+    let (path, value) = assignment.split_once('=').ok_or("expected the form key.key=value")?;
+    let value: Value = serde_norway::from_str(value).map_err(|error| error.to_string())?;
+    let mut slot = root;
+    for key in path.split('.') {
+        if slot.is_null() {
+            *slot = Value::Mapping(Default::default());
+        }
+        let Value::Mapping(mapping) = slot else {
+            return Err(format!("{key}: expected a section before it, found a value"));
+        };
+        slot = mapping.entry(Value::from(key)).or_insert(Value::Null);
+    }
+    *slot = value;
+    Ok(())
+}
+
+/// Adds the nearest known key to serde's "unknown field `x`, expected one of `a`, `b`".
+fn with_suggestion(message: &str) -> String {
+    let mut quoted = message.split('`').skip(1).step_by(2);
+    match quoted.next() {
+        Some(unknown) if message.contains("unknown field") => format!("{message}{}", suggestion(unknown, quoted)),
+        _ => message.to_owned(),
+    }
+}
+
+fn suggestion<'a>(unknown: &str, known: impl Iterator<Item = &'a str>) -> String {
+    let nearest = known.max_by(|a, b| strsim::jaro_winkler(unknown, a).total_cmp(&strsim::jaro_winkler(unknown, b)));
+    nearest.map(|name| format!("; did you mean `{name}`?")).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_preset_is_valid() {
+        for name in PretrainConfig::presets() {
+            PretrainConfig::preset(name, &[]).unwrap();
+        }
+    }
+
+    #[test]
+    fn one_value_can_be_replaced() {
+        let set = ["train.optimizer.lr=0.5".to_owned(), "train_file=[a.jsonl, b.jsonl]".to_owned()];
+        let config = PretrainConfig::preset("scenes", &set).unwrap();
+        assert_eq!(config.train.optimizer.lr, 0.5);
+        assert_eq!(config.train_file, [PathBuf::from("a.jsonl"), PathBuf::from("b.jsonl")]);
+    }
+
+    #[test]
+    fn unknown_keys_are_refused_with_the_nearest() {
+        let message = |set: &str| PretrainConfig::preset("scenes", &[set.to_owned()]).unwrap_err().to_string();
+        assert!(message("data.batchsize=3").contains("did you mean `batch_size`?"), "{}", message("data.batchsize=3"));
+        assert!(message("trian.seed=3").contains("did you mean `train`?"));
+        assert!(message("data.batch_size=many").contains("batch_size"), "{}", message("data.batch_size=many"));
+        assert!(message("data").contains("key.key=value"));
+        let error = PretrainConfig::preset("scene", &[]).unwrap_err().to_string();
+        assert!(error.contains("did you mean `scenes`?"), "{error}");
+    }
+}

@@ -1,0 +1,207 @@
+//! A model and what can be asked about a picture.
+
+use std::path::Path;
+
+use candle_core::Device;
+use serde::Serialize;
+use xvlm_data::Picture;
+use xvlm_tasks::captioning::{self, Search, Written};
+use xvlm_tasks::fill::{self, Completion};
+use xvlm_tasks::{ImageTokens, Model, grounding};
+
+use crate::Error;
+
+/// A model, ready to look at pictures.
+pub struct Predictor {
+    model: Model,
+}
+
+/// A box in pixels of the picture as given.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct PixelBox {
+    /// Left edge.
+    pub xmin: f32,
+    /// Upper edge.
+    pub ymin: f32,
+    /// Right edge.
+    pub xmax: f32,
+    /// Lower edge.
+    pub ymax: f32,
+}
+
+/// Where a text points.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Grounding {
+    /// The text.
+    pub text: String,
+    /// Its box.
+    #[serde(rename = "box")]
+    pub bounds: PixelBox,
+    /// Probability that the text matches what is inside the box.
+    pub probability: f32,
+}
+
+/// How well a text tells a picture.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Match {
+    /// The text.
+    pub text: String,
+    /// Probability that the picture and the text belong together.
+    pub probability: f32,
+    /// Cosine of the picture's and the text's embeddings: what a search over many compares.
+    pub similarity: f32,
+}
+
+/// An answer to a question.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Answer {
+    /// The question.
+    pub question: String,
+    /// The answer.
+    pub answer: String,
+}
+
+impl Predictor {
+    /// The small model that comes with the crate. It knows the built-in world of coloured shapes only.
+    ///
+    /// # Errors
+    /// If the device fails.
+    #[cfg(feature = "bundled")]
+    pub fn bundled(device: &Device) -> Result<Self, Error> {
+        Ok(Self { model: Model::from_files(&crate::bundled::files()?, device)? })
+    }
+
+    /// A model folder: `config.json`, `model.safetensors`, `tokenizer.json`.
+    ///
+    /// # Errors
+    /// If a file is missing or broken, or a tensor is missing, unexpected or of another shape: each named.
+    pub fn from_folder(dir: impl AsRef<Path>, device: &Device) -> Result<Self, Error> {
+        Ok(Self { model: Model::open(dir.as_ref(), device)? })
+    }
+
+    /// A model folder on the Hugging Face hub, such as `owner/name`; kept in the hub's usual cache.
+    ///
+    /// # Errors
+    /// If it cannot be downloaded, or as [`Self::from_folder`].
+    #[cfg(feature = "hub")]
+    pub fn from_hub(repository: &str, device: &Device) -> Result<Self, Error> {
+        Ok(Self { model: Model::open(&crate::hub::download(repository)?, device)? })
+    }
+
+    /// The model inside.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Looks at a picture: encodes it, once for all that is asked.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn look(&self, picture: &Picture) -> Result<View<'_>, Error> {
+        let image = self.model.encode(std::slice::from_ref(picture))?;
+        Ok(View { model: &self.model, image, width: picture.width(), height: picture.height() })
+    }
+
+    /// Opens an image file and looks at it.
+    ///
+    /// # Errors
+    /// If the file is no image.
+    pub fn open(&self, path: impl AsRef<Path>) -> Result<View<'_>, Error> {
+        self.look(&Picture::open(path.as_ref())?)
+    }
+
+    /// Embeddings of texts, of unit length.
+    ///
+    /// # Errors
+    /// If a text is empty.
+    pub fn embed_texts(&self, texts: &[&str]) -> Result<Vec<Vec<f32>>, Error> {
+        Ok(self.model.embed_texts(texts)?.to_vec2()?)
+    }
+}
+
+/// A picture the model has looked at.
+pub struct View<'a> {
+    model: &'a Model,
+    image: ImageTokens,
+    width: u32,
+    height: u32,
+}
+
+impl View<'_> {
+    /// Finds the box of each text.
+    ///
+    /// # Errors
+    /// If a text is empty.
+    pub fn ground(&self, texts: &[&str]) -> Result<Vec<Grounding>, Error> {
+        let found = grounding::ground(self.model, &self.image, &self.about(texts))?;
+        let named = texts.iter().zip(found).map(|(text, found)| {
+            let [x, y, w, h] = found.pixels(self.width, self.height);
+            let bounds = PixelBox { xmin: x, ymin: y, xmax: x + w, ymax: y + h };
+            Grounding { text: (*text).to_owned(), bounds, probability: found.probability }
+        });
+        Ok(named.collect())
+    }
+
+    /// Describes the picture.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn caption(&self) -> Result<Written, Error> {
+        self.caption_with(Search::default())
+    }
+
+    /// Describes the picture, searching as given.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn caption_with(&self, search: Search) -> Result<Written, Error> {
+        Ok(captioning::caption(self.model, &self.image, search)?.remove(0))
+    }
+
+    /// Answers questions.
+    ///
+    /// # Errors
+    /// If a question is empty.
+    pub fn answer(&self, questions: &[&str]) -> Result<Vec<Answer>, Error> {
+        let answers = captioning::answer(self.model, &self.image, &self.about(questions), Search::answers())?;
+        let paired = questions.iter().zip(answers);
+        Ok(paired.map(|(question, written)| Answer { question: (*question).to_owned(), answer: written.text }).collect())
+    }
+
+    /// Says how well each text tells the picture.
+    ///
+    /// # Errors
+    /// If a text is empty.
+    pub fn matches(&self, texts: &[&str]) -> Result<Vec<Match>, Error> {
+        if texts.is_empty() {
+            return Ok(Vec::new());
+        }
+        let probabilities = self.model.match_pairs(&self.image, &self.about(texts))?;
+        let similarities = self.model.embed_texts(texts)?.matmul(&self.model.embed_images(&self.image)?.t()?)?;
+        let similarities: Vec<f32> = similarities.flatten_all()?.to_vec1()?;
+        let scored = texts.iter().zip(probabilities.into_iter().zip(similarities));
+        Ok(scored
+            .map(|(text, (probability, similarity))| Match { text: (*text).to_owned(), probability, similarity })
+            .collect())
+    }
+
+    /// Ranks words for the blank (`___` or `[MASK]`) of a phrase; the `top` best.
+    ///
+    /// # Errors
+    /// If the phrase has no blank or several.
+    pub fn fill(&self, phrase: &str, top: usize) -> Result<Vec<Completion>, Error> {
+        Ok(fill::fill(self.model, &self.image, &self.about(&[phrase]), top)?.remove(0))
+    }
+
+    /// The picture's embedding, of unit length.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn embedding(&self) -> Result<Vec<f32>, Error> {
+        Ok(self.model.embed_images(&self.image)?.flatten_all()?.to_vec1()?)
+    }
+
+    fn about<'t>(&self, texts: &[&'t str]) -> Vec<(u32, &'t str)> {
+        texts.iter().map(|text| (0, *text)).collect()
+    }
+}
