@@ -1,0 +1,53 @@
+//! What can be wrong with the input of a score.
+
+/// The errors of this crate.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum MetricsError {
+    /// There is nothing to score.
+    #[error("{what}: expected at least one, found none")]
+    Empty {
+        /// What is empty.
+        what: &'static str,
+    },
+    /// A list is of another length than what it belongs to.
+    #[error("{what}: expected {expected} entries, found {found}")]
+    Length {
+        /// The list.
+        what: &'static str,
+        /// The length it should have.
+        expected: usize,
+        /// The length it has.
+        found: usize,
+    },
+    /// An entry points outside of what it points into.
+    #[error("{what}[{at}]: expected an index below {below}, found {found}")]
+    Index {
+        /// The list.
+        what: &'static str,
+        /// The entry.
+        at: usize,
+        /// How many there are to point at.
+        below: usize,
+        /// The index.
+        found: usize,
+    },
+    /// A score is not a number, and so has no rank.
+    #[error("{what}[{at}]: expected a number, found NaN")]
+    NotANumber {
+        /// The list.
+        what: &'static str,
+        /// The entry.
+        at: usize,
+    },
+}
+
+/// Refuses an empty list.
+pub(crate) fn some(what: &'static str, len: usize) -> Result<(), MetricsError> {
+    if len == 0 { Err(MetricsError::Empty { what }) } else { Ok(()) }
+}
+
+/// Refuses a list of another length.
+pub(crate) fn same_length(what: &'static str, expected: usize, found: usize) -> Result<(), MetricsError> {
+    if expected == found { Ok(()) } else { Err(MetricsError::Length { what, expected, found }) }
+}

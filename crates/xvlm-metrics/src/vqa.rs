@@ -1,0 +1,237 @@
+//! Visual question answering: consensus with ten people (the official `vqaEval.py` of GT-Vision-Lab/VQA).
+
+use std::collections::HashMap;
+use std::sync::LazyLock;
+
+use crate::error::{MetricsError, same_length, some};
+
+/// Contractions by what is written without their apostrophes. Keys that the official table has in capitals are left
+/// out: it is asked for lower-case words only.
+const CONTRACTIONS: &str = "\
+    'ow'sat='ow's'at 'ows'at='ow's'at aint=ain't arent=aren't cant=can't couldn'tve=couldn't've couldnt=couldn't
+    couldnt've=couldn't've couldve=could've didnt=didn't doesnt=doesn't dont=don't hadn'tve=hadn't've hadnt=hadn't
+    hadnt've=hadn't've hasnt=hasn't havent=haven't he'dve=he'd've hed=he'd hed've=he'd've hes=he's howd=how'd
+    howll=how'll hows=how's isnt=isn't it'dve=it'd've itd=it'd itd've=it'd've itll=it'll maam=ma'am
+    mightn'tve=mightn't've mightnt=mightn't mightnt've=mightn't've mightve=might've mustnt=mustn't mustve=must've
+    neednt=needn't notve=not've oclock=o'clock oughtnt=oughtn't ow's'at='ow's'at shant=shan't she'dve=she'd've
+    shed've=she'd've shouldn'tve=shouldn't've shouldnt=shouldn't shouldnt've=shouldn't've shouldve=should've
+    somebody'd=somebodyd somebody'dve=somebody'd've somebodyd've=somebody'd've somebodyll=somebody'll
+    somebodys=somebody's someone'dve=someone'd've someoned=someone'd someoned've=someone'd've someonell=someone'll
+    someones=someone's something'dve=something'd've somethingd=something'd somethingd've=something'd've
+    somethingll=something'll thats=that's there'dve=there'd've thered=there'd thered've=there'd've therere=there're
+    theres=there's they'dve=they'd've theyd=they'd theyd've=they'd've theyll=they'll theyre=they're theyve=they've
+    twas='twas wasnt=wasn't we'dve=we'd've wed've=we'd've werent=weren't weve=we've whatll=what'll whatre=what're
+    whats=what's whatve=what've whens=when's whered=where'd wheres=where's whereve=where've who'dve=who'd've
+    whod=who'd whod've=who'd've wholl=who'll whos=who's whove=who've whyll=why'll whyre=why're whys=why's wont=won't
+    wouldn'tve=wouldn't've wouldnt=wouldn't wouldnt've=wouldn't've wouldve=would've y'all'dve=y'all'd've
+    y'alld've=y'all'd've y'allll=y'all'll yall=y'all yall'd've=y'all'd've yall'll=y'all'll you'dve=you'd've
+    youd=you'd youd've=you'd've youll=you'll youre=you're youve=you've
+";
+
+/// Words for numbers, and what the official evaluation takes for one.
+const NUMBERS: [(&str, &str); 12] = [
+    ("none", "0"),
+    ("zero", "0"),
+    ("one", "1"),
+    ("two", "2"),
+    ("three", "3"),
+    ("four", "4"),
+    ("five", "5"),
+    ("six", "6"),
+    ("seven", "7"),
+    ("eight", "8"),
+    ("nine", "9"),
+    ("ten", "10"),
+];
+
+const ARTICLES: [&str; 3] = ["a", "an", "the"];
+
+/// In the official order, which does not matter: each is looked for in the answer as given.
+const PUNCTUATION: &str = ";/[]\"{}()=+\\_-><@`,?!";
+
+/// What takes the place of a word.
+static REPLACEMENTS: LazyLock<HashMap<&str, &str>> = LazyLock::new(|| {
+    let contractions = CONTRACTIONS.split_whitespace().filter_map(|pair| pair.split_once('='));
+    contractions.chain(NUMBERS).collect()
+});
+
+/// Mean consensus accuracy of answers to questions, in percent.
+///
+/// `answers` has, for each question, what people answered: ten of them in the official data.
+///
+/// # Errors
+/// If there is no question, a question has no answer, or the lists differ in length.
+pub fn accuracy<P, A>(predictions: &[P], answers: &[Vec<A>]) -> Result<f64, MetricsError>
+where
+    P: AsRef<str>,
+    A: AsRef<str>,
+{
+    some("VQA predictions", predictions.len())?;
+    same_length("VQA predictions", answers.len(), predictions.len())?;
+    let scores = predictions.iter().zip(answers).map(|(prediction, answers)| consensus(prediction.as_ref(), answers));
+    Ok(100.0 * scores.sum::<Result<f64, _>>()? / predictions.len() as f64)
+}
+
+/// Consensus of one prediction with the answers of people, 0 to 1.
+///
+/// Each person in turn is left out; if `n` of the others gave the predicted answer, that is worth min(1, n/3); the
+/// mean counts. Prediction and answers are normalised first, but only if people disagree.
+///
+/// # Errors
+/// If there are no answers.
+pub fn consensus<A: AsRef<str>>(prediction: &str, answers: &[A]) -> Result<f64, MetricsError> {
+    some("answers to a question", answers.len())?;
+    let mut prediction = one_line(prediction);
+    let mut answers: Vec<String> = answers.iter().map(|answer| one_line(answer.as_ref())).collect();
+    if answers.iter().any(|answer| *answer != answers[0]) {
+        prediction = normalise(&prediction);
+        answers.iter_mut().for_each(|answer| *answer = normalise(answer));
+    }
+    let same = answers.iter().filter(|answer| **answer == prediction).count();
+    let worth = |others: usize| (others as f64 / 3.0).min(1.0);
+    let sum: f64 = answers.iter().map(|answer| worth(if *answer == prediction { same - 1 } else { same })).sum();
+    Ok(sum / answers.len() as f64)
+}
+
+/// Predictions that are their answer letter by letter, in percent.
+///
+/// # Errors
+/// If there are none, or more or fewer predictions than answers.
+pub fn exact_match<P, A>(predictions: &[P], answers: &[A]) -> Result<f64, MetricsError>
+where
+    P: AsRef<str>,
+    A: AsRef<str>,
+{
+    let predictions: Vec<&str> = predictions.iter().map(AsRef::as_ref).collect();
+    let answers: Vec<&str> = answers.iter().map(AsRef::as_ref).collect();
+    crate::agreement("predictions", &predictions, &answers)
+}
+
+/// An answer as the official evaluation compares it: without punctuation and articles, in lower case, numbers as
+/// digits, contractions with their apostrophes.
+pub fn normalise(answer: &str) -> String {
+    let plain = without_periods(&without_punctuation(&one_line(answer))).to_lowercase();
+    let words = plain.split_whitespace().filter(|word| !ARTICLES.contains(word));
+    words.map(|word| REPLACEMENTS.get(word).copied().unwrap_or(word)).collect::<Vec<_>>().join(" ")
+}
+
+fn one_line(answer: &str) -> String {
+    answer.replace(['\n', '\t'], " ").trim().to_owned()
+}
+
+/// A mark that stands beside a space somewhere in the answer goes, and so does every mark if the answer has a comma
+/// between digits; any other mark becomes a space.
+fn without_punctuation(answer: &str) -> String {
+    let grouped = answer
+        .as_bytes()
+        .windows(3)
+        .any(|three| three[0].is_ascii_digit() && three[1] == b',' && three[2].is_ascii_digit());
+    let mut plain = answer.to_owned();
+    for mark in PUNCTUATION.chars().filter(|&mark| answer.contains(mark)) {
+        let spaced = answer.contains(&format!("{mark} ")) || answer.contains(&format!(" {mark}"));
+        plain = plain.replace(mark, if spaced || grouped { "" } else { " " });
+    }
+    plain
+}
+
+/// A period goes unless a digit follows. (The official expression means to look before it, too, but does not.)
+fn without_periods(answer: &str) -> String {
+    let next = answer.chars().skip(1).map(Some).chain([None]);
+    let kept = |(c, next): &(char, Option<char>)| *c != '.' || next.is_some_and(|next| next.is_ascii_digit());
+    answer.chars().zip(next).filter(kept).map(|(c, _)| c).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The expected texts are those of the official `vqaEval.py`.
+    #[test]
+    fn answers_are_normalised_as_in_the_official_evaluation() {
+        for (answer, expected) in [
+            ("The Cat", "cat"),
+            ("two", "2"),
+            ("a dog, a cat", "dog cat"),
+            ("1,000 dollars", "1000 dollars"),
+            ("t-shirt", "t shirt"),
+            ("3.5", "3.5"),
+            ("a.5", "a.5"),
+            ("Yes.", "yes"),
+            ("u.s.a.", "usa"),
+            ("e. g.", "e g"),
+            ("isnt it", "isn't it"),
+            ("it's 5 o'clock", "it's 5 o'clock"),
+            ("youll've", "youll've"),
+            ("somebody'd", "somebodyd"),
+            ("what? no!", "what no"),
+            ("black/white", "black white"),
+            ("(none)", "0"),
+            (" an  apple\n", "apple"),
+            ("10 - 4", "10 4"),
+            ("well , -ok-", "well ok"),
+            ("c++", "c"),
+            ("the", ""),
+            ("", ""),
+        ] {
+            assert_eq!(normalise(answer), expected, "{answer:?}");
+        }
+    }
+
+    /// Ten answers: the first `count` times, the second for the rest.
+    fn ten<'a>(first: &'a str, count: usize, second: &'a str) -> Vec<&'a str> {
+        (0..10).map(|i| if i < count { first } else { second }).collect()
+    }
+
+    /// The expected numbers are those of the official `vqaEval.py`.
+    #[test]
+    fn consensus_is_the_official_one() -> Result<(), MetricsError> {
+        for (prediction, answers, expected) in [
+            ("cat", ten("cat", 10, ""), 1.0),
+            ("cat", ten("cat", 4, "dog"), 1.0),
+            ("cat", ten("cat", 3, "dog"), 0.9),
+            ("cat", ten("cat", 2, "dog"), 0.6),
+            ("cat", ten("cat", 1, "dog"), 0.3),
+            ("bird", ten("cat", 1, "dog"), 0.0),
+            // Normalised where people disagree, and only there.
+            ("The Cat.", ten("cat", 9, "dog"), 1.0),
+            ("The cat", ten("cat", 10, ""), 0.0),
+            ("two", ten("2", 4, "three"), 1.0),
+            (" cat\n", ten("cat", 10, ""), 1.0),
+        ] {
+            let found = consensus(prediction, &answers)?;
+            assert!((found - expected).abs() < 1e-12, "{prediction:?}: expected {expected}, found {found}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn accuracy_is_the_mean_in_percent() -> Result<(), MetricsError> {
+        let found = accuracy(&["cat", "cat"], &[ten("cat", 3, "dog"), ten("cat", 2, "dog")])?;
+        assert!((found - 75.0).abs() < 1e-12, "{found}");
+        Ok(())
+    }
+
+    #[test]
+    fn one_answer_agrees_with_nobody_else() -> Result<(), MetricsError> {
+        assert_eq!(consensus("cat", &["cat"])?, 0.0);
+        Ok(())
+    }
+
+    #[test]
+    fn exact_match_is_literal() -> Result<(), MetricsError> {
+        assert_eq!(exact_match(&["red", "Red", "two", "2"], &["red", "red", "2", "2"])?, 50.0);
+        Ok(())
+    }
+
+    #[test]
+    fn missing_answers_are_refused() {
+        let none: [Vec<&str>; 0] = [];
+        let refused = accuracy(&[""; 0], &none).unwrap_err().to_string();
+        assert_eq!(refused, "VQA predictions: expected at least one, found none");
+        let refused = accuracy(&["cat"], &none).unwrap_err().to_string();
+        assert_eq!(refused, "VQA predictions: expected 0 entries, found 1");
+        let refused = accuracy(&["cat"], &[Vec::<&str>::new()]).unwrap_err().to_string();
+        assert_eq!(refused, "answers to a question: expected at least one, found none");
+        assert!(exact_match(&["cat"], &["cat", "dog"]).is_err());
+    }
+}
