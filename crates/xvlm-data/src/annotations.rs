@@ -99,10 +99,7 @@ pub fn read_grounding(path: impl AsRef<Path>) -> Result<Vec<GroundingItem>, Data
         if crate::transform::clip_box(item.bbox, item.width, item.height).is_none() {
             return Err(object.context.error(
                 "bbox",
-                format!(
-                    "a box [x, y, w, h] inside the {}x{} image",
-                    item.width, item.height
-                ),
+                format!("a box [x, y, w, h] inside the {}x{} image", item.width, item.height),
                 format!("{:?}", item.bbox),
             ));
         }
@@ -168,53 +165,33 @@ pub fn read_vqa(path: impl AsRef<Path>) -> Result<Vec<VqaItem>, DataError> {
 pub fn read_captions(path: impl AsRef<Path>) -> Result<Vec<CaptionItem>, DataError> {
     let path = path.as_ref();
     let value = read_value(path)?;
-    let whole = Context {
-        path,
-        place: Place::Whole,
-    };
+    let whole = Context { path, place: Place::Whole };
     let root = whole.object(&value, "record")?;
     if root.get("images").is_none() {
         return Err(root.missing("images", "a list of images"));
     }
-    items(
-        path,
-        root.list("images")?,
-        "images[]",
-        |object, base: &Path| {
-            let id = ["id", "cocoid", "imgid"]
-                .into_iter()
-                .find(|name| object.get(name).is_some());
-            let file = ["file_name", "filename"]
-                .into_iter()
-                .find(|name| object.get(name).is_some());
-            let sub = optional_text(object, "filepath")?.unwrap_or_default();
-            let mut captions = Vec::new();
-            for (i, sentence) in object.list("sentences")?.iter().enumerate() {
-                let name = object.name(&format!("sentences[{i}]"));
-                captions.push(object.context.object(sentence, &name)?.text("raw")?);
-            }
-            Ok(CaptionItem {
-                id: object.id(id.unwrap_or("id"))?,
-                image: base
-                    .join(sub)
-                    .join(object.text(file.unwrap_or("file_name"))?),
-                split: optional_text(object, "split")?,
-                captions,
-            })
-        },
-    )
+    items(path, root.list("images")?, "images[]", |object, base: &Path| {
+        let id = ["id", "cocoid", "imgid"].into_iter().find(|name| object.get(name).is_some());
+        let file = ["file_name", "filename"].into_iter().find(|name| object.get(name).is_some());
+        let sub = optional_text(object, "filepath")?.unwrap_or_default();
+        let mut captions = Vec::new();
+        for (i, sentence) in object.list("sentences")?.iter().enumerate() {
+            let name = object.name(&format!("sentences[{i}]"));
+            captions.push(object.context.object(sentence, &name)?.text("raw")?);
+        }
+        Ok(CaptionItem {
+            id: object.id(id.unwrap_or("id"))?,
+            image: base.join(sub).join(object.text(file.unwrap_or("file_name"))?),
+            split: optional_text(object, "split")?,
+            captions,
+        })
+    })
 }
 
-fn read_items<T>(
-    path: &Path,
-    parse: impl Fn(&Object<'_>, &Path) -> Result<T, DataError>,
-) -> Result<Vec<T>, DataError> {
+fn read_items<T>(path: &Path, parse: impl Fn(&Object<'_>, &Path) -> Result<T, DataError>) -> Result<Vec<T>, DataError> {
     let value = read_value(path)?;
     let Some(values) = value.as_array() else {
-        let whole = Context {
-            path,
-            place: Place::Whole,
-        };
+        let whole = Context { path, place: Place::Whole };
         return Err(whole.error("file", "a list of objects", "something else"));
     };
     items(path, values, "record", parse)

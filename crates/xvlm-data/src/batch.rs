@@ -103,21 +103,13 @@ impl BatchConfig {
     }
 
     fn transform(&self) -> Transform {
-        Transform {
-            random_crop: self.random_crop,
-            hflip: self.hflip,
-            careful_hflip: self.careful_hflip,
-        }
+        Transform { random_crop: self.random_crop, hflip: self.hflip, careful_hflip: self.careful_hflip }
     }
 
     fn check(&self) -> Result<(), DataError> {
         let wrong = |field, expected: &str, found: String| {
             let expected = expected.to_owned();
-            Err(DataError::Config {
-                field,
-                expected,
-                found,
-            })
+            Err(DataError::Config { field, expected, found })
         };
         for (field, value, least) in [
             ("resolution", self.resolution, 1),
@@ -127,11 +119,7 @@ impl BatchConfig {
             ("max_regions", self.max_regions, 1),
             ("regions_per_image", self.regions_per_image, 1),
             ("max_words", self.max_words, 1),
-            (
-                "max_tokens",
-                self.max_tokens,
-                2 + usize::from(self.append_sep),
-            ),
+            ("max_tokens", self.max_tokens, 2 + usize::from(self.append_sep)),
         ] {
             if value < least {
                 return wrong(field, &format!("at least {least}"), value.to_string());
@@ -184,11 +172,7 @@ pub struct GenerationConfig {
 
 impl Default for GenerationConfig {
     fn default() -> Self {
-        Self {
-            prompt: "a picture of".to_owned(),
-            questions_per_image: 0,
-            target: Target::First,
-        }
+        Self { prompt: "a picture of".to_owned(), questions_per_image: 0, target: Target::First }
     }
 }
 
@@ -280,11 +264,7 @@ pub struct BrokenRecord {
 impl fmt::Display for BrokenRecord {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (origin, error) = (self.origin.to_string(), self.error.to_string());
-        if error.contains(&origin) {
-            f.write_str(&error)
-        } else {
-            write!(f, "{origin}: {error}")
-        }
+        if error.contains(&origin) { f.write_str(&error) } else { write!(f, "{origin}: {error}") }
     }
 }
 
@@ -333,11 +313,7 @@ impl BatchBuilder {
     /// order, so together they go through the records once an epoch.
     #[must_use]
     pub fn for_rank(self, rank: usize, ranks: usize) -> Self {
-        Self {
-            rank: rank as u64,
-            ranks: ranks.max(1) as u64,
-            ..self
-        }
+        Self { rank: rank as u64, ranks: ranks.max(1) as u64, ..self }
     }
 
     /// The configuration.
@@ -380,8 +356,7 @@ impl BatchBuilder {
     /// [`DataError::TooManyBroken`]; [`DataError::Config`] when no record has a caption.
     pub fn captions(&self, step: u64) -> Result<CaptionBatch, DataError> {
         let count = self.config.batch_size;
-        let sample =
-            |record: &Record, rng: &mut ChaCha8Rng, _: &[Captioned]| self.captioned(record, rng);
+        let sample = |record: &Record, rng: &mut ChaCha8Rng, _: &[Captioned]| self.captioned(record, rng);
         let samples = self.draw(&self.captions, step, count, |_| false, sample)?;
 
         let side = self.config.resolution;
@@ -391,8 +366,7 @@ impl BatchBuilder {
         }
         let generation = self.config.generation.as_ref().map(|_| {
             let rows = samples.iter().enumerate();
-            let rows =
-                rows.flat_map(|(i, sample)| sample.rows.iter().map(move |row| (i as u32, row)));
+            let rows = rows.flat_map(|(i, sample)| sample.rows.iter().map(move |row| (i as u32, row)));
             collate_generation(&rows.collect::<Vec<_>>(), self.tokenizer.pad_id())
         });
         Ok(CaptionBatch {
@@ -410,11 +384,7 @@ impl BatchBuilder {
     ///
     /// [`DataError::TooManyBroken`]; [`DataError::Config`] when no record has elements.
     pub fn regions(&self, step: u64) -> Result<RegionBatch, DataError> {
-        let (most, grid, side) = (
-            self.config.max_regions,
-            self.config.grid(),
-            self.config.resolution,
-        );
+        let (most, grid, side) = (self.config.max_regions, self.config.grid(), self.config.resolution);
         let texts = |samples: &[Regions]| samples.iter().map(|s| s.concepts.len()).sum::<usize>();
         let full = |samples: &[Regions]| texts(samples) >= most;
         let sample = |record: &Record, rng: &mut ChaCha8Rng, before: &[Regions]| {
@@ -485,8 +455,7 @@ impl BatchBuilder {
                     // Twice as many failures in a row as there are records: nothing works at all.
                     let hopeless = failures >= 2 * order.indices.len();
                     let limit = self.config.max_broken_share;
-                    self.lock_broken()
-                        .note(index, record, error, limit, hopeless)?;
+                    self.lock_broken().note(index, record, error, limit, hopeless)?;
                 }
             }
         }
@@ -498,44 +467,24 @@ impl BatchBuilder {
     }
 
     fn captioned(&self, record: &Record, rng: &mut ChaCha8Rng) -> Result<Captioned, DataError> {
-        let image = self
-            .cache
-            .get(&record.image, Some(self.config.resolution), &record.origin)?;
-        let caption = record
-            .captions
-            .choose(rng)
-            .ok_or_else(|| missing(record, "a caption"))?;
+        let image = self.cache.get(&record.image, Some(self.config.resolution), &record.origin)?;
+        let caption = record.captions.choose(rng).ok_or_else(|| missing(record, "a caption"))?;
         let text = self.text(caption, rng)?;
         let mut rows = Vec::new();
         if let Some(config) = &self.config.generation {
             rows.push(self.caption_row(record, config, rng)?);
-            let questions = record
-                .questions
-                .choose_multiple(rng, config.questions_per_image);
+            let questions = record.questions.choose_multiple(rng, config.questions_per_image);
             for (question, answer) in questions {
                 rows.push(self.answer_row(question, answer)?);
             }
         }
         let said = rows.iter().flat_map(|row| &row.said).chain([&text.text]);
         let flip = self.config.transform().flip(said.map(String::as_str), rng);
-        let view = View {
-            flip,
-            ..View::whole(image.width, image.height)
-        };
-        Ok(Captioned {
-            image,
-            view,
-            text,
-            rows,
-        })
+        let view = View { flip, ..View::whole(image.width, image.height) };
+        Ok(Captioned { image, view, text, rows })
     }
 
-    fn regions_of(
-        &self,
-        record: &Record,
-        most: usize,
-        rng: &mut ChaCha8Rng,
-    ) -> Result<Regions, DataError> {
+    fn regions_of(&self, record: &Record, most: usize, rng: &mut ChaCha8Rng) -> Result<Regions, DataError> {
         let transform = self.config.transform();
         // A crop needs the pixels as stored.
         let resolution = (!transform.random_crop).then_some(self.config.resolution);
@@ -560,11 +509,7 @@ impl BatchBuilder {
         elems.retain(|(_, bbox)| unflipped.place(*bbox, least).is_some());
 
         let mut chosen = Vec::new();
-        if let Some(caption) = record
-            .captions
-            .choose(rng)
-            .filter(|_| self.config.whole_image_text)
-        {
+        if let Some(caption) = record.captions.choose(rng).filter(|_| self.config.whole_image_text) {
             chosen.push((self.text(caption, rng)?, None));
         }
         for (elem, bbox) in elems.into_iter().take(self.config.regions_per_image) {
@@ -574,27 +519,12 @@ impl BatchBuilder {
         let flip = transform.flip(chosen.iter().map(|(text, _)| text.text.as_str()), rng);
         let view = View { crop, flip };
         let place = |bbox: Option<[f32; 4]>| bbox.and_then(|bbox| view.place(bbox, least));
-        let concepts = chosen
-            .into_iter()
-            .map(|(text, bbox)| (text, place(bbox)))
-            .collect();
-        Ok(Regions {
-            image,
-            view,
-            concepts,
-        })
+        let concepts = chosen.into_iter().map(|(text, bbox)| (text, place(bbox))).collect();
+        Ok(Regions { image, view, concepts })
     }
 
-    fn element_text(
-        &self,
-        elem: &Element,
-        record: &Record,
-        rng: &mut ChaCha8Rng,
-    ) -> Result<Text, DataError> {
-        let text = elem
-            .texts
-            .choose(rng)
-            .ok_or_else(|| missing(record, "a text of each element"))?;
+    fn element_text(&self, elem: &Element, record: &Record, rng: &mut ChaCha8Rng) -> Result<Text, DataError> {
+        let text = elem.texts.choose(rng).ok_or_else(|| missing(record, "a text of each element"))?;
         let attribute = elem.attributes.choose(rng);
         match attribute.filter(|_| rng.random_bool(self.config.attribute_probability)) {
             Some(attribute) => self.text(&format!("{attribute} {text}"), rng),
@@ -604,28 +534,15 @@ impl BatchBuilder {
 
     fn text(&self, text: &str, rng: &mut ChaCha8Rng) -> Result<Text, DataError> {
         let cleaned = pre_caption(text, self.config.max_words)?;
-        let ids =
-            self.tokenizer
-                .encode(&cleaned, self.config.max_tokens, self.config.append_sep)?;
+        let ids = self.tokenizer.encode(&cleaned, self.config.max_tokens, self.config.append_sep)?;
         if ids.len() < 2 + usize::from(self.config.append_sep) {
-            return Err(DataError::EmptyText {
-                text: text.to_owned(),
-            });
+            return Err(DataError::EmptyText { text: text.to_owned() });
         }
         let masked = self.config.masking.mask(&ids, &self.tokenizer, rng);
-        Ok(Text {
-            text: cleaned,
-            ids,
-            masked,
-        })
+        Ok(Text { text: cleaned, ids, masked })
     }
 
-    fn caption_row(
-        &self,
-        record: &Record,
-        config: &GenerationConfig,
-        rng: &mut ChaCha8Rng,
-    ) -> Result<Row, DataError> {
+    fn caption_row(&self, record: &Record, config: &GenerationConfig, rng: &mut ChaCha8Rng) -> Result<Row, DataError> {
         let caption = match config.target {
             Target::First => record.captions.first(),
             Target::Random => record.captions.choose(rng),
@@ -635,11 +552,7 @@ impl BatchBuilder {
         let prompt = self.tokenizer.tokens(&config.prompt)?;
         let target = self.tokenizer.tokens(&caption)?;
         // The prompt is short and says what to do: the caption is what gets cut.
-        let room = self
-            .config
-            .max_tokens
-            .saturating_sub(2 + prompt.len())
-            .max(1);
+        let room = self.config.max_tokens.saturating_sub(2 + prompt.len()).max(1);
         Ok(self.row(&prompt, &target[..target.len().min(room)], vec![caption]))
     }
 
@@ -656,32 +569,20 @@ impl BatchBuilder {
 
     fn row(&self, prompt: &[u32], target: &[u32], said: Vec<String>) -> Row {
         let (cls, sep) = ([self.tokenizer.cls_id()], [self.tokenizer.sep_id()]);
-        Row {
-            ids: [&cls, prompt, target, &sep].concat(),
-            prompt: 1 + prompt.len(),
-            said,
-        }
+        Row { ids: [&cls, prompt, target, &sep].concat(), prompt: 1 + prompt.len(), said }
     }
 
     fn collate(&self, texts: Vec<Text>) -> TextBatch {
         let (rows, pad) = (texts.len(), self.tokenizer.pad_id());
         let len = texts.iter().map(|text| text.ids.len()).max().unwrap_or(0);
-        let mut batch = TextBatch {
-            rows,
-            len,
-            ..TextBatch::default()
-        };
+        let mut batch = TextBatch { rows, len, ..TextBatch::default() };
         for (row, text) in texts.into_iter().enumerate() {
             push_row(&mut batch.ids, &text.ids, pad, len);
             push_row(&mut batch.mask, &vec![1.0; text.ids.len()], 0.0, len);
             push_row(&mut batch.masked_ids, &text.masked.ids, pad, len);
             let start = (row * len) as u32;
-            batch
-                .masked_positions
-                .extend(text.masked.positions.iter().map(|p| start + p));
-            batch
-                .masked_labels
-                .extend(text.masked.labels.iter().map(|&label| i64::from(label)));
+            batch.masked_positions.extend(text.masked.positions.iter().map(|p| start + p));
+            batch.masked_labels.extend(text.masked.labels.iter().map(|&label| i64::from(label)));
             batch.keys.push(text_key(&text.text).cast_signed());
             batch.texts.push(text.text);
         }
@@ -735,11 +636,7 @@ fn push_row<V: Copy>(to: &mut Vec<V>, values: &[V], padding: V, len: usize) {
 
 fn collate_generation(rows: &[(u32, &Row)], pad: u32) -> GenerationBatch {
     let len = rows.iter().map(|(_, row)| row.ids.len()).max().unwrap_or(0);
-    let mut batch = GenerationBatch {
-        rows: rows.len(),
-        len,
-        ..GenerationBatch::default()
-    };
+    let mut batch = GenerationBatch { rows: rows.len(), len, ..GenerationBatch::default() };
     for &(image, row) in rows {
         // A position's label is the token after it, from the last given token on.
         let mut labels = vec![IGNORE; row.prompt - 1];
@@ -773,23 +670,10 @@ struct Shuffled {
 }
 
 impl Shuffled {
-    fn new(
-        seed: u64,
-        stream: u64,
-        records: &[Record],
-        takes_part: impl Fn(&Record) -> bool,
-    ) -> Self {
+    fn new(seed: u64, stream: u64, records: &[Record], takes_part: impl Fn(&Record) -> bool) -> Self {
         let records = (0u32..).zip(records);
-        let indices = records
-            .filter(|(_, record)| takes_part(record))
-            .map(|(i, _)| i)
-            .collect();
-        Self {
-            seed,
-            stream,
-            indices,
-            recent: Mutex::default(),
-        }
+        let indices = records.filter(|(_, record)| takes_part(record)).map(|(i, _)| i).collect();
+        Self { seed, stream, indices, recent: Mutex::default() }
     }
 
     /// The record at a position of the endless order.
@@ -847,10 +731,9 @@ impl Broken {
         const EXAMPLES: usize = 5;
         self.seen += 1;
         self.met += 1;
-        self.records.entry(index).or_insert_with(|| BrokenRecord {
-            origin: record.origin.clone(),
-            error: Arc::new(error),
-        });
+        self.records
+            .entry(index)
+            .or_insert_with(|| BrokenRecord { origin: record.origin.clone(), error: Arc::new(error) });
         let too_many = self.seen >= ENOUGH && self.met as f64 > limit * self.seen as f64;
         if !too_many && !hopeless {
             return Ok(());

@@ -69,9 +69,7 @@ pub enum DataError {
         message: String,
     },
     /// A box that reaches outside its image by more than a pixel.
-    #[error(
-        "{origin}: {field}: expected a box (x, y, w, h) inside the {width}x{height} image, found {bbox:?}"
-    )]
+    #[error("{origin}: {field}: expected a box (x, y, w, h) inside the {width}x{height} image, found {bbox:?}")]
     BoxOutside {
         /// The record: file and line.
         origin: String,
@@ -119,9 +117,7 @@ pub enum DataError {
         found: String,
     },
     /// So many records are broken that something is wrong with the data as a whole.
-    #[error(
-        "expected at most {limit} of the records to be broken, found {broken} of {seen}, such as{examples}"
-    )]
+    #[error("expected at most {limit} of the records to be broken, found {broken} of {seen}, such as{examples}")]
     TooManyBroken {
         /// How often a broken record was met.
         broken: u64,

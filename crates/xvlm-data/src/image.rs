@@ -51,10 +51,8 @@ impl Picture {
     ///
     /// [`DataError::Image`] naming the file.
     pub fn open(path: &Path) -> Result<Self, DataError> {
-        let bytes = std::fs::read(path).map_err(|error| DataError::Image {
-            name: path.display().to_string(),
-            message: error.to_string(),
-        })?;
+        let bytes = std::fs::read(path)
+            .map_err(|error| DataError::Image { name: path.display().to_string(), message: error.to_string() })?;
         Self::from_bytes(&bytes, &path.display())
     }
 
@@ -64,10 +62,8 @@ impl Picture {
     ///
     /// [`DataError::Image`] naming `name`.
     pub fn from_bytes(bytes: &[u8], name: &dyn std::fmt::Display) -> Result<Self, DataError> {
-        let image = image::load_from_memory(bytes).map_err(|error| DataError::Image {
-            name: name.to_string(),
-            message: error.to_string(),
-        })?;
+        let image = image::load_from_memory(bytes)
+            .map_err(|error| DataError::Image { name: name.to_string(), message: error.to_string() })?;
         let image = image.into_rgb8();
         let (width, height) = image.dimensions();
         Self::from_rgb(width, height, image.into_raw()).ok_or_else(|| DataError::Image {
@@ -122,11 +118,7 @@ impl Picture {
     #[must_use]
     pub fn resized_square(&self, resolution: usize) -> Self {
         let side = resolution as u32;
-        if (self.width, self.height) == (side, side) {
-            self.clone()
-        } else {
-            self.resized(self.rect(), side, side)
-        }
+        if (self.width, self.height) == (side, side) { self.clone() } else { self.resized(self.rect(), side, side) }
     }
 
     /// Writes the normalised pixels, `[3][height][width]`, mirrored left to right if `flip`.
@@ -136,9 +128,7 @@ impl Picture {
     /// If `out` is not of `3 · height · width` numbers.
     pub fn normalise_into(&self, flip: bool, out: &mut [f32]) {
         static TABLE: LazyLock<[[f32; 256]; 3]> = LazyLock::new(|| {
-            std::array::from_fn(|c| {
-                std::array::from_fn(|byte| (byte as f32 / 255.0 - MEAN[c]) / STD[c])
-            })
+            std::array::from_fn(|c| std::array::from_fn(|byte| (byte as f32 / 255.0 - MEAN[c]) / STD[c]))
         });
         let (width, plane) = (self.width as usize, self.rgb.len() / 3);
         assert_eq!(out.len(), plane * 3, "[3, {}, {width}]", self.height);
@@ -151,10 +141,7 @@ impl Picture {
             .zip(out_green.chunks_exact_mut(width))
             .zip(out_blue.chunks_exact_mut(width));
         for (row, ((r, g), b)) in rows.zip(planes) {
-            for (pixel, ((r, g), b)) in row
-                .chunks_exact(3)
-                .zip(r.iter_mut().zip(&mut *g).zip(&mut *b))
-            {
+            for (pixel, ((r, g), b)) in row.chunks_exact(3).zip(r.iter_mut().zip(&mut *g).zip(&mut *b)) {
                 *r = red[usize::from(pixel[0])];
                 *g = green[usize::from(pixel[1])];
                 *b = blue[usize::from(pixel[2])];
@@ -199,12 +186,12 @@ impl Picture {
         use image::ImageEncoder;
         let mut png = Vec::new();
         let color = image::ExtendedColorType::Rgb8;
-        image::codecs::png::PngEncoder::new(&mut png)
-            .write_image(&self.rgb, self.width, self.height, color)
-            .map_err(|error| DataError::Image {
+        image::codecs::png::PngEncoder::new(&mut png).write_image(&self.rgb, self.width, self.height, color).map_err(
+            |error| DataError::Image {
                 name: format!("of {}x{} pixels", self.width, self.height),
                 message: error.to_string(),
-            })?;
+            },
+        )?;
         Ok(png)
     }
 }
@@ -215,10 +202,7 @@ impl Picture {
 /// # Errors
 ///
 /// [`DataError::Image`] naming the file.
-pub fn load_pixels(
-    source: &ImageSource,
-    resolution: usize,
-) -> Result<(Vec<f32>, (u32, u32)), DataError> {
+pub fn load_pixels(source: &ImageSource, resolution: usize) -> Result<(Vec<f32>, (u32, u32)), DataError> {
     let picture = Picture::decode(source, &"in memory")?;
     let size = (picture.width(), picture.height());
     Ok((picture.resized_square(resolution).normalised(), size))
@@ -250,11 +234,7 @@ impl ImageCache {
     /// A cache of at most `limit` bytes of pixels.
     #[must_use]
     pub fn new(limit: usize) -> Self {
-        Self {
-            limit,
-            used: AtomicUsize::new(0),
-            images: RwLock::default(),
-        }
+        Self { limit, used: AtomicUsize::new(0), images: RwLock::default() }
     }
 
     /// Bytes of pixels held.
@@ -266,10 +246,7 @@ impl ImageCache {
     /// Number of images held.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.images
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .len()
+        self.images.read().unwrap_or_else(PoisonError::into_inner).len()
     }
 
     /// Whether it holds nothing.
@@ -290,12 +267,7 @@ impl ImageCache {
         name: &dyn std::fmt::Display,
     ) -> Result<Arc<Decoded>, DataError> {
         let key = (source_key(source), resolution.unwrap_or(0));
-        let found = self
-            .images
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(&key)
-            .cloned();
+        let found = self.images.read().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
         if let Some(decoded) = found {
             return Ok(decoded);
         }
@@ -322,11 +294,7 @@ pub(crate) fn decode(
         Some(resolution) if side(resolution) => picture.resized_square(resolution),
         _ => picture,
     };
-    Ok(Decoded {
-        picture,
-        width,
-        height,
-    })
+    Ok(Decoded { picture, width, height })
 }
 
 fn source_key(source: &ImageSource) -> u64 {

@@ -48,19 +48,9 @@ impl<'a> Context<'a> {
     }
 
     pub(crate) fn object(self, value: &'a Value, name: &str) -> Result<Object<'a>, DataError> {
-        let map = value
-            .as_object()
-            .ok_or_else(|| self.error(name, "an object", describe(value)))?;
-        let prefix = if name == "record" {
-            String::new()
-        } else {
-            format!("{name}.")
-        };
-        Ok(Object {
-            context: self,
-            prefix,
-            map,
-        })
+        let map = value.as_object().ok_or_else(|| self.error(name, "an object", describe(value)))?;
+        let prefix = if name == "record" { String::new() } else { format!("{name}.") };
+        Ok(Object { context: self, prefix, map })
     }
 
     fn text(self, value: &Value, name: &str) -> Result<String, DataError> {
@@ -86,15 +76,12 @@ impl<'a> Object<'a> {
     }
 
     pub(crate) fn wrong(&self, field: &str, expected: &str, value: &Value) -> DataError {
-        self.context
-            .error(self.name(field), expected, describe(value))
+        self.context.error(self.name(field), expected, describe(value))
     }
 
     /// A string with something in it.
     pub(crate) fn text(&self, field: &str) -> Result<String, DataError> {
-        let value = self
-            .get(field)
-            .ok_or_else(|| self.missing(field, "a non-empty string"))?;
+        let value = self.get(field).ok_or_else(|| self.missing(field, "a non-empty string"))?;
         self.context.text(value, &self.name(field))
     }
 
@@ -105,14 +92,9 @@ impl<'a> Object<'a> {
             Some(Value::Array(items)) => items
                 .iter()
                 .enumerate()
-                .map(|(i, item)| {
-                    self.context
-                        .text(item, &format!("{}[{i}]", self.name(field)))
-                })
+                .map(|(i, item)| self.context.text(item, &format!("{}[{i}]", self.name(field))))
                 .collect(),
-            Some(value @ Value::String(_)) => {
-                Ok(vec![self.context.text(value, &self.name(field))?])
-            }
+            Some(value @ Value::String(_)) => Ok(vec![self.context.text(value, &self.name(field))?]),
             Some(value) => Err(self.wrong(field, "a string or a list of strings", value)),
         }
     }
@@ -129,9 +111,7 @@ impl<'a> Object<'a> {
     /// A box (x, y, w, h) in pixels with a positive area.
     pub(crate) fn bbox(&self, field: &str) -> Result<[f32; 4], DataError> {
         const EXPECTED: &str = "a box [x, y, w, h] of four numbers in pixels with w > 0 and h > 0";
-        let value = self
-            .get(field)
-            .ok_or_else(|| self.missing(field, EXPECTED))?;
+        let value = self.get(field).ok_or_else(|| self.missing(field, EXPECTED))?;
         let mut bbox = [0f32; 4];
         let numbers = value.as_array().filter(|items| items.len() == 4);
         let numbers = numbers.ok_or_else(|| self.wrong(field, EXPECTED, value))?;
@@ -142,11 +122,7 @@ impl<'a> Object<'a> {
                 .filter(|number| number.is_finite())
                 .ok_or_else(|| self.wrong(field, EXPECTED, value))?;
         }
-        if bbox[2] > 0.0 && bbox[3] > 0.0 {
-            Ok(bbox)
-        } else {
-            Err(self.wrong(field, EXPECTED, value))
-        }
+        if bbox[2] > 0.0 && bbox[3] > 0.0 { Ok(bbox) } else { Err(self.wrong(field, EXPECTED, value)) }
     }
 
     /// An identifier: a string, or a number as its digits.
@@ -162,9 +138,7 @@ impl<'a> Object<'a> {
     /// A number of pixels.
     pub(crate) fn pixels(&self, field: &str) -> Result<u32, DataError> {
         const EXPECTED: &str = "a positive whole number of pixels";
-        let value = self
-            .get(field)
-            .ok_or_else(|| self.missing(field, EXPECTED))?;
+        let value = self.get(field).ok_or_else(|| self.missing(field, EXPECTED))?;
         value
             .as_u64()
             .and_then(|number| u32::try_from(number).ok())
@@ -189,8 +163,5 @@ pub(crate) fn folder(path: &Path) -> PathBuf {
 }
 
 pub(crate) fn io_error(path: &Path, source: std::io::Error) -> DataError {
-    DataError::Io {
-        path: path.to_owned(),
-        source,
-    }
+    DataError::Io { path: path.to_owned(), source }
 }

@@ -24,8 +24,8 @@ pub mod tokens;
 pub mod transform;
 
 pub use batch::{
-    BatchBuilder, BatchConfig, BrokenRecord, CaptionBatch, GenerationBatch, GenerationConfig,
-    RegionBatch, Target, TextBatch,
+    BatchBuilder, BatchConfig, BrokenRecord, CaptionBatch, GenerationBatch, GenerationConfig, RegionBatch, Target,
+    TextBatch,
 };
 pub use error::{DataError, Place};
 pub use image::{ImageCache, Picture};

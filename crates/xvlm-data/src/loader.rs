@@ -21,10 +21,7 @@ pub struct LoaderConfig {
 
 impl Default for LoaderConfig {
     fn default() -> Self {
-        Self {
-            workers: 2,
-            ahead: 4,
-        }
+        Self { workers: 2, ahead: 4 }
     }
 }
 
@@ -71,9 +68,7 @@ impl<T> Shared<T> {
 
     fn work(&self, build: &(impl Fn(u64) -> Result<T, DataError> + ?Sized)) {
         loop {
-            let too_far = |state: &mut State<T>| {
-                !state.stopped && state.next >= state.due.saturating_add(self.ahead)
-            };
+            let too_far = |state: &mut State<T>| !state.stopped && state.next >= state.due.saturating_add(self.ahead);
             let mut state = self.wait_while(self.lock(), too_far);
             if state.stopped {
                 return;
@@ -81,12 +76,8 @@ impl<T> Shared<T> {
             let step = state.next;
             state.next += 1;
             drop(state);
-            let built = catch_unwind(AssertUnwindSafe(|| build(step))).unwrap_or_else(|panic| {
-                Err(DataError::WorkerPanic {
-                    step,
-                    message: panic_message(&*panic),
-                })
-            });
+            let built = catch_unwind(AssertUnwindSafe(|| build(step)))
+                .unwrap_or_else(|panic| Err(DataError::WorkerPanic { step, message: panic_message(&*panic) }));
             self.lock().ready.insert(step, built);
             self.changed.notify_all();
         }
@@ -95,8 +86,7 @@ impl<T> Shared<T> {
 
 fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "of no text".to_owned())
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "of no text".to_owned())
 }
 
 impl<T: Send + 'static> Loader<T> {
@@ -124,23 +114,12 @@ impl<T: Send + 'static> Loader<T> {
         config: LoaderConfig,
         build: impl Fn(u64) -> Result<T, DataError> + Send + Sync + 'static,
     ) -> Result<Self, DataError> {
-        let state = State {
-            due: step,
-            next: step,
-            ready: BTreeMap::new(),
-            stopped: false,
-        };
-        let shared = Arc::new(Shared {
-            state: Mutex::new(state),
-            changed: Condvar::new(),
-            ahead: config.ahead.max(1) as u64,
-        });
+        let state = State { due: step, next: step, ready: BTreeMap::new(), stopped: false };
+        let shared =
+            Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), ahead: config.ahead.max(1) as u64 });
         let build = Arc::new(build);
         // Made first: dropped on an error, it stops the workers that did start.
-        let mut loader = Self {
-            shared,
-            workers: Vec::new(),
-        };
+        let mut loader = Self { shared, workers: Vec::new() };
         for worker in 0..config.workers.max(1) {
             let (shared, build) = (Arc::clone(&loader.shared), Arc::clone(&build));
             let thread = std::thread::Builder::new().name(format!("loader {worker}"));
@@ -171,9 +150,7 @@ impl<T> Loader<T> {
                 self.shared.changed.notify_all();
                 return built;
             }
-            state = self
-                .shared
-                .wait_while(state, |state| !state.ready.contains_key(&due));
+            state = self.shared.wait_while(state, |state| !state.ready.contains_key(&due));
         }
     }
 }

@@ -27,13 +27,7 @@ pub struct MaskingGenerator {
 
 impl Default for MaskingGenerator {
     fn default() -> Self {
-        Self {
-            mask_prob: 0.25,
-            max_masks: 8,
-            skipgram_prb: 0.2,
-            skipgram_size: 3,
-            mask_whole_word: true,
-        }
+        Self { mask_prob: 0.25, max_masks: 8, skipgram_prb: 0.2, skipgram_size: 3, mask_whole_word: true }
     }
 }
 
@@ -83,11 +77,7 @@ impl MaskingGenerator {
                 continue;
             }
             let run = self.skipgram_size >= 2 && rng.random_bool(self.skipgram_prb.clamp(0.0, 1.0));
-            let count = if run {
-                rng.random_range(2..=self.skipgram_size)
-            } else {
-                1
-            };
+            let count = if run { rng.random_range(2..=self.skipgram_size) } else { 1 };
             let (mut start, mut end) = (start, (start + count).min(ids.len()));
             if self.mask_whole_word {
                 while start > 1 && tokenizer.continues_word(ids[start]) {

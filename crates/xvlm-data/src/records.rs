@@ -90,9 +90,7 @@ pub fn read_jsonl(path: impl AsRef<Path>) -> Result<Vec<Record>, DataError> {
 /// # Errors
 ///
 /// [`DataError::Io`] when the file itself cannot be read.
-pub fn read_jsonl_lenient(
-    path: impl AsRef<Path>,
-) -> Result<(Vec<Record>, Vec<DataError>), DataError> {
+pub fn read_jsonl_lenient(path: impl AsRef<Path>) -> Result<(Vec<Record>, Vec<DataError>), DataError> {
     let (mut records, mut broken) = (Vec::new(), Vec::new());
     for_each_line(path.as_ref(), |result| {
         match result {
@@ -126,32 +124,19 @@ fn for_each_line(
     }
 }
 
-fn parse_line(
-    bytes: &[u8],
-    path: &Arc<Path>,
-    line: usize,
-    folder: &Path,
-) -> Result<Record, DataError> {
+fn parse_line(bytes: &[u8], path: &Arc<Path>, line: usize, folder: &Path) -> Result<Record, DataError> {
     let place = Place::Line(line);
-    let value: Value = serde_json::from_slice(bytes).map_err(|source| DataError::Json {
-        path: path.to_path_buf(),
-        place,
-        source,
-    })?;
+    let value: Value =
+        serde_json::from_slice(bytes).map_err(|source| DataError::Json { path: path.to_path_buf(), place, source })?;
     let context = Context { path, place };
     let object = context.object(&value, "record")?;
     let elems = object.list("elems")?.iter().enumerate();
     let record = Record {
         image: image(&object, folder)?,
         captions: object.texts("caption")?,
-        elems: elems
-            .map(|(i, value)| element(context, value, &format!("elems[{i}]")))
-            .collect::<Result<_, _>>()?,
+        elems: elems.map(|(i, value)| element(context, value, &format!("elems[{i}]"))).collect::<Result<_, _>>()?,
         questions: questions(&object)?,
-        origin: Origin {
-            file: Arc::clone(path),
-            line,
-        },
+        origin: Origin { file: Arc::clone(path), line },
     };
     if record.captions.is_empty() && record.elems.is_empty() && record.questions.is_empty() {
         return Err(object.missing("caption", "a caption, elems or questions"));
@@ -165,11 +150,7 @@ fn element<'a>(context: Context<'a>, value: &'a Value, name: &str) -> Result<Ele
     if texts.is_empty() {
         return Err(object.missing("caption", "a string or a list of strings"));
     }
-    Ok(Element {
-        bbox: object.bbox("bb")?,
-        texts,
-        attributes: object.texts("attributes")?,
-    })
+    Ok(Element { bbox: object.bbox("bb")?, texts, attributes: object.texts("attributes")? })
 }
 
 fn questions(object: &Object<'_>) -> Result<Vec<(String, String)>, DataError> {
@@ -206,15 +187,9 @@ fn image(object: &Object<'_>, folder: &Path) -> Result<ImageSource, DataError> {
         return Ok(ImageSource::Path(folder.join(object.text("image_rpath")?)));
     }
     if object.get("binary").is_some() {
-        return base64(
-            object,
-            "binary",
-            &object.text("binary")?,
-            "base64 of an image file",
-        );
+        return base64(object, "binary", &object.text("binary")?, "base64 of an image file");
     }
-    const EXPECTED: &str =
-        "base64 of an image file, or the path of one relative to the record's file";
+    const EXPECTED: &str = "base64 of an image file, or the path of one relative to the record's file";
     if object.get("image").is_none() {
         return Err(object.missing("image", EXPECTED));
     }
@@ -228,22 +203,13 @@ fn image(object: &Object<'_>, folder: &Path) -> Result<ImageSource, DataError> {
     base64(object, "image", &text, EXPECTED)
 }
 
-fn base64(
-    object: &Object<'_>,
-    field: &str,
-    text: &str,
-    expected: &str,
-) -> Result<ImageSource, DataError> {
+fn base64(object: &Object<'_>, field: &str, text: &str, expected: &str) -> Result<ImageSource, DataError> {
     let data = match text.strip_prefix("data:") {
         Some(rest) => rest.split_once(',').map_or(rest, |(_, data)| data),
         None => text,
     };
     match base64::engine::general_purpose::STANDARD.decode(data.trim()) {
         Ok(bytes) => Ok(ImageSource::Bytes(bytes.into())),
-        Err(error) => Err(object.context.error(
-            object.name(field),
-            expected,
-            format!("{:?}: {error}", excerpt(text)),
-        )),
+        Err(error) => Err(object.context.error(object.name(field), expected, format!("{:?}: {error}", excerpt(text)))),
     }
 }

@@ -60,11 +60,7 @@ impl Weights {
             }
             spans.push((first, count));
         }
-        Self {
-            spans,
-            values,
-            longest,
-        }
+        Self { spans, values, longest }
     }
 
     fn of(&self, out: usize) -> (usize, &[i32]) {
@@ -86,13 +82,7 @@ fn to_byte(sum: i32) -> u8 {
 ///
 /// If the rectangle is empty or not inside the image.
 #[must_use]
-pub fn resize_bicubic(
-    rgb: &[u8],
-    width: usize,
-    rect: Rect,
-    out_width: usize,
-    out_height: usize,
-) -> Vec<u8> {
+pub fn resize_bicubic(rgb: &[u8], width: usize, rect: Rect, out_width: usize, out_height: usize) -> Vec<u8> {
     let (x0, y0) = (rect.x as usize, rect.y as usize);
     let (w, h) = (rect.width as usize, rect.height as usize);
     assert!(w > 0 && h > 0 && x0 + w <= width && (y0 + h) * width * 3 <= rgb.len());

@@ -61,9 +61,7 @@ impl TextTokenizer {
             .map_err(|error| wrong("the content of a tokenizer.json", error.to_string()))?;
         // Published files may pad or cut to a length of their own; batches do that here.
         inner.with_padding(None);
-        inner
-            .with_truncation(None)
-            .map_err(|error| wrong("a tokenizer that need not truncate", error.to_string()))?;
+        inner.with_truncation(None).map_err(|error| wrong("a tokenizer that need not truncate", error.to_string()))?;
 
         let vocabulary = inner.get_vocab(true);
         let find = |names: &[&str; 5]| -> Option<[u32; 5]> {
@@ -73,33 +71,19 @@ impl TextTokenizer {
             }
             Some(ids)
         };
-        let specials = find(&BERT_SPECIALS)
-            .or_else(|| find(&ROBERTA_SPECIALS))
-            .ok_or_else(|| {
-                let expected = format!("the tokens {BERT_SPECIALS:?} or {ROBERTA_SPECIALS:?}");
-                wrong(
-                    &expected,
-                    format!("{} tokens without them", vocabulary.len()),
-                )
-            })?;
+        let specials = find(&BERT_SPECIALS).or_else(|| find(&ROBERTA_SPECIALS)).ok_or_else(|| {
+            let expected = format!("the tokens {BERT_SPECIALS:?} or {ROBERTA_SPECIALS:?}");
+            wrong(&expected, format!("{} tokens without them", vocabulary.len()))
+        })?;
 
         let bytes_level = matches!(inner.get_model(), ModelWrapper::BPE(_));
         let size = vocabulary.values().max().map_or(0, |&id| id as usize + 1);
         let mut continues = vec![false; size];
         for (token, &id) in &vocabulary {
             continues[id as usize] = !specials.contains(&id)
-                && if bytes_level {
-                    !token.starts_with(BEGINS)
-                } else {
-                    token.starts_with(CONTINUES)
-                };
+                && if bytes_level { !token.starts_with(BEGINS) } else { token.starts_with(CONTINUES) };
         }
-        Ok(Self {
-            inner,
-            name: name.to_owned(),
-            specials,
-            continues,
-        })
+        Ok(Self { inner, name: name.to_owned(), specials, continues })
     }
 
     /// A lower-casing BERT tokenizer of exactly these pieces, numbered in their order.
@@ -164,9 +148,7 @@ impl TextTokenizer {
                 pieces.push(piece);
             }
         };
-        BERT_SPECIALS
-            .iter()
-            .for_each(|&token| add(token.to_owned()));
+        BERT_SPECIALS.iter().for_each(|&token| add(token.to_owned()));
         let words = words.iter().flat_map(|word| word.split_whitespace());
         for word in words.filter(|word| !BERT_SPECIALS.contains(word)) {
             add(word.to_lowercase());
@@ -174,9 +156,7 @@ impl TextTokenizer {
         let alphabet = ('a'..='z').chain('0'..='9');
         alphabet.clone().for_each(|letter| add(letter.to_string()));
         alphabet.for_each(|letter| add(format!("{CONTINUES}{letter}")));
-        (' '..='~')
-            .filter(char::is_ascii_punctuation)
-            .for_each(|sign| add(sign.to_string()));
+        (' '..='~').filter(char::is_ascii_punctuation).for_each(|sign| add(sign.to_string()));
         Self::from_pieces("of a list of words", &pieces)
     }
 
@@ -262,11 +242,7 @@ impl TextTokenizer {
     /// The text of pieces, special tokens left out.
     #[must_use]
     pub fn decode(&self, ids: &[u32]) -> String {
-        let ids: Vec<u32> = ids
-            .iter()
-            .copied()
-            .filter(|id| !self.specials.contains(id))
-            .collect();
+        let ids: Vec<u32> = ids.iter().copied().filter(|id| !self.specials.contains(id)).collect();
         self.inner.decode(&ids, true).unwrap_or_default()
     }
 
@@ -294,10 +270,7 @@ fn clean(text: &str) -> String {
 
 /// At most `max_words` of the parts between single spaces.
 fn first_words(text: &str, max_words: usize) -> String {
-    text.split(' ')
-        .take(max_words)
-        .collect::<Vec<_>>()
-        .join(" ")
+    text.split(' ').take(max_words).collect::<Vec<_>>().join(" ")
 }
 
 /// What Python's `\s` matches.
@@ -330,9 +303,7 @@ pub fn pre_caption(text: &str, max_words: usize) -> Result<String, DataError> {
     let cleaned = squeeze(&clean(text).replace("<person>", "person"));
     let cleaned = first_words(cleaned.trim_end_matches('\n').trim_matches(' '), max_words);
     if cleaned.is_empty() {
-        return Err(DataError::EmptyText {
-            text: excerpt(text),
-        });
+        return Err(DataError::EmptyText { text: excerpt(text) });
     }
     Ok(cleaned)
 }

@@ -23,12 +23,7 @@ impl Rect {
     /// All of an image.
     #[must_use]
     pub fn whole(width: u32, height: u32) -> Self {
-        Self {
-            x: 0,
-            y: 0,
-            width,
-            height,
-        }
+        Self { x: 0, y: 0, width, height }
     }
 }
 
@@ -61,13 +56,7 @@ impl Placed {
     #[must_use]
     pub fn centered(&self) -> [f32; 4] {
         let ([x, y, w, h], [width, height]) = (self.bbox, self.size);
-        [
-            (x + w / 2.0) / width,
-            (y + h / 2.0) / height,
-            w / width,
-            h / height,
-        ]
-        .map(|v| v as f32)
+        [(x + w / 2.0) / width, (y + h / 2.0) / height, w / width, h / height].map(|v| v as f32)
     }
 
     /// Which of `grid` × `grid` patches the box touches: `[1 + grid²]` of 0 and 1, the first always 1.
@@ -107,10 +96,7 @@ impl View {
     /// The whole image, not mirrored.
     #[must_use]
     pub fn whole(width: u32, height: u32) -> Self {
-        Self {
-            crop: Rect::whole(width, height),
-            flip: false,
-        }
+        Self { crop: Rect::whole(width, height), flip: false }
     }
 
     /// Where a box of the image, `(x, y, w, h)` in pixels as stored, is in this view, clipped to it;
@@ -118,8 +104,7 @@ impl View {
     #[must_use]
     pub fn place(&self, bbox: [f32; 4], min_share: f64) -> Option<Placed> {
         let [x, y, w, h] = bbox.map(f64::from);
-        let [x0, y0, width, height] =
-            [self.crop.x, self.crop.y, self.crop.width, self.crop.height].map(f64::from);
+        let [x0, y0, width, height] = [self.crop.x, self.crop.y, self.crop.width, self.crop.height].map(f64::from);
         let (left, top) = ((x - x0).max(0.0), (y - y0).max(0.0));
         let (right, bottom) = ((x + w - x0).min(width), (y + h - y0).min(height));
         if right <= left || bottom <= top {
@@ -128,10 +113,7 @@ impl View {
         let (new_w, new_h) = (right - left, bottom - top);
         let left = if self.flip { width - right } else { left };
         let kept = new_w * new_h > min_share * w * h;
-        kept.then_some(Placed {
-            bbox: [left, top, new_w, new_h],
-            size: [width, height],
-        })
+        kept.then_some(Placed { bbox: [left, top, new_w, new_h], size: [width, height] })
     }
 
     /// Writes the view's normalised pixels, `[3][R][R]`. The image may have been resized to that
@@ -148,9 +130,7 @@ impl View {
             picture.normalise_into(self.flip, out);
         } else {
             let crop = if whole { picture.rect() } else { self.crop };
-            picture
-                .resized(crop, side, side)
-                .normalise_into(self.flip, out);
+            picture.resized(crop, side, side).normalise_into(self.flip, out);
         }
     }
 }
@@ -175,19 +155,13 @@ impl Transform {
         }
         let [x, y, w, h] = keep;
         let mut along = |lo: f32, size: f32, side: u32| {
-            let from =
-                rng.random_range(0..=(lo.max(0.0).floor() as u32).min(side.saturating_sub(1)));
+            let from = rng.random_range(0..=(lo.max(0.0).floor() as u32).min(side.saturating_sub(1)));
             let least = ((lo + size).ceil() as u32).clamp(from + 1, side.max(from + 1));
             let to = rng.random_range(least..=side.max(least));
             (from, to - from)
         };
         let ((x, width), (y, height)) = (along(x, w, width), along(y, h, height));
-        Rect {
-            x,
-            y,
-            width,
-            height,
-        }
+        Rect { x, y, width, height }
     }
 
     /// Whether to mirror a picture that goes with these texts.
