@@ -1,0 +1,177 @@
+//! Tensors to parameters, strictly.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+
+use candle_core::{Tensor, Var};
+
+use crate::error::{NamedShape, Reshaped, WeightsError};
+
+/// Which differences between a file and a model are no mistake. The default allows none.
+///
+/// A pattern is the beginning of a name (`text_decoder.`); with a `*` in it, which stands for any characters, it is
+/// the whole name (`*.relative_position_index`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LoadRules {
+    /// Parameters that may stay as initialised.
+    pub allow_missing: Vec<String>,
+    /// Tensors that may be left out.
+    pub allow_unexpected: Vec<String>,
+}
+
+/// What an assignment did, by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LoadReport {
+    /// Parameters that have been given their tensor.
+    pub loaded: Vec<String>,
+    /// Parameters without a tensor, left as initialised.
+    pub missing: Vec<String>,
+    /// Tensors without a parameter, left out.
+    pub unexpected: Vec<String>,
+}
+
+impl fmt::Display for LoadReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} tensors loaded", self.loaded.len())?;
+        for (what, names) in [("left as initialised", &self.missing), ("not used", &self.unexpected)] {
+            if !names.is_empty() {
+                write!(f, "\n{} {what}: {}", names.len(), names.join(", "))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Gives each parameter the tensor of its name, in the parameter's dtype and on its device.
+///
+/// `name` is what errors call the source of the tensors. Every difference is found before anything is changed: on
+/// an error about names, shapes or conversion all parameters are as they were.
+///
+/// # Errors
+/// [`WeightsError::Missing`], [`WeightsError::Unexpected`] and [`WeightsError::Shape`], each with all tensors
+/// concerned, or [`WeightsError::Several`] of them; what `rules` allow is reported instead. A wrong shape cannot be
+/// allowed.
+pub fn assign(
+    name: &str,
+    tensors: &BTreeMap<String, Tensor>,
+    targets: &[(String, Var)],
+    rules: &LoadRules,
+) -> Result<LoadReport, WeightsError> {
+    let mut report = LoadReport::default();
+    let (mut missing, mut reshaped, mut pairs) = (Vec::new(), Vec::new(), Vec::new());
+    for (target, var) in targets {
+        match tensors.get(target) {
+            Some(tensor) if tensor.dims() == var.dims() => pairs.push((target, var, tensor)),
+            Some(tensor) => reshaped.push(Reshaped {
+                name: target.clone(),
+                expected: var.dims().to_vec(),
+                found: tensor.dims().to_vec(),
+            }),
+            None if allowed(&rules.allow_missing, target) => report.missing.push(target.clone()),
+            None => missing.push(NamedShape { name: target.clone(), shape: var.dims().to_vec() }),
+        }
+    }
+    let known: HashSet<&str> = targets.iter().map(|(target, _)| target.as_str()).collect();
+    let mut unexpected = Vec::new();
+    for (tensor, value) in tensors.iter().filter(|(tensor, _)| !known.contains(tensor.as_str())) {
+        if allowed(&rules.allow_unexpected, tensor) {
+            report.unexpected.push(tensor.clone());
+        } else {
+            unexpected.push(NamedShape { name: tensor.clone(), shape: value.dims().to_vec() });
+        }
+    }
+    refuse(name, missing, unexpected, reshaped)?;
+
+    let failed = |tensor: &str, source| WeightsError::tensor(name, tensor, source);
+    let own: HashSet<usize> = targets.iter().map(|(_, var)| storage(var)).collect();
+    let ready = pairs
+        .into_iter()
+        .map(|(target, var, tensor)| {
+            let value = tensor.detach().to_device(var.device()).and_then(|value| value.to_dtype(var.dtype()));
+            // A parameter cannot be set from its own memory, and must not be from that of one just overwritten.
+            let value = value.and_then(|value| if own.contains(&storage(&value)) { value.copy() } else { Ok(value) });
+            Ok((target, var, value.map_err(|source| failed(target, source))?))
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    for (target, var, value) in ready {
+        var.set(&value).map_err(|source| failed(target, source))?;
+        report.loaded.push(target.clone());
+    }
+    Ok(report)
+}
+
+/// The error for what differs, if anything does.
+fn refuse(
+    name: &str,
+    missing: Vec<NamedShape>,
+    unexpected: Vec<NamedShape>,
+    reshaped: Vec<Reshaped>,
+) -> Result<(), WeightsError> {
+    let mut errors = Vec::new();
+    if !missing.is_empty() {
+        errors.push(WeightsError::Missing { file: name.into(), tensors: missing });
+    }
+    if !unexpected.is_empty() {
+        errors.push(WeightsError::Unexpected { file: name.into(), tensors: unexpected });
+    }
+    if !reshaped.is_empty() {
+        errors.push(WeightsError::Shape { file: name.into(), tensors: reshaped });
+    }
+    match errors.len() {
+        0 => Ok(()),
+        1 => Err(errors.swap_remove(0)),
+        _ => Err(WeightsError::Several(errors)),
+    }
+}
+
+/// Where a tensor's numbers are: equal for tensors that share them.
+fn storage(tensor: &Tensor) -> usize {
+    let (storage, _) = tensor.storage_and_layout();
+    std::ptr::from_ref(&*storage) as usize
+}
+
+fn allowed(patterns: &[String], name: &str) -> bool {
+    patterns.iter().any(|pattern| matches(pattern, name))
+}
+
+/// See [`LoadRules`].
+fn matches(pattern: &str, name: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let Some(mut rest) = name.strip_prefix(parts.next().unwrap_or_default()) else {
+        return false;
+    };
+    let Some(last) = parts.next_back() else {
+        return true;
+    };
+    for part in parts {
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => return false,
+        }
+    }
+    rest.ends_with(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::matches;
+
+    #[test]
+    fn patterns_are_beginnings_or_globs() {
+        for (pattern, name, expected) in [
+            ("text_decoder.", "text_decoder.bert.weight", true),
+            ("text_decoder.", "text_encoder.text_decoder.", false),
+            ("*.relative_position_index", "layers.0.relative_position_index", true),
+            ("*.relative_position_index", "layers.0.relative_position_index.x", false),
+            ("layers.*.bias", "layers.1.norm.bias", true),
+            ("layers.*.bias", "layers.bias", false),
+            ("a*b*c", "a--b--b--c", true),
+            ("a*b*c", "a--c", false),
+            ("a*a", "a", false),
+            ("*", "anything", true),
+            ("", "anything", true),
+        ] {
+            assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
+        }
+    }
+}

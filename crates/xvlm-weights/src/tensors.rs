@@ -1,0 +1,125 @@
+//! Safetensors, read and written.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::{Dtype, SafeTensors};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::error::WeightsError;
+
+/// The dtypes that can be read.
+pub(crate) const READABLE: &str = "F32, F16, BF16, F64 or I64";
+
+/// How numbers are stored in a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StoredType {
+    /// 4 bytes, exact.
+    #[default]
+    F32,
+    /// 2 bytes, 11 significant bits, up to 65504.
+    F16,
+    /// 2 bytes, 8 significant bits, the range of f32.
+    Bf16,
+}
+
+impl StoredType {
+    fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+
+    /// The name in a safetensors header.
+    fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "F32",
+            Self::F16 => "F16",
+            Self::Bf16 => "BF16",
+        }
+    }
+}
+
+/// Reads the content of a safetensors file into f32 tensors on the CPU; `name` is what errors call the file.
+///
+/// # Errors
+/// [`WeightsError::Corrupt`] if the bytes are no safetensors, [`WeightsError::Dtype`] if a tensor's type is none that
+/// a weight may have.
+pub fn read_safetensors(name: &str, bytes: &[u8]) -> Result<BTreeMap<String, Tensor>, WeightsError> {
+    let file = SafeTensors::deserialize(bytes).map_err(|error| {
+        unknown_dtype(bytes)
+            .map(|(tensor, found)| WeightsError::Dtype { file: name.into(), tensor, found })
+            .unwrap_or_else(|| WeightsError::Corrupt { file: name.into(), len: bytes.len(), found: error.to_string() })
+    })?;
+    let read = |(tensor, view): (&str, safetensors::tensor::TensorView)| {
+        let dtype = match view.dtype() {
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            Dtype::F64 => DType::F64,
+            // Position indices, which published text encoders carry among their weights.
+            Dtype::I64 => DType::I64,
+            other => {
+                return Err(WeightsError::Dtype { file: name.into(), tensor: tensor.into(), found: other.to_string() });
+            }
+        };
+        let value = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)
+            .and_then(|value| value.to_dtype(DType::F32))
+            .map_err(|source| WeightsError::tensor(name, tensor, source))?;
+        Ok((tensor.to_owned(), value))
+    };
+    file.iter().map(read).collect()
+}
+
+/// The first tensor of a refused header whose dtype is none of the format's: the reader itself would name no tensor.
+fn unknown_dtype(bytes: &[u8]) -> Option<(String, String)> {
+    let (len, rest) = bytes.split_first_chunk::<8>()?;
+    let header = rest.get(..usize::try_from(u64::from_le_bytes(*len)).ok()?)?;
+    let header: BTreeMap<String, Value> = serde_json::from_slice(header).ok()?;
+    header.into_iter().filter(|(name, _)| name != "__metadata__").find_map(|(name, entry)| {
+        let dtype = entry.get("dtype")?.as_str()?;
+        let unknown = serde_json::from_value::<Dtype>(dtype.into()).is_err();
+        unknown.then(|| (name, dtype.to_owned()))
+    })
+}
+
+/// Writes tensors as safetensors, one at a time: besides the tensors, memory holds one converted copy of one of them.
+///
+/// # Errors
+/// If writing fails, or a tensor cannot be brought to the CPU.
+pub fn write_safetensors(
+    out: &mut dyn Write,
+    tensors: &BTreeMap<String, Tensor>,
+    stored: StoredType,
+) -> io::Result<()> {
+    // Readers of the original ecosystem refuse a file that does not say which framework's layout it has.
+    let mut header = Map::from_iter([("__metadata__".to_owned(), json!({"format": "pt"}))]);
+    let mut start = 0;
+    for (name, tensor) in tensors {
+        let end = start + tensor.elem_count() * stored.dtype().size_in_bytes();
+        let entry = json!({"dtype": stored.name(), "shape": tensor.dims(), "data_offsets": [start, end]});
+        if header.insert(name.clone(), entry).is_some() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("tensor {name}: the name is reserved")));
+        }
+        start = end;
+    }
+    let mut header = serde_json::to_vec(&header)?;
+    // The format's readers may map the file: numbers start at a multiple of 8.
+    header.resize(header.len().next_multiple_of(8), b' ');
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    let mut out = out;
+    for (name, tensor) in tensors {
+        let converted = tensor.detach().to_device(&Device::Cpu).and_then(|tensor| tensor.to_dtype(stored.dtype()));
+        converted.and_then(|tensor| tensor.write_bytes(&mut out)).map_err(|error| match error {
+            candle_core::Error::Io(error) => error,
+            other => io::Error::other(format!("tensor {name}: {other}")),
+        })?;
+    }
+    Ok(())
+}
