@@ -1,1 +1,128 @@
-//! First content follows.
+//! The training loop of X-VLM: optimizer, schedule, checkpoints, metrics.
+//!
+//! [`train`] is the loop, to be read in one sitting; it knows a [`Trainable`] and its [`Batches`], not which ones. What it
+//! does by default, and why, stands at the fields of [`TrainConfig`]. What it leaves on the disk is a [`RunFolder`].
+//!
+//! A run that was interrupted goes on from its last checkpoint as if nothing had happened, to the bit: weights, moments and
+//! batches are those of that iteration, and randomness is a function of seed and iteration. (A time limit is the exception:
+//! no two runs take the same time.)
+
+mod checkpoint;
+mod config;
+mod error;
+mod metrics;
+mod optimizer;
+mod run;
+mod train;
+
+use std::time::Duration;
+
+use candle_core::{Tensor, Var};
+use rand_chacha::ChaCha8Rng;
+
+pub use config::{Decay, OptimizerConfig, ScheduleConfig, TrainConfig, Warmup};
+pub use error::{BoxError, TrainError};
+pub use metrics::{LossCurve, MetricsRow, loss_curves, read_metrics};
+pub use optimizer::Optimizer;
+pub use run::RunFolder;
+pub use train::train;
+
+/// A model with its losses. The loop knows nothing else about it.
+pub trait Trainable {
+    /// What one optimizer step learns from.
+    type Batch: Send + 'static;
+
+    /// The parameters with their names, in a fixed order; each `f32` and listed once.
+    fn parameters(&self) -> &[(String, Var)];
+
+    /// The losses of one batch; their plain sum is minimised. All randomness of the step comes from `rng`.
+    ///
+    /// # Errors
+    /// Whatever keeps the model from computing them; the loop stops with it.
+    fn losses(&self, batch: &Self::Batch, rng: &mut ChaCha8Rng) -> Result<Losses, BoxError>;
+
+    /// Number of samples in a batch: what images per second count.
+    fn samples(batch: &Self::Batch) -> usize;
+
+    /// Constraints on parameters after an optimizer step, such as the bounds of a temperature.
+    ///
+    /// # Errors
+    /// Whatever keeps the model from applying them; the loop stops with it.
+    fn after_step(&self) -> Result<(), BoxError> {
+        Ok(())
+    }
+}
+
+/// The losses of a batch by name: tensors of one element.
+pub struct Losses(pub Vec<(&'static str, Tensor)>);
+
+/// The batches of a run.
+pub trait Batches<B> {
+    /// The batches of the next iteration, each for an optimizer step of its own, at the same learning rate.
+    ///
+    /// # Errors
+    /// Whatever keeps them from being built; the loop stops with it.
+    fn next(&mut self) -> Result<Vec<B>, BoxError>;
+}
+
+/// Where the loop tells how far it is. The methods do nothing unless implemented.
+pub trait Progress {
+    /// Training starts after iteration `at` of `of`; `at` is 0 unless a run is resumed.
+    fn start(&mut self, of: u64, at: u64) {
+        let _ = (of, at);
+    }
+
+    /// Some iterations are done.
+    fn step(&mut self, report: &StepReport) {
+        let _ = report;
+    }
+
+    /// Training is over.
+    fn finish(&mut self, summary: &Summary) {
+        let _ = summary;
+    }
+}
+
+/// A [`Progress`] that tells nobody.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Silent;
+
+impl Progress for Silent {}
+
+/// How training went since the last report.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepReport<'a> {
+    /// Iterations done since the run began.
+    pub iteration: u64,
+    /// Iterations of the whole run.
+    pub of: u64,
+    /// Mean of each loss over the batches that had it.
+    pub losses: &'a [(String, f64)],
+    /// Learning rate of the last iteration, before multiplication for single parameters.
+    pub lr: f64,
+    /// Mean norm of the gradient of all parameters, before clipping.
+    pub grad_norm: f64,
+    /// Samples trained on per second.
+    pub images_per_second: f64,
+    /// What is left at the speed so far, or until the time limit.
+    pub eta: Duration,
+    /// Time trained since the run began, without interruptions.
+    pub elapsed: Duration,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Summary {
+    /// Iterations done since the run began.
+    pub iterations: u64,
+    /// Optimizer steps since the run began.
+    pub optimizer_steps: u64,
+    /// Whether the time limit ended it before the configured number of iterations.
+    pub out_of_time: bool,
+    /// Mean of each loss in the last report.
+    pub losses: Vec<(String, f64)>,
+    /// Samples trained on per second since training was started or resumed.
+    pub images_per_second: f64,
+    /// Time trained since the run began, without interruptions.
+    pub elapsed: Duration,
+}

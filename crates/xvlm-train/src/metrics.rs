@@ -1,0 +1,71 @@
+//! How training went: a row of JSON a report.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::TrainError;
+
+/// A row of `metrics.jsonl`: what a [`StepReport`](crate::StepReport) said.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MetricsRow {
+    /// Iterations done.
+    pub iteration: u64,
+    /// Mean of each loss since the row before.
+    pub losses: BTreeMap<String, f64>,
+    /// Learning rate of the last iteration.
+    pub lr: f64,
+    /// Mean norm of the gradient since the row before, before clipping.
+    pub grad_norm: f64,
+    /// Samples per second since the row before.
+    pub images_per_second: f64,
+    /// Time trained since the run began.
+    pub elapsed_seconds: f64,
+}
+
+/// One loss over a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LossCurve {
+    /// The loss.
+    pub name: String,
+    /// Iteration and value, in order.
+    pub points: Vec<(u64, f64)>,
+}
+
+/// Reads a `metrics.jsonl`. A last line that is not finished is left out: a run may be writing it, or was killed at it.
+///
+/// # Errors
+/// [`TrainError::Io`] if it cannot be read, [`TrainError::Metrics`] if a finished line is no row.
+pub fn read_metrics(path: &Path) -> Result<Vec<MetricsRow>, TrainError> {
+    let text = fs::read(path).map_err(TrainError::io(path))?;
+    parse(path, &text).map(|row| row.map(|(row, _)| row)).collect()
+}
+
+/// The curve of each loss, by name.
+pub fn loss_curves(rows: &[MetricsRow]) -> Vec<LossCurve> {
+    let mut curves = BTreeMap::<_, Vec<_>>::new();
+    for row in rows {
+        for (name, &value) in &row.losses {
+            curves.entry(name).or_default().push((row.iteration, value));
+        }
+    }
+    curves.into_iter().map(|(name, points)| LossCurve { name: name.clone(), points }).collect()
+}
+
+/// The rows of a file, each with the offset at which it ends.
+pub(crate) fn parse<'a>(
+    path: &'a Path,
+    text: &'a [u8],
+) -> impl Iterator<Item = Result<(MetricsRow, usize), TrainError>> + 'a {
+    let mut end = 0;
+    let lines = text.split_inclusive(|&byte| byte == b'\n').filter(|line| line.ends_with(b"\n"));
+    lines.enumerate().map(move |(i, line)| {
+        end += line.len();
+        match serde_json::from_slice(line) {
+            Ok(row) => Ok((row, end)),
+            Err(error) => Err(TrainError::Metrics { path: path.to_path_buf(), line: i + 1, found: error.to_string() }),
+        }
+    })
+}

@@ -1,0 +1,469 @@
+//! The loop on a small model: resuming, checkpoints, and how it stops.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use candle_core::{Device, Tensor, Var};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use xvlm_train::{
+    Batches, BoxError, Losses, MetricsRow, OptimizerConfig, Progress, RunFolder, ScheduleConfig, Silent, StepReport,
+    Summary, TrainConfig, TrainError, Trainable, Warmup, loss_curves, read_metrics, train,
+};
+
+const INPUTS: usize = 4;
+const ROWS: usize = 8;
+
+/// `y = x · wᵀ + b`, with dropout of inputs, and a second output that only some batches train.
+struct Regression {
+    parameters: Vec<(String, Var)>,
+}
+
+struct Points {
+    x: Tensor,
+    y: Tensor,
+    second: bool,
+}
+
+impl Regression {
+    fn new() -> Self {
+        let names = ["first.weight", "first.bias", "second.weight", "second.bias"];
+        let parameters = names.iter().enumerate().map(|(i, name)| {
+            let shape: &[usize] = if i % 2 == 0 { &[1, INPUTS] } else { &[1] };
+            let value = Tensor::full(0.1 * i as f32, shape, &Device::Cpu).unwrap();
+            (name.to_string(), Var::from_tensor(&value).unwrap())
+        });
+        Self { parameters: parameters.collect() }
+    }
+
+    fn numbers(&self) -> Vec<f32> {
+        let flat = |(_, var): &(String, Var)| var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        self.parameters.iter().flat_map(flat).collect()
+    }
+}
+
+impl Trainable for Regression {
+    type Batch = Points;
+
+    fn parameters(&self) -> &[(String, Var)] {
+        &self.parameters
+    }
+
+    fn losses(&self, batch: &Points, rng: &mut ChaCha8Rng) -> Result<Losses, BoxError> {
+        let kept: Vec<f32> = (0..INPUTS * ROWS).map(|_| f32::from(u8::from(rng.random_bool(0.9)))).collect();
+        let x = (&batch.x * Tensor::from_vec(kept, (ROWS, INPUTS), &Device::Cpu)?)?;
+        let loss = |i: usize| -> candle_core::Result<Tensor> {
+            let [weight, bias] = [i, i + 1].map(|i| self.parameters[i].1.as_tensor());
+            (xvlm_kernels::linear(&x, weight, bias)?.squeeze(1)? - &batch.y)?.sqr()?.mean_all()
+        };
+        let mut losses = vec![("first", loss(0)?)];
+        if batch.second {
+            losses.push(("second", loss(2)?));
+        }
+        Ok(Losses(losses))
+    }
+
+    fn samples(batch: &Points) -> usize {
+        batch.y.elem_count()
+    }
+}
+
+/// Batches that follow from the iteration alone; at `fails_at`, there is an error, and at `breaks_at`, targets of NaN.
+#[derive(Clone, Copy)]
+struct Stream {
+    iteration: u64,
+    fails_at: Option<u64>,
+    breaks_at: Option<u64>,
+}
+
+const STREAM: Stream = Stream { iteration: 0, fails_at: None, breaks_at: None };
+
+impl Stream {
+    fn from(self, iteration: u64) -> Result<Box<dyn Batches<Points>>, BoxError> {
+        Ok(Box::new(Self { iteration, ..self }))
+    }
+}
+
+impl Batches<Points> for Stream {
+    fn next(&mut self) -> Result<Vec<Points>, BoxError> {
+        let iteration = self.iteration;
+        self.iteration += 1;
+        if self.fails_at == Some(iteration) {
+            return Err("the power is gone".into());
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(7);
+        rng.set_stream(iteration);
+        let streams = if rng.random_bool(0.5) { 2 } else { 1 };
+        let batch = |second| {
+            let x: Vec<f32> = (0..INPUTS * ROWS).map(|_| rng.random_range(-1.0..1.0)).collect();
+            let mut y: Vec<f32> = x.chunks(INPUTS).map(|x| 1.0 + x[0] - 2.0 * x[1] + 0.5 * x[3]).collect();
+            if self.breaks_at == Some(iteration) {
+                y[3] = f32::NAN;
+            }
+            let x = Tensor::from_vec(x, (ROWS, INPUTS), &Device::Cpu)?;
+            Ok(Points { x, y: Tensor::from_vec(y, ROWS, &Device::Cpu)?, second })
+        };
+        [false, true].into_iter().take(streams).map(batch).collect()
+    }
+}
+
+fn config() -> TrainConfig {
+    TrainConfig {
+        iterations: 20,
+        optimizer: OptimizerConfig { lr: 0.05, lr_mult_names: vec!["second".into()], ..OptimizerConfig::default() },
+        schedule: ScheduleConfig { warmup: Warmup::Iterations(4), ..ScheduleConfig::default() },
+        log_every: 4,
+        checkpoint_every: 5,
+        ..TrainConfig::default()
+    }
+}
+
+fn go(
+    model: &Regression,
+    stream: Stream,
+    config: &TrainConfig,
+    at: &Path,
+    resume: bool,
+) -> Result<Summary, TrainError> {
+    let run = RunFolder::new(at)?;
+    train(model, |iteration| stream.from(iteration), config, &run, resume, &mut Silent)
+}
+
+/// A run that ends before iteration `iteration`, as if killed there.
+fn killed(at: &Path, iteration: u64) {
+    let stream = Stream { fails_at: Some(iteration), ..STREAM };
+    let error = go(&Regression::new(), stream, &config(), at, false).unwrap_err();
+    assert!(matches!(error, TrainError::Batches { iteration: found, .. } if found == iteration + 1), "{error}");
+}
+
+/// What of metrics does not depend on the time.
+fn lasting(at: &Path) -> Vec<MetricsRow> {
+    let timeless = |row| MetricsRow { images_per_second: 0.0, elapsed_seconds: 0.0, ..row };
+    read_metrics(&at.join("metrics.jsonl")).unwrap().into_iter().map(timeless).collect()
+}
+
+fn checkpoints(at: &Path) -> Vec<u64> {
+    RunFolder::new(at).unwrap().checkpoints().unwrap().into_iter().map(|(iteration, _)| iteration).collect()
+}
+
+fn bytes(at: &Path, iteration: u64, file: &str) -> Vec<u8> {
+    fs::read(at.join("checkpoints").join(format!("{iteration:07}")).join(file)).unwrap()
+}
+
+#[test]
+fn learns() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = TrainConfig { iterations: 600, ..config() };
+    config.optimizer.weight_decay = 0.0;
+    let summary = go(&Regression::new(), STREAM, &config, dir.path(), false).unwrap();
+    assert_eq!(summary.iterations, 600);
+    assert!(summary.optimizer_steps > 800 && !summary.out_of_time);
+    let curves = loss_curves(&lasting(dir.path()));
+    assert_eq!(curves.iter().map(|curve| curve.name.as_str()).collect::<Vec<_>>(), ["first", "second"]);
+    let [first, last] = [curves[0].points[0].1, curves[0].points.last().unwrap().1];
+    assert!(last < 0.3 * first, "{first} to {last}");
+}
+
+#[test]
+fn a_resumed_run_is_the_same_run_to_the_bit() {
+    let [whole, parts] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let straight = Regression::new();
+    go(&straight, STREAM, &config(), whole.path(), false).unwrap();
+
+    // Killed after a report that no checkpoint has: it is taken back.
+    killed(parts.path(), 13);
+    assert_eq!(lasting(parts.path()).last().unwrap().iteration, 12);
+    let resumed = Regression::new();
+    go(&resumed, STREAM, &config(), parts.path(), true).unwrap();
+
+    assert_eq!(straight.numbers(), resumed.numbers());
+    assert_ne!(straight.numbers(), Regression::new().numbers());
+    assert_eq!(lasting(whole.path()), lasting(parts.path()));
+    for file in ["weights.safetensors", "optimizer.safetensors"] {
+        assert_eq!(bytes(whole.path(), 20, file), bytes(parts.path(), 20, file), "{file}");
+    }
+}
+
+#[test]
+fn resuming_a_finished_run_brings_its_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let [trained, resumed] = [Regression::new(), Regression::new()];
+    let first = go(&trained, STREAM, &config(), dir.path(), false).unwrap();
+    let again = go(&resumed, STREAM, &config(), dir.path(), true).unwrap();
+    assert_eq!(trained.numbers(), resumed.numbers());
+    assert_eq!((again.iterations, again.optimizer_steps), (20, first.optimizer_steps));
+    assert_eq!(first.losses, again.losses);
+}
+
+#[test]
+fn the_seed_matters() {
+    let numbers = |seed| {
+        let dir = tempfile::tempdir().unwrap();
+        let model = Regression::new();
+        go(&model, STREAM, &TrainConfig { seed, ..config() }, dir.path(), false).unwrap();
+        model.numbers()
+    };
+    assert_eq!(numbers(1), numbers(1));
+    assert_ne!(numbers(1), numbers(2));
+}
+
+#[test]
+fn a_parameter_without_gradient_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = Regression::new();
+    // Only iterations without a second batch.
+    struct First(Stream);
+    impl Batches<Points> for First {
+        fn next(&mut self) -> Result<Vec<Points>, BoxError> {
+            self.0.next().map(|batches| batches.into_iter().take(1).collect())
+        }
+    }
+    let run = RunFolder::new(dir.path()).unwrap();
+    train(&model, |_| Ok(Box::new(First(STREAM))), &config(), &run, false, &mut Silent).unwrap();
+    let (before, after) = (Regression::new().numbers(), model.numbers());
+    assert_ne!(before[..5], after[..5]);
+    assert_eq!(before[5..], after[5..]);
+}
+
+#[test]
+fn keeps_the_last_checkpoints() {
+    let dir = tempfile::tempdir().unwrap();
+    go(&Regression::new(), STREAM, &config(), dir.path(), false).unwrap();
+    assert_eq!(checkpoints(dir.path()), [15, 20]);
+    let names: Vec<_> = fs::read_dir(dir.path().join("checkpoints")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names.len(), 2, "{names:?}");
+    let iterations: Vec<_> = lasting(dir.path()).iter().map(|row| row.iteration).collect();
+    assert_eq!(iterations, [4, 5, 8, 10, 12, 15, 16, 20]);
+}
+
+/// Damages the newest checkpoint (of iteration 10) in one way; resuming must go on from the one before, to the same end.
+fn survives(damage: impl Fn(&Path)) {
+    let [whole, broken] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    go(&Regression::new(), STREAM, &config(), whole.path(), false).unwrap();
+    killed(broken.path(), 12);
+    assert_eq!(checkpoints(broken.path()), [5, 10]);
+    damage(&broken.path().join("checkpoints/0000010"));
+
+    let mut from = None;
+    let run = RunFolder::new(broken.path()).unwrap();
+    let start = |iteration| {
+        from = Some(iteration);
+        STREAM.from(iteration)
+    };
+    train(&Regression::new(), start, &config(), &run, true, &mut Silent).unwrap();
+    assert_eq!(from, Some(5));
+    assert_eq!(checkpoints(broken.path()), [15, 20]);
+    assert_eq!(lasting(whole.path()), lasting(broken.path()));
+    assert_eq!(bytes(whole.path(), 20, "weights.safetensors"), bytes(broken.path(), 20, "weights.safetensors"));
+    assert_eq!(fs::read_dir(broken.path().join("checkpoints")).unwrap().count(), 2);
+}
+
+#[test]
+fn survives_a_kill_while_writing() {
+    survives(|checkpoint| {
+        // The folder has its name only when it is whole.
+        let aside = checkpoint.with_file_name(".writing-x1y2z3");
+        fs::rename(checkpoint, &aside).unwrap();
+        fs::remove_file(aside.join("state.json")).unwrap();
+    });
+}
+
+#[test]
+fn survives_a_kill_while_removing() {
+    survives(|checkpoint| fs::rename(checkpoint, checkpoint.with_file_name(".removing-0000010")).unwrap());
+}
+
+#[test]
+fn survives_missing_and_cut_files() {
+    for file in ["weights.safetensors", "optimizer.safetensors", "state.json"] {
+        survives(|checkpoint| fs::remove_file(checkpoint.join(file)).unwrap());
+        for share in [0, 2] {
+            survives(|checkpoint| {
+                let file = fs::OpenOptions::new().write(true).open(checkpoint.join(file)).unwrap();
+                let len = file.metadata().unwrap().len();
+                file.set_len(len * share / 3).unwrap();
+            });
+        }
+    }
+}
+
+#[test]
+fn survives_a_half_written_row() {
+    let dir = tempfile::tempdir().unwrap();
+    killed(dir.path(), 12);
+    let path = dir.path().join("metrics.jsonl");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, format!("{text}{{\"iteration\":1")).unwrap();
+    assert_eq!(lasting(dir.path()).last().unwrap().iteration, 12);
+    go(&Regression::new(), STREAM, &config(), dir.path(), true).unwrap();
+    assert_eq!(lasting(dir.path()).len(), 8);
+
+    fs::write(&path, format!("{text}{{\"iteration\":1\n")).unwrap();
+    let error = read_metrics(&path).unwrap_err();
+    assert!(error.to_string().contains("metrics.jsonl: line 6: expected a row of metrics"), "{error}");
+}
+
+#[test]
+fn does_not_begin_anew_when_all_checkpoints_are_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    killed(dir.path(), 12);
+    for (_, checkpoint) in RunFolder::new(dir.path()).unwrap().checkpoints().unwrap() {
+        fs::remove_file(checkpoint.join("weights.safetensors")).unwrap();
+    }
+    let error = go(&Regression::new(), STREAM, &config(), dir.path(), true).unwrap_err();
+    assert!(error.to_string().ends_with("0000010/weights.safetensors: expected a file, found none"), "{error}");
+}
+
+#[test]
+fn stops_at_nan_and_keeps_what_was_good() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = Regression::new();
+    let stream = Stream { breaks_at: Some(12), ..STREAM };
+    let error = go(&model, stream, &config(), dir.path(), false).unwrap_err();
+    let TrainError::NotFinite { iteration: 13, loss, value, checkpoint: Some(checkpoint) } = &error else {
+        panic!("{error}")
+    };
+    assert_eq!(loss, "first");
+    assert!(value.is_nan() && checkpoint.ends_with("checkpoints/0000010"));
+    assert!(error.to_string().starts_with("iteration 13: first: expected a finite number, found NaN; the last"));
+    assert!(model.numbers().iter().all(|number| number.is_finite()));
+    assert_eq!(checkpoints(dir.path()), [5, 10]);
+
+    // With better data, it goes on.
+    go(&model, STREAM, &config(), dir.path(), true).unwrap();
+    assert_eq!(checkpoints(dir.path()), [15, 20]);
+}
+
+#[test]
+fn stops_at_an_infinite_gradient() {
+    struct Root(Vec<(String, Var)>);
+    impl Trainable for Root {
+        type Batch = ();
+        fn parameters(&self) -> &[(String, Var)] {
+            &self.0
+        }
+        fn losses(&self, _: &(), _: &mut ChaCha8Rng) -> Result<Losses, BoxError> {
+            Ok(Losses(vec![("root", self.0[0].1.sqrt()?)]))
+        }
+        fn samples(_: &()) -> usize {
+            1
+        }
+    }
+    struct Units;
+    impl Batches<()> for Units {
+        fn next(&mut self) -> Result<Vec<()>, BoxError> {
+            Ok(vec![()])
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let run = RunFolder::new(dir.path()).unwrap();
+    let model = Root(vec![("x".into(), Var::new(0f32, &Device::Cpu).unwrap())]);
+    let error = train(&model, |_| Ok(Box::new(Units)), &config(), &run, false, &mut Silent).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "iteration 1: gradient norm: expected a finite number, found inf; there is no checkpoint yet"
+    );
+    assert_eq!(model.0[0].1.to_scalar::<f32>().unwrap(), 0.0);
+}
+
+#[test]
+fn does_not_run_over_another_run() {
+    let dir = tempfile::tempdir().unwrap();
+    killed(dir.path(), 12);
+    let error = go(&Regression::new(), STREAM, &config(), dir.path(), false).unwrap_err();
+    assert!(matches!(error, TrainError::Occupied { .. }), "{error}");
+    assert_eq!(checkpoints(dir.path()), [5, 10]);
+}
+
+#[test]
+fn a_changed_configuration_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    killed(dir.path(), 12);
+    let mut changed = config();
+    changed.optimizer.betas.1 = 0.999;
+    let error = go(&Regression::new(), STREAM, &changed, dir.path(), true).unwrap_err();
+    assert!(error.to_string().contains("optimizer.betas = [0.9,0.98], found [0.9,0.999] now"), "{error}");
+    // How long, and what to write when, may change.
+    let longer = TrainConfig { iterations: 24, log_every: 3, keep_checkpoints: 9, ..config() };
+    assert_eq!(go(&Regression::new(), STREAM, &longer, dir.path(), true).unwrap().iterations, 24);
+}
+
+#[test]
+fn another_model_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    killed(dir.path(), 12);
+    let mut model = Regression::new();
+    model.parameters[1] = ("first.bias".into(), Var::new(&[0f32, 0.0], &Device::Cpu).unwrap());
+    let error = go(&model, STREAM, &config(), dir.path(), true).unwrap_err();
+    let said = "weights.safetensors: tensor first.bias: expected F32 [2], found F32 [1]";
+    assert!(error.to_string().ends_with(said), "{error}");
+    model.parameters[1].0 = "bias".into();
+    let error = go(&model, STREAM, &config(), dir.path(), true).unwrap_err();
+    assert!(error.to_string().ends_with("tensor bias: expected F32 [2], found none"), "{error}");
+    model.parameters.truncate(1);
+    let error = go(&model, STREAM, &config(), dir.path(), true).unwrap_err();
+    assert!(error.to_string().ends_with("expected 1 tensors, found 4"), "{error}");
+}
+
+#[test]
+fn parameters_are_checked() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut model = Regression::new();
+    model.parameters[3].1 = model.parameters[1].1.clone();
+    let error = go(&model, STREAM, &config(), dir.path(), false).unwrap_err();
+    assert_eq!(error.to_string(), "parameter second.bias: expected a tensor of its own, found that of first.bias");
+    model.parameters[3] = ("second.bias".into(), Var::new(&[0f64], &Device::Cpu).unwrap());
+    let error = go(&model, STREAM, &config(), dir.path(), false).unwrap_err();
+    assert_eq!(error.to_string(), "parameter second.bias: expected dtype F32, found F64");
+}
+
+#[test]
+fn reports() {
+    #[derive(Default)]
+    struct Heard {
+        start: Option<(u64, u64)>,
+        steps: Vec<(u64, usize)>,
+        finished: bool,
+    }
+    impl Progress for Heard {
+        fn start(&mut self, of: u64, at: u64) {
+            self.start = Some((of, at));
+        }
+        fn step(&mut self, report: &StepReport) {
+            assert!(report.images_per_second > 0.0 && report.grad_norm > 0.0);
+            assert_eq!((report.of, report.eta.is_zero()), (20, report.iteration == 20));
+            self.steps.push((report.iteration, report.losses.len()));
+        }
+        fn finish(&mut self, summary: &Summary) {
+            self.finished = summary.iterations == 20;
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    killed(dir.path(), 12);
+    let (run, mut heard) = (RunFolder::new(dir.path()).unwrap(), Heard::default());
+    train(&Regression::new(), |start| STREAM.from(start), &config(), &run, true, &mut heard).unwrap();
+    assert_eq!(heard.start, Some((20, 10)));
+    assert_eq!(heard.steps.iter().map(|step| step.0).collect::<Vec<_>>(), [12, 15, 16, 20]);
+    assert!(heard.finished && heard.steps.iter().any(|step| step.1 == 2));
+}
+
+#[test]
+fn a_time_limit_ends_the_run_with_a_low_rate_and_a_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let limit = Duration::from_secs(1);
+    let config = TrainConfig {
+        iterations: 1_000_000_000,
+        checkpoint_every: 1_000_000_000,
+        time_limit_minutes: Some(limit.as_secs_f64() / 60.0),
+        ..config()
+    };
+    let summary = go(&Regression::new(), STREAM, &config, dir.path(), false).unwrap();
+    assert!(summary.out_of_time && summary.elapsed >= limit);
+    assert_eq!(checkpoints(dir.path()), [summary.iterations]);
+    let rates: Vec<_> = lasting(dir.path()).iter().map(|row| row.lr).collect();
+    assert!(rates[0] > 0.2 * config.optimizer.lr, "{}", rates[0]);
+    assert!(*rates.last().unwrap() < 0.3 * config.optimizer.lr, "{rates:?}");
+    // The time is up for a resumed run, too.
+    assert_eq!(go(&Regression::new(), STREAM, &config, dir.path(), true).unwrap().iterations, summary.iterations);
+}
