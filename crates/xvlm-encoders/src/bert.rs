@@ -100,7 +100,14 @@ impl Bert {
     ///
     /// # Errors
     /// On a wrong shape or index.
-    pub fn fuse(&self, text: &Tensor, mask: &Tensor, concepts: &Concepts, attention: Attention, pass: &Pass) -> Result<Tensor> {
+    pub fn fuse(
+        &self,
+        text: &Tensor,
+        mask: &Tensor,
+        concepts: &Concepts,
+        attention: Attention,
+        pass: &Pass,
+    ) -> Result<Tensor> {
         let bias = hide(mask)?;
         let seen = hide(concepts.mask)?;
         let mut x = text.clone();
@@ -130,7 +137,9 @@ impl Layer {
         let (width, hidden, range) = (config.hidden_size, config.intermediate_size, config.initializer_range);
         Ok(Self {
             attention: SelfAttention::new(config, vb.pp("attention"))?,
-            cross: vision_width.map(|vision| CrossAttention::new(config, vision, vb.pp("crossattention"))).transpose()?,
+            cross: vision_width
+                .map(|vision| CrossAttention::new(config, vision, vb.pp("crossattention")))
+                .transpose()?,
             feed_forward: FeedForward {
                 inner: Linear::normal(width, hidden, range, vb.pp("intermediate").pp("dense"))?,
                 outer: Linear::normal(hidden, width, range, vb.pp("output").pp("dense"))?,

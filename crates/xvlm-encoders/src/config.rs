@@ -14,7 +14,12 @@ pub struct ConfigError {
     pub found: String,
 }
 
-fn ensure(holds: bool, field: &'static str, expected: impl Into<String>, found: impl ToString) -> Result<(), ConfigError> {
+fn ensure(
+    holds: bool,
+    field: &'static str,
+    expected: impl Into<String>,
+    found: impl ToString,
+) -> Result<(), ConfigError> {
     if holds { Ok(()) } else { Err(ConfigError { field, expected: expected.into(), found: found.to_string() }) }
 }
 

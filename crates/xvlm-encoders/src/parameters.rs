@@ -51,7 +51,8 @@ impl Parameters {
             return vec![0.0; count];
         };
         // FNV-1a: stable over platforms and releases, which `std`'s hasher does not promise.
-        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+        let hash =
+            name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
         let mut rng = ChaCha8Rng::seed_from_u64(seed ^ hash);
         match init {
             Init::Const(value) => vec![value as f32; count],

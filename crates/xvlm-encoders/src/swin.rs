@@ -210,11 +210,11 @@ impl Merging {
         let (n, _, c) = x.dims3()?;
         let half = self.side / 2;
         // Order of the four, as in the official code: upper left, lower left, upper right, lower right.
-        let joined = x
-            .reshape((n, half, 2, half, 2, c))?
-            .permute([0, 1, 3, 4, 2, 5])?
-            .contiguous()?
-            .reshape((n, half * half, 4 * c))?;
+        let joined = x.reshape((n, half, 2, half, 2, c))?.permute([0, 1, 3, 4, 2, 5])?.contiguous()?.reshape((
+            n,
+            half * half,
+            4 * c,
+        ))?;
         self.reduction.forward(&self.norm.forward(&joined)?)
     }
 }

@@ -99,7 +99,14 @@ impl Xvlm {
     ///
     /// # Errors
     /// On a wrong shape or index.
-    pub fn fuse(&self, text: &Tensor, mask: &Tensor, concepts: &Concepts, attention: Attention, pass: &Pass) -> Result<Tensor> {
+    pub fn fuse(
+        &self,
+        text: &Tensor,
+        mask: &Tensor,
+        concepts: &Concepts,
+        attention: Attention,
+        pass: &Pass,
+    ) -> Result<Tensor> {
         self.text.fuse(text, mask, concepts, attention, pass)
     }
 

@@ -340,13 +340,7 @@ impl CustomOp2 for CrossAttention {
         Ok((CpuStorage::F32(out), (pairs, t, c).into()))
     }
 
-    fn bwd(
-        &self,
-        q: &Tensor,
-        kv: &Tensor,
-        _res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, q: &Tensor, kv: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (_, t, c) = q.dims3()?;
         let (n, l, _) = kv.dims3()?;
         let shape = CrossShape { t, l, c };
@@ -391,9 +385,6 @@ impl CustomOp2 for CrossAttention {
                 }
             },
         );
-        Ok((
-            Some(Tensor::from_vec(dq, q.shape(), q.device())?),
-            Some(Tensor::from_vec(dkv, kv.shape(), kv.device())?),
-        ))
+        Ok((Some(Tensor::from_vec(dq, q.shape(), q.device())?), Some(Tensor::from_vec(dkv, kv.shape(), kv.device())?)))
     }
 }

@@ -144,13 +144,7 @@ impl CustomOp2 for BoxLosses {
         Ok((CpuStorage::F32(out), (rows, 2).into()))
     }
 
-    fn bwd(
-        &self,
-        p: &Tensor,
-        t: &Tensor,
-        _res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, p: &Tensor, t: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
         let (p_values, t_values, grads) = (read(p)?, read(t)?, read(&grad)?);
         let out: Vec<f32> = quads(&p_values)

@@ -57,8 +57,12 @@ pub fn cross_entropy(logits: &Tensor, labels: &[i64], smoothing: f32) -> Result<
         return logits.contiguous()?.apply_op1(op);
     }
     let log_probabilities = log_softmax(logits, D::Minus1)?;
-    let (rows, classes): (Vec<u32>, Vec<u32>) =
-        labels.iter().enumerate().filter(|(_, l)| **l != IGNORE).map(|(row, &label)| (row as u32, label as u32)).unzip();
+    let (rows, classes): (Vec<u32>, Vec<u32>) = labels
+        .iter()
+        .enumerate()
+        .filter(|(_, l)| **l != IGNORE)
+        .map(|(row, &label)| (row as u32, label as u32))
+        .unzip();
     let kept = log_probabilities.index_select(&Tensor::new(rows, logits.device())?, 0)?;
     let classes = Tensor::new(classes, logits.device())?.unsqueeze(1)?;
     let chosen = kept.gather(&classes, 1)?.sum_all()?;

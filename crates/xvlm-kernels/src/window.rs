@@ -147,7 +147,14 @@ struct Scratch {
 impl Scratch {
     fn new(area: usize, c: usize) -> Self {
         let rows = |width: usize| vec![0f32; area * width];
-        Self { qkv: rows(3 * c), out: rows(c), scores: rows(area), d_scores: rows(area), grad: rows(c), d_qkv: rows(3 * c) }
+        Self {
+            qkv: rows(3 * c),
+            out: rows(c),
+            scores: rows(area),
+            d_scores: rows(area),
+            grad: rows(c),
+            d_qkv: rows(3 * c),
+        }
     }
 }
 

@@ -146,26 +146,51 @@ fn window_attention() {
 fn patch_pool() {
     let index = [1, 1, 0];
     check(&[random(&mut rng(), &[2, 6, 5])], |x| {
-        let mask = Tensor::from_vec(vec![1f64, 0., 1., 1., 0., 0., 0., 0., 0., 0., 0., 1., 0., 0., 0., 0., 0., 0.], (3, 6), &Device::Cpu)?;
+        let mask = Tensor::from_vec(
+            vec![1f64, 0., 1., 1., 0., 0., 0., 0., 0., 0., 0., 1., 0., 0., 0., 0., 0., 0.],
+            (3, 6),
+            &Device::Cpu,
+        )?;
         kernels::patch_pool(&x[0], &index, &mask.to_dtype(x[0].dtype())?)
     });
 }
 
 #[test]
 fn box_losses() {
-    let rows = |values: &[[f64; 4]]| Tensor::from_slice(values.as_flattened(), (values.len(), 4), &Device::Cpu).unwrap();
+    let rows =
+        |values: &[[f64; 4]]| Tensor::from_slice(values.as_flattened(), (values.len(), 4), &Device::Cpu).unwrap();
     // Overlapping, nested both ways, apart, touching nothing in one axis.
-    let p = rows(&[[0.5, 0.5, 0.4, 0.3], [0.49, 0.51, 0.1, 0.12], [0.4, 0.45, 0.7, 0.8], [0.1, 0.1, 0.1, 0.15], [0.2, 0.6, 0.2, 0.2]]);
-    let t = rows(&[[0.6, 0.4, 0.3, 0.46], [0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.2, 0.2], [0.8, 0.7, 0.2, 0.3], [0.7, 0.61, 0.22, 0.3]]);
+    let p = rows(&[
+        [0.5, 0.5, 0.4, 0.3],
+        [0.49, 0.51, 0.1, 0.12],
+        [0.4, 0.45, 0.7, 0.8],
+        [0.1, 0.1, 0.1, 0.15],
+        [0.2, 0.6, 0.2, 0.2],
+    ]);
+    let t = rows(&[
+        [0.6, 0.4, 0.3, 0.46],
+        [0.5, 0.5, 0.4, 0.4],
+        [0.5, 0.5, 0.2, 0.2],
+        [0.8, 0.7, 0.2, 0.3],
+        [0.7, 0.61, 0.22, 0.3],
+    ]);
     check(&[p], |x| kernels::box_losses(&x[0], &t.to_dtype(x[0].dtype())?));
 }
 
 #[test]
 fn degenerate_boxes_are_finite() {
     for dtype in [DType::F32, DType::F64] {
-        let p = Var::from_tensor(&Tensor::new(&[[0.5f64, 0.5, 0.0, 0.0], [0.2, 0.2, 0.1, 0.1]], &Device::Cpu).unwrap().to_dtype(dtype).unwrap());
+        let p = Var::from_tensor(
+            &Tensor::new(&[[0.5f64, 0.5, 0.0, 0.0], [0.2, 0.2, 0.1, 0.1]], &Device::Cpu)
+                .unwrap()
+                .to_dtype(dtype)
+                .unwrap(),
+        );
         let p = p.unwrap();
-        let t = Tensor::new(&[[0.5f64, 0.5, 0.0, 0.0], [0.2, 0.2, 0.0, 0.1]], &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        let t = Tensor::new(&[[0.5f64, 0.5, 0.0, 0.0], [0.2, 0.2, 0.0, 0.1]], &Device::Cpu)
+            .unwrap()
+            .to_dtype(dtype)
+            .unwrap();
         let loss = kernels::box_losses(&p, &t).unwrap();
         let grads = loss.sum_all().unwrap().backward().unwrap();
         assert!(numbers(&loss).iter().chain(&numbers(grads.get(&p).unwrap())).all(|x| x.is_finite()));
