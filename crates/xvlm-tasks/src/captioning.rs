@@ -1,15 +1,20 @@
 //! Writing about a picture token by token: captions after a prompt, answers after a question.
 
 use std::cmp::Ordering;
+use std::path::Path;
 
 use candle_core::{D, Tensor};
 use serde::{Deserialize, Serialize};
-use xvlm_data::{pre_caption, pre_question};
+use xvlm_data::annotations::{CaptionItem, read_captions};
+use xvlm_data::scenes::{CaptionCheck, check_caption, read_scenes};
+use xvlm_data::{Picture, pre_caption, pre_question};
 use xvlm_encoders::{Attention, Pass};
 use xvlm_kernels as kernels;
+use xvlm_metrics::captions::{bleu, rouge_l};
 
 use crate::error::TaskError;
 use crate::model::{ImageTokens, Model};
+use crate::{BATCH, ConfigProblem, Counter};
 
 /// How a text is searched for.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -61,10 +66,15 @@ pub fn caption(model: &Model, images: &ImageTokens, search: Search) -> Result<Ve
 ///
 /// # Errors
 /// If a question is empty.
-pub fn answer(model: &Model, images: &ImageTokens, questions: &[(u32, &str)], search: Search) -> Result<Vec<Written>, TaskError> {
+pub fn answer(
+    model: &Model,
+    images: &ImageTokens,
+    questions: &[(u32, &str)],
+    search: Search,
+) -> Result<Vec<Written>, TaskError> {
     let config = model.config();
     let start = |&(image, question): &(u32, &str)| -> Result<(u32, Vec<u32>), TaskError> {
-        let cleaned = pre_question(question, config.max_words)?;
+        let cleaned = pre_question(question, config.max_words);
         Ok((image, model.tokenizer().encode(&cleaned, config.max_tokens, false)?))
     };
     let rows = questions.iter().map(start).collect::<Result<Vec<_>, _>>()?;
@@ -108,9 +118,14 @@ impl Beam {
 }
 
 /// Continues each row of token ids about its image by beam search.
-fn write(model: &Model, images: &ImageTokens, rows: &[(u32, Vec<u32>)], search: Search) -> Result<Vec<Written>, TaskError> {
+fn write(
+    model: &Model,
+    images: &ImageTokens,
+    rows: &[(u32, Vec<u32>)],
+    search: Search,
+) -> Result<Vec<Written>, TaskError> {
     let mut written = Vec::with_capacity(rows.len());
-    for rows in rows.chunks(crate::BATCH) {
+    for rows in rows.chunks(BATCH) {
         let start = |(image, ids): &(u32, Vec<u32>)| Beam {
             image: *image,
             prompt: ids.len(),
@@ -134,7 +149,13 @@ fn write(model: &Model, images: &ImageTokens, rows: &[(u32, Vec<u32>)], search: 
 }
 
 /// Appends a token to every live text; says whether any is left.
-fn advance(model: &Model, images: &ImageTokens, beams: &mut [Beam], search: Search, step: usize) -> Result<bool, TaskError> {
+fn advance(
+    model: &Model,
+    images: &ImageTokens,
+    beams: &mut [Beam],
+    search: Search,
+    step: usize,
+) -> Result<bool, TaskError> {
     let (mut ids, mut index) = (Vec::new(), Vec::new());
     for beam in beams.iter() {
         ids.extend(beam.live.iter().map(|hypothesis| hypothesis.ids.clone()));
@@ -150,7 +171,8 @@ fn advance(model: &Model, images: &ImageTokens, beams: &mut [Beam], search: Sear
         let mut candidates: Vec<(f32, usize, u32)> = Vec::new();
         for (parent, hypothesis) in beam.live.iter().enumerate() {
             let Some(row) = scores.next() else { break };
-            let allowed = |token: u32| token != model.tokenizer().pad_id() && (token != end || step >= search.min_tokens);
+            let allowed =
+                |token: u32| token != model.tokenizer().pad_id() && (token != end || step >= search.min_tokens);
             let mut tokens: Vec<u32> = (0..row.len() as u32).filter(|&token| allowed(token)).collect();
             let by_score = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]);
             let kept = (2 * search.beams).min(tokens.len());
@@ -173,7 +195,10 @@ fn advance(model: &Model, images: &ImageTokens, beams: &mut [Beam], search: Sear
             }
         }
         // A longer text can only lose probability: its mean may still rise, up to that at the longest length.
-        let hope = live.iter().map(|h: &Hypothesis| h.log_probability / search.max_tokens as f32).fold(f32::NEG_INFINITY, f32::max);
+        let hope = live
+            .iter()
+            .map(|h: &Hypothesis| h.log_probability / search.max_tokens as f32)
+            .fold(f32::NEG_INFINITY, f32::max);
         let settled = beam.ended.len() >= search.beams && beam.best_ended().total_cmp(&hope) != Ordering::Less;
         beam.live = if settled { Vec::new() } else { live };
     }
@@ -181,7 +206,12 @@ fn advance(model: &Model, images: &ImageTokens, beams: &mut [Beam], search: Sear
 }
 
 /// Log-probabilities of the token after each row of ids.
-fn next_token(model: &Model, images: &ImageTokens, ids: &[Vec<u32>], index: &[u32]) -> Result<Vec<Vec<f32>>, TaskError> {
+fn next_token(
+    model: &Model,
+    images: &ImageTokens,
+    ids: &[Vec<u32>],
+    index: &[u32],
+) -> Result<Vec<Vec<f32>>, TaskError> {
     let tokens = model.pad(ids)?;
     let pass = Pass::inference();
     let encoded = model.xvlm().encode_text(&tokens.ids, &tokens.mask, Attention::Causal, &pass)?;
@@ -190,4 +220,82 @@ fn next_token(model: &Model, images: &ImageTokens, ids: &[Vec<u32>], index: &[u3
     let last: Vec<u32> = ids.iter().enumerate().map(|(row, ids)| (row * t + ids.len() - 1) as u32).collect();
     let last = fused.reshape((b * t, ()))?.index_select(&Tensor::new(last, model.device())?, 0)?;
     Ok(kernels::log_softmax(&model.xvlm().mlm_logits(&last)?, D::Minus1)?.to_vec2()?)
+}
+
+/// What the model wrote about each picture of the built-in world, and what is right about it.
+pub struct Evaluation {
+    /// The pictures with their reference captions.
+    pub items: Vec<CaptionItem>,
+    /// What was written about each.
+    pub written: Vec<Written>,
+    /// What is right about each text.
+    pub checks: Vec<CaptionCheck>,
+    /// How often what is right.
+    pub scores: CaptionScores,
+}
+
+/// Captions checked against the scenes they are about, in percent; BLEU-4 and ROUGE-L against the reference captions as
+/// fractions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct CaptionScores {
+    /// Objects, colours and relation are right, all in the same caption.
+    pub right: f64,
+    /// At least two objects are named, and all that are named are there.
+    pub objects: f64,
+    /// All objects are named with their colours.
+    pub colours: f64,
+    /// A relation is told, and all that are told hold.
+    pub relation: f64,
+    /// Everything is right, sizes, textures and background included.
+    pub all: f64,
+    /// BLEU-4.
+    pub bleu4: f64,
+    /// ROUGE-L.
+    pub rouge_l: f64,
+    /// Number of captions.
+    pub count: usize,
+}
+
+impl CaptionScores {
+    fn new(items: &[CaptionItem], written: &[Written], checks: &[CaptionCheck]) -> Result<Self, TaskError> {
+        let share = |right: fn(&CaptionCheck) -> bool| {
+            100.0 * checks.iter().filter(|check| right(check)).count() as f64 / checks.len().max(1) as f64
+        };
+        let texts: Vec<&str> = written.iter().map(|written| written.text.as_str()).collect();
+        let references =
+            items.iter().map(|item| item.captions.iter().map(|text| pre_caption(text, usize::MAX)).collect());
+        let references = references.collect::<Result<Vec<Vec<String>>, _>>()?;
+        Ok(Self {
+            right: share(|check| check.objects_right && check.colours_right && check.relation_right),
+            objects: share(|check| check.objects_right),
+            colours: share(|check| check.colours_right),
+            relation: share(|check| check.relation_right),
+            all: share(CaptionCheck::all_right),
+            bleu4: bleu(&texts, &references)?[3],
+            rouge_l: rouge_l(&texts, &references)?,
+            count: checks.len(),
+        })
+    }
+}
+
+/// Evaluates on `captions.json` of a folder of the built-in world, whose `scenes.json` says what is true.
+///
+/// # Errors
+/// If a file or an image cannot be read, or the two files are not about the same pictures.
+pub fn evaluate(model: &Model, data: &Path, search: Search, counter: Counter) -> Result<Evaluation, TaskError> {
+    let (file, scenes) = (data.join("captions.json"), data.join("scenes.json"));
+    let (items, truths) = (read_captions(&file)?, read_scenes(&scenes)?);
+    if items.len() != truths.len() {
+        let message = format!("expected {} scenes, one for each image of {}, found {}", items.len(), file.display(), truths.len());
+        return Err(ConfigProblem { file: scenes.display().to_string(), message }.into());
+    }
+    let mut written = Vec::with_capacity(items.len());
+    for items in items.chunks(BATCH) {
+        let pictures = items.iter().map(|item| Picture::open(&item.image)).collect::<Result<Vec<_>, _>>()?;
+        written.extend(caption(model, &model.encode(&pictures)?, search)?);
+        counter(written.len(), truths.len());
+    }
+    let checks: Vec<CaptionCheck> =
+        truths.iter().zip(&written).map(|(scene, written)| check_caption(scene, &written.text)).collect();
+    Ok(Evaluation { scores: CaptionScores::new(&items, &written, &checks)?, items, written, checks })
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_norway::Value;
-use xvlm_data::{BatchConfig, LoaderConfig};
+use xvlm_data::{BatchConfig, LoaderConfig, TextTokenizer};
 use xvlm_encoders::XvlmConfig;
 use xvlm_train::TrainConfig;
 use xvlm_weights::StoredType;
@@ -74,6 +74,26 @@ impl PretrainConfig {
     /// Names of the compiled-in configurations.
     pub fn presets() -> impl Iterator<Item = &'static str> {
         PRESETS.iter().map(|(name, _)| *name)
+    }
+
+    /// Checks that the parts fit together, and the tokenizer to them.
+    pub(crate) fn check(&self, tokenizer: &TextTokenizer) -> Result<(), ConfigProblem> {
+        let problem = |message: String| ConfigProblem { file: "configuration".to_owned(), message };
+        self.model.validate().map_err(|error| problem(error.to_string()))?;
+        let text = &self.model.text_config;
+        let (known, longest) = (tokenizer.vocab_size(), text.max_position_embeddings);
+        if text.vocab_size < known {
+            let expected = format!("at least the tokenizer's {known}");
+            return Err(problem(format!("text_config.vocab_size: expected {expected}, found {}", text.vocab_size)));
+        }
+        if longest < self.data.max_tokens {
+            let expected = format!("at least data.max_tokens, {}", self.data.max_tokens);
+            return Err(problem(format!("text_config.max_position_embeddings: expected {expected}, found {longest}")));
+        }
+        if self.train_file.is_empty() {
+            return Err(problem("train_file: expected at least one file, found none".to_owned()));
+        }
+        Ok(())
     }
 
     /// The YAML of a compiled-in configuration.

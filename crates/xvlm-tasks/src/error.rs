@@ -1,6 +1,7 @@
 //! What can go wrong in a task.
 
 use xvlm_data::DataError;
+use xvlm_metrics::MetricsError;
 use xvlm_train::TrainError;
 use xvlm_weights::WeightsError;
 
@@ -14,6 +15,9 @@ pub enum TaskError {
     /// A model folder that cannot be read or written.
     #[error(transparent)]
     Weights(#[from] WeightsError),
+    /// Answers that cannot be scored.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
     /// Training that cannot go on.
     #[error(transparent)]
     Train(#[from] TrainError),

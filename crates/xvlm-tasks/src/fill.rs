@@ -49,10 +49,8 @@ pub fn fill(
         completions.extend(probabilities.iter().map(|row| {
             let mut ranked: Vec<&(u32, String)> = words.iter().collect();
             ranked.sort_by(|a, b| row[b.0 as usize].total_cmp(&row[a.0 as usize]));
-            let completion = |(id, word): &(u32, String)| Completion {
-                word: word.clone(),
-                probability: row[*id as usize],
-            };
+            let completion =
+                |(id, word): &(u32, String)| Completion { word: word.clone(), probability: row[*id as usize] };
             ranked.into_iter().take(top).map(completion).collect::<Vec<_>>()
         }));
     }

@@ -69,7 +69,9 @@ pub fn ground(model: &Model, images: &ImageTokens, texts: &[(u32, &str)]) -> Res
         let concepts = Concepts { tokens: &regions, index: &rows, mask: &mask };
         let fused = model.xvlm().fuse(&encoded, &tokens.mask, &concepts, Attention::Full, &Pass::inference())?;
         let probabilities = model.match_probabilities(&fused)?;
-        found.extend(predicted.into_iter().zip(probabilities).map(|(bounds, probability)| Found { bounds, probability }));
+        found.extend(
+            predicted.into_iter().zip(probabilities).map(|(bounds, probability)| Found { bounds, probability }),
+        );
     }
     Ok(found)
 }

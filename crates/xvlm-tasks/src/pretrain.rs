@@ -3,20 +3,30 @@
 //! One iteration is an image–text batch and, with probability `regions.iter_perc`, a region batch, each an optimizer step
 //! of its own. The way of one step reads like this: batch → [`Xvlm::encode_regions`] → text → losses.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use xvlm_data::{
-    BatchBuilder, CaptionTensors, GenerationTensors, Loader, LoaderConfig, RegionTensors, TextTensors,
+    BatchBuilder, CaptionBatch, CaptionTensors, DataError, GenerationTensors, ImageCache, Loader, LoaderConfig, RegionBatch,
+    RegionTensors, TextTensors, TextTokenizer, read_jsonl, scenes,
 };
 use xvlm_encoders::{Attention, Concepts, Parameters, Pass, Regions, Xvlm, XvlmConfig};
-use xvlm_losses as losses;
-use xvlm_train::{Batches, BoxError, Losses, Trainable};
+use xvlm_losses::{self as losses, Pair};
+use xvlm_train::{Batches, BoxError, Losses, Progress, RunFolder, Summary, Trainable};
+use xvlm_weights::{LoadRules, ModelFolder};
+
+use crate::config::PretrainConfig;
+use crate::error::TaskError;
+use crate::model::{Model, ModelConfig};
 
 /// Bounds of the temperature after each step (the original's `xvlm.temp.clamp_`).
 const TEMPERATURE: (f64, f64) = (0.001, 0.5);
+
+/// Losses by name.
+type Named = Vec<(&'static str, Tensor)>;
 
 /// One batch of either stream.
 pub enum Batch {
@@ -31,6 +41,9 @@ pub struct Pretraining {
     model: Xvlm,
     parameters: Vec<(String, Var)>,
 }
+
+/// Chooses the negatives for matching from the similarities `[B, B]` (a row for each concept) and the keys of the texts.
+pub type Negatives<'a> = &'a mut dyn FnMut(&Tensor, &[i64]) -> Result<Vec<Pair>>;
 
 /// Where texts that are trained on their box look, and what they should find.
 struct BoxTargets<'a> {
@@ -56,32 +69,36 @@ impl Pretraining {
         &self.model
     }
 
+    /// The losses of a batch in a pass, with negatives chosen by `negatives`.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn losses_of(&self, batch: &Batch, pass: &Pass, negatives: Negatives) -> Result<Losses> {
+        Ok(Losses(match batch {
+            Batch::Captions(batch) => self.captions(batch, pass, negatives)?,
+            Batch::Regions(batch) => self.regions(batch, pass, negatives)?,
+        }))
+    }
+
     /// Image stream: ITC, ITM and MLM of each image with its text, and the texts that are to be generated.
-    fn captions(&self, batch: &CaptionTensors, rng: &mut ChaCha8Rng) -> Result<Losses> {
-        let pass = Pass::training(rng);
-        let images = self.model.encode_image(&batch.pixels, &pass)?;
+    fn captions(&self, batch: &CaptionTensors, pass: &Pass, negatives: Negatives) -> Result<Named> {
+        let images = self.model.encode_image(&batch.pixels, pass)?;
         let (n, tokens, _) = images.dims3()?;
         let mask = Tensor::ones((n, tokens), DType::F32, images.device())?;
-        let mut named = self.align(&batch.text, &images, &mask, None, &pass, rng)?;
+        let mut named = self.align(&batch.text, &images, &mask, None, pass, negatives)?;
         if let Some(generation) = &batch.generation {
-            named.push(("generation", self.generate(generation, &images, &pass)?));
+            named.push(("generation", self.generate(generation, &images, pass)?));
         }
-        Ok(Losses(named))
+        Ok(named)
     }
 
     /// Region stream: the same for each region with its text, and the box of the text in the whole image.
-    fn regions(&self, batch: &RegionTensors, rng: &mut ChaCha8Rng) -> Result<Losses> {
-        let pass = Pass::training(rng);
+    fn regions(&self, batch: &RegionTensors, pass: &Pass, negatives: Negatives) -> Result<Named> {
         let regions = Regions { index: &batch.image_index, mask: &batch.region_mask };
-        let (concepts, images) = self.model.encode_regions(&batch.pixels, regions, &pass)?;
-        let targets = BoxTargets {
-            images: &images,
-            index: &batch.image_index,
-            boxes: &batch.boxes,
-            is_image: &batch.is_image,
-        };
-        let named = self.align(&batch.text, &concepts, &batch.region_mask, Some(targets), &pass, rng)?;
-        Ok(Losses(named))
+        let (concepts, images) = self.model.encode_regions(&batch.pixels, regions, pass)?;
+        let targets =
+            BoxTargets { images: &images, index: &batch.image_index, boxes: &batch.boxes, is_image: &batch.is_image };
+        self.align(&batch.text, &concepts, &batch.region_mask, Some(targets), pass, negatives)
     }
 
     /// The losses that align texts with their concepts `[B, 1+L, C]`. Matching pairs, hard negatives, masked texts and
@@ -93,8 +110,8 @@ impl Pretraining {
         mask: &Tensor,
         targets: Option<BoxTargets>,
         pass: &Pass,
-        rng: &mut ChaCha8Rng,
-    ) -> Result<Vec<(&'static str, Tensor)>> {
+        negatives: Negatives,
+    ) -> Result<Named> {
         let model = &self.model;
         let (b, t) = text.ids.dims2()?;
         let rows = 0..b as u32;
@@ -106,7 +123,7 @@ impl Pretraining {
         let text_features = model.project_text(&encoded.narrow(0, 0, b)?)?;
         let (itc, similarities) =
             losses::contrastive(&image_features, &text_features, model.temperature(), &text.keys)?;
-        let negatives = losses::hard_negatives(&similarities, &text.keys, rng)?;
+        let negatives = negatives(&similarities, &text.keys)?;
 
         // Rows to fuse: positives, negatives, masked texts, texts that look for their box.
         let mut texts: Vec<u32> = rows.clone().chain(negatives.iter().map(|pair| pair.text)).collect();
@@ -151,8 +168,13 @@ impl Pretraining {
         let mask = Tensor::ones((b, images.dim(1)?), DType::F32, images.device())?;
         let looks = Concepts { tokens: images, index: &batch.image_index, mask: &mask };
         let fused = model.fuse(&encoded, &batch.mask, &looks, Attention::Causal, pass)?;
-        let (positions, labels): (Vec<u32>, Vec<i64>) =
-            batch.labels.iter().enumerate().filter(|(_, label)| **label >= 0).map(|(i, &label)| (i as u32, label)).unzip();
+        let (positions, labels): (Vec<u32>, Vec<i64>) = batch
+            .labels
+            .iter()
+            .enumerate()
+            .filter(|(_, label)| **label >= 0)
+            .map(|(i, &label)| (i as u32, label))
+            .unzip();
         let written = fused.reshape((b * t, ()))?.index_select(&Tensor::new(positions, images.device())?, 0)?;
         losses::generation(&model.mlm_logits(&written)?, &labels)
     }
@@ -166,10 +188,8 @@ impl Trainable for Pretraining {
     }
 
     fn losses(&self, batch: &Batch, rng: &mut ChaCha8Rng) -> std::result::Result<Losses, BoxError> {
-        Ok(match batch {
-            Batch::Captions(batch) => self.captions(batch, rng)?,
-            Batch::Regions(batch) => self.regions(batch, rng)?,
-        })
+        let pass = Pass::training(rng);
+        Ok(self.losses_of(batch, &pass, &mut |scores, keys| losses::hard_negatives(scores, keys, rng))?)
     }
 
     fn samples(batch: &Batch) -> usize {
@@ -189,38 +209,90 @@ impl Trainable for Pretraining {
 
 /// The batches of a run in order, built ahead on worker threads.
 pub struct PretrainBatches {
-    loader: Loader<Vec<Batch>>,
+    loader: Loader<(CaptionBatch, Option<RegionBatch>)>,
+    device: Device,
 }
 
 impl PretrainBatches {
     /// Batches from iteration `start` on. What an iteration gets depends on the seed and its number alone.
     ///
     /// # Errors
-    /// If a worker thread cannot be started.
+    /// If the system starts no thread.
     pub fn new(
         builder: Arc<BatchBuilder>,
         iter_perc: f64,
-        seed: u64,
         start: u64,
         workers: LoaderConfig,
         device: &Device,
-    ) -> std::result::Result<Self, BoxError> {
-        let device = device.clone();
+    ) -> std::result::Result<Self, DataError> {
         let build = move |step: u64| {
-            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            let mut rng = ChaCha8Rng::seed_from_u64(builder.config().seed);
             rng.set_stream(step);
-            let mut batches = vec![Batch::Captions(builder.captions(step)?.to_tensors(&device)?)];
-            if rng.random_bool(iter_perc) {
-                batches.push(Batch::Regions(builder.regions(step)?.to_tensors(&device)?));
-            }
-            Ok(batches)
+            let regions = if rng.random_bool(iter_perc) { Some(builder.regions(step)?) } else { None };
+            Ok((builder.captions(step)?, regions))
         };
-        Ok(Self { loader: Loader::starting_at(start, workers, build)? })
+        Ok(Self { loader: Loader::starting_at(start, workers, build)?, device: device.clone() })
     }
 }
 
 impl Batches<Batch> for PretrainBatches {
     fn next(&mut self) -> std::result::Result<Vec<Batch>, BoxError> {
-        Ok(self.loader.next()?)
+        let (captions, regions) = self.loader.next()?;
+        let mut batches = vec![Batch::Captions(captions.to_tensors(&self.device)?)];
+        if let Some(regions) = regions {
+            batches.push(Batch::Regions(regions.to_tensors(&self.device)?));
+        }
+        Ok(batches)
     }
+}
+
+/// Pre-trains as configured. The run lies in `out` (`metrics.jsonl`, checkpoints), the finished model in `out/model`.
+///
+/// # Errors
+/// If a file cannot be read or written, too many records are broken, or the loss is not finite.
+pub fn run(
+    config: &PretrainConfig,
+    out: &Path,
+    resume: bool,
+    device: &Device,
+    progress: &mut dyn Progress,
+) -> std::result::Result<Summary, TaskError> {
+    let mut config = config.clone();
+    let tokenizer = Arc::new(match &config.tokenizer {
+        Some(path) => TextTokenizer::from_file(path)?,
+        None => TextTokenizer::from_vocabulary(&scenes::vocabulary())?,
+    });
+    if config.model.text_config.vocab_size == 0 {
+        config.model.text_config.vocab_size = tokenizer.vocab_size();
+    }
+    config.data.resolution = config.model.vision_config.image_res;
+    config.data.final_stride = config.model.vision_config.stride();
+    config.check(&tokenizer)?;
+
+    let mut records = Vec::new();
+    for path in &config.train_file {
+        records.extend(read_jsonl(path)?);
+    }
+    let pretraining = Pretraining::new(&config.model, config.train.seed, device)?;
+    if let Some(dir) = &config.init_from {
+        let files = ModelFolder::open(dir)?;
+        xvlm_weights::assign(&files.name, &files.tensors, &pretraining.parameters, &LoadRules::default())?;
+    }
+    let cache = Arc::new(ImageCache::new(config.image_cache_mib << 20));
+    let builder = Arc::new(BatchBuilder::new(Arc::new(records), Arc::clone(&tokenizer), config.data.clone(), cache)?);
+    let batches = |start| -> std::result::Result<Box<dyn Batches<Batch>>, BoxError> {
+        let (iter_perc, workers) = (config.regions.iter_perc, config.loader.clone());
+        Ok(Box::new(PretrainBatches::new(builder, iter_perc, start, workers, device)?))
+    };
+    let run = RunFolder::new(out)?;
+    let summary = xvlm_train::train(&pretraining, batches, &config.train, &run, resume, progress)?;
+    let prompt = config.data.generation.as_ref().map(|generation| generation.prompt.clone());
+    let model = ModelConfig {
+        model: config.model.clone(),
+        max_tokens: config.data.max_tokens,
+        max_words: config.data.max_words,
+        prompt: prompt.unwrap_or_else(|| "a picture of".to_owned()),
+    };
+    Model::write(&out.join("model"), &model, &pretraining.parameters, &tokenizer, config.stored)?;
+    Ok(summary)
 }

@@ -165,7 +165,9 @@ impl View<'_> {
     pub fn answer(&self, questions: &[&str]) -> Result<Vec<Answer>, Error> {
         let answers = captioning::answer(self.model, &self.image, &self.about(questions), Search::answers())?;
         let paired = questions.iter().zip(answers);
-        Ok(paired.map(|(question, written)| Answer { question: (*question).to_owned(), answer: written.text }).collect())
+        Ok(paired
+            .map(|(question, written)| Answer { question: (*question).to_owned(), answer: written.text })
+            .collect())
     }
 
     /// Says how well each text tells the picture.
