@@ -1,1 +1,105 @@
-fn main(){}
+//! `xvlm`: X-VLM on the command line.
+//!
+//! One module a command. Results go to stdout, as text or (`--json`) as one JSON document; all else goes to stderr.
+//! Nothing is printed, and no file appears, before a command has succeeded.
+
+mod demo;
+mod draw;
+mod eval;
+mod output;
+mod plot;
+mod predict;
+mod pretrain;
+mod progress;
+mod report;
+mod synth;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use xvlm::{Device, Predictor};
+
+use crate::output::CliError;
+
+/// X-VLM: find what a phrase means in a picture, describe it, answer about it, search with it, fill in blanks.
+#[derive(Parser)]
+#[command(name = "xvlm", version, after_help = "Start with `xvlm demo`: it needs no arguments and no download.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Demo(demo::Demo),
+    Ground(predict::Ground),
+    Caption(predict::Caption),
+    Answer(predict::Answer),
+    Match(predict::Match),
+    Fill(predict::Fill),
+    Eval(eval::Eval),
+    Synth(synth::Synth),
+    Pretrain(pretrain::Pretrain),
+}
+
+/// Which model, and where it computes.
+#[derive(Args)]
+struct ModelArgs {
+    /// Model folder (config.json, model.safetensors, tokenizer.json) [default: the small model that is built in; it
+    /// knows the synthetic scenes of `xvlm synth` only]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+/// Where to compute.
+#[derive(Args)]
+struct DeviceArgs {
+    /// Where to compute: cpu, cuda (the first GPU) or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: String,
+}
+
+impl DeviceArgs {
+    fn open(&self) -> Result<Device, CliError> {
+        Ok(xvlm::device(&self.device)?)
+    }
+}
+
+impl ModelArgs {
+    fn open(&self) -> Result<Predictor, CliError> {
+        let device = self.device.open()?;
+        Ok(match &self.model {
+            Some(dir) => Predictor::from_folder(dir, &device)?,
+            None => Predictor::bundled(&device)?,
+        })
+    }
+
+    /// What reports call the model.
+    fn name(&self) -> String {
+        self.model.as_ref().map_or_else(|| "built in".to_owned(), |dir| dir.display().to_string())
+    }
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Demo(command) => command.run(),
+        Command::Ground(command) => command.run(),
+        Command::Caption(command) => command.run(),
+        Command::Answer(command) => command.run(),
+        Command::Match(command) => command.run(),
+        Command::Fill(command) => command.run(),
+        Command::Eval(command) => command.run(),
+        Command::Synth(command) => command.run(),
+        Command::Pretrain(command) => command.run(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::say(&format!("error: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}

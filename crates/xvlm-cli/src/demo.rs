@@ -1,0 +1,363 @@
+//! `xvlm demo`: everything the model can do, on fresh scenes, as a page and as numbers.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use xvlm::data::annotations::RetrievalItem;
+use xvlm::data::scenes::{Split, SynthOptions};
+use xvlm::metrics::boxes::{BoxScores, iou_xywh};
+use xvlm::metrics::fill::FillScores;
+use xvlm::metrics::retrieval::RetrievalScores;
+use xvlm::tasks::captioning::{self, CaptionScores};
+use xvlm::tasks::{Model, PretrainConfig, fill, grounding, pretrain, retrieval};
+use xvlm::train::{LossCurve, Warmup, loss_curves, read_metrics};
+use xvlm::{Picture, Predictor, Search};
+
+use crate::ModelArgs;
+use crate::eval::{caption_rows, fill_rows, grounding_rows, percent, retrieval_rows};
+use crate::output::{self, CliError, Rows, say, table};
+use crate::progress::{Stage, Training};
+use crate::report::{Blank, Caption, Phrase, Question, Ranked, Ranking, Report, Shown};
+use crate::synth;
+
+/// The seed of the scenes that the built-in model was trained on (`presets/scenes.yaml`), and how many there were.
+const TRAINING_SEED: u64 = 1;
+const TRAINING_SCENES: usize = 20_000;
+/// Pictures of the page: like those of training, and with unseen combinations.
+const SHOWN: (usize, usize) = (8, 4);
+/// Questions and blanks beside a picture, texts that are searched for, and pictures found for each.
+const QUESTIONS: usize = 5;
+const BLANKS: usize = 2;
+const SEARCHES: usize = 4;
+const RANKED: usize = 5;
+/// How many of the nearest are ranked again by matching.
+const K_TEST: usize = 16;
+
+/// Put the model to every task on fresh scenes, and write a report with pictures and scores
+///
+/// Needs no argument and no download. The folder gets report.html, scores.json, and the scenes in data/ and
+/// data-unseen/.
+#[derive(Args)]
+pub(crate) struct Demo {
+    /// Folder to write; scenes and reports of an earlier demo are replaced
+    #[arg(long, value_name = "DIR", default_value = "xvlm-demo")]
+    out: PathBuf,
+    /// First train a model from nothing: scenes go to DIR/training, the run and its model to DIR/run
+    #[arg(long, conflicts_with = "model")]
+    train: bool,
+    /// Longest time to train, in minutes
+    #[arg(long, value_name = "M", default_value_t = 60.0, requires = "train")]
+    minutes: f64,
+    /// Number of held-out scenes; half as many with unseen combinations are added
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    scenes: u32,
+    /// Seed of the scenes; not 1, on which the model was trained
+    #[arg(long, value_name = "S", default_value_t = 2022)]
+    seed: u64,
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Print the scores as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What `scores.json` holds; scores are in percent.
+#[derive(Serialize)]
+pub(crate) struct Scores {
+    pub(crate) model: String,
+    pub(crate) scenes: u32,
+    pub(crate) unseen_scenes: u32,
+    pub(crate) seed: u64,
+    grounding: BoxScores,
+    grounding_unseen: BoxScores,
+    retrieval: RetrievalScores,
+    caption: CaptionScores,
+    questions: QuestionScores,
+    fill: FillScores,
+}
+
+/// Questions answered in the words of the truth.
+#[derive(Default, Serialize)]
+struct QuestionScores {
+    right: f64,
+    count: usize,
+    kinds: BTreeMap<String, KindScores>,
+}
+
+#[derive(Default, Serialize)]
+struct KindScores {
+    right: f64,
+    count: usize,
+}
+
+impl Demo {
+    pub(crate) fn run(self) -> Result<(), CliError> {
+        if self.seed == TRAINING_SEED {
+            let found = self.seed.to_string();
+            return Err(CliError::Option { option: "--seed", expected: "a seed never trained on", found });
+        }
+        let (predictor, model, curves) = match self.train {
+            true => self.trained()?,
+            false => (self.model.open()?, self.model.name(), Vec::new()),
+        };
+        let started = Instant::now();
+        let unseen_scenes = self.scenes.div_ceil(2);
+        let (data, data_unseen) = (self.out.join("data"), self.out.join("data-unseen"));
+        self.scenes("scenes", &data, self.scenes, Split::Seen)?;
+        self.scenes("unseen combinations", &data_unseen, unseen_scenes, Split::Unseen)?;
+
+        let found = Found::on(predictor.model(), &data)?;
+        let unseen = Stage::run("phrases, unseen", |at| grounding::evaluate(predictor.model(), &data_unseen, at))?;
+        let scores = Scores {
+            model,
+            scenes: self.scenes,
+            unseen_scenes,
+            seed: self.seed,
+            grounding: found.grounding.scores,
+            grounding_unseen: unseen.scores,
+            retrieval: found.retrieval.scores,
+            questions: QuestionScores::of(&found.questions),
+            caption: found.captions.scores,
+            fill: found.fill.scores.clone(),
+        };
+        let report = Report {
+            scores: &scores,
+            rows: scores.rows(),
+            seconds: started.elapsed().as_secs_f64(),
+            held_out: images(&found.grounding, SHOWN.0).map(|i| found.about(i)).collect::<Result<_, _>>()?,
+            unseen: images(&unseen, SHOWN.1).map(|i| shown(&unseen, i)).collect::<Result<_, _>>()?,
+            rankings: found.rankings(predictor.model())?,
+            curves,
+        };
+        let page = self.out.join("report.html");
+        output::write(&page, report.html().as_bytes())?;
+        output::write(&self.out.join("scores.json"), (serde_json::to_string_pretty(&scores)? + "\n").as_bytes())?;
+        say(&format!("report: {}", page.display()));
+        output::print(self.json, &scores, |scores| table(&scores.rows()))
+    }
+
+    /// Writes scenes, in the place of those of an earlier demo.
+    fn scenes(&self, name: &'static str, out: &Path, scenes: u32, split: Split) -> Result<(), CliError> {
+        replace(out)?;
+        synth::write(name, out, SynthOptions { scenes: scenes as usize, seed: self.seed, split, embed_images: false })
+    }
+
+    /// Trains a model from nothing.
+    fn trained(&self) -> Result<(Predictor, String, Vec<LossCurve>), CliError> {
+        let (data, run) = (self.out.join("training"), self.out.join("run"));
+        let device = self.model.device.open()?;
+        let mut config = PretrainConfig::preset("scenes", &[])?;
+        config.train_file = vec![data.join("pretrain.jsonl")];
+        config.train.time_limit_minutes = Some(self.minutes);
+        // The clock decides how many iterations there are: warm up for a share of them, and report often.
+        config.train.schedule.warmup = Warmup::Fraction(0.05);
+        config.train.log_every = 10;
+        config.train.check()?;
+        if run.exists() {
+            let (expected, found) = ("no training run yet", "one; choose another --out, or remove it".to_owned());
+            return Err(CliError::File { path: run, expected, found });
+        }
+        replace(&data)?;
+        let options =
+            SynthOptions { scenes: TRAINING_SCENES, seed: TRAINING_SEED, split: Split::Seen, embed_images: false };
+        synth::write("training scenes", &data, options)?;
+        pretrain::run(&config, &run, false, &device, &mut Training::new())?;
+        let curves = loss_curves(&read_metrics(&run.join("metrics.jsonl"))?);
+        let model = run.join("model");
+        Ok((Predictor::from_folder(&model, &device)?, model.display().to_string(), curves))
+    }
+}
+
+/// Removes scenes of an earlier demo; what is no such folder is left for [`synth::write`] to refuse.
+fn replace(scenes: &Path) -> Result<(), CliError> {
+    match scenes.join("scenes.json").exists() {
+        true => fs::remove_dir_all(scenes).map_err(CliError::io(scenes)),
+        false => Ok(()),
+    }
+}
+
+impl Scores {
+    /// What matters most.
+    pub(crate) fn headlines(&self) -> Vec<(&'static str, f64)> {
+        vec![
+            ("phrases whose box is found", self.grounding.accuracy),
+            ("the same for unseen combinations", self.grounding_unseen.accuracy),
+            ("pictures found by their text", self.retrieval.image_r1),
+            ("texts found by their picture", self.retrieval.text_r1),
+            ("descriptions all right", self.caption.right),
+            ("questions answered", self.questions.right),
+            ("blanks filled", self.fill.top1),
+        ]
+    }
+
+    fn rows(&self) -> Rows {
+        let section = |name: &str, rows: Rows| std::iter::once((name.to_owned(), None)).chain(rows).collect::<Rows>();
+        let mut questions = vec![percent("answers right", self.questions.right)];
+        questions.extend(self.questions.kinds.iter().map(|(kind, scores)| percent(kind, scores.right)));
+        questions.push(("questions".to_owned(), Some(self.questions.count.to_string())));
+        [
+            section("Find the box of a phrase", grounding_rows(&self.grounding)),
+            section("The same, unseen combinations", grounding_rows(&self.grounding_unseen)),
+            section("Match pictures and texts", retrieval_rows(&self.retrieval)),
+            section("Describe", caption_rows(&self.caption)),
+            section("Answer questions", questions),
+            section("Fill blanks", fill_rows(&self.fill)),
+        ]
+        .concat()
+    }
+}
+
+impl QuestionScores {
+    fn of(asked: &[Asked]) -> Self {
+        let mut kinds: BTreeMap<String, Vec<bool>> = BTreeMap::new();
+        for asked in asked {
+            kinds.entry(asked.kind.clone()).or_default().push(asked.given == asked.answer);
+        }
+        let share = |right: usize, count: usize| 100.0 * right as f64 / count.max(1) as f64;
+        let right = |answers: &Vec<bool>| answers.iter().filter(|&&right| right).count();
+        let all = kinds.values().map(right).sum();
+        let scores =
+            |answers: Vec<bool>| KindScores { right: share(right(&answers), answers.len()), count: answers.len() };
+        Self {
+            right: share(all, asked.len()),
+            count: asked.len(),
+            kinds: kinds.into_iter().map(|(kind, answers)| (kind, scores(answers))).collect(),
+        }
+    }
+}
+
+/// A question of `vqa.json`, and what the model answered.
+#[derive(Deserialize)]
+struct Asked {
+    image: PathBuf,
+    question: String,
+    answer: String,
+    kind: String,
+    #[serde(skip)]
+    given: String,
+}
+
+/// Asks every question of a folder.
+fn ask(model: &Model, data: &Path, at: &mut dyn FnMut(usize, usize)) -> Result<Vec<Asked>, CliError> {
+    let path = data.join("vqa.json");
+    let text = fs::read(&path).map_err(CliError::io(&path))?;
+    let mut asked: Vec<Asked> = serde_json::from_slice(&text).map_err(|error| CliError::File {
+        path: path.clone(),
+        expected: "a list of questions",
+        found: error.to_string(),
+    })?;
+    let (mut done, of) = (0, asked.len());
+    for questions in asked.chunk_by_mut(|a, b| a.image == b.image) {
+        let images = model.encode(&[Picture::open(&data.join(&questions[0].image))?])?;
+        let texts: Vec<(u32, &str)> = questions.iter().map(|asked| (0, asked.question.as_str())).collect();
+        let answers = captioning::answer(model, &images, &texts, Search::answers())?;
+        done += questions.len();
+        questions.iter_mut().zip(answers).for_each(|(asked, answer)| asked.given = answer.text);
+        at(done, of);
+    }
+    asked.iter_mut().for_each(|asked| asked.image = data.join(&asked.image));
+    Ok(asked)
+}
+
+/// What the model found on a folder.
+struct Found {
+    grounding: grounding::Evaluation,
+    captions: captioning::Evaluation,
+    questions: Vec<Asked>,
+    retrieval: retrieval::Evaluation,
+    fill: fill::Evaluation,
+}
+
+impl Found {
+    fn on(model: &Model, data: &Path) -> Result<Self, CliError> {
+        Ok(Self {
+            grounding: Stage::run("phrases", |at| grounding::evaluate(model, data, at))?,
+            captions: Stage::run("captions", |at| captioning::evaluate(model, data, Search::default(), at))?,
+            questions: Stage::run("questions", |at| ask(model, data, at))?,
+            retrieval: Stage::run("pairs", |at| retrieval::evaluate(model, data, K_TEST, at))?,
+            fill: Stage::run("blanks", |at| fill::evaluate(model, data, at))?,
+        })
+    }
+
+    /// Everything about one picture.
+    fn about(&self, image: &Path) -> Result<Shown, CliError> {
+        let done = &self.captions;
+        let mut captions = done.items.iter().zip(&done.written).zip(&done.checks);
+        let caption = captions.find(|((item, _), _)| item.image == image).map(|((item, written), check)| Caption {
+            text: written.text.clone(),
+            truth: item.captions.first().cloned().unwrap_or_default(),
+            marks: [
+                ("objects", check.objects_right),
+                ("colours", check.colours_right),
+                ("relation", check.relation_right),
+            ],
+        });
+        let questions = self.questions.iter().filter(|asked| asked.image == image).map(|asked| Question {
+            question: asked.question.clone(),
+            answer: asked.given.clone(),
+            truth: asked.answer.clone(),
+        });
+        let blanks = self.fill.items.iter().zip(&self.fill.completions);
+        let blanks = blanks.filter(|(item, _)| item.image == image).map(|(item, words)| Blank {
+            text: item.text.clone(),
+            words: words.iter().take(3).cloned().collect(),
+            truths: item.answers.clone(),
+        });
+        Ok(Shown {
+            caption,
+            questions: questions.take(QUESTIONS).collect(),
+            blanks: blanks.take(BLANKS).collect(),
+            ..shown(&self.grounding, image)?
+        })
+    }
+
+    /// The first caption of the first pictures, and what is found for each.
+    fn rankings(&self, model: &Model) -> Result<Vec<Ranking>, CliError> {
+        let items = &self.retrieval.items;
+        let mut rows = self.retrieval.text_to_image.chunks(items.len());
+        let ranking = |(own, item): (usize, &RetrievalItem)| {
+            let (row, text) = (rows.next().unwrap_or_default(), item.captions.first().cloned().unwrap_or_default());
+            // The rows of the other captions.
+            rows.by_ref().take(item.captions.len().saturating_sub(1)).for_each(drop);
+            let mut order: Vec<usize> = (0..row.len()).collect();
+            order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
+            order.truncate(RANKED);
+            let pictures =
+                order.iter().map(|&image| Picture::open(&items[image].image)).collect::<Result<Vec<_>, _>>()?;
+            let pairs: Vec<(u32, &str)> = (0..pictures.len() as u32).map(|image| (image, text.as_str())).collect();
+            let probabilities = model.match_pairs(&model.encode(&pictures)?, &pairs)?;
+            let ranked = |(image, probability): (usize, f32)| {
+                Ok(Ranked { png: read(&items[image].image)?, probability, is_right: image == own })
+            };
+            let pictures = order.into_iter().zip(probabilities).map(ranked).collect::<Result<_, CliError>>()?;
+            Ok(Ranking { text, pictures })
+        };
+        items.iter().enumerate().take(SEARCHES).map(ranking).collect()
+    }
+}
+
+/// The first images of an evaluation.
+fn images(evaluation: &grounding::Evaluation, count: usize) -> impl Iterator<Item = &Path> {
+    evaluation.items.chunk_by(|a, b| a.image == b.image).take(count).map(|items| items[0].image.as_path())
+}
+
+/// A picture with its phrases.
+fn shown(evaluation: &grounding::Evaluation, image: &Path) -> Result<Shown, CliError> {
+    let items = evaluation.items.iter().zip(&evaluation.found).filter(|(item, _)| item.image == image);
+    let (width, height) = items.clone().next().map_or((1, 1), |(item, _)| (item.width, item.height));
+    let phrases = items.map(|(item, found)| {
+        let (found, probability) = (found.pixels(width, height), found.probability);
+        let iou = iou_xywh(found, item.bbox);
+        Phrase { text: item.text.clone(), found, truth: item.bbox, probability, iou }
+    });
+    let phrases = phrases.collect();
+    Ok(Shown { png: read(image)?, width, height, phrases, caption: None, questions: Vec::new(), blanks: Vec::new() })
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, CliError> {
+    fs::read(path).map_err(CliError::io(path))
+}

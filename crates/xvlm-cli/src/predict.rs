@@ -1,0 +1,215 @@
+//! `xvlm ground`, `caption`, `answer`, `match`, `fill`: questions about pictures.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde::Serialize;
+use xvlm::{Completion, Picture, Search, View};
+
+use crate::ModelArgs;
+use crate::draw::number_boxes;
+use crate::output::{self, CliError, Rows, table};
+
+/// The pictures, and who looks at them.
+#[derive(Args)]
+struct Look {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Picture (JPEG, PNG, WebP or GIF); several may be given
+    #[arg(long = "image", value_name = "FILE", required = true, num_args = 1..)]
+    images: Vec<PathBuf>,
+    /// Print the result as JSON: a list with an object for each picture
+    #[arg(long)]
+    json: bool,
+}
+
+/// What a command found out about one picture.
+#[derive(Serialize)]
+struct About<T> {
+    image: PathBuf,
+    width: u32,
+    height: u32,
+    results: Vec<T>,
+    #[serde(skip)]
+    picture: Picture,
+}
+
+impl Look {
+    /// Encodes each picture once, and asks.
+    fn ask<T>(&self, ask: impl Fn(&View) -> Result<Vec<T>, xvlm::Error>) -> Result<Vec<About<T>>, CliError> {
+        let predictor = self.model.open()?;
+        let about = |image: &PathBuf| {
+            let picture = Picture::open(image)?;
+            let results = ask(&predictor.look(&picture)?)?;
+            Ok(About { image: image.clone(), width: picture.width(), height: picture.height(), results, picture })
+        };
+        self.images.iter().map(about).collect()
+    }
+
+    /// Prints what was found: a table, with a heading for each picture if there are several.
+    fn print<T: Serialize>(&self, found: &[About<T>], rows: impl Fn(usize, &T) -> Rows) -> Result<(), CliError> {
+        output::print(self.json, &found, |found| {
+            let mut all = Rows::new();
+            for about in found.iter() {
+                if found.len() > 1 {
+                    all.push((about.image.display().to_string(), None));
+                }
+                all.extend(about.results.iter().enumerate().flat_map(|(i, result)| rows(i, result)));
+            }
+            table(&all)
+        })
+    }
+}
+
+fn percent(probability: f32) -> String {
+    format!("{:.1} %", 100.0 * probability)
+}
+
+/// The texts of `--text`, each with at least one word.
+fn worded(texts: &[String]) -> Result<Vec<&str>, CliError> {
+    let word = |text: &String| text.chars().any(char::is_alphanumeric);
+    match texts.iter().find(|text| !word(text)) {
+        Some(text) => {
+            let found = format!("{text:?}");
+            Err(CliError::Option { option: "--text", expected: "at least one word", found })
+        }
+        None => Ok(texts.iter().map(String::as_str).collect()),
+    }
+}
+
+/// Find the box that a phrase means
+///
+/// Prints, for each phrase, a box in pixels of the picture (left, top, right, bottom) and the probability that the
+/// phrase matches what is inside. A picture is encoded once, however many phrases there are.
+#[derive(Args)]
+pub(crate) struct Ground {
+    #[command(flatten)]
+    look: Look,
+    /// Phrase, such as "the red circle"; repeatable
+    #[arg(long = "text", value_name = "TEXT", required = true)]
+    texts: Vec<String>,
+    /// Write the picture with numbered boxes to this PNG file; for one --image only
+    #[arg(long, value_name = "FILE")]
+    draw: Option<PathBuf>,
+}
+
+impl Ground {
+    pub(crate) fn run(self) -> Result<(), CliError> {
+        let images = self.look.images.len();
+        if self.draw.is_some() && images > 1 {
+            let found = format!("{images} pictures");
+            return Err(CliError::Option { option: "--draw", expected: "one --image", found });
+        }
+        let texts = worded(&self.texts)?;
+        let mut found = self.look.ask(|view| view.ground(&texts))?;
+        if let (Some(path), [about]) = (&self.draw, found.as_mut_slice()) {
+            let boxes: Vec<_> = about.results.iter().map(|found| found.bounds).collect();
+            number_boxes(&mut about.picture, &boxes);
+            output::write(path, &about.picture.to_png()?)?;
+        }
+        self.look.print(&found, |i, found| {
+            let edges = found.bounds;
+            let edges = [edges.xmin, edges.ymin, edges.xmax, edges.ymax].map(|edge| format!("{edge:7.1}")).concat();
+            vec![(format!("{}  {}", i + 1, found.text), Some(format!("{edges}  {:>7}", percent(found.probability))))]
+        })
+    }
+}
+
+/// Describe a picture
+#[derive(Args)]
+pub(crate) struct Caption {
+    #[command(flatten)]
+    look: Look,
+    /// Texts that the search follows at a time; 1 is greedy
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=64))]
+    beams: u8,
+}
+
+impl Caption {
+    pub(crate) fn run(self) -> Result<(), CliError> {
+        let search = Search { beams: self.beams.into(), ..Search::default() };
+        let found = self.look.ask(|view| Ok(vec![view.caption_with(search)?]))?;
+        output::print(self.look.json, &found, |found| {
+            let line = |about: &About<xvlm::Written>| {
+                let texts: String = about.results.iter().map(|written| format!("{}\n", written.text)).collect();
+                if found.len() > 1 { format!("{}: {texts}", about.image.display()) } else { texts }
+            };
+            found.iter().map(line).collect()
+        })
+    }
+}
+
+/// Answer questions about a picture
+#[derive(Args)]
+pub(crate) struct Answer {
+    #[command(flatten)]
+    look: Look,
+    /// Question, such as "how many circles are there?"; repeatable
+    #[arg(long = "text", value_name = "TEXT", required = true)]
+    texts: Vec<String>,
+}
+
+impl Answer {
+    pub(crate) fn run(self) -> Result<(), CliError> {
+        let texts = worded(&self.texts)?;
+        let found = self.look.ask(|view| view.answer(&texts))?;
+        self.look.print(&found, |_, found| vec![(found.question.clone(), Some(found.answer.clone()))])
+    }
+}
+
+/// Say how well texts tell a picture
+///
+/// Prints, for each text, the probability that it belongs to the picture, and the cosine (-1 to 1) of their embeddings,
+/// which is what a search over many pictures compares first.
+#[derive(Args)]
+pub(crate) struct Match {
+    #[command(flatten)]
+    look: Look,
+    /// Text, such as "a red circle above a blue star"; repeatable
+    #[arg(long = "text", value_name = "TEXT", required = true)]
+    texts: Vec<String>,
+}
+
+impl Match {
+    pub(crate) fn run(self) -> Result<(), CliError> {
+        let texts = worded(&self.texts)?;
+        let found = self.look.ask(|view| view.matches(&texts))?;
+        self.look.print(&found, |_, found| {
+            let scores = format!("{:>7}  cosine {:6.3}", percent(found.probability), found.similarity);
+            vec![(found.text.clone(), Some(scores))]
+        })
+    }
+}
+
+/// Fill in the blank of a phrase about a picture
+#[derive(Args)]
+pub(crate) struct Fill {
+    #[command(flatten)]
+    look: Look,
+    /// Phrase with one blank, written ___ or [MASK], such as "a ___ circle"; repeatable
+    #[arg(long = "text", value_name = "TEXT", required = true)]
+    texts: Vec<String>,
+    /// Number of words to propose for each blank
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    top: u16,
+}
+
+#[derive(Serialize)]
+struct Filled {
+    text: String,
+    words: Vec<Completion>,
+}
+
+impl Fill {
+    pub(crate) fn run(self) -> Result<(), CliError> {
+        let top = self.top.into();
+        let found = self.look.ask(|view| {
+            let filled = |text: &String| Ok(Filled { text: text.clone(), words: view.fill(text, top)? });
+            self.texts.iter().map(filled).collect()
+        })?;
+        self.look.print(&found, |_, found| {
+            let words = found.words.iter().map(|c| (c.word.clone(), Some(percent(c.probability))));
+            std::iter::once((found.text.clone(), None)).chain(words).collect()
+        })
+    }
+}
