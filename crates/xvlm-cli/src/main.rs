@@ -43,6 +43,22 @@ enum Command {
     Pretrain(pretrain::Pretrain),
 }
 
+impl Command {
+    fn run(self) -> Result<(), CliError> {
+        match self {
+            Self::Demo(command) => command.run(),
+            Self::Ground(command) => command.run(),
+            Self::Caption(command) => command.run(),
+            Self::Answer(command) => command.run(),
+            Self::Match(command) => command.run(),
+            Self::Fill(command) => command.run(),
+            Self::Eval(command) => command.run(),
+            Self::Synth(command) => command.run(),
+            Self::Pretrain(command) => command.run(),
+        }
+    }
+}
+
 /// Which model, and where it computes.
 #[derive(Args)]
 struct ModelArgs {
@@ -84,17 +100,8 @@ impl ModelArgs {
 }
 
 fn main() -> ExitCode {
-    let done = match Cli::parse().command {
-        Command::Demo(command) => command.run(),
-        Command::Ground(command) => command.run(),
-        Command::Caption(command) => command.run(),
-        Command::Answer(command) => command.run(),
-        Command::Match(command) => command.run(),
-        Command::Fill(command) => command.run(),
-        Command::Eval(command) => command.run(),
-        Command::Synth(command) => command.run(),
-        Command::Pretrain(command) => command.run(),
-    };
+    let command = Cli::parse().command;
+    let done = xvlm::kernels::process::run(|| command.run());
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

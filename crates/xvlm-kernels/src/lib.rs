@@ -17,6 +17,7 @@ mod loss;
 mod norm;
 mod optim;
 mod pool;
+pub mod process;
 mod simd;
 mod window;
 
