@@ -1,1 +1,70 @@
-fn main() {}
+//! Chores of development: `cargo xtask COMMAND`.
+
+mod compare_scores;
+mod tidy;
+mod train_demo;
+
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use clap::{Parser, Subcommand};
+
+type Done = Result<(), Box<dyn Error>>;
+
+/// Chores of development.
+#[derive(Parser)]
+#[command(name = "xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Subcommand)]
+enum Chore {
+    /// Run the measurements of benches/
+    Bench {
+        /// Passed on to criterion, such as the name of a measurement
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    CompareScores(compare_scores::CompareScores),
+    TrainDemo(train_demo::TrainDemo),
+    /// Check what the compiler does not: the direction of dependencies, and that files stay short
+    Tidy,
+}
+
+/// The root of the workspace.
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+}
+
+/// Runs a command of cargo in the workspace.
+fn cargo<S: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = S>) -> Done {
+    let cargo = std::env::var_os("CARGO").map_or_else(|| PathBuf::from("cargo"), PathBuf::from);
+    let mut command = Command::new(cargo);
+    command.current_dir(root()).args(arguments);
+    match command.status()? {
+        status if status.success() => Ok(()),
+        status => Err(format!("{command:?}: {status}").into()),
+    }
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().chore {
+        Chore::Bench { arguments } => {
+            let command = ["bench", "-p", "xvlm-benches", "--"].map(str::to_owned);
+            cargo(command.into_iter().chain(arguments))
+        }
+        Chore::CompareScores(chore) => chore.run(),
+        Chore::TrainDemo(chore) => chore.run(),
+        Chore::Tidy => tidy::run(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

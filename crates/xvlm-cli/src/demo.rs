@@ -1,24 +1,24 @@
 //! `xvlm demo`: everything the model can do, on fresh scenes, as a page and as numbers.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use xvlm::data::annotations::RetrievalItem;
 use xvlm::data::scenes::{Split, SynthOptions};
 use xvlm::metrics::boxes::{BoxScores, iou_xywh};
 use xvlm::metrics::fill::FillScores;
 use xvlm::metrics::retrieval::RetrievalScores;
+use xvlm::metrics::vqa::ExactScores;
 use xvlm::tasks::captioning::{self, CaptionScores};
-use xvlm::tasks::{Model, PretrainConfig, fill, grounding, pretrain, retrieval};
+use xvlm::tasks::{Model, PretrainConfig, fill, grounding, pretrain, retrieval, vqa};
 use xvlm::train::{LossCurve, Warmup, loss_curves, read_metrics};
 use xvlm::{Picture, Predictor, Search};
 
 use crate::ModelArgs;
-use crate::eval::{caption_rows, fill_rows, grounding_rows, percent, retrieval_rows};
+use crate::eval::{caption_rows, fill_rows, grounding_rows, question_rows, retrieval_rows};
 use crate::output::{self, CliError, Rows, say, table};
 use crate::progress::{Stage, Training};
 use crate::report::{Blank, Caption, Phrase, Question, Ranked, Ranking, Report, Shown};
@@ -76,22 +76,8 @@ pub(crate) struct Scores {
     grounding_unseen: BoxScores,
     retrieval: RetrievalScores,
     caption: CaptionScores,
-    questions: QuestionScores,
+    questions: ExactScores,
     fill: FillScores,
-}
-
-/// Questions answered in the words of the truth.
-#[derive(Default, Serialize)]
-struct QuestionScores {
-    right: f64,
-    count: usize,
-    kinds: BTreeMap<String, KindScores>,
-}
-
-#[derive(Default, Serialize)]
-struct KindScores {
-    right: f64,
-    count: usize,
 }
 
 impl Demo {
@@ -120,7 +106,7 @@ impl Demo {
             grounding: found.grounding.scores,
             grounding_unseen: unseen.scores,
             retrieval: found.retrieval.scores,
-            questions: QuestionScores::of(&found.questions),
+            questions: found.questions.scores.clone(),
             caption: found.captions.scores,
             fill: found.fill.scores.clone(),
         };
@@ -196,78 +182,23 @@ impl Scores {
 
     fn rows(&self) -> Rows {
         let section = |name: &str, rows: Rows| std::iter::once((name.to_owned(), None)).chain(rows).collect::<Rows>();
-        let mut questions = vec![percent("answers right", self.questions.right)];
-        questions.extend(self.questions.kinds.iter().map(|(kind, scores)| percent(kind, scores.right)));
-        questions.push(("questions".to_owned(), Some(self.questions.count.to_string())));
         [
             section("Find the box of a phrase", grounding_rows(&self.grounding)),
             section("The same, unseen combinations", grounding_rows(&self.grounding_unseen)),
             section("Match pictures and texts", retrieval_rows(&self.retrieval)),
             section("Describe", caption_rows(&self.caption)),
-            section("Answer questions", questions),
+            section("Answer questions", question_rows(&self.questions)),
             section("Fill blanks", fill_rows(&self.fill)),
         ]
         .concat()
     }
 }
 
-impl QuestionScores {
-    fn of(asked: &[Asked]) -> Self {
-        let mut kinds: BTreeMap<String, Vec<bool>> = BTreeMap::new();
-        for asked in asked {
-            kinds.entry(asked.kind.clone()).or_default().push(asked.given == asked.answer);
-        }
-        let share = |right: usize, count: usize| 100.0 * right as f64 / count.max(1) as f64;
-        let right = |answers: &Vec<bool>| answers.iter().filter(|&&right| right).count();
-        let all = kinds.values().map(right).sum();
-        let scores =
-            |answers: Vec<bool>| KindScores { right: share(right(&answers), answers.len()), count: answers.len() };
-        Self {
-            right: share(all, asked.len()),
-            count: asked.len(),
-            kinds: kinds.into_iter().map(|(kind, answers)| (kind, scores(answers))).collect(),
-        }
-    }
-}
-
-/// A question of `vqa.json`, and what the model answered.
-#[derive(Deserialize)]
-struct Asked {
-    image: PathBuf,
-    question: String,
-    answer: String,
-    kind: String,
-    #[serde(skip)]
-    given: String,
-}
-
-/// Asks every question of a folder.
-fn ask(model: &Model, data: &Path, at: &mut dyn FnMut(usize, usize)) -> Result<Vec<Asked>, CliError> {
-    let path = data.join("vqa.json");
-    let text = fs::read(&path).map_err(CliError::io(&path))?;
-    let mut asked: Vec<Asked> = serde_json::from_slice(&text).map_err(|error| CliError::File {
-        path: path.clone(),
-        expected: "a list of questions",
-        found: error.to_string(),
-    })?;
-    let (mut done, of) = (0, asked.len());
-    for questions in asked.chunk_by_mut(|a, b| a.image == b.image) {
-        let images = model.encode(&[Picture::open(&data.join(&questions[0].image))?])?;
-        let texts: Vec<(u32, &str)> = questions.iter().map(|asked| (0, asked.question.as_str())).collect();
-        let answers = captioning::answer(model, &images, &texts, Search::answers())?;
-        done += questions.len();
-        questions.iter_mut().zip(answers).for_each(|(asked, answer)| asked.given = answer.text);
-        at(done, of);
-    }
-    asked.iter_mut().for_each(|asked| asked.image = data.join(&asked.image));
-    Ok(asked)
-}
-
 /// What the model found on a folder.
 struct Found {
     grounding: grounding::Evaluation,
     captions: captioning::Evaluation,
-    questions: Vec<Asked>,
+    questions: vqa::Evaluation,
     retrieval: retrieval::Evaluation,
     fill: fill::Evaluation,
 }
@@ -277,7 +208,7 @@ impl Found {
         Ok(Self {
             grounding: Stage::run("phrases", |at| grounding::evaluate(model, data, at))?,
             captions: Stage::run("captions", |at| captioning::evaluate(model, data, Search::default(), at))?,
-            questions: Stage::run("questions", |at| ask(model, data, at))?,
+            questions: Stage::run("questions", |at| vqa::evaluate(model, data, at))?,
             retrieval: Stage::run("pairs", |at| retrieval::evaluate(model, data, K_TEST, at))?,
             fill: Stage::run("blanks", |at| fill::evaluate(model, data, at))?,
         })
@@ -296,10 +227,11 @@ impl Found {
                 ("relation", check.relation_right),
             ],
         });
-        let questions = self.questions.iter().filter(|asked| asked.image == image).map(|asked| Question {
-            question: asked.question.clone(),
-            answer: asked.given.clone(),
-            truth: asked.answer.clone(),
+        let questions = self.questions.items.iter().zip(&self.questions.answers);
+        let questions = questions.filter(|(item, _)| item.image == image).map(|(item, given)| Question {
+            question: item.question.clone(),
+            answer: given.text.clone(),
+            truth: item.answers.first().cloned().unwrap_or_default(),
         });
         let blanks = self.fill.items.iter().zip(&self.fill.completions);
         let blanks = blanks.filter(|(item, _)| item.image == image).map(|(item, words)| Blank {

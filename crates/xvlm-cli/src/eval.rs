@@ -8,8 +8,9 @@ use xvlm::Search;
 use xvlm::metrics::boxes::BoxScores;
 use xvlm::metrics::fill::FillScores;
 use xvlm::metrics::retrieval::RetrievalScores;
+use xvlm::metrics::vqa::ExactScores;
 use xvlm::tasks::captioning::CaptionScores;
-use xvlm::tasks::{captioning, fill, grounding, retrieval};
+use xvlm::tasks::{captioning, fill, grounding, retrieval, vqa};
 
 use crate::ModelArgs;
 use crate::output::{self, CliError, Rows, table};
@@ -23,7 +24,8 @@ pub(crate) struct Eval {
     task: Task,
     #[command(flatten)]
     model: ModelArgs,
-    /// Folder with the annotations: grounding.json, retrieval.json, fill.json, or captions.json with scenes.json
+    /// Folder with the annotations: grounding.json, retrieval.json, fill.json, vqa.json, or captions.json
+    /// with scenes.json
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
     /// Retrieval: how many of the nearest by embedding are ranked again by matching, both ways
@@ -43,6 +45,8 @@ enum Task {
     Retrieval,
     /// Words for blanks: the right one first, or among the first five, in percent
     Fill,
+    /// Questions answered in the words of the file, in percent
+    Vqa,
     /// Captions checked against the scene: right objects, colours and relation, in percent
     Caption,
 }
@@ -74,6 +78,10 @@ impl Eval {
                 let done = Stage::run("blanks", |at| fill::evaluate(model, data, at))?;
                 self.print(done.scores, fill_rows)
             }
+            Task::Vqa => {
+                let done = Stage::run("questions", |at| vqa::evaluate(model, data, at))?;
+                self.print(done.scores, question_rows)
+            }
             Task::Caption => {
                 let done = Stage::run("captions", |at| captioning::evaluate(model, data, Search::default(), at))?;
                 self.print(done.scores, caption_rows)
@@ -88,7 +96,7 @@ impl Eval {
 }
 
 /// A row of a score in percent.
-pub(crate) fn percent(name: impl Into<String>, score: f64) -> (String, Option<String>) {
+fn percent(name: impl Into<String>, score: f64) -> (String, Option<String>) {
     (name.into(), Some(format!("{score:.1} %")))
 }
 
@@ -122,12 +130,20 @@ pub(crate) fn fill_rows(scores: &FillScores) -> Rows {
     rows
 }
 
+pub(crate) fn question_rows(scores: &ExactScores) -> Rows {
+    let mut rows = vec![percent("answers right", scores.right)];
+    rows.extend(scores.kinds.iter().map(|(kind, scores)| percent(kind, scores.right)));
+    rows.push(count("questions", scores.count));
+    rows
+}
+
 pub(crate) fn caption_rows(scores: &CaptionScores) -> Rows {
     vec![
         percent("objects, colours and relation right", scores.right),
         percent("objects right", scores.objects),
         percent("colours right", scores.colours),
         percent("relation right", scores.relation),
+        percent("all right, with sizes and textures", scores.all),
         count("captions", scores.count),
     ]
 }

@@ -165,6 +165,7 @@ fn eval_scores_every_task() {
         ("retrieval", vec!["text_r1", "text_r5", "text_r10", "image_r1", "image_r5", "image_r10"]),
         ("fill", vec!["top1"]),
         ("caption", vec!["right"]),
+        ("vqa", vec!["right"]),
     ] {
         let scores = json(dir, &format!("eval {task} --model model --data data"));
         assert_eq!(
@@ -340,7 +341,7 @@ fn wrong_usage_has_its_own_exit_code() {
         "ground --image a.png",
         "pretrain --out run",
         "pretrain --out run --config a.yaml --preset scenes",
-        "eval vqa --data data",
+        "eval nlvr --data data",
         "synth --out data --scenes 0 --seed 1",
         "demo --minutes 3",
         "demo --train --model model",

@@ -64,6 +64,8 @@ pub struct VqaItem {
     pub question: String,
     /// The answers people gave; empty where the file has none (test sets).
     pub answers: Vec<String>,
+    /// What is asked for (such as `count`), to break scores down by.
+    pub kind: String,
 }
 
 /// An image and reference captions.
@@ -138,7 +140,8 @@ pub fn read_fill(path: impl AsRef<Path>) -> Result<Vec<FillItem>, DataError> {
     })
 }
 
-/// Reads `[{question_id, image, question, answer: string | list}]`; `answer` may be absent.
+/// Reads `[{question_id, image, question, answer: string | list, kind}]`; `answer` may be absent, and a missing `kind`
+/// is empty.
 ///
 /// # Errors
 ///
@@ -150,6 +153,7 @@ pub fn read_vqa(path: impl AsRef<Path>) -> Result<Vec<VqaItem>, DataError> {
             image: folder.join(object.text("image")?),
             question: object.text("question")?,
             answers: object.texts("answer")?,
+            kind: optional_text(object, "kind")?.unwrap_or_default(),
         })
     })
 }

@@ -4,177 +4,23 @@
 //! order, and a run resumed at a step sees the same data. There are two streams. *Captions* go with
 //! whole images; *regions* go with boxes inside them (X-VLM trains on both in turn).
 
-use std::collections::{BTreeMap, VecDeque};
-use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rand::Rng;
 use rand::seq::{IndexedRandom, SliceRandom};
-use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
 
+use crate::config::{BatchConfig, GenerationConfig, Target};
 use crate::error::DataError;
 use crate::image::{Decoded, ImageCache};
-use crate::masking::{Masked, MaskingGenerator};
-use crate::records::{Element, Origin, Record};
+use crate::masking::Masked;
+use crate::order::{Broken, BrokenRecord, Shuffled, generator};
+use crate::records::{Element, Record};
 use crate::tokens::{TextTokenizer, pre_caption, pre_question, text_key};
-use crate::transform::{Placed, Transform, View, clip_box};
+use crate::transform::{Placed, View, clip_box};
 
 /// Label of a position at which nothing is to be predicted.
 pub const IGNORE: i64 = -100;
-
-/// What batches are made of. Defaults are those of X-VLM's base model (`Pretrain_XVLM_base_4m.yaml`),
-/// for one process.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct BatchConfig {
-    /// Seed of all randomness. Default 42.
-    pub seed: u64,
-    /// Side of the square images, in pixels; a multiple of `final_stride`. Default 224.
-    pub resolution: usize,
-    /// Side of the square that one patch token stands for, in pixels. Default 32.
-    pub final_stride: usize,
-    /// Images in a caption batch. Default 128.
-    pub batch_size: usize,
-    /// Most images in a region batch. Default 48.
-    pub max_images: usize,
-    /// Most texts in a region batch, those of whole images included. Default 128.
-    pub max_regions: usize,
-    /// Most elements of one image in a region batch. Default 5.
-    pub regions_per_image: usize,
-    /// Whether region batches hold captions of whole images too. Default true.
-    pub whole_image_text: bool,
-    /// Probability that one of an element's attributes goes before its text. Default 1.
-    pub attribute_probability: f64,
-    /// Most words of a text. Default 40.
-    pub max_words: usize,
-    /// Most tokens of a text, special tokens included. Default 40.
-    pub max_tokens: usize,
-    /// Whether `[SEP]` ends texts (generation rows always have it). Default false.
-    pub append_sep: bool,
-    /// Blanks for masked language modelling.
-    pub masking: MaskingGenerator,
-    /// Whether region batches see a random part of each image. Default true.
-    pub random_crop: bool,
-    /// Elements of which no more than this share of the area is in that part are left out.
-    /// Default 0.5.
-    pub min_perc_in_image: f64,
-    /// Whether half of the images are mirrored. Default true.
-    pub hflip: bool,
-    /// Whether images whose texts say left or right are not mirrored. Default true.
-    pub careful_hflip: bool,
-    /// Rows for a text decoder beside each caption batch. Default none.
-    pub generation: Option<GenerationConfig>,
-    /// Share of broken records that stops the run. Default 0.05.
-    pub max_broken_share: f64,
-}
-
-impl Default for BatchConfig {
-    fn default() -> Self {
-        Self {
-            seed: 42,
-            resolution: 224,
-            final_stride: 32,
-            batch_size: 128,
-            max_images: 48,
-            max_regions: 128,
-            regions_per_image: 5,
-            whole_image_text: true,
-            attribute_probability: 1.0,
-            max_words: 40,
-            max_tokens: 40,
-            append_sep: false,
-            masking: MaskingGenerator::default(),
-            random_crop: true,
-            min_perc_in_image: 0.5,
-            hflip: true,
-            careful_hflip: true,
-            generation: None,
-            max_broken_share: 0.05,
-        }
-    }
-}
-
-impl BatchConfig {
-    /// Patches along a side of the image.
-    #[must_use]
-    pub fn grid(&self) -> usize {
-        self.resolution / self.final_stride.max(1)
-    }
-
-    fn transform(&self) -> Transform {
-        Transform { random_crop: self.random_crop, hflip: self.hflip, careful_hflip: self.careful_hflip }
-    }
-
-    fn check(&self) -> Result<(), DataError> {
-        let wrong = |field, expected: &str, found: String| {
-            let expected = expected.to_owned();
-            Err(DataError::Config { field, expected, found })
-        };
-        for (field, value, least) in [
-            ("resolution", self.resolution, 1),
-            ("final_stride", self.final_stride, 1),
-            ("batch_size", self.batch_size, 1),
-            ("max_images", self.max_images, 1),
-            ("max_regions", self.max_regions, 1),
-            ("regions_per_image", self.regions_per_image, 1),
-            ("max_words", self.max_words, 1),
-            ("max_tokens", self.max_tokens, 2 + usize::from(self.append_sep)),
-        ] {
-            if value < least {
-                return wrong(field, &format!("at least {least}"), value.to_string());
-            }
-        }
-        if !self.resolution.is_multiple_of(self.final_stride) {
-            let expected = format!("a multiple of final_stride, {}", self.final_stride);
-            return wrong("resolution", &expected, self.resolution.to_string());
-        }
-        for (field, value) in [
-            ("attribute_probability", self.attribute_probability),
-            ("max_broken_share", self.max_broken_share),
-            ("masking.mask_prob", self.masking.mask_prob),
-            ("masking.skipgram_prb", self.masking.skipgram_prb),
-        ] {
-            if !(0.0..=1.0).contains(&value) {
-                return wrong(field, "a share from 0 to 1", value.to_string());
-            }
-        }
-        if !(0.0..1.0).contains(&self.min_perc_in_image) {
-            let found = self.min_perc_in_image.to_string();
-            return wrong("min_perc_in_image", "a share from 0 to less than 1", found);
-        }
-        Ok(())
-    }
-}
-
-/// Which of a record's captions a decoder learns to say.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Target {
-    /// Always the first.
-    #[default]
-    First,
-    /// Any of them.
-    Random,
-}
-
-/// Rows for a text decoder.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct GenerationConfig {
-    /// What goes before a caption. Default `a picture of`.
-    pub prompt: String,
-    /// Most questions of each image; each makes one row more. Default 0.
-    pub questions_per_image: usize,
-    /// Which caption. Default the first.
-    pub target: Target,
-}
-
-impl Default for GenerationConfig {
-    fn default() -> Self {
-        Self { prompt: "a picture of".to_owned(), questions_per_image: 0, target: Target::First }
-    }
-}
 
 /// Texts of a batch, padded to the longest of them.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -252,22 +98,6 @@ pub struct RegionBatch {
     pub is_image: Vec<bool>,
 }
 
-/// A record that was left out, and why.
-#[derive(Debug, Clone)]
-pub struct BrokenRecord {
-    /// File and line.
-    pub origin: Origin,
-    /// What is wrong with it.
-    pub error: Arc<DataError>,
-}
-
-impl fmt::Display for BrokenRecord {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (origin, error) = (self.origin.to_string(), self.error.to_string());
-        if error.contains(&origin) { f.write_str(&error) } else { write!(f, "{origin}: {error}") }
-    }
-}
-
 /// Makes batches of records.
 #[derive(Debug)]
 pub struct BatchBuilder {
@@ -332,7 +162,7 @@ impl BatchBuilder {
     #[must_use]
     pub fn caption_steps(&self) -> u64 {
         let step = self.config.batch_size as u64 * self.ranks;
-        (self.captions.indices.len() as u64).div_ceil(step)
+        (self.captions.len() as u64).div_ceil(step)
     }
 
     /// Broken records met so far, in the order of their indices.
@@ -453,7 +283,7 @@ impl BatchBuilder {
                 Err(error) => {
                     failures += 1;
                     // Twice as many failures in a row as there are records: nothing works at all.
-                    let hopeless = failures >= 2 * order.indices.len();
+                    let hopeless = failures >= 2 * order.len();
                     let limit = self.config.max_broken_share;
                     self.lock_broken().note(index, record, error, limit, hopeless)?;
                 }
@@ -647,103 +477,4 @@ fn collate_generation(rows: &[(u32, &Row)], pad: u32) -> GenerationBatch {
         batch.image_index.push(image);
     }
     batch
-}
-
-/// A generator of its own for each thing that is random.
-fn generator(seed: u64, stream: u64, batch: u64, attempt: u64) -> ChaCha8Rng {
-    let mut key = [0; 32];
-    for (bytes, number) in key.chunks_exact_mut(8).zip([seed, stream, batch, attempt]) {
-        bytes.copy_from_slice(&number.to_le_bytes());
-    }
-    ChaCha8Rng::from_seed(key)
-}
-
-/// An endless order of records: all of them, shuffled, again and again.
-#[derive(Debug)]
-struct Shuffled {
-    seed: u64,
-    stream: u64,
-    /// The records that take part.
-    indices: Vec<u32>,
-    /// The orders of recent epochs: batches reach over the end, and workers are not in step.
-    recent: Mutex<VecDeque<(u64, Arc<[u32]>)>>,
-}
-
-impl Shuffled {
-    fn new(seed: u64, stream: u64, records: &[Record], takes_part: impl Fn(&Record) -> bool) -> Self {
-        let records = (0u32..).zip(records);
-        let indices = records.filter(|(_, record)| takes_part(record)).map(|(i, _)| i).collect();
-        Self { seed, stream, indices, recent: Mutex::default() }
-    }
-
-    /// The record at a position of the endless order.
-    fn record(&self, position: u64) -> Result<usize, DataError> {
-        let count = self.indices.len() as u64;
-        if count == 0 {
-            let expected = ["at least one with a caption", "at least one with elems"];
-            return Err(DataError::Config {
-                field: "records",
-                expected: expected[usize::from(self.stream != 0)].to_owned(),
-                found: "none".to_owned(),
-            });
-        }
-        let order = self.order(position / count);
-        Ok(order[(position % count) as usize] as usize)
-    }
-
-    fn order(&self, epoch: u64) -> Arc<[u32]> {
-        const KEPT: usize = 2;
-        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, order)) = recent.iter().find(|(kept, _)| *kept == epoch) {
-            return Arc::clone(order);
-        }
-        let mut order = self.indices.clone();
-        // Attempts are counted from 1, so 0 is free for this.
-        order.shuffle(&mut generator(self.seed, self.stream, epoch, 0));
-        let order: Arc<[u32]> = order.into();
-        recent.truncate(KEPT - 1);
-        recent.push_front((epoch, Arc::clone(&order)));
-        order
-    }
-}
-
-/// What is known of broken records.
-#[derive(Debug, Default)]
-struct Broken {
-    records: BTreeMap<usize, BrokenRecord>,
-    /// Records taken.
-    seen: u64,
-    /// Broken ones among them.
-    met: u64,
-}
-
-impl Broken {
-    fn note(
-        &mut self,
-        index: usize,
-        record: &Record,
-        error: DataError,
-        limit: f64,
-        hopeless: bool,
-    ) -> Result<(), DataError> {
-        /// Fewer records say little about the share.
-        const ENOUGH: u64 = 20;
-        const EXAMPLES: usize = 5;
-        self.seen += 1;
-        self.met += 1;
-        self.records
-            .entry(index)
-            .or_insert_with(|| BrokenRecord { origin: record.origin.clone(), error: Arc::new(error) });
-        let too_many = self.seen >= ENOUGH && self.met as f64 > limit * self.seen as f64;
-        if !too_many && !hopeless {
-            return Ok(());
-        }
-        let examples = self.records.values().take(EXAMPLES);
-        Err(DataError::TooManyBroken {
-            broken: self.met,
-            seen: self.seen,
-            limit,
-            examples: examples.map(|broken| format!("\n  {broken}")).collect(),
-        })
-    }
 }

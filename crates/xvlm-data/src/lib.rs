@@ -11,11 +11,13 @@
 //! function of (records, configuration, seed, step).
 pub mod annotations;
 pub mod batch;
+mod config;
 pub mod error;
 pub mod image;
 mod json;
 pub mod loader;
 pub mod masking;
+mod order;
 pub mod records;
 pub mod resize;
 pub mod scenes;
@@ -23,14 +25,13 @@ pub mod tensors;
 pub mod tokens;
 pub mod transform;
 
-pub use batch::{
-    BatchBuilder, BatchConfig, BrokenRecord, CaptionBatch, GenerationBatch, GenerationConfig, RegionBatch, Target,
-    TextBatch,
-};
+pub use batch::{BatchBuilder, CaptionBatch, GenerationBatch, RegionBatch, TextBatch};
+pub use config::{BatchConfig, GenerationConfig, Target};
 pub use error::{DataError, Place};
 pub use image::{ImageCache, Picture};
 pub use loader::{Loader, LoaderConfig};
 pub use masking::{Masked, MaskingGenerator};
+pub use order::BrokenRecord;
 pub use records::{Element, ImageSource, Origin, Record, read_jsonl, read_jsonl_lenient};
 pub use tensors::{CaptionTensors, GenerationTensors, RegionTensors, TextTensors};
 pub use tokens::{TextTokenizer, pre_caption, pre_question, text_key};

@@ -48,6 +48,9 @@ pub struct SwinConfig {
     /// Whether absolute position embeddings are added to the patches.
     #[serde(default)]
     pub ape: bool,
+    /// Standard deviation of freshly drawn weights. 0.02; the original truncates at ±2, a hundred deviations away.
+    #[serde(default = "default_range")]
+    pub initializer_range: f64,
 }
 
 fn default_mlp_ratio() -> usize {
@@ -67,6 +70,7 @@ impl SwinConfig {
             mlp_ratio: 4,
             drop_path_rate: 0.1,
             ape: false,
+            initializer_range: 0.02,
         }
     }
 

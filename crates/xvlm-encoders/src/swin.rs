@@ -13,8 +13,6 @@ use crate::pass::Pass;
 
 /// Added to variances in layer normalisation.
 const EPS: f64 = 1e-5;
-/// Standard deviation of freshly drawn weights; the original truncates at ±2, a hundred deviations away.
-const DEVIATION: f64 = 0.02;
 
 /// The vision encoder.
 #[derive(Clone, Debug)]
@@ -46,7 +44,7 @@ impl Swin {
         let bound = ((3 * patch * patch) as f64).powf(-0.5);
         let init = Init::Uniform { lo: -bound, up: bound };
         let tokens = (config.image_res / patch).pow(2);
-        let normal = Init::Randn { mean: 0.0, stdev: DEVIATION };
+        let normal = Init::Randn { mean: 0.0, stdev: config.initializer_range };
         let blocks: usize = config.depths.iter().sum();
         let mut before = 0;
         let mut stages = Vec::new();
@@ -61,7 +59,7 @@ impl Swin {
             stages.push(Stage {
                 blocks: (0..depth).map(build).collect::<Result<_>>()?,
                 merging: match i + 1 < config.depths.len() {
-                    true => Some(Merging::new(side, width, vb.pp("downsample"))?),
+                    true => Some(Merging::new(config, side, width, vb.pp("downsample"))?),
                     false => None,
                 },
             });
@@ -152,19 +150,21 @@ impl Block {
         let shift = if shifted && side > window { window / 2 } else { 0 };
         let attention = vb.pp("attn");
         let table = ((2 * window - 1).pow(2), heads);
-        let normal = Init::Randn { mean: 0.0, stdev: DEVIATION };
+        let normal = Init::Randn { mean: 0.0, stdev: config.initializer_range };
         let hidden = config.mlp_ratio * width;
+        let linear =
+            |input: usize, output: usize, vb: VarBuilder| Linear::normal(input, output, config.initializer_range, vb);
         Ok(Self {
             norm1: LayerNorm::new(width, EPS, vb.pp("norm1"))?,
-            qkv: Linear::normal(width, 3 * width, DEVIATION, attention.pp("qkv"))?,
+            qkv: linear(width, 3 * width, attention.pp("qkv"))?,
             bias_table: attention.get_with_hints(table, "relative_position_bias_table", normal)?,
             bias_index: Tensor::new(relative_positions(window), vb.device())?,
             window: WindowShape { height: side, width: side, window, shift },
-            projection: Linear::normal(width, width, DEVIATION, attention.pp("proj"))?,
+            projection: linear(width, width, attention.pp("proj"))?,
             norm2: LayerNorm::new(width, EPS, vb.pp("norm2"))?,
             feed_forward: FeedForward {
-                inner: Linear::normal(width, hidden, DEVIATION, vb.pp("mlp").pp("fc1"))?,
-                outer: Linear::normal(hidden, width, DEVIATION, vb.pp("mlp").pp("fc2"))?,
+                inner: linear(width, hidden, vb.pp("mlp").pp("fc1"))?,
+                outer: linear(hidden, width, vb.pp("mlp").pp("fc2"))?,
             },
             drop_path,
         })
@@ -198,11 +198,11 @@ struct Merging {
 }
 
 impl Merging {
-    fn new(side: usize, width: usize, vb: VarBuilder) -> Result<Self> {
+    fn new(config: &SwinConfig, side: usize, width: usize, vb: VarBuilder) -> Result<Self> {
         Ok(Self {
             side,
             norm: LayerNorm::new(4 * width, EPS, vb.pp("norm"))?,
-            reduction: Linear::without_bias(4 * width, 2 * width, DEVIATION, vb.pp("reduction"))?,
+            reduction: Linear::without_bias(4 * width, 2 * width, config.initializer_range, vb.pp("reduction"))?,
         })
     }
 

@@ -14,20 +14,7 @@ pub mod vqa;
 
 pub use error::MetricsError;
 
-use error::{same_length, some};
-
 /// `part` of `whole` in percent; 0 of nothing is 0.
 fn percent(part: usize, whole: usize) -> f64 {
     if whole == 0 { 0.0 } else { 100.0 * part as f64 / whole as f64 }
-}
-
-/// How many of two lists' pairs are equal, in percent.
-fn agreement<A, B>(what: &'static str, predictions: &[A], truths: &[B]) -> Result<f64, MetricsError>
-where
-    A: PartialEq<B>,
-{
-    some(what, predictions.len())?;
-    same_length(what, truths.len(), predictions.len())?;
-    let right = predictions.iter().zip(truths).filter(|(prediction, truth)| prediction == truth).count();
-    Ok(percent(right, predictions.len()))
 }

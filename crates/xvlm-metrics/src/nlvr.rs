@@ -1,13 +1,18 @@
 //! NLVR2: is the statement true of the two images?
 
-use crate::error::MetricsError;
+use crate::error::{MetricsError, same_length, some};
+use crate::percent;
 
 /// Statements judged rightly, in percent.
 ///
 /// # Errors
 /// If there are none, or more or fewer predictions than labels.
 pub fn accuracy(predictions: &[bool], labels: &[bool]) -> Result<f64, MetricsError> {
-    crate::agreement("NLVR2 predictions", predictions, labels)
+    const WHAT: &str = "NLVR2 predictions";
+    some(WHAT, predictions.len())?;
+    same_length(WHAT, labels.len(), predictions.len())?;
+    let right = predictions.iter().zip(labels).filter(|(prediction, label)| prediction == label).count();
+    Ok(percent(right, predictions.len()))
 }
 
 #[cfg(test)]

@@ -25,6 +25,10 @@ pub struct PretrainConfig {
     pub init_from: Option<PathBuf>,
     /// Sizes of the model.
     pub model: XvlmConfig,
+    /// What to train for; everything, unless listed. With `[itc]` alone nothing is fused: a step is cheap, and a model that
+    /// starts from random weights first learns to see and to read.
+    #[serde(default = "default_objectives")]
+    pub objectives: Vec<Objective>,
     /// How often the region stream gets a batch.
     #[serde(default)]
     pub regions: RegionStream,
@@ -43,6 +47,31 @@ pub struct PretrainConfig {
     /// How the finished model's weights are stored.
     #[serde(default = "default_stored")]
     pub stored: StoredType,
+}
+
+/// What a model is pre-trained for (§3.2 and §3.3 of the paper).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Objective {
+    /// Image–text contrastive loss.
+    Itc,
+    /// Image–text matching with hard negatives.
+    Itm,
+    /// Masked language modelling.
+    Mlm,
+    /// The box of a text in the whole image.
+    Box,
+    /// The next word of captions and answers, if `data.generation` is set.
+    Generation,
+}
+
+impl Objective {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Itc, Self::Itm, Self::Mlm, Self::Box, Self::Generation];
+}
+
+fn default_objectives() -> Vec<Objective> {
+    Objective::ALL.to_vec()
 }
 
 fn default_cache() -> usize {

@@ -7,13 +7,16 @@ pub mod captioning;
 mod config;
 mod error;
 pub mod fill;
+mod generate;
 pub mod grounding;
 mod model;
 pub mod pretrain;
 pub mod retrieval;
+pub mod vqa;
 
-pub use config::{PretrainConfig, RegionStream};
+pub use config::{Objective, PretrainConfig, RegionStream};
 pub use error::{ConfigProblem, TaskError};
+pub use generate::{Search, Written};
 pub use model::{ImageTokens, Model, ModelConfig};
 
 /// How many images or texts go through the model at a time: enough to keep all cores busy.

@@ -10,15 +10,15 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use xvlm_data::{
-    BatchBuilder, CaptionBatch, CaptionTensors, DataError, GenerationTensors, ImageCache, Loader, LoaderConfig, RegionBatch,
-    RegionTensors, TextTensors, TextTokenizer, read_jsonl, scenes,
+    BatchBuilder, CaptionBatch, CaptionTensors, DataError, GenerationTensors, ImageCache, Loader, LoaderConfig,
+    RegionBatch, RegionTensors, TextTensors, TextTokenizer, read_jsonl, scenes,
 };
 use xvlm_encoders::{Attention, Concepts, Parameters, Pass, Regions, Xvlm, XvlmConfig};
 use xvlm_losses::{self as losses, Pair};
 use xvlm_train::{Batches, BoxError, Losses, Progress, RunFolder, Summary, Trainable};
 use xvlm_weights::{LoadRules, ModelFolder};
 
-use crate::config::PretrainConfig;
+use crate::config::{Objective, PretrainConfig};
 use crate::error::TaskError;
 use crate::model::{Model, ModelConfig};
 
@@ -40,6 +40,7 @@ pub enum Batch {
 pub struct Pretraining {
     model: Xvlm,
     parameters: Vec<(String, Var)>,
+    objectives: Vec<Objective>,
 }
 
 /// Chooses the negatives for matching from the similarities `[B, B]` (a row for each concept) and the keys of the texts.
@@ -53,6 +54,20 @@ struct BoxTargets<'a> {
     is_image: &'a [bool],
 }
 
+/// Rows of one batch of fusion: which text looks at which concept.
+#[derive(Default)]
+struct Fusion {
+    texts: Vec<u32>,
+    concepts: Vec<u32>,
+}
+
+impl Fusion {
+    fn add(&mut self, texts: impl Iterator<Item = u32>, concepts: impl Iterator<Item = u32>) {
+        self.texts.extend(texts);
+        self.concepts.extend(concepts);
+    }
+}
+
 impl Pretraining {
     /// A freshly initialised model.
     ///
@@ -61,7 +76,16 @@ impl Pretraining {
     pub fn new(config: &XvlmConfig, seed: u64, device: &Device) -> Result<Self> {
         let parameters = Parameters::new(seed);
         let model = Xvlm::new(config, parameters.builder(DType::F32, device))?;
-        Ok(Self { model, parameters: parameters.named() })
+        Ok(Self { model, parameters: parameters.named(), objectives: Objective::ALL.to_vec() })
+    }
+
+    /// The same, with the losses of some objectives only.
+    pub fn with_objectives(self, objectives: &[Objective]) -> Self {
+        Self { objectives: objectives.to_vec(), ..self }
+    }
+
+    fn has(&self, objective: Objective) -> bool {
+        self.objectives.contains(&objective)
     }
 
     /// The model inside.
@@ -86,7 +110,7 @@ impl Pretraining {
         let (n, tokens, _) = images.dims3()?;
         let mask = Tensor::ones((n, tokens), DType::F32, images.device())?;
         let mut named = self.align(&batch.text, &images, &mask, None, pass, negatives)?;
-        if let Some(generation) = &batch.generation {
+        if let Some(generation) = batch.generation.as_ref().filter(|_| self.has(Objective::Generation)) {
             named.push(("generation", self.generate(generation, &images, pass)?));
         }
         Ok(named)
@@ -115,45 +139,66 @@ impl Pretraining {
         let model = &self.model;
         let (b, t) = text.ids.dims2()?;
         let rows = 0..b as u32;
-        let ids = Tensor::cat(&[&text.ids, &text.masked_ids], 0)?;
-        let both = Tensor::cat(&[&text.mask, &text.mask], 0)?;
-        let encoded = model.encode_text(&ids, &both, Attention::Full, pass)?;
-
-        let image_features = model.project_image(concepts)?;
-        let text_features = model.project_text(&encoded.narrow(0, 0, b)?)?;
-        let (itc, similarities) =
-            losses::contrastive(&image_features, &text_features, model.temperature(), &text.keys)?;
-        let negatives = negatives(&similarities, &text.keys)?;
-
-        // Rows to fuse: positives, negatives, masked texts, texts that look for their box.
-        let mut texts: Vec<u32> = rows.clone().chain(negatives.iter().map(|pair| pair.text)).collect();
-        let mut seen: Vec<u32> = rows.clone().chain(negatives.iter().map(|pair| pair.concept)).collect();
-        let matched = texts.len();
-        texts.extend(rows.clone().map(|row| b as u32 + row));
-        seen.extend(rows.clone());
         let device = concepts.device();
+        // The texts, then their masked copies.
+        let (mut ids, mut text_mask) = (text.ids.clone(), text.mask.clone());
+        let has_mlm = self.has(Objective::Mlm) && !text.masked_labels.is_empty();
+        if has_mlm {
+            ids = Tensor::cat(&[&ids, &text.masked_ids], 0)?;
+            text_mask = Tensor::cat(&[&text_mask, &text_mask], 0)?;
+        }
+        let encoded = model.encode_text(&ids, &text_mask, Attention::Full, pass)?;
+        let mut named = Named::new();
+
+        // Rows to fuse: which text looks at which concept, and what of it is visible.
+        let mut fusion = Fusion::default();
+        if self.has(Objective::Itc) || self.has(Objective::Itm) {
+            let image_features = model.project_image(concepts)?;
+            let text_features = model.project_text(&encoded.narrow(0, 0, b)?)?;
+            let (itc, similarities) =
+                losses::contrastive(&image_features, &text_features, model.temperature(), &text.keys)?;
+            if self.has(Objective::Itc) {
+                named.push(("itc", itc));
+            }
+            if self.has(Objective::Itm) {
+                fusion.add(rows.clone(), rows.clone());
+                let negatives = negatives(&similarities, &text.keys)?;
+                fusion.add(negatives.iter().map(|pair| pair.text), negatives.iter().map(|pair| pair.concept));
+            }
+        }
+        let matched = fusion.texts.len();
+        if has_mlm {
+            fusion.add(rows.clone().map(|row| b as u32 + row), rows.clone());
+        }
+        let seen = Tensor::new(fusion.concepts.as_slice(), device)?;
+        let mut masks = vec![mask.index_select(&seen, 0)?];
+        let targets = targets.filter(|_| self.has(Objective::Box));
         let mut tokens = concepts.clone();
-        let mut masks = vec![mask.index_select(&Tensor::new(seen.as_slice(), device)?, 0)?];
         if let Some(targets) = &targets {
-            texts.extend(rows);
-            seen.extend(targets.index.iter().map(|image| b as u32 + image));
+            fusion.add(rows, targets.index.iter().map(|image| b as u32 + image));
             tokens = Tensor::cat(&[&tokens, targets.images], 0)?;
             masks.push(mask.ones_like()?);
         }
-        let texts = Tensor::new(texts, device)?;
-        let looks = Concepts { tokens: &tokens, index: &seen, mask: &Tensor::cat(&masks, 0)? };
-        let text_mask = both.index_select(&texts, 0)?;
+        if fusion.texts.is_empty() {
+            return Ok(named);
+        }
+        let texts = Tensor::new(fusion.texts.as_slice(), device)?;
+        let looks = Concepts { tokens: &tokens, index: &fusion.concepts, mask: &Tensor::cat(&masks, 0)? };
+        let text_mask = text_mask.index_select(&texts, 0)?;
         let fused = model.fuse(&encoded.index_select(&texts, 0)?, &text_mask, &looks, Attention::Full, pass)?;
 
-        let itm = losses::matching(&model.match_logits(&fused.narrow(0, 0, matched)?)?, b)?;
-        let mut named = vec![("itc", itc), ("itm", itm)];
-        if !text.masked_labels.is_empty() {
-            let masked = fused.narrow(0, matched, b)?.reshape((b * t, ()))?;
+        if matched > 0 {
+            named.push(("itm", losses::matching(&model.match_logits(&fused.narrow(0, 0, matched)?)?, b)?));
+        }
+        let mut at = matched;
+        if has_mlm {
+            let masked = fused.narrow(0, at, b)?.reshape((b * t, ()))?;
             let masked = masked.index_select(&text.masked_positions, 0)?;
             named.push(("mlm", losses::masked_language(&model.mlm_logits(&masked)?, &text.masked_labels)?));
+            at += b;
         }
         if let Some(targets) = targets {
-            let found = model.predict_box(&fused.narrow(0, matched + b, b)?)?;
+            let found = model.predict_box(&fused.narrow(0, at, b)?)?;
             let (l1, giou) = losses::boxes(&found, targets.boxes, targets.is_image)?;
             named.extend([("bbox", l1), ("giou", giou)]);
         }
@@ -180,6 +225,16 @@ impl Pretraining {
     }
 }
 
+/// What a loss is called in reports if it is of the region stream; only that stream has boxes.
+fn of_regions(name: &'static str) -> &'static str {
+    match name {
+        "itc" => "region_itc",
+        "itm" => "region_itm",
+        "mlm" => "region_mlm",
+        other => other,
+    }
+}
+
 impl Trainable for Pretraining {
     type Batch = Batch;
 
@@ -189,7 +244,11 @@ impl Trainable for Pretraining {
 
     fn losses(&self, batch: &Batch, rng: &mut ChaCha8Rng) -> std::result::Result<Losses, BoxError> {
         let pass = Pass::training(rng);
-        Ok(self.losses_of(batch, &pass, &mut |scores, keys| losses::hard_negatives(scores, keys, rng))?)
+        let mut losses = self.losses_of(batch, &pass, &mut |scores, keys| losses::hard_negatives(scores, keys, rng))?;
+        if let Batch::Regions(_) = batch {
+            losses.0.iter_mut().for_each(|(name, _)| *name = of_regions(name));
+        }
+        Ok(losses)
     }
 
     fn samples(batch: &Batch) -> usize {
@@ -273,7 +332,7 @@ pub fn run(
     for path in &config.train_file {
         records.extend(read_jsonl(path)?);
     }
-    let pretraining = Pretraining::new(&config.model, config.train.seed, device)?;
+    let pretraining = Pretraining::new(&config.model, config.train.seed, device)?.with_objectives(&config.objectives);
     if let Some(dir) = &config.init_from {
         let files = ModelFolder::open(dir)?;
         xvlm_weights::assign(&files.name, &files.tensors, &pretraining.parameters, &LoadRules::default())?;

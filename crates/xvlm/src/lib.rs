@@ -31,9 +31,8 @@ mod predictor;
 pub use candle_core::Device;
 pub use predictor::{Answer, Grounding, Match, PixelBox, Predictor, View};
 pub use xvlm_data::Picture;
-pub use xvlm_tasks::captioning::{Search, Written};
 pub use xvlm_tasks::fill::Completion;
-pub use xvlm_tasks::{ConfigProblem, Model, TaskError as Error};
+pub use xvlm_tasks::{ConfigProblem, Model, Search, TaskError as Error, Written};
 pub use {
     xvlm_data as data, xvlm_encoders as encoders, xvlm_kernels as kernels, xvlm_losses as losses,
     xvlm_metrics as metrics, xvlm_tasks as tasks, xvlm_train as train, xvlm_weights as weights,

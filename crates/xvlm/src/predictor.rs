@@ -5,9 +5,8 @@ use std::path::Path;
 use candle_core::Device;
 use serde::Serialize;
 use xvlm_data::Picture;
-use xvlm_tasks::captioning::{self, Search, Written};
 use xvlm_tasks::fill::{self, Completion};
-use xvlm_tasks::{ImageTokens, Model, grounding};
+use xvlm_tasks::{ImageTokens, Model, Search, Written, captioning, grounding, vqa};
 
 use crate::Error;
 
@@ -163,7 +162,7 @@ impl View<'_> {
     /// # Errors
     /// If a question is empty.
     pub fn answer(&self, questions: &[&str]) -> Result<Vec<Answer>, Error> {
-        let answers = captioning::answer(self.model, &self.image, &self.about(questions), Search::answers())?;
+        let answers = vqa::answer(self.model, &self.image, &self.about(questions), Search::answers())?;
         let paired = questions.iter().zip(answers);
         Ok(paired
             .map(|(question, written)| Answer { question: (*question).to_owned(), answer: written.text })

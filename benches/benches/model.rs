@@ -1,0 +1,101 @@
+//! The built-in model as it is used and as it is trained, and the vision encoder of the base model.
+
+use std::error::Error;
+use std::sync::Arc;
+
+use criterion::Criterion;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use xvlm::data::scenes::{self, Scene, Split, SynthOptions};
+use xvlm::data::{BatchBuilder, ImageCache, TextTokenizer, read_jsonl};
+use xvlm::encoders::{Parameters, Pass, Xvlm, XvlmConfig};
+use xvlm::tasks::PretrainConfig;
+use xvlm::tasks::pretrain::{Batch, Pretraining};
+use xvlm::train::{Optimizer, Trainable};
+use xvlm::{Device, Picture, Predictor};
+use xvlm_benches::{criterion, random};
+
+type Done = Result<(), Box<dyn Error>>;
+
+fn inference(criterion: &mut Criterion) -> Done {
+    let predictor = Predictor::bundled(&Device::Cpu)?;
+    let side = scenes::SIDE as u32;
+    let scene = Scene::generate(2022, 0, Split::Seen).render();
+    let picture = Picture::from_rgb(side, side, scene).ok_or("a scene of another size")?;
+    let view = predictor.look(&picture)?;
+    let texts: Vec<String> = (0..8).map(|i| format!("the shape number {i} from the left")).collect();
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+
+    let mut group = criterion.benchmark_group("built-in model");
+    group.bench_function("encode a picture", |bencher| bencher.iter(|| predictor.look(&picture).map(drop)));
+    group.bench_function("ground a phrase", |bencher| bencher.iter(|| view.ground(&texts[..1])));
+    group.bench_function("ground 8 phrases", |bencher| bencher.iter(|| view.ground(&texts)));
+    group.bench_function("describe", |bencher| bencher.iter(|| view.caption()));
+    group.bench_function("fill a blank", |bencher| bencher.iter(|| view.fill("a ___ circle", 5)));
+    group.finish();
+    Ok(())
+}
+
+fn training(criterion: &mut Criterion) -> Done {
+    let folder = std::env::temp_dir().join(format!("xvlm-bench-{}", std::process::id()));
+    let options = SynthOptions { scenes: 64, seed: 1, split: Split::Seen, embed_images: true };
+    scenes::write(&folder, &options, &mut |_| ())?;
+    let records = read_jsonl(folder.join("pretrain.jsonl"));
+    std::fs::remove_dir_all(&folder)?;
+
+    let mut config = PretrainConfig::preset("scenes", &[])?;
+    let tokenizer = TextTokenizer::from_vocabulary(&scenes::vocabulary())?;
+    config.model.text_config.vocab_size = tokenizer.vocab_size();
+    config.data.resolution = config.model.vision_config.image_res;
+    config.data.final_stride = config.model.vision_config.stride();
+    let cache = Arc::new(ImageCache::new(1 << 28));
+    let builder = BatchBuilder::new(Arc::new(records?), Arc::new(tokenizer), config.data.clone(), cache)?;
+    let pretraining = Pretraining::new(&config.model, 0, &Device::Cpu)?;
+    let mut optimizer = Optimizer::new(pretraining.parameters(), &config.train.optimizer)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(0);
+
+    let mut group = criterion.benchmark_group("pre-training of the built-in model");
+    let mut steps = 0..;
+    group.bench_function("build both batches", |bencher| {
+        bencher.iter(|| {
+            let step = steps.next().unwrap_or_default();
+            (builder.captions(step).expect("captions"), builder.regions(step).expect("regions"))
+        });
+    });
+    for (name, batch) in [
+        ("image step", Batch::Captions(builder.captions(0)?.to_tensors(&Device::Cpu)?)),
+        ("region step", Batch::Regions(builder.regions(0)?.to_tensors(&Device::Cpu)?)),
+    ] {
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| {
+                let losses = pretraining.losses(&batch, &mut rng).expect("losses").0;
+                let total = losses.iter().skip(1).try_fold(losses[0].1.clone(), |sum, (_, loss)| sum + loss);
+                let gradients = total.and_then(|total| total.backward()).expect("gradients");
+                optimizer.step(&gradients, 1e-4, Some(1.0)).expect("optimizer step")
+            });
+        });
+    }
+    group.finish();
+    Ok(())
+}
+
+fn base(criterion: &mut Criterion) -> Done {
+    let model = Xvlm::new(&XvlmConfig::base(224), Parameters::zeros().builder(candle_core::DType::F32, &Device::Cpu))?;
+    for images in [1, 8] {
+        let pixels = random(&[images, 3, 224, 224])?;
+        criterion.bench_function(&format!("base model, vision encoder 224, batch {images}"), |bencher| {
+            bencher.iter(|| model.encode_image(&pixels, &Pass::inference()).expect("tokens"));
+        });
+    }
+    Ok(())
+}
+
+fn main() {
+    xvlm::kernels::process::run(|| {
+        let mut criterion = criterion();
+        for group in [inference, training, base] {
+            group(&mut criterion).expect("inputs of a measurement");
+        }
+        criterion.final_summary();
+    });
+}

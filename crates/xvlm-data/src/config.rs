@@ -1,0 +1,160 @@
+//! What batches are made of.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::DataError;
+use crate::masking::MaskingGenerator;
+use crate::transform::Transform;
+
+/// What batches are made of. Defaults are those of X-VLM's base model (`Pretrain_XVLM_base_4m.yaml`),
+/// for one process.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BatchConfig {
+    /// Seed of all randomness. Default 42.
+    pub seed: u64,
+    /// Side of the square images, in pixels; a multiple of `final_stride`. Default 224.
+    pub resolution: usize,
+    /// Side of the square that one patch token stands for, in pixels. Default 32.
+    pub final_stride: usize,
+    /// Images in a caption batch. Default 128.
+    pub batch_size: usize,
+    /// Most images in a region batch. Default 48.
+    pub max_images: usize,
+    /// Most texts in a region batch, those of whole images included. Default 128.
+    pub max_regions: usize,
+    /// Most elements of one image in a region batch. Default 5.
+    pub regions_per_image: usize,
+    /// Whether region batches hold captions of whole images too. Default true.
+    pub whole_image_text: bool,
+    /// Probability that one of an element's attributes goes before its text. Default 1.
+    pub attribute_probability: f64,
+    /// Most words of a text. Default 40.
+    pub max_words: usize,
+    /// Most tokens of a text, special tokens included. Default 40.
+    pub max_tokens: usize,
+    /// Whether `[SEP]` ends texts (generation rows always have it). Default false.
+    pub append_sep: bool,
+    /// Blanks for masked language modelling.
+    pub masking: MaskingGenerator,
+    /// Whether region batches see a random part of each image. Default true.
+    pub random_crop: bool,
+    /// Elements of which no more than this share of the area is in that part are left out.
+    /// Default 0.5.
+    pub min_perc_in_image: f64,
+    /// Whether half of the images are mirrored. Default true.
+    pub hflip: bool,
+    /// Whether images whose texts say left or right are not mirrored. Default true.
+    pub careful_hflip: bool,
+    /// Rows for a text decoder beside each caption batch. Default none.
+    pub generation: Option<GenerationConfig>,
+    /// Share of broken records that stops the run. Default 0.05.
+    pub max_broken_share: f64,
+}
+
+impl Default for BatchConfig {
+    fn default() -> Self {
+        Self {
+            seed: 42,
+            resolution: 224,
+            final_stride: 32,
+            batch_size: 128,
+            max_images: 48,
+            max_regions: 128,
+            regions_per_image: 5,
+            whole_image_text: true,
+            attribute_probability: 1.0,
+            max_words: 40,
+            max_tokens: 40,
+            append_sep: false,
+            masking: MaskingGenerator::default(),
+            random_crop: true,
+            min_perc_in_image: 0.5,
+            hflip: true,
+            careful_hflip: true,
+            generation: None,
+            max_broken_share: 0.05,
+        }
+    }
+}
+
+impl BatchConfig {
+    /// Patches along a side of the image.
+    #[must_use]
+    pub fn grid(&self) -> usize {
+        self.resolution / self.final_stride.max(1)
+    }
+
+    pub(crate) fn transform(&self) -> Transform {
+        Transform { random_crop: self.random_crop, hflip: self.hflip, careful_hflip: self.careful_hflip }
+    }
+
+    pub(crate) fn check(&self) -> Result<(), DataError> {
+        let wrong = |field, expected: &str, found: String| {
+            let expected = expected.to_owned();
+            Err(DataError::Config { field, expected, found })
+        };
+        for (field, value, least) in [
+            ("resolution", self.resolution, 1),
+            ("final_stride", self.final_stride, 1),
+            ("batch_size", self.batch_size, 1),
+            ("max_images", self.max_images, 1),
+            ("max_regions", self.max_regions, 1),
+            ("regions_per_image", self.regions_per_image, 1),
+            ("max_words", self.max_words, 1),
+            ("max_tokens", self.max_tokens, 2 + usize::from(self.append_sep)),
+        ] {
+            if value < least {
+                return wrong(field, &format!("at least {least}"), value.to_string());
+            }
+        }
+        if !self.resolution.is_multiple_of(self.final_stride) {
+            let expected = format!("a multiple of final_stride, {}", self.final_stride);
+            return wrong("resolution", &expected, self.resolution.to_string());
+        }
+        for (field, value) in [
+            ("attribute_probability", self.attribute_probability),
+            ("max_broken_share", self.max_broken_share),
+            ("masking.mask_prob", self.masking.mask_prob),
+            ("masking.skipgram_prb", self.masking.skipgram_prb),
+        ] {
+            if !(0.0..=1.0).contains(&value) {
+                return wrong(field, "a share from 0 to 1", value.to_string());
+            }
+        }
+        if !(0.0..1.0).contains(&self.min_perc_in_image) {
+            let found = self.min_perc_in_image.to_string();
+            return wrong("min_perc_in_image", "a share from 0 to less than 1", found);
+        }
+        Ok(())
+    }
+}
+
+/// Which of a record's captions a decoder learns to say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Target {
+    /// Always the first.
+    #[default]
+    First,
+    /// Any of them.
+    Random,
+}
+
+/// Rows for a text decoder.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GenerationConfig {
+    /// What goes before a caption. Default `a picture of`.
+    pub prompt: String,
+    /// Most questions of each image; each makes one row more. Default 0.
+    pub questions_per_image: usize,
+    /// Which caption. Default the first.
+    pub target: Target,
+}
+
+impl Default for GenerationConfig {
+    fn default() -> Self {
+        Self { prompt: "a picture of".to_owned(), questions_per_image: 0, target: Target::First }
+    }
+}
