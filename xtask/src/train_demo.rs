@@ -9,7 +9,8 @@ use crate::{Done, cargo, root};
 
 /// Train the model that is built in, score it on held-out scenes, and put it in its place
 ///
-/// Runs `xvlm synth`, `xvlm pretrain --preset scenes` and `xvlm demo`. Run it again to go on after an interruption.
+/// Runs `xvlm synth`, `xvlm pretrain` with both stages' presets and `xvlm demo`. Run it again to go on after an
+/// interruption.
 #[derive(Args)]
 pub(crate) struct TrainDemo {
     /// Folder for the scenes, the run and the reports
@@ -18,9 +19,6 @@ pub(crate) struct TrainDemo {
     /// Number of scenes to train on
     #[arg(long, value_name = "N", default_value_t = 20_000)]
     scenes: u32,
-    /// Replace one value of the preset, such as train.iterations=100; repeatable
-    #[arg(long, value_name = "KEY=VALUE")]
-    set: Vec<String>,
 }
 
 /// The seed of the training scenes: the one that `xvlm demo` refuses.
@@ -28,17 +26,15 @@ const SEED: &str = "1";
 
 impl TrainDemo {
     pub(crate) fn run(self) -> Done {
-        let (world, run) = (self.out.join("world"), self.out.join("run"));
+        let world = self.out.join("world");
         if !world.exists() {
             xvlm(&["synth", "--out", text(&world)?, "--scenes", &self.scenes.to_string(), "--seed", SEED])?;
         }
         let records = format!("train_file=[{}]", text(&world.join("pretrain.jsonl"))?);
-        let mut pretrain = vec!["pretrain", "--preset", "scenes", "--out", text(&run)?, "--set", &records];
-        pretrain.extend(self.set.iter().flat_map(|set| ["--set", set]));
-        if run.exists() {
-            pretrain.push("--resume");
-        }
-        xvlm(&pretrain)?;
+        let (align, run) = (self.out.join("align"), self.out.join("run"));
+        let start = format!("init_from={}", text(&align.join("model"))?);
+        stage(&["--preset", "scenes-align", "--set", &records], &align)?;
+        stage(&["--preset", "scenes", "--set", &records, "--set", &start], &run)?;
 
         let (model, installed) = (run.join("model"), root().join("crates/xvlm/model"));
         for (scenes, report) in [("100", "demo"), ("500", "demo-500")] {
@@ -53,6 +49,18 @@ impl TrainDemo {
         println!("the built-in model is now that of {}", model.display());
         Ok(())
     }
+}
+
+/// Pre-trains, or goes on with it, unless it is done.
+fn stage(arguments: &[&str], out: &Path) -> Done {
+    if root().join(out).join("model").exists() {
+        return Ok(());
+    }
+    let mut command = vec!["pretrain", "--out", text(out)?];
+    if root().join(out).exists() {
+        command.push("--resume");
+    }
+    xvlm(&[&command, arguments].concat())
 }
 
 fn text(path: &Path) -> Result<&str, String> {

@@ -27,6 +27,8 @@ use crate::synth;
 /// The seed of the scenes that the built-in model was trained on (`presets/scenes.yaml`), and how many there were.
 const TRAINING_SEED: u64 = 1;
 const TRAINING_SCENES: usize = 20_000;
+/// The share of the time that training gives to its first stage.
+const ALIGN_SHARE: f64 = 0.15;
 /// Pictures of the page: like those of training, and with unseen combinations.
 const SHOWN: (usize, usize) = (8, 4);
 /// Questions and blanks beside a picture, texts that are searched for, and pictures found for each.
@@ -46,7 +48,8 @@ pub(crate) struct Demo {
     /// Folder to write; scenes and reports of an earlier demo are replaced
     #[arg(long, value_name = "DIR", default_value = "xvlm-demo")]
     out: PathBuf,
-    /// First train a model from nothing: scenes go to DIR/training, the run and its model to DIR/run
+    /// First train a model from nothing: scenes go to DIR/training, the two stages to DIR/align
+    /// and DIR/run
     #[arg(long, conflicts_with = "model")]
     train: bool,
     /// Longest time to train, in minutes
@@ -132,26 +135,35 @@ impl Demo {
         synth::write(name, out, SynthOptions { scenes: scenes as usize, seed: self.seed, split, embed_images: false })
     }
 
-    /// Trains a model from nothing.
+    /// Trains a model from nothing, in the two stages of the built-in one.
     fn trained(&self) -> Result<(Predictor, String, Vec<LossCurve>), CliError> {
-        let (data, run) = (self.out.join("training"), self.out.join("run"));
+        let [data, align, run] = ["training", "align", "run"].map(|folder| self.out.join(folder));
         let device = self.model.device.open()?;
-        let mut config = PretrainConfig::preset("scenes", &[])?;
-        config.train_file = vec![data.join("pretrain.jsonl")];
-        config.train.time_limit_minutes = Some(self.minutes);
-        // The clock decides how many iterations there are: warm up for a share of them, and report often.
-        config.train.schedule.warmup = Warmup::Fraction(0.05);
-        config.train.log_every = 10;
-        config.train.check()?;
-        if run.exists() {
-            let (expected, found) = ("no training run yet", "one; choose another --out, or remove it".to_owned());
-            return Err(CliError::File { path: run, expected, found });
+        let stage = |preset: &str, share: f64| -> Result<PretrainConfig, CliError> {
+            let mut config = PretrainConfig::preset(preset, &[])?;
+            config.train_file = vec![data.join("pretrain.jsonl")];
+            config.train.time_limit_minutes = Some(share * self.minutes);
+            // The clock decides how many iterations there are: warm up for a share of them, and report often.
+            config.train.schedule.warmup = Warmup::Fraction(0.05);
+            config.train.log_every = 10;
+            config.train.check()?;
+            Ok(config)
+        };
+        let first = stage("scenes-align", ALIGN_SHARE)?;
+        let mut second = stage("scenes", 1.0 - ALIGN_SHARE)?;
+        second.init_from = Some(align.join("model"));
+        for folder in [&align, &run] {
+            if folder.exists() {
+                let (expected, found) = ("no training run yet", "one; choose another --out, or remove it".to_owned());
+                return Err(CliError::File { path: folder.clone(), expected, found });
+            }
         }
         replace(&data)?;
         let options =
             SynthOptions { scenes: TRAINING_SCENES, seed: TRAINING_SEED, split: Split::Seen, embed_images: false };
         synth::write("training scenes", &data, options)?;
-        pretrain::run(&config, &run, false, &device, &mut Training::new())?;
+        pretrain::run(&first, &align, false, &device, &mut Training::new())?;
+        pretrain::run(&second, &run, false, &device, &mut Training::new())?;
         let curves = loss_curves(&read_metrics(&run.join("metrics.jsonl"))?);
         let model = run.join("model");
         Ok((Predictor::from_folder(&model, &device)?, model.display().to_string(), curves))

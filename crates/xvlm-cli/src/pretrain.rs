@@ -21,7 +21,8 @@ pub(crate) struct Pretrain {
     /// Configuration file (YAML)
     #[arg(long, value_name = "FILE", conflicts_with = "preset", required_unless_present = "preset")]
     config: Option<PathBuf>,
-    /// Configuration that is built in: scenes (the built-in model) or base-4m (the paper's)
+    /// Configuration that is built in: scenes-align and scenes (the two stages of the built-in
+    /// model) or base-4m (the paper's)
     #[arg(long, value_name = "NAME")]
     preset: Option<String>,
     /// Folder of the run

@@ -321,6 +321,7 @@ fn bad_data_and_configurations_are_refused() {
         ("--preset scenes --set data.batchsize=3", vec!["batchsize", "did you mean `batch_size`?"]),
         ("--preset scenes --set data", vec!["--set data"]),
         ("--preset scenes", vec!["train_file"]),
+        ("--preset scenes --set objectives=[box]", vec!["objectives", "itc", "found [box]"]),
         ("--preset scenes --set train_file=[none.jsonl]", vec!["none.jsonl"]),
     ] {
         refused(dir, &format!("pretrain --out run {arguments}"), &expected);

@@ -354,7 +354,10 @@ impl BatchBuilder {
     }
 
     fn element_text(&self, elem: &Element, record: &Record, rng: &mut ChaCha8Rng) -> Result<Text, DataError> {
-        let text = elem.texts.choose(rng).ok_or_else(|| missing(record, "a text of each element"))?;
+        let text = match self.config.labels_only {
+            true => elem.label.as_ref().ok_or_else(|| missing(record, "a label of each element"))?,
+            false => elem.texts.choose(rng).ok_or_else(|| missing(record, "a text of each element"))?,
+        };
         let attribute = elem.attributes.choose(rng);
         match attribute.filter(|_| rng.random_bool(self.config.attribute_probability)) {
             Some(attribute) => self.text(&format!("{attribute} {text}"), rng),

@@ -27,6 +27,9 @@ pub struct BatchConfig {
     pub regions_per_image: usize,
     /// Whether region batches hold captions of whole images too. Default true.
     pub whole_image_text: bool,
+    /// Whether an element is called by its label instead of one of its texts: objects only, the finest grain. Default
+    /// false.
+    pub labels_only: bool,
     /// Probability that one of an element's attributes goes before its text. Default 1.
     pub attribute_probability: f64,
     /// Most words of a text. Default 40.
@@ -63,6 +66,7 @@ impl Default for BatchConfig {
             max_regions: 128,
             regions_per_image: 5,
             whole_image_text: true,
+            labels_only: false,
             attribute_probability: 1.0,
             max_words: 40,
             max_tokens: 40,

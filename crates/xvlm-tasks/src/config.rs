@@ -96,8 +96,11 @@ impl Default for RegionStream {
     }
 }
 
-const PRESETS: [(&str, &str); 2] =
-    [("scenes", include_str!("../presets/scenes.yaml")), ("base-4m", include_str!("../presets/base-4m.yaml"))];
+const PRESETS: [(&str, &str); 3] = [
+    ("scenes-align", include_str!("../presets/scenes-align.yaml")),
+    ("scenes", include_str!("../presets/scenes.yaml")),
+    ("base-4m", include_str!("../presets/base-4m.yaml")),
+];
 
 impl PretrainConfig {
     /// Names of the compiled-in configurations.
@@ -118,6 +121,16 @@ impl PretrainConfig {
         if longest < self.data.max_tokens {
             let expected = format!("at least data.max_tokens, {}", self.data.max_tokens);
             return Err(problem(format!("text_config.max_position_embeddings: expected {expected}, found {longest}")));
+        }
+        if !self
+            .objectives
+            .iter()
+            .any(|objective| matches!(objective, Objective::Itc | Objective::Itm | Objective::Mlm))
+        {
+            let found = format!("{:?}", self.objectives).to_lowercase();
+            return Err(problem(format!(
+                "objectives: expected itc, itm or mlm among them, which both streams have, found {found}"
+            )));
         }
         if self.train_file.is_empty() {
             return Err(problem("train_file: expected at least one file, found none".to_owned()));

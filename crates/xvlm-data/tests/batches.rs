@@ -1,0 +1,250 @@
+//! Batches: what is in them follows from records, configuration, seed and step; and boxes stay on what they are about.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use xvlm_data::{
+    BatchBuilder, BatchConfig, DataError, GenerationConfig, ImageCache, Picture, Record, Target, TextTokenizer,
+    read_jsonl,
+};
+
+const WORDS: [&str; 14] =
+    ["a", "white", "box", "on", "black", "left", "right", "what", "colour", "is", "it", "thing", "picture", "of"];
+
+/// A black picture with a white box.
+fn picture(width: u32, height: u32, [x, y, w, h]: [u32; 4]) -> Vec<u8> {
+    let inside = |i: u32| (x..x + w).contains(&(i % width)) && (y..y + h).contains(&(i / width));
+    let rgb = (0..width * height).flat_map(|i| [if inside(i) { 255 } else { 0 }; 3]).collect();
+    Picture::from_rgb(width, height, rgb).unwrap().to_png().unwrap()
+}
+
+/// Records of pictures with one white box each, of different sizes.
+fn write_records(dir: &Path, texts: &[&str]) -> Vec<Record> {
+    let mut lines = String::new();
+    for i in 0..12u32 {
+        let (width, height) = (90 + 7 * i, 150 - 5 * i);
+        let bbox = [3 + 2 * i, 60 - 4 * i, 30 + i, 40];
+        fs::write(dir.join(format!("{i}.png")), picture(width, height, bbox)).unwrap();
+        let record = json!({
+            "image_rpath": format!("{i}.png"),
+            "caption": [format!("a white box on black {i}"), "a picture of a box"],
+            "elems": [{ "bb": bbox, "caption": texts, "attributes": "white", "label": "thing" }],
+            "questions": [["what colour is it?", "white"]],
+        });
+        lines += &format!("{record}\n");
+    }
+    let path = dir.join("records.jsonl");
+    fs::write(&path, lines).unwrap();
+    read_jsonl(path).unwrap()
+}
+
+fn tokenizer() -> Arc<TextTokenizer> {
+    let words: Vec<String> = WORDS.iter().map(ToString::to_string).chain((0..12).map(|i: u32| i.to_string())).collect();
+    Arc::new(TextTokenizer::from_vocabulary(&words).unwrap())
+}
+
+fn builder(records: Vec<Record>, config: BatchConfig) -> BatchBuilder {
+    BatchBuilder::new(Arc::new(records), tokenizer(), config, Arc::new(ImageCache::new(1 << 26))).unwrap()
+}
+
+fn config() -> BatchConfig {
+    BatchConfig { resolution: 64, final_stride: 16, batch_size: 5, max_images: 6, ..BatchConfig::default() }
+}
+
+fn folder() -> TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+#[test]
+fn a_batch_follows_from_seed_and_step() {
+    let dir = folder();
+    let build = |seed| builder(write_records(dir.path(), &["a box"]), BatchConfig { seed, ..config() });
+    let (one, same, other) = (build(1), build(1), build(2));
+    // Steps in another order, and steps that were built before.
+    same.captions(7).unwrap();
+    for step in [0, 3, 1] {
+        assert_eq!(one.captions(step).unwrap(), same.captions(step).unwrap());
+        assert_eq!(one.regions(step).unwrap(), same.regions(step).unwrap());
+    }
+    assert_ne!(one.captions(0).unwrap().text, one.captions(1).unwrap().text);
+    assert_ne!(one.captions(0).unwrap().text, other.captions(0).unwrap().text);
+}
+
+#[test]
+fn an_epoch_has_every_record_once() {
+    let dir = folder();
+    let config = BatchConfig { batch_size: 4, ..config() };
+    let records = write_records(dir.path(), &["a box"]);
+    let whole = builder(records.clone(), config.clone());
+    assert_eq!(whole.caption_steps(), 3);
+    let halves =
+        [0, 1].map(|rank| builder(records.clone(), BatchConfig { batch_size: 2, ..config.clone() }).for_rank(rank, 2));
+    for epoch in 0..2 {
+        let steps = 3 * epoch..3 * (epoch + 1);
+        let mut seen: Vec<Vec<f32>> =
+            steps.clone().flat_map(|step| images(&whole.captions(step).unwrap().pixels)).collect();
+        let mut shared: Vec<Vec<f32>> = steps
+            .flat_map(|step| halves.iter().map(move |half| half.captions(step).unwrap()))
+            .flat_map(|batch| images(&batch.pixels))
+            .collect();
+        for images in [&mut seen, &mut shared] {
+            images.sort_by(|a, b| a.partial_cmp(b).unwrap());
+            images.dedup();
+            assert_eq!(images.len(), 12);
+        }
+    }
+}
+
+/// Sums of the columns' halves do not tell mirrored pictures apart, which is wanted here.
+fn images(pixels: &[f32]) -> Vec<Vec<f32>> {
+    pixels.chunks(3 * 64 * 64).map(|image| vec![image.iter().map(|x| (x * 1e3).round()).sum()]).collect()
+}
+
+#[test]
+fn boxes_stay_on_what_they_are_about() {
+    let dir = folder();
+    for random_crop in [false, true] {
+        let builder = builder(write_records(dir.path(), &["a box"]), BatchConfig { random_crop, ..config() });
+        let mut mirrored = 0;
+        for step in 0..40 {
+            let batch = builder.regions(step).unwrap();
+            for (row, bounds) in batch.boxes.iter().enumerate().filter(|(row, _)| !batch.is_image[*row]) {
+                let image = batch.image_index[row] as usize;
+                let pixels = &batch.pixels[image * 3 * 64 * 64..][..64 * 64];
+                let (dark, light) = pixels.iter().fold((f32::MAX, f32::MIN), |m, &x| (m.0.min(x), m.1.max(x)));
+                let [cx, cy, w, h] = bounds.map(|v| 64.0 * v);
+                let (left, right, top, bottom) = (cx - w / 2.0, cx + w / 2.0, cy - h / 2.0, cy + h / 2.0);
+                mirrored += usize::from(left > 64.0 - right);
+                for (i, &pixel) in pixels.iter().enumerate() {
+                    let (x, y) = ((i % 64) as f32 + 0.5, (i / 64) as f32 + 0.5);
+                    let within = |by: f32| x > left + by && x < right - by && y > top + by && y < bottom - by;
+                    let brightness = (pixel - dark) / (light - dark);
+                    // Two pixels of doubt along the edges, where bicubic resizing mixes.
+                    assert!(!within(2.0) || brightness > 0.8, "step {step}, row {row}, ({x}, {y}): {brightness}");
+                    assert!(within(-2.0) || brightness < 0.2, "step {step}, row {row}, ({x}, {y}): {brightness}");
+                    // A patch that the box touches is visible, and no other.
+                    let patch = (y / 16.0) as usize * 4 + (x / 16.0) as usize;
+                    let seen = batch.region_mask[row * 17 + 1 + patch];
+                    assert!(!within(0.5) || seen == 1.0, "step {step}, row {row}: patch {patch}");
+                }
+                assert_eq!(batch.region_mask[row * 17], 1.0);
+            }
+        }
+        assert!(mirrored > 20, "{mirrored}");
+    }
+}
+
+#[test]
+fn texts_that_say_left_are_not_mirrored() {
+    let dir = folder();
+    let builder = builder(
+        write_records(dir.path(), &["box left"]),
+        BatchConfig { random_crop: false, whole_image_text: false, ..config() },
+    );
+    for step in 0..20 {
+        // All boxes are in the left half.
+        assert!(builder.regions(step).unwrap().boxes.iter().all(|[cx, ..]| *cx < 0.5));
+    }
+}
+
+#[test]
+fn elements_may_be_called_by_their_labels() {
+    let dir = folder();
+    let records = write_records(dir.path(), &["a box"]);
+    let texts = |config: BatchConfig| {
+        let mut texts = builder(records.clone(), config).regions(0).unwrap().text.texts;
+        texts.sort();
+        texts.dedup();
+        texts
+    };
+    let plain = BatchConfig { attribute_probability: 0.0, whole_image_text: false, ..config() };
+    assert_eq!(texts(plain.clone()), ["a box"]);
+    assert_eq!(texts(BatchConfig { labels_only: true, ..plain.clone() }), ["thing"]);
+    assert_eq!(texts(BatchConfig { attribute_probability: 1.0, ..plain }), ["white a box"]);
+}
+
+#[test]
+fn a_region_batch_is_no_larger_than_told() {
+    let dir = folder();
+    let records = write_records(dir.path(), &["a box"]);
+    let small = builder(records, BatchConfig { max_regions: 5, ..config() }).regions(0).unwrap();
+    // A caption and an element each.
+    assert_eq!((small.text.rows, small.images), (5, 3));
+    assert_eq!(small.is_image, [true, false, true, false, true]);
+    assert_eq!(small.boxes[0], [0.5, 0.5, 1.0, 1.0]);
+    assert!(small.region_mask[..17].iter().all(|&seen| seen == 1.0));
+    assert!(
+        small.text.masked_positions.len() == small.text.masked_labels.len() && !small.text.masked_labels.is_empty()
+    );
+    for (&position, &label) in small.text.masked_positions.iter().zip(&small.text.masked_labels) {
+        assert_eq!(i64::from(small.text.ids[position as usize]), label);
+    }
+}
+
+#[test]
+fn generation_rows_predict_the_caption_and_the_answer() {
+    let dir = folder();
+    let generation =
+        GenerationConfig { prompt: "a picture of".to_owned(), questions_per_image: 1, target: Target::First };
+    let builder =
+        builder(write_records(dir.path(), &["a box"]), BatchConfig { generation: Some(generation), ..config() });
+    let batch = builder.captions(0).unwrap().generation.unwrap();
+    assert_eq!((batch.rows, &batch.image_index[..4]), (10, &[0, 0, 1, 1][..]));
+    let tokenizer = tokenizer();
+    let said = |row: usize| -> Vec<String> {
+        let labels = &batch.labels[row * batch.len..][..batch.len];
+        labels.iter().filter(|&&label| label >= 0).map(|&id| tokenizer.id_to_token(id as u32).unwrap()).collect()
+    };
+    assert_eq!(said(0)[..5], ["a", "white", "box", "on", "black"]);
+    assert_eq!(said(0)[6], "[SEP]");
+    assert_eq!(said(1), ["white", "[SEP]"]);
+    // A label is the token after its position.
+    for (i, &label) in batch.labels.iter().enumerate().filter(|(_, label)| **label >= 0) {
+        assert_eq!(label, i64::from(batch.ids[i + 1]));
+    }
+}
+
+#[test]
+fn broken_records_are_named_and_replaced_until_there_are_too_many() {
+    let dir = folder();
+    let records = write_records(dir.path(), &["a box"]);
+    fs::write(dir.path().join("3.png"), "no picture").unwrap();
+    let lenient = builder(records.clone(), BatchConfig { batch_size: 12, max_broken_share: 0.5, ..config() });
+    assert_eq!(lenient.captions(0).unwrap().images, 12);
+    let broken = lenient.broken();
+    assert!(broken.len() == 1 && broken[0].to_string().contains("3.png"), "{broken:?}");
+    assert_eq!(broken[0].origin.line, 4);
+    let (seen, met) = lenient.counts();
+    assert!(met >= 1 && seen == 12 + met, "{seen} {met}");
+
+    let strict = builder(records.clone(), BatchConfig { batch_size: 12, max_broken_share: 0.01, ..config() });
+    let error = (0..4).find_map(|step| strict.captions(step).err()).expect("one in twelve is too many");
+    assert!(matches!(&error, DataError::TooManyBroken { .. }) && error.to_string().contains("3.png"), "{error}");
+
+    (0..12).for_each(|i| fs::remove_file(dir.path().join(format!("{i}.png"))).unwrap());
+    let hopeless = builder(records, BatchConfig { max_broken_share: 1.0, ..config() });
+    assert!(matches!(hopeless.captions(0), Err(DataError::TooManyBroken { .. })));
+}
+
+#[test]
+fn values_that_make_no_sense_are_refused() {
+    let wrong: [(&str, Value); 6] = [
+        ("batch_size", json!(0)),
+        ("resolution", json!(70)),
+        ("max_tokens", json!(1)),
+        ("attribute_probability", json!(1.5)),
+        ("min_perc_in_image", json!(1.0)),
+        ("max_broken_share", json!(-0.1)),
+    ];
+    for (field, value) in wrong {
+        let mut json = serde_json::to_value(config()).unwrap();
+        json[field] = value;
+        let config = serde_json::from_value(json).unwrap();
+        let built = BatchBuilder::new(Arc::default(), tokenizer(), config, Arc::new(ImageCache::new(0)));
+        let error = built.unwrap_err().to_string();
+        assert!(error.contains(field), "{field}: {error}");
+    }
+}
