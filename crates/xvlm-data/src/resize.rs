@@ -1,4 +1,4 @@
-//! Bicubic resizing, bit for bit as Pillow does it (a = −0.5, the kernel widened when shrinking).
+//! Bicubic resizing, bit for bit as Pillow 9 does it (a = −0.5, the kernel widened when shrinking).
 //!
 //! The published weights were trained and are evaluated on images resized by Pillow; other bicubic
 //! kernels (OpenCV's a = −0.75, or without the widening) move the features. What has to be kept to be
@@ -40,6 +40,8 @@ impl Weights {
         let scale = input as f64 / output as f64;
         let stretch = scale.max(1.0);
         let support = SUPPORT * stretch;
+        // Multiplied with, as Pillow does: dividing by `stretch` rounds otherwise.
+        let shrink = 1.0 / stretch;
         let longest = support.ceil() as usize * 2 + 1;
         let mut spans = Vec::with_capacity(output);
         let mut values = vec![0i32; output * longest];
@@ -52,7 +54,7 @@ impl Weights {
             let count = end - first;
             let mut sum = 0.0;
             for (i, weight) in row[..count].iter_mut().enumerate() {
-                *weight = kernel(((i + first) as f64 - center + 0.5) / stretch);
+                *weight = kernel(((i + first) as f64 - center + 0.5) * shrink);
                 sum += *weight;
             }
             for (fixed, weight) in values.iter_mut().zip(&row[..count]) {

@@ -177,20 +177,16 @@ impl PretrainConfig {
     /// not fit together.
     pub fn from_yaml(file: &str, text: &str, overrides: &[String]) -> Result<Self, ConfigProblem> {
         let problem = |message: String| ConfigProblem { file: file.to_owned(), message };
-        let parsed = |error: serde_norway::Error| problem(with_suggestion(&error.to_string()));
         // Straight from the text first: only then do errors name line and column.
-        let mut config: Self = serde_norway::from_str(text).map_err(parsed)?;
+        let mut config: Self = deserialized(serde_norway::Deserializer::from_str(text)).map_err(problem)?;
         if !overrides.is_empty() {
-            let mut value: Value = serde_norway::from_str(text).map_err(parsed)?;
+            let mut value: Value = serde_norway::from_str(text).map_err(|error| problem(error.to_string()))?;
             for assignment in overrides {
                 set(&mut value, assignment)
                     .map_err(|message| ConfigProblem { file: format!("--set {assignment}"), message })?;
             }
-            let at = |error: serde_norway::Error| ConfigProblem {
-                file: format!("{file} with --set"),
-                message: with_suggestion(&error.to_string()),
-            };
-            config = serde_norway::from_value(value).map_err(at)?;
+            config =
+                deserialized(value).map_err(|message| ConfigProblem { file: format!("{file} with --set"), message })?;
         }
         if !(0.0..=1.0).contains(&config.regions.iter_perc) {
             let found = config.regions.iter_perc;
@@ -216,6 +212,21 @@ fn set(root: &mut Value, assignment: &str) -> Result<(), String> {
     }
     *slot = value;
     Ok(())
+}
+
+/// Reads a configuration; errors name the field, and the nearest known key.
+fn deserialized<'de, D>(from: D) -> Result<PretrainConfig, String>
+where
+    D: serde::Deserializer<'de, Error = serde_norway::Error>,
+{
+    serde_path_to_error::deserialize(from).map_err(|error| {
+        let (field, message) = (error.path().to_string(), with_suggestion(&error.inner().to_string()));
+        // Errors of YAML itself have no field, and those of serde_norway may begin with it.
+        match field == "." || message.starts_with(&field) {
+            true => message,
+            false => format!("{field}: {message}"),
+        }
+    })
 }
 
 /// Adds the nearest known key to serde's "unknown field `x`, expected one of `a`, `b`".
