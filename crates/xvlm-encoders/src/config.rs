@@ -48,6 +48,10 @@ pub struct SwinConfig {
     /// Whether absolute position embeddings are added to the patches.
     #[serde(default)]
     pub ape: bool,
+    /// Amplitude of the fixed sines and cosines of a patch's place that are added to it; none by default. Absolute position
+    /// embeddings are drawn at random, one for each place, and take long to mean something; waves mean something at once.
+    #[serde(default)]
+    pub sine_positions: f64,
     /// Standard deviation of freshly drawn weights. 0.02; the original truncates at ±2, a hundred deviations away.
     #[serde(default = "default_range")]
     pub initializer_range: f64,
@@ -70,6 +74,7 @@ impl SwinConfig {
             mlp_ratio: 4,
             drop_path_rate: 0.1,
             ape: false,
+            sine_positions: 0.0,
             initializer_range: 0.02,
         }
     }

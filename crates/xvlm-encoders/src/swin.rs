@@ -3,7 +3,7 @@
 //! Parameter names are those of the official checkpoints (`layers.0.blocks.1.attn.qkv.weight`). Attention takes the
 //! tokens in image order, so there is no roll and no copy into windows.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use xvlm_kernels::{self as kernels, WindowShape};
 
@@ -21,7 +21,9 @@ pub struct Swin {
     patch_weight: Tensor,
     patch_bias: Tensor,
     patch_norm: LayerNorm,
+    /// Absolute positions, learnt and fixed: `[1, tokens, width]`.
     positions: Option<Tensor>,
+    waves: Option<Tensor>,
     stages: Vec<Stage>,
     norm: LayerNorm,
 }
@@ -73,6 +75,10 @@ impl Swin {
                 true => Some(vb.get_with_hints((1, tokens, width), "absolute_pos_embed", normal)?),
                 false => None,
             },
+            waves: match config.sine_positions > 0.0 {
+                true => Some(sine_positions(config.image_res / patch, width, config.sine_positions, vb.device())?),
+                false => None,
+            },
             stages,
             norm: LayerNorm::new(config.width(), EPS, vb.pp("norm"))?,
             config: config.clone(),
@@ -90,8 +96,8 @@ impl Swin {
     /// If the pixels do not have the configured resolution.
     pub fn forward(&self, pixels: &Tensor, pass: &Pass) -> Result<Tensor> {
         let mut x = self.patch_norm.forward(&self.patches(pixels)?)?;
-        if let Some(positions) = &self.positions {
-            x = x.broadcast_add(positions)?;
+        for positions in [&self.positions, &self.waves].into_iter().flatten() {
+            x = x.broadcast_add(&positions.to_dtype(x.dtype())?)?;
         }
         for stage in &self.stages {
             for block in &stage.blocks {
@@ -119,6 +125,23 @@ impl Swin {
             .reshape((n, side * side, 3 * patch * patch))?;
         kernels::linear(&patches, &self.patch_weight.flatten_from(1)?, &self.patch_bias)
     }
+}
+
+/// Places on a square grid as waves along both axes, `[1, side², width]`: `width / 4` frequencies, from half a period over the
+/// side to eight, each as sine and cosine along x, then along y.
+fn sine_positions(side: usize, width: usize, amplitude: f64, device: &Device) -> Result<Tensor> {
+    let frequencies = width / 4;
+    let wave = |place: usize, channel: usize| {
+        let (axis, channel) = (channel / (2 * frequencies), channel % (2 * frequencies));
+        let octaves = 4.0 * (channel % frequencies) as f64 / (frequencies.max(2) - 1) as f64;
+        let along = [place % side, place / side][axis] as f64 + 0.5;
+        let angle = std::f64::consts::PI * along / side as f64 * octaves.exp2();
+        amplitude * if channel < frequencies { angle.sin() } else { angle.cos() }
+    };
+    let values = (0..side * side).flat_map(|place| {
+        (0..width).map(move |channel| if channel < 4 * frequencies { wave(place, channel) as f32 } else { 0.0 })
+    });
+    Tensor::from_vec(values.collect(), (1, side * side, width), device)
 }
 
 #[derive(Clone, Debug)]
