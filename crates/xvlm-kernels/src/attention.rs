@@ -155,6 +155,7 @@ impl Head<'_> {
     /// Gradients of one head. `grad` is the gradient of the output, rows `grad_stride` apart. On return `scratch` holds
     /// the gradient of the scores (before scaling); `dq` is written, `dk` and `dv` are written or added to.
     #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
     pub(crate) fn backward(
         &self,
         probabilities: &[f32],
@@ -169,7 +170,7 @@ impl Head<'_> {
         let g = Matrix::rows(grad, grad_stride);
         let p = Matrix::rows(probabilities, l);
         let none = Parallelism::None;
-        // SAFETY (all products): the slices start at this head and reach beyond its last row; outputs are distinct.
+        // SAFETY: the slices start at this head and reach beyond its last row; outputs are distinct.
         unsafe {
             multiply((l, d, t), dv, dkv_stride, accumulate, p.transposed(), g, 1.0, none);
             let v = Matrix::rows(self.v, self.kv_stride).transposed();

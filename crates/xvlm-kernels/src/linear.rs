@@ -71,9 +71,9 @@ impl CustomOp3 for Linear {
         let (x_values, w_values, g_values) = (read(x)?, read(weight)?, read(&grad)?);
         let m = x_values.len() / k;
         let device = x.device();
-        // SAFETY (all products): the slices have the sizes computed above and the outputs are fresh.
         let product = |dims: (usize, usize, usize), a: Matrix, b: Matrix| {
             let mut out = vec![0f32; dims.0 * dims.1];
+            // SAFETY: the slices have the sizes computed above, and the output is fresh.
             unsafe { multiply(dims, &mut out, dims.1, false, a, b, 1.0, all_threads()) };
             out
         };
