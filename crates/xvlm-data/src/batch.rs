@@ -19,6 +19,9 @@ use crate::records::{Element, Record};
 use crate::tokens::{TextTokenizer, pre_caption, pre_question, text_key};
 use crate::transform::{Placed, View, clip_box};
 
+/// The stream that ways of classing are drawn from; 0 and 1 are those of the orders of captions and regions.
+const WAYS: u64 = 2;
+
 /// Label of a position at which nothing is to be predicted.
 pub const IGNORE: i64 = -100;
 
@@ -217,8 +220,10 @@ impl BatchBuilder {
         let (most, grid, side) = (self.config.max_regions, self.config.grid(), self.config.resolution);
         let texts = |samples: &[Regions]| samples.iter().map(|s| s.concepts.len()).sum::<usize>();
         let full = |samples: &[Regions]| texts(samples) >= most;
+        // Of the whole step: all processes class alike.
+        let way: u32 = generator(self.config.seed, WAYS, step, 0).random();
         let sample = |record: &Record, rng: &mut ChaCha8Rng, before: &[Regions]| {
-            self.regions_of(record, most - texts(before), rng)
+            self.regions_of(record, most - texts(before), way, rng)
         };
         let samples = self.draw(&self.regions, step, self.config.max_images, full, sample)?;
 
@@ -314,7 +319,7 @@ impl BatchBuilder {
         Ok(Captioned { image, view, text, rows })
     }
 
-    fn regions_of(&self, record: &Record, most: usize, rng: &mut ChaCha8Rng) -> Result<Regions, DataError> {
+    fn regions_of(&self, record: &Record, most: usize, way: u32, rng: &mut ChaCha8Rng) -> Result<Regions, DataError> {
         let transform = self.config.transform();
         // A crop needs the pixels as stored.
         let resolution = (!transform.random_crop).then_some(self.config.resolution);
@@ -343,7 +348,7 @@ impl BatchBuilder {
             chosen.push((self.text(caption, rng)?, None));
         }
         for (elem, bbox) in elems.into_iter().take(self.config.regions_per_image) {
-            chosen.push((self.element_text(elem, record, rng)?, Some(bbox)));
+            chosen.push((self.element_text(elem, record, way, rng)?, Some(bbox)));
         }
         chosen.truncate(most);
         let flip = transform.flip(chosen.iter().map(|(text, _)| text.text.as_str()), rng);
@@ -353,11 +358,13 @@ impl BatchBuilder {
         Ok(Regions { image, view, concepts })
     }
 
-    fn element_text(&self, elem: &Element, record: &Record, rng: &mut ChaCha8Rng) -> Result<Text, DataError> {
+    /// `way` says which of the labels, if it is to be a label.
+    fn element_text(&self, elem: &Element, record: &Record, way: u32, rng: &mut ChaCha8Rng) -> Result<Text, DataError> {
         let text = match self.config.labels_only {
-            true => elem.label.as_ref().ok_or_else(|| missing(record, "a label of each element"))?,
-            false => elem.texts.choose(rng).ok_or_else(|| missing(record, "a text of each element"))?,
+            true => elem.labels.get(way as usize % elem.labels.len().max(1)),
+            false => elem.texts.choose(rng),
         };
+        let text = text.ok_or_else(|| missing(record, "a text, or a label, of each element"))?;
         let attribute = elem.attributes.choose(rng);
         match attribute.filter(|_| rng.random_bool(self.config.attribute_probability)) {
             Some(attribute) => self.text(&format!("{attribute} {text}"), rng),

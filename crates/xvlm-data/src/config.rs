@@ -27,8 +27,9 @@ pub struct BatchConfig {
     pub regions_per_image: usize,
     /// Whether region batches hold captions of whole images too. Default true.
     pub whole_image_text: bool,
-    /// Whether an element is called by its label instead of one of its texts: objects only, the finest grain. Default
-    /// false.
+    /// Whether an element is called by a label instead of one of its texts: objects only, the finest grain. Where there
+    /// are several ways of classing, each batch keeps to one of them, so that nothing else tells its elements apart.
+    /// Default false.
     pub labels_only: bool,
     /// Probability that one of an element's attributes goes before its text. Default 1.
     pub attribute_probability: f64,

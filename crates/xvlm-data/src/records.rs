@@ -6,7 +6,7 @@
 //! | `binary` | base64 of an image file |
 //! | `image_rpath` | path of an image file, relative to the JSON-lines file's folder |
 //! | `caption` | a string or a list of strings that tell the whole image |
-//! | `elems` | a list of `{bb: [x, y, w, h], caption: string or list, attributes: string or list, label: string}` |
+//! | `elems` | a list of `{bb: [x, y, w, h], caption: string or list, attributes: string or list, label: string or list}` |
 //! | `questions` | a list of `{question, answer}` or of `[question, answer]` |
 
 use std::fmt;
@@ -53,8 +53,8 @@ pub struct Element {
     pub texts: Vec<String>,
     /// Words that may go before the text, such as colours.
     pub attributes: Vec<String>,
-    /// The class of the object, where the file tells it.
-    pub label: Option<String>,
+    /// Its class, where the file tells it; one for each way of classing, such as by shape and by texture.
+    pub labels: Vec<String>,
 }
 
 /// An image with its texts.
@@ -152,8 +152,8 @@ fn element<'a>(context: Context<'a>, value: &'a Value, name: &str) -> Result<Ele
     if texts.is_empty() {
         return Err(object.missing("caption", "a string or a list of strings"));
     }
-    let label = object.get("label").map(|_| object.text("label")).transpose()?;
-    Ok(Element { bbox: object.bbox("bb")?, texts, attributes: object.texts("attributes")?, label })
+    let (attributes, labels) = (object.texts("attributes")?, object.texts("label")?);
+    Ok(Element { bbox: object.bbox("bb")?, texts, attributes, labels })
 }
 
 fn questions(object: &Object<'_>) -> Result<Vec<(String, String)>, DataError> {

@@ -31,7 +31,7 @@ fn write_records(dir: &Path, texts: &[&str]) -> Vec<Record> {
         let record = json!({
             "image_rpath": format!("{i}.png"),
             "caption": [format!("a white box on black {i}"), "a picture of a box"],
-            "elems": [{ "bb": bbox, "caption": texts, "attributes": "white", "label": "thing" }],
+            "elems": [{ "bb": bbox, "caption": texts, "attributes": "white", "label": ["thing", "box"] }],
             "questions": [["what colour is it?", "white"]],
         });
         lines += &format!("{record}\n");
@@ -154,15 +154,20 @@ fn texts_that_say_left_are_not_mirrored() {
 fn elements_may_be_called_by_their_labels() {
     let dir = folder();
     let records = write_records(dir.path(), &["a box"]);
-    let texts = |config: BatchConfig| {
-        let mut texts = builder(records.clone(), config).regions(0).unwrap().text.texts;
+    let texts_of = |config: BatchConfig, step| {
+        let mut texts = builder(records.clone(), config).regions(step).unwrap().text.texts;
         texts.sort();
         texts.dedup();
         texts
     };
+    let texts = |config| texts_of(config, 0);
     let plain = BatchConfig { attribute_probability: 0.0, whole_image_text: false, ..config() };
     assert_eq!(texts(plain.clone()), ["a box"]);
-    assert_eq!(texts(BatchConfig { labels_only: true, ..plain.clone() }), ["thing"]);
+    let labels = |step| texts_of(BatchConfig { labels_only: true, ..plain.clone() }, step);
+    let mut labels: Vec<Vec<String>> = (0..12).map(labels).collect();
+    labels.sort();
+    labels.dedup();
+    assert_eq!(labels, [["box"], ["thing"]], "one way of classing in each batch, both over the batches");
     assert_eq!(texts(BatchConfig { attribute_probability: 1.0, ..plain }), ["white a box"]);
 }
 

@@ -264,7 +264,7 @@ fn elements(scene: &Scene, rng: &mut rand_chacha::ChaCha8Rng) -> Vec<Value> {
         let own = expressions.iter().filter(|expression| expression.object == i);
         texts.extend(own.map(|expression| expression.text.clone()));
         json!({ "bb": object.bbox, "caption": texts, "attributes": scene.attributes(i),
-                "label": object.shape.word() })
+                "label": [object.shape.word(), object.texture.word()] })
     };
     scene.objects.iter().enumerate().map(element).collect()
 }
