@@ -1,4 +1,4 @@
-//! `cargo xtask tidy`: what a reviewer would otherwise have to look for.
+//! `cargo xtask tidy`: what would otherwise have to be looked for.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -39,8 +39,10 @@ const LONGEST: usize = 600;
 
 pub(crate) fn run() -> Done {
     let mut complaints = arrows()?;
-    for file in sources(&root().join("crates"))?.into_iter().chain(sources(&root().join("xtask"))?) {
-        complaints.extend(complaint_about(&file, &fs::read_to_string(&file)?));
+    for folder in ["crates", "xtask", "benches"] {
+        for file in sources(&root().join(folder))? {
+            complaints.extend(complaint_about(&file, &fs::read_to_string(&file)?));
+        }
     }
     if complaints.is_empty() {
         return Ok(());

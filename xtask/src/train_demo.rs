@@ -26,38 +26,39 @@ const SEED: &str = "1";
 
 impl TrainDemo {
     pub(crate) fn run(self) -> Done {
-        let world = self.out.join("world");
+        let out = root().join(&self.out);
+        let world = out.join("world");
         if !world.exists() {
             xvlm(&["synth", "--out", text(&world)?, "--scenes", &self.scenes.to_string(), "--seed", SEED])?;
         }
         let records = format!("train_file=[{}]", text(&world.join("pretrain.jsonl"))?);
-        let (align, run) = (self.out.join("align"), self.out.join("run"));
+        let (align, run) = (out.join("align"), out.join("run"));
         let start = format!("init_from={}", text(&align.join("model"))?);
         stage(&["--preset", "scenes-align", "--set", &records], &align)?;
         stage(&["--preset", "scenes", "--set", &records, "--set", &start], &run)?;
 
-        let (model, installed) = (run.join("model"), root().join("crates/xvlm/model"));
-        for (scenes, report) in [("100", "demo"), ("500", "demo-500")] {
-            xvlm(&["demo", "--model", text(&model)?, "--scenes", scenes, "--out", text(&self.out.join(report))?])?;
-        }
+        let installed = root().join("crates/xvlm/model");
         for file in ["config.json", "model.safetensors", "tokenizer.json"] {
-            fs::copy(root().join(model.join(file)), installed.join(file))?;
+            fs::copy(run.join("model").join(file), installed.join(file))?;
         }
-        for (report, scores) in [("demo", "scores.json"), ("demo-500", "scores-500.json")] {
-            fs::copy(root().join(self.out.join(report)).join("scores.json"), installed.join(scores))?;
+        // Built anew, with the new model in it.
+        for (scenes, report, scores) in [("100", "demo", "scores.json"), ("500", "demo-500", "scores-500.json")] {
+            let report = out.join(report);
+            xvlm(&["demo", "--scenes", scenes, "--out", text(&report)?])?;
+            fs::copy(report.join("scores.json"), installed.join(scores))?;
         }
-        println!("the built-in model is now that of {}", model.display());
+        println!("the built-in model is now that of {}", run.join("model").display());
         Ok(())
     }
 }
 
 /// Pre-trains, or goes on with it, unless it is done.
 fn stage(arguments: &[&str], out: &Path) -> Done {
-    if root().join(out).join("model").exists() {
+    if out.join("model").exists() {
         return Ok(());
     }
     let mut command = vec!["pretrain", "--out", text(out)?];
-    if root().join(out).exists() {
+    if out.exists() {
         command.push("--resume");
     }
     xvlm(&[&command, arguments].concat())

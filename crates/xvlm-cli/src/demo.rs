@@ -89,15 +89,19 @@ impl Demo {
             let found = self.seed.to_string();
             return Err(CliError::Option { option: "--seed", expected: "a seed never trained on", found });
         }
+        let (data, data_unseen) = (self.out.join("data"), self.out.join("data-unseen"));
+        check_replaceable(&data)?;
+        check_replaceable(&data_unseen)?;
         let (predictor, model, curves) = match self.train {
             true => self.trained()?,
             false => (self.model.open()?, self.model.name(), Vec::new()),
         };
         let started = Instant::now();
         let unseen_scenes = self.scenes.div_ceil(2);
-        let (data, data_unseen) = (self.out.join("data"), self.out.join("data-unseen"));
-        self.scenes("scenes", &data, self.scenes, Split::Seen)?;
-        self.scenes("unseen combinations", &data_unseen, unseen_scenes, Split::Unseen)?;
+        let scenes =
+            |scenes: u32, split| SynthOptions { scenes: scenes as usize, seed: self.seed, split, embed_images: false };
+        write_scenes("scenes", &data, scenes(self.scenes, Split::Seen))?;
+        write_scenes("unseen combinations", &data_unseen, scenes(unseen_scenes, Split::Unseen))?;
 
         let found = Found::on(predictor.model(), &data)?;
         let unseen = Stage::run("phrases, unseen", |at| grounding::evaluate(predictor.model(), &data_unseen, at))?;
@@ -129,12 +133,6 @@ impl Demo {
         output::print(self.json, &scores, |scores| table(&scores.rows()))
     }
 
-    /// Writes scenes, in the place of those of an earlier demo.
-    fn scenes(&self, name: &'static str, out: &Path, scenes: u32, split: Split) -> Result<(), CliError> {
-        replace(out)?;
-        synth::write(name, out, SynthOptions { scenes: scenes as usize, seed: self.seed, split, embed_images: false })
-    }
-
     /// Trains a model from nothing, in the two stages of the built-in one.
     fn trained(&self) -> Result<(Predictor, String, Vec<LossCurve>), CliError> {
         let [data, align, run] = ["training", "align", "run"].map(|folder| self.out.join(folder));
@@ -158,10 +156,9 @@ impl Demo {
                 return Err(CliError::File { path: folder.clone(), expected, found });
             }
         }
-        replace(&data)?;
         let options =
             SynthOptions { scenes: TRAINING_SCENES, seed: TRAINING_SEED, split: Split::Seen, embed_images: false };
-        synth::write("training scenes", &data, options)?;
+        write_scenes("training scenes", &data, options)?;
         pretrain::run(&first, &align, false, &device, &mut Training::new())?;
         pretrain::run(&second, &run, false, &device, &mut Training::new())?;
         let curves = loss_curves(&read_metrics(&run.join("metrics.jsonl"))?);
@@ -170,12 +167,31 @@ impl Demo {
     }
 }
 
-/// Removes scenes of an earlier demo; what is no such folder is left for [`synth::write`] to refuse.
-fn replace(scenes: &Path) -> Result<(), CliError> {
-    match scenes.join("scenes.json").exists() {
-        true => fs::remove_dir_all(scenes).map_err(CliError::io(scenes)),
-        false => Ok(()),
+/// What tells that a folder of scenes was written by a demo, and may be replaced.
+const MARKER: &str = ".written-by-xvlm-demo";
+
+/// Checks that a folder of scenes may be written: it is not there yet, is empty, or is that of an earlier demo.
+fn check_replaceable(scenes: &Path) -> Result<(), CliError> {
+    if !scenes.exists() || scenes.join(MARKER).exists() {
+        return Ok(());
     }
+    match fs::read_dir(scenes).map_err(CliError::io(scenes))?.next() {
+        None => Ok(()),
+        Some(_) => {
+            let (expected, found) = ("a folder for the demo's scenes", "one with something else in it".to_owned());
+            Err(CliError::File { path: scenes.to_path_buf(), expected, found })
+        }
+    }
+}
+
+/// Writes scenes, in the place of those of an earlier demo.
+fn write_scenes(name: &'static str, out: &Path, options: SynthOptions) -> Result<(), CliError> {
+    check_replaceable(out)?;
+    if out.join(MARKER).exists() {
+        fs::remove_dir_all(out).map_err(CliError::io(out))?;
+    }
+    synth::write(name, out, options)?;
+    output::write(&out.join(MARKER), b"")
 }
 
 impl Scores {

@@ -16,7 +16,8 @@ use crate::ModelArgs;
 use crate::output::{self, CliError, Rows, table};
 use crate::progress::Stage;
 
-/// Score a model on a folder that `xvlm synth` wrote, or on one's own data in the same formats
+/// Score a model on a folder that `xvlm synth` wrote, or on one's own data in the same formats (captions are checked
+/// against scenes, so they are for the former only)
 #[derive(Args)]
 pub(crate) struct Eval {
     /// What to score

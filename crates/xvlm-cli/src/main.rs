@@ -1,7 +1,7 @@
 //! `xvlm`: X-VLM on the command line.
 //!
 //! One module a command. Results go to stdout, as text or (`--json`) as one JSON document; all else goes to stderr.
-//! Nothing is printed, and no file appears, before a command has succeeded.
+//! Of a question about a picture nothing is printed, and no file appears, before it has been answered.
 
 mod demo;
 mod draw;

@@ -98,6 +98,13 @@ impl Progress for Training {
         }
     }
 
+    fn warning(&mut self, message: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| say(message)),
+            None => say(message),
+        }
+    }
+
     fn step(&mut self, report: &StepReport) {
         let losses = losses(report.losses);
         let (speed, eta) = (report.images_per_second, duration(report.eta));

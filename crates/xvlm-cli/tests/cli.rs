@@ -202,6 +202,11 @@ fn demo_writes_a_page_and_the_scores() {
     assert_eq!(page.matches("<article").count(), 3 + 2);
     assert!(!page.contains("NaN") && !page.contains("src=\"http") && !page.contains("href=\"http"));
 
+    // Scenes that are not the demo's are left alone.
+    text(dir, "synth --out own/data --scenes 1 --seed 5");
+    refused(dir, "demo --model model --scenes 3 --out own", &["own/data", "something else in it"]);
+    assert_eq!(names(&dir.join("own")), ["data"]);
+
     // Once more, in the same place: the same scores.
     assert!(text(dir, "demo --model model --scenes 3 --out demo").contains("Find the box of a phrase"));
     assert_eq!(fs::read_to_string(dir.join("demo/scores.json")).unwrap(), written);
@@ -231,6 +236,45 @@ fn pretrain_leaves_a_model() {
     assert_eq!(report["iterations"], 2);
     let preset = text(dir, "pretrain --preset scenes --print-config");
     assert!(preset.contains("train_file: []") && preset.contains("# "), "{preset}");
+}
+
+#[test]
+fn a_run_goes_on_as_it_began() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    text(dir, "synth --out data --scenes 30 --seed 5");
+    // One line is broken, and one picture.
+    let records = fs::read_to_string(dir.join("data/pretrain.jsonl")).unwrap();
+    fs::write(dir.join("data/pretrain.jsonl"), records + "{ no json\n").unwrap();
+    fs::write(dir.join("data/images/000004.png"), "no picture").unwrap();
+    let config = json!({
+        "train_file": ["data/pretrain.jsonl"],
+        "model": sizes(0),
+        "data": { "batch_size": 30, "max_images": 4, "max_regions": 8, "max_broken_share": 0.2 },
+        "train": { "iterations": 1 },
+    });
+    fs::write(dir.join("tiny.yaml"), config.to_string()).unwrap();
+    let output = xvlm(dir, "pretrain --config tiny.yaml --out run");
+    let told = stderr(&output);
+    assert!(output.status.success() && told.contains("data/pretrain.jsonl:31"), "{told}");
+    assert!(told.contains("records that were drawn are broken") && told.contains("000004.png"), "{told}");
+    assert!(fs::read_to_string(dir.join("run/config.yaml")).unwrap().contains("batch_size: 30"));
+
+    let resume = "pretrain --config tiny.yaml --out run --resume";
+    refused(dir, &format!("{resume} --set data.batch_size=29"), &["run/config.yaml", "data.batch_size", "30", "29"]);
+    assert_eq!(json(dir, &format!("{resume} --set train.iterations=2"))["iterations"], 2);
+    refused(
+        dir,
+        "pretrain --config tiny.yaml --out other --set data.max_broken_share=0.001",
+        &["data/pretrain.jsonl:31", "1 of 31"],
+    );
+    // Captions alone are enough, if no regions are asked for.
+    fs::write(dir.join("data/captions.jsonl"), "{\"image\": \"images/000000.png\", \"caption\": \"a star\"}\n")
+        .unwrap();
+    let captions = "pretrain --config tiny.yaml --out other --set train_file=[data/captions.jsonl]";
+    refused(dir, captions, &["data/captions.jsonl", "elems", "regions.iter_perc"]);
+    assert!(!dir.join("other").exists());
+    text(dir, &format!("{captions} --set regions.iter_perc=0"));
 }
 
 #[test]
@@ -308,6 +352,14 @@ fn bad_data_and_configurations_are_refused() {
         "eval grounding --model model --data data",
         &["data/grounding.json", "bbox", "[180.0, 180.0, 50.0, 50.0]"],
     );
+    let mut items: Value = serde_json::from_str(&grounding).unwrap();
+    items[0]["width"] = json!(200);
+    fs::write(dir.join("data/grounding.json"), items.to_string()).unwrap();
+    refused(
+        dir,
+        "eval grounding --model model --data data",
+        &["data/grounding.json", "expected 192 x 192", "found 200 x 192"],
+    );
     fs::write(dir.join("data/grounding.json"), &grounding[..grounding.len() / 2]).unwrap();
     refused(dir, "eval grounding --model model --data data", &["data/grounding.json"]);
     fs::remove_file(dir.join("data/images/000001.png")).unwrap();
@@ -321,7 +373,11 @@ fn bad_data_and_configurations_are_refused() {
         ("--preset scenes --set data.batchsize=3", vec!["batchsize", "did you mean `batch_size`?"]),
         ("--preset scenes --set data", vec!["--set data"]),
         ("--preset scenes", vec!["train_file"]),
-        ("--preset scenes --set objectives=[box]", vec!["objectives", "itc", "found [box]"]),
+        ("--preset scenes --set objectives=[box]", vec!["preset scenes", "objectives", "itc", "found [box]"]),
+        ("--preset scenes --set data.batch_size=0", vec!["preset scenes", "data.batch_size", "at least 1", "found 0"]),
+        ("--preset scenes --set train.optimizer.lr=-1", vec!["preset scenes", "train.optimizer.lr", "found -1"]),
+        ("--preset scenes --set model.embed_dim=0", vec!["preset scenes", "model.embed_dim", "found 0"]),
+        ("--preset scenes --set data.resolution=64", vec!["resolution"]),
         ("--preset scenes --set train_file=[none.jsonl]", vec!["none.jsonl"]),
     ] {
         refused(dir, &format!("pretrain --out run {arguments}"), &expected);

@@ -13,9 +13,11 @@ use crate::transform::Transform;
 pub struct BatchConfig {
     /// Seed of all randomness. Default 42.
     pub seed: u64,
-    /// Side of the square images, in pixels; a multiple of `final_stride`. Default 224.
+    /// Side of the square images, in pixels; a multiple of `final_stride`. Default 224; not in files, since it is the model's.
+    #[serde(skip)]
     pub resolution: usize,
-    /// Side of the square that one patch token stands for, in pixels. Default 32.
+    /// Side of the square that one patch token stands for, in pixels. Default 32; not in files, since it is the model's.
+    #[serde(skip)]
     pub final_stride: usize,
     /// Images in a caption batch. Default 128.
     pub batch_size: usize,
@@ -94,7 +96,12 @@ impl BatchConfig {
         Transform { random_crop: self.random_crop, hflip: self.hflip, careful_hflip: self.careful_hflip }
     }
 
-    pub(crate) fn check(&self) -> Result<(), DataError> {
+    /// Checks that every value makes sense.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::Config`] about the first that does not.
+    pub fn check(&self) -> Result<(), DataError> {
         let wrong = |field, expected: &str, found: String| {
             let expected = expected.to_owned();
             Err(DataError::Config { field, expected, found })
@@ -126,6 +133,9 @@ impl BatchConfig {
             if !(0.0..=1.0).contains(&value) {
                 return wrong(field, "a share from 0 to 1", value.to_string());
             }
+        }
+        if self.generation.as_ref().is_some_and(|generation| generation.prompt.trim().is_empty()) {
+            return wrong("generation.prompt", "at least one word", "none".to_owned());
         }
         if !(0.0..1.0).contains(&self.min_perc_in_image) {
             let found = self.min_perc_in_image.to_string();

@@ -196,18 +196,6 @@ impl Picture {
     }
 }
 
-/// The normalised pixels `[3][R][R]` of an image for evaluation (whole, no augmentation), and its
-/// size (width, height) as stored.
-///
-/// # Errors
-///
-/// [`DataError::Image`] naming the file.
-pub fn load_pixels(source: &ImageSource, resolution: usize) -> Result<(Vec<f32>, (u32, u32)), DataError> {
-    let picture = Picture::decode(source, &"in memory")?;
-    let size = (picture.width(), picture.height());
-    Ok((picture.resized_square(resolution).normalised(), size))
-}
-
 /// A decoded image, perhaps already resized, and the size it had in its file.
 #[derive(Debug)]
 pub struct Decoded {

@@ -238,11 +238,11 @@ fn broken_records_are_named_and_replaced_until_there_are_too_many() {
 fn values_that_make_no_sense_are_refused() {
     let wrong: [(&str, Value); 6] = [
         ("batch_size", json!(0)),
-        ("resolution", json!(70)),
         ("max_tokens", json!(1)),
         ("attribute_probability", json!(1.5)),
         ("min_perc_in_image", json!(1.0)),
         ("max_broken_share", json!(-0.1)),
+        ("generation", json!({ "prompt": " " })),
     ];
     for (field, value) in wrong {
         let mut json = serde_json::to_value(config()).unwrap();
@@ -252,4 +252,6 @@ fn values_that_make_no_sense_are_refused() {
         let error = built.unwrap_err().to_string();
         assert!(error.contains(field), "{field}: {error}");
     }
+    let error = BatchConfig { resolution: 70, ..config() }.check().unwrap_err().to_string();
+    assert!(error.contains("resolution") && error.contains("16"), "{error}");
 }

@@ -95,7 +95,11 @@ impl SwinConfig {
     }
 
     fn validate(&self) -> Result<(), ConfigError> {
-        ensure(!self.depths.is_empty(), "vision_config.depths", "at least one stage", "none")?;
+        let stages = self.depths.len();
+        ensure((1..=16).contains(&stages), "vision_config.depths", "1 to 16 stages", stages)?;
+        ensure(self.mlp_ratio > 0, "vision_config.mlp_ratio", "at least 1", self.mlp_ratio)?;
+        let drops = (0.0..1.0).contains(&self.drop_path_rate);
+        ensure(drops, "vision_config.drop_path_rate", "0 to below 1", self.drop_path_rate)?;
         ensure(
             self.num_heads.len() == self.depths.len(),
             "vision_config.num_heads",
@@ -203,7 +207,17 @@ impl BertConfig {
             format!("less than num_hidden_layers ({})", self.num_hidden_layers),
             self.fusion_layer,
         )?;
-        ensure(self.type_vocab_size > 0, "text_config.type_vocab_size", "at least 1", self.type_vocab_size)
+        ensure(self.type_vocab_size > 0, "text_config.type_vocab_size", "at least 1", self.type_vocab_size)?;
+        ensure(self.intermediate_size > 0, "text_config.intermediate_size", "at least 1", self.intermediate_size)?;
+        let longest = self.max_position_embeddings;
+        ensure(longest > 0, "text_config.max_position_embeddings", "at least 1", longest)?;
+        for (field, probability) in [
+            ("text_config.hidden_dropout_prob", self.hidden_dropout_prob),
+            ("text_config.attention_probs_dropout_prob", self.attention_probs_dropout_prob),
+        ] {
+            ensure((0.0..1.0).contains(&probability), field, "0 to below 1", probability)?;
+        }
+        Ok(())
     }
 }
 

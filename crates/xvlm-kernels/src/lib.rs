@@ -6,6 +6,8 @@
 //!
 //! Errors are [`candle_core::Error`]s; a wrong shape is a [`KernelError`] wrapped in one.
 
+#![allow(unsafe_code)]
+
 mod activation;
 mod attention;
 mod boxes;

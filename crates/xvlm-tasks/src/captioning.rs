@@ -11,7 +11,7 @@ use xvlm_metrics::captions::{bleu, rouge_l};
 use crate::error::{ConfigProblem, TaskError};
 use crate::generate::{Search, Written, write};
 use crate::model::{ImageTokens, Model};
-use crate::{BATCH, Counter};
+use crate::{BATCH, Counter, some};
 
 /// Describes each image.
 ///
@@ -87,7 +87,7 @@ impl CaptionScores {
 /// If a file or an image cannot be read, or the two files are not about the same pictures.
 pub fn evaluate(model: &Model, data: &Path, search: Search, counter: Counter) -> Result<Evaluation, TaskError> {
     let (file, scenes) = (data.join("captions.json"), data.join("scenes.json"));
-    let (items, truths) = (read_captions(&file)?, read_scenes(&scenes)?);
+    let (items, truths) = (some(read_captions(&file)?, data, "captions.json")?, read_scenes(&scenes)?);
     if items.len() != truths.len() {
         let message = format!(
             "expected {} scenes, one for each image of {}, found {}",
@@ -95,6 +95,10 @@ pub fn evaluate(model: &Model, data: &Path, search: Search, counter: Counter) ->
             file.display(),
             truths.len()
         );
+        return Err(ConfigProblem { file: scenes.display().to_string(), message }.into());
+    }
+    if let Some((item, scene)) = items.iter().zip(&truths).find(|(item, scene)| item.id != scene.id.to_string()) {
+        let message = format!("expected scene {}, as in {}, found {}", item.id, file.display(), scene.id);
         return Err(ConfigProblem { file: scenes.display().to_string(), message }.into());
     }
     let mut written = Vec::with_capacity(items.len());

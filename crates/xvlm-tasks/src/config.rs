@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_norway::Value;
-use xvlm_data::{BatchConfig, LoaderConfig, TextTokenizer};
+use xvlm_data::{BatchConfig, DataError, LoaderConfig};
 use xvlm_encoders::XvlmConfig;
-use xvlm_train::TrainConfig;
+use xvlm_train::{TrainConfig, TrainError};
 use xvlm_weights::StoredType;
 
 use crate::error::ConfigProblem;
@@ -108,32 +108,34 @@ impl PretrainConfig {
         PRESETS.iter().map(|(name, _)| *name)
     }
 
-    /// Checks that the parts fit together, and the tokenizer to them.
-    pub(crate) fn check(&self, tokenizer: &TextTokenizer) -> Result<(), ConfigProblem> {
-        let problem = |message: String| ConfigProblem { file: "configuration".to_owned(), message };
-        self.model.validate().map_err(|error| problem(error.to_string()))?;
-        let text = &self.model.text_config;
-        let (known, longest) = (tokenizer.vocab_size(), text.max_position_embeddings);
-        if text.vocab_size < known {
-            let expected = format!("at least the tokenizer's {known}");
-            return Err(problem(format!("text_config.vocab_size: expected {expected}, found {}", text.vocab_size)));
+    /// Checks that every value is in its range; says which is not, by its full name.
+    pub(crate) fn check_values(&self) -> Result<(), String> {
+        self.data.check().map_err(|error| match error {
+            DataError::Config { field, expected, found } => format!("data.{field}: expected {expected}, found {found}"),
+            other => other.to_string(),
+        })?;
+        self.train.check().map_err(|error| match error {
+            TrainError::Config { field, expected, found } => {
+                format!("train.{field}: expected {expected}, found {found}")
+            }
+            other => other.to_string(),
+        })?;
+        let mut model = self.model.clone();
+        // 0 stands for as many as the tokenizer knows.
+        model.text_config.vocab_size = model.text_config.vocab_size.max(1);
+        model.validate().map_err(|error| {
+            let (field, expected, found) = (error.field, error.expected, error.found);
+            format!("model.{field}: expected {expected}, found {found}")
+        })?;
+        let iter_perc = self.regions.iter_perc;
+        if !(0.0..=1.0).contains(&iter_perc) {
+            return Err(format!("regions.iter_perc: expected a probability, found {iter_perc}"));
         }
-        if longest < self.data.max_tokens {
-            let expected = format!("at least data.max_tokens, {}", self.data.max_tokens);
-            return Err(problem(format!("text_config.max_position_embeddings: expected {expected}, found {longest}")));
-        }
-        if !self
-            .objectives
-            .iter()
-            .any(|objective| matches!(objective, Objective::Itc | Objective::Itm | Objective::Mlm))
-        {
+        let of_both = [Objective::Itc, Objective::Itm, Objective::Mlm];
+        if !self.objectives.iter().any(|objective| of_both.contains(objective)) {
             let found = format!("{:?}", self.objectives).to_lowercase();
-            return Err(problem(format!(
-                "objectives: expected itc, itm or mlm among them, which both streams have, found {found}"
-            )));
-        }
-        if self.train_file.is_empty() {
-            return Err(problem("train_file: expected at least one file, found none".to_owned()));
+            let expected = "itc, itm or mlm among them, which both streams have";
+            return Err(format!("objectives: expected {expected}, found {found}"));
         }
         Ok(())
     }
@@ -173,8 +175,8 @@ impl PretrainConfig {
     /// Reads YAML; `overrides` are of the form `a.b=value`, the value again YAML.
     ///
     /// # Errors
-    /// If it is no YAML, a key is unknown (the message has the nearest known one), a value has the wrong type, or sizes do
-    /// not fit together.
+    /// If it is no YAML, a key is unknown (the message has the nearest known one), or a value has the wrong type or is out of
+    /// its range.
     pub fn from_yaml(file: &str, text: &str, overrides: &[String]) -> Result<Self, ConfigProblem> {
         let problem = |message: String| ConfigProblem { file: file.to_owned(), message };
         // Straight from the text first: only then do errors name line and column.
@@ -188,10 +190,7 @@ impl PretrainConfig {
             config =
                 deserialized(value).map_err(|message| ConfigProblem { file: format!("{file} with --set"), message })?;
         }
-        if !(0.0..=1.0).contains(&config.regions.iter_perc) {
-            let found = config.regions.iter_perc;
-            return Err(problem(format!("regions.iter_perc: expected a probability, found {found}")));
-        }
+        config.check_values().map_err(problem)?;
         Ok(config)
     }
 }
@@ -269,6 +268,10 @@ mod tests {
         assert!(message("trian.seed=3").contains("did you mean `train`?"));
         assert!(message("data.batch_size=many").contains("batch_size"), "{}", message("data.batch_size=many"));
         assert!(message("data").contains("key.key=value"));
+        assert!(message("data.batch_size=0").contains("data.batch_size: expected at least 1, found 0"));
+        assert!(message("train.optimizer.lr=-1").contains("train.optimizer.lr: expected a positive number, found -1"));
+        assert!(message("model.vision_config.window_size=3").contains("model.vision_config.window_size"));
+        assert!(message("regions.iter_perc=2").contains("regions.iter_perc"));
         let error = PretrainConfig::preset("scene", &[]).unwrap_err().to_string();
         assert!(error.contains("did you mean `scenes`?"), "{error}");
     }

@@ -4,15 +4,15 @@ use std::path::Path;
 
 use candle_core::D;
 use serde::Serialize;
-use xvlm_data::Picture;
 use xvlm_data::annotations::{FillItem, read_fill};
+use xvlm_data::pre_caption;
 use xvlm_encoders::Attention;
 use xvlm_kernels as kernels;
 use xvlm_metrics::fill::FillScores;
 
 use crate::error::TaskError;
 use crate::model::{ImageTokens, Model};
-use crate::{BATCH, Counter};
+use crate::{BATCH, Counter, by_image, some};
 
 /// A word for the blank.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -71,20 +71,20 @@ fn with_blank(model: &Model, text: &str) -> Result<(Vec<u32>, usize), TaskError>
     let [before, after] = sides.as_slice() else {
         return Err(TaskError::Blank { text: text.to_owned(), found: sides.len() - 1 });
     };
+    let tokenizer = model.tokenizer();
     let pieces = |side: &str| -> Result<Vec<u32>, TaskError> {
         match side.trim().is_empty() {
             true => Ok(Vec::new()),
-            false => Ok(model.tokenizer().tokens(&xvlm_data::pre_caption(side, config.max_words)?)?),
+            false => Ok(tokenizer.tokens(&pre_caption(side, usize::MAX)?)?),
         }
     };
-    let tokenizer = model.tokenizer();
-    let mut ids = vec![tokenizer.cls_id()];
-    ids.extend(pieces(before)?);
-    let blank = ids.len();
-    ids.push(tokenizer.mask_id());
-    ids.extend(pieces(after)?);
-    ids.truncate(config.max_tokens.max(blank + 1));
-    Ok((ids, blank))
+    // Of a phrase that is too long, what is next to the blank stays.
+    let (before, after) = (pieces(before)?, pieces(after)?);
+    let room = config.max_tokens.saturating_sub(2);
+    let left = before.len().min(room - after.len().min(room / 2));
+    let right = after.len().min(room - left);
+    let ids = [&[tokenizer.cls_id()], &before[before.len() - left..], &[tokenizer.mask_id()], &after[..right]].concat();
+    Ok((ids, 1 + left))
 }
 
 /// Tokens that are words of their own.
@@ -112,23 +112,19 @@ pub struct Evaluation {
 /// # Errors
 /// If the file or an image cannot be read.
 pub fn evaluate(model: &Model, data: &Path, counter: Counter) -> Result<Evaluation, TaskError> {
-    let items = read_fill(data.join("fill.json"))?;
-    if items.is_empty() {
-        return Err(TaskError::Empty { what: data.join("fill.json").display().to_string() });
-    }
+    let items = some(read_fill(data.join("fill.json"))?, data, "fill.json")?;
     let mut completions = Vec::with_capacity(items.len());
-    let by_image: Vec<&[FillItem]> = items.chunk_by(|a, b| a.image == b.image).collect();
-    for group in by_image.chunks(BATCH) {
-        let pictures = group.iter().map(|items| Picture::open(&items[0].image)).collect::<Result<Vec<_>, _>>()?;
-        let images = model.encode(&pictures)?;
-        let phrases: Vec<(u32, &str)> = group
-            .iter()
-            .enumerate()
-            .flat_map(|(row, items)| items.iter().map(move |item| (row as u32, item.text.as_str())))
-            .collect();
-        completions.extend(fill(model, &images, &phrases, 5)?);
-        counter(completions.len(), items.len());
-    }
+    by_image(
+        model,
+        &items,
+        |item| &item.image,
+        |images, _, rows| {
+            let phrases: Vec<(u32, &str)> = rows.iter().map(|(row, item)| (*row, item.text.as_str())).collect();
+            completions.extend(fill(model, images, &phrases, 5)?);
+            counter(completions.len(), items.len());
+            Ok(())
+        },
+    )?;
     let ranks = items.iter().zip(&completions).map(|(item, completions): (_, &Vec<Completion>)| {
         let accepted = |c: &Completion| item.answers.iter().any(|answer| answer.eq_ignore_ascii_case(&c.word));
         (item.kind.as_str(), completions.iter().position(accepted))

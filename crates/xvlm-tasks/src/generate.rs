@@ -97,7 +97,9 @@ pub(crate) fn write(
             ended: Vec::new(),
         };
         let mut beams: Vec<Beam> = rows.iter().map(start).collect();
-        for step in 0..search.max_tokens {
+        let longest = rows.iter().map(|(_, ids)| ids.len()).max().unwrap_or(0);
+        let room = model.config().model.text_config.max_position_embeddings.saturating_sub(longest);
+        for step in 0..search.max_tokens.min(room) {
             if !advance(model, images, &mut beams, search, step)? {
                 break;
             }

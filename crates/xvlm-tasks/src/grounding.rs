@@ -4,15 +4,14 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use serde::Serialize;
-use xvlm_data::Picture;
 use xvlm_data::annotations::{GroundingItem, read_grounding};
 use xvlm_encoders::{Attention, Concepts, Pass};
 use xvlm_kernels as kernels;
 use xvlm_metrics::boxes::{BoxScores, iou_xywh};
 
-use crate::error::TaskError;
+use crate::error::{ConfigProblem, TaskError};
 use crate::model::{ImageTokens, Model};
-use crate::{BATCH, Counter};
+use crate::{BATCH, Counter, by_image, some};
 
 /// Where a text points.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -89,26 +88,32 @@ pub struct Evaluation {
 /// Evaluates on `grounding.json` of a folder.
 ///
 /// # Errors
-/// If the file or an image cannot be read.
+/// If the file or an image cannot be read, or an image has another size than the file says.
 pub fn evaluate(model: &Model, data: &Path, counter: Counter) -> Result<Evaluation, TaskError> {
-    let items = read_grounding(data.join("grounding.json"))?;
-    if items.is_empty() {
-        return Err(TaskError::Empty { what: data.join("grounding.json").display().to_string() });
-    }
+    let items = some(read_grounding(data.join("grounding.json"))?, data, "grounding.json")?;
     let mut found = Vec::with_capacity(items.len());
-    // Items of one image stand together, and share its encoding.
-    let by_image: Vec<&[GroundingItem]> = items.chunk_by(|a, b| a.image == b.image).collect();
-    for group in by_image.chunks(BATCH) {
-        let pictures = group.iter().map(|items| Picture::open(&items[0].image)).collect::<Result<Vec<_>, _>>()?;
-        let images = model.encode(&pictures)?;
-        let texts: Vec<(u32, &str)> = group
-            .iter()
-            .enumerate()
-            .flat_map(|(row, items)| items.iter().map(move |item| (row as u32, item.text.as_str())))
-            .collect();
-        found.extend(ground(model, &images, &texts)?);
-        counter(found.len(), items.len());
-    }
+    by_image(
+        model,
+        &items,
+        |item| &item.image,
+        |images, pictures, rows| {
+            for (row, item) in rows {
+                let picture = &pictures[*row as usize];
+                let sizes = [(picture.width(), picture.height()), (item.width, item.height)];
+                if sizes[0] != sizes[1] {
+                    let [expected, size] = sizes.map(|(width, height)| format!("{width} x {height}"));
+                    let file = data.join("grounding.json").display().to_string();
+                    let message =
+                        format!("{}: width, height: expected {expected}, as the image, found {size}", item.ref_id);
+                    return Err(ConfigProblem { file, message }.into());
+                }
+            }
+            let texts: Vec<(u32, &str)> = rows.iter().map(|(row, item)| (*row, item.text.as_str())).collect();
+            found.extend(ground(model, images, &texts)?);
+            counter(found.len(), items.len());
+            Ok(())
+        },
+    )?;
     let overlaps: Vec<f32> = items
         .iter()
         .zip(&found)

@@ -82,9 +82,12 @@ impl Model {
         xvlm_weights::assign(&files.name, &files.tensors, &named, &LoadRules::default())?;
         let tensors: HashMap<String, Tensor> =
             named.into_iter().map(|(name, var)| (name, var.as_detached_tensor())).collect();
+        let tokenizer = TextTokenizer::from_bytes(&format!("{}/tokenizer.json", files.name), &files.tokenizer)?;
+        let file = format!("{}/config.json", files.name);
+        check_texts(&config.model, config.max_tokens, &tokenizer).map_err(|message| ConfigProblem { file, message })?;
         Ok(Self {
             xvlm: Xvlm::new(&config.model, VarBuilder::from_tensors(tensors, DType::F32, device))?,
-            tokenizer: TextTokenizer::from_bytes(&format!("{}/tokenizer.json", files.name), &files.tokenizer)?,
+            tokenizer,
             config,
             device: device.clone(),
         })
@@ -254,6 +257,21 @@ impl Model {
         let concepts = Concepts { tokens: &tokens, index: &rows, mask: &seen };
         self.xvlm.fuse(text, mask, &concepts, attention, &Pass::inference())
     }
+}
+
+/// Checks that a model has room for every word of a tokenizer and for the longest text.
+pub(crate) fn check_texts(model: &XvlmConfig, max_tokens: usize, tokenizer: &TextTokenizer) -> Result<(), String> {
+    let text = &model.text_config;
+    let (known, longest) = (tokenizer.vocab_size(), text.max_position_embeddings);
+    if text.vocab_size < known {
+        let found = text.vocab_size;
+        return Err(format!("model.text_config.vocab_size: expected at least the tokenizer's {known}, found {found}"));
+    }
+    if longest < max_tokens {
+        let field = "model.text_config.max_position_embeddings";
+        return Err(format!("{field}: expected at least max_tokens, {max_tokens}, found {longest}"));
+    }
+    Ok(())
 }
 
 fn parse_config(files: &ModelFiles) -> Result<ModelConfig, ConfigProblem> {

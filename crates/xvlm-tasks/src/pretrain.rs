@@ -10,8 +10,8 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use xvlm_data::{
-    BatchBuilder, CaptionBatch, CaptionTensors, DataError, GenerationTensors, ImageCache, Loader, LoaderConfig,
-    RegionBatch, RegionTensors, TextTensors, TextTokenizer, read_jsonl, scenes,
+    BatchBuilder, CaptionBatch, CaptionTensors, DataError, GenerationTensors, ImageCache, Loader, LoaderConfig, Record,
+    RegionBatch, RegionTensors, TextTensors, TextTokenizer, read_jsonl_lenient, scenes,
 };
 use xvlm_encoders::{Attention, Concepts, Parameters, Pass, Regions, Xvlm, XvlmConfig};
 use xvlm_losses::{self as losses, Pair};
@@ -19,8 +19,8 @@ use xvlm_train::{Batches, BoxError, Losses, Progress, RunFolder, Summary, Traina
 use xvlm_weights::{LoadRules, ModelFolder};
 
 use crate::config::{Objective, PretrainConfig};
-use crate::error::TaskError;
-use crate::model::{Model, ModelConfig};
+use crate::error::{ConfigProblem, TaskError};
+use crate::model::{Model, ModelConfig, check_texts};
 
 /// Bounds of the temperature after each step (the original's `xvlm.temp.clamp_`).
 const TEMPERATURE: (f64, f64) = (0.001, 0.5);
@@ -253,8 +253,8 @@ impl Trainable for Pretraining {
 
     fn samples(batch: &Batch) -> usize {
         match batch {
-            Batch::Captions(batch) => batch.text.keys.len(),
-            Batch::Regions(batch) => batch.text.keys.len(),
+            Batch::Captions(batch) => batch.pixels.dims()[0],
+            Batch::Regions(batch) => batch.pixels.dims()[0],
         }
     }
 
@@ -305,7 +305,8 @@ impl Batches<Batch> for PretrainBatches {
     }
 }
 
-/// Pre-trains as configured. The run lies in `out` (`metrics.jsonl`, checkpoints), the finished model in `out/model`.
+/// Pre-trains as configured. The run lies in `out` (`config.yaml`, `metrics.jsonl`, checkpoints), the finished model in
+/// `out/model`.
 ///
 /// # Errors
 /// If a file cannot be read or written, too many records are broken, or the loss is not finite.
@@ -326,12 +327,10 @@ pub fn run(
     }
     config.data.resolution = config.model.vision_config.image_res;
     config.data.final_stride = config.model.vision_config.stride();
-    config.check(&tokenizer)?;
-
-    let mut records = Vec::new();
-    for path in &config.train_file {
-        records.extend(read_jsonl(path)?);
-    }
+    let problem = |message| ConfigProblem { file: "configuration".to_owned(), message };
+    config.check_values().map_err(problem)?;
+    check_texts(&config.model, config.data.max_tokens, &tokenizer).map_err(problem)?;
+    let records = read_records(&config, progress)?;
     let pretraining = Pretraining::new(&config.model, config.train.seed, device)?.with_objectives(&config.objectives);
     if let Some(dir) = &config.init_from {
         let files = ModelFolder::open(dir)?;
@@ -341,10 +340,16 @@ pub fn run(
     let builder = Arc::new(BatchBuilder::new(Arc::new(records), Arc::clone(&tokenizer), config.data.clone(), cache)?);
     let batches = |start| -> std::result::Result<Box<dyn Batches<Batch>>, BoxError> {
         let (iter_perc, workers) = (config.regions.iter_perc, config.loader.clone());
-        Ok(Box::new(PretrainBatches::new(builder, iter_perc, start, workers, device)?))
+        Ok(Box::new(PretrainBatches::new(Arc::clone(&builder), iter_perc, start, workers, device)?))
     };
     let run = RunFolder::new(out)?;
+    keep_config(&config, &run, resume)?;
     let summary = xvlm_train::train(&pretraining, batches, &config.train, &run, resume, progress)?;
+    let (drawn, broken) = builder.counts();
+    if broken > 0 {
+        progress.warning(&format!("{broken} of {drawn} records that were drawn are broken:"));
+        builder.broken().iter().for_each(|record| progress.warning(&format!("  {record}")));
+    }
     let prompt = config.data.generation.as_ref().map(|generation| generation.prompt.clone());
     let model = ModelConfig {
         model: config.model.clone(),
@@ -354,4 +359,63 @@ pub fn run(
     };
     Model::write(&out.join("model"), &model, &pretraining.parameters, &tokenizer, config.stored)?;
     Ok(summary)
+}
+
+/// Reads all records; broken lines are told, and refused if they are too many.
+fn read_records(config: &PretrainConfig, progress: &mut dyn Progress) -> std::result::Result<Vec<Record>, TaskError> {
+    let problem = |field: &str, message: String| {
+        let file = config.train_file.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
+        let file = if file.is_empty() { "configuration".to_owned() } else { file };
+        TaskError::from(ConfigProblem { file, message: format!("{field}: {message}") })
+    };
+    if config.train_file.is_empty() {
+        return Err(problem("train_file", "expected at least one file, found none".to_owned()));
+    }
+    let (mut records, mut broken) = (Vec::new(), Vec::new());
+    for path in &config.train_file {
+        let (read, unreadable) = read_jsonl_lenient(path)?;
+        records.extend(read);
+        broken.extend(unreadable);
+    }
+    let (all, limit) = (records.len() + broken.len(), config.data.max_broken_share);
+    if broken.len() as f64 > limit * all as f64 {
+        let examples = broken.iter().take(5).map(|error| format!("\n  {error}")).collect();
+        let (broken, seen) = (broken.len() as u64, all as u64);
+        return Err(DataError::TooManyBroken { broken, seen, limit, examples }.into());
+    }
+    broken.iter().for_each(|error| progress.warning(&format!("left out: {error}")));
+    if records.iter().all(|record| record.captions.is_empty()) {
+        return Err(problem("caption", "expected a record with a caption, found none".to_owned()));
+    }
+    let iter_perc = config.regions.iter_perc;
+    if iter_perc > 0.0 && records.iter().all(|record| record.elems.is_empty()) {
+        let message = format!("expected a record with elems, or regions.iter_perc 0, found none and {iter_perc}");
+        return Err(problem("elems", message));
+    }
+    Ok(records)
+}
+
+/// Writes `config.yaml` into the folder of the run; a run that is resumed must be configured as it was, but for what only
+/// says how long to go on, how quickly, and what to leave behind.
+fn keep_config(config: &PretrainConfig, run: &RunFolder, resume: bool) -> std::result::Result<(), TaskError> {
+    const FREE: [&str; 5] = ["train", "loader", "image_cache_mib", "stored", "init_from"];
+    let path = run.path().join("config.yaml");
+    let problem = |message: String| ConfigProblem { file: path.display().to_string(), message };
+    let is_new = run.checkpoints()?.is_empty();
+    if resume && !is_new && path.exists() {
+        let text = std::fs::read_to_string(&path).map_err(|error| problem(error.to_string()))?;
+        let before: serde_json::Value = serde_norway::from_str(&text).map_err(|error| problem(error.to_string()))?;
+        let now = serde_json::to_value(config).map_err(|error| problem(error.to_string()))?;
+        let fields = now.as_object().into_iter().flatten().filter(|(field, _)| !FREE.contains(&field.as_str()));
+        for (field, now) in fields {
+            if let Some((field, expected, found)) = xvlm_train::difference(field, &before[field.as_str()], now) {
+                return Err(problem(format!("{field}: expected {expected}, as the run began, found {found}")).into());
+            }
+        }
+    }
+    if resume || is_new {
+        let text = serde_norway::to_string(config).map_err(|error| problem(error.to_string()))?;
+        xvlm_weights::write_file_atomically(&path, |out| out.write_all(text.as_bytes()))?;
+    }
+    Ok(())
 }

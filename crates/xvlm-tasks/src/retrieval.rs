@@ -10,7 +10,7 @@ use xvlm_metrics::retrieval::{RetrievalScores, recalls};
 
 use crate::error::TaskError;
 use crate::model::{ImageTokens, Model};
-use crate::{BATCH, Counter};
+use crate::{BATCH, Counter, some};
 
 /// Score of a pair that the dual encoder did not propose (as in the original's `evaluation`).
 const NOT_PROPOSED: f32 = -100.0;
@@ -32,10 +32,7 @@ pub struct Evaluation {
 /// # Errors
 /// If the file or an image cannot be read.
 pub fn evaluate(model: &Model, data: &Path, k_test: usize, counter: Counter) -> Result<Evaluation, TaskError> {
-    let items = read_retrieval(data.join("retrieval.json"))?;
-    if items.is_empty() {
-        return Err(TaskError::Empty { what: data.join("retrieval.json").display().to_string() });
-    }
+    let items = some(read_retrieval(data.join("retrieval.json"))?, data, "retrieval.json")?;
     let mut tokens = Vec::new();
     for items in items.chunks(BATCH) {
         let pictures = items.iter().map(|item| Picture::open(&item.image)).collect::<Result<Vec<_>, _>>()?;

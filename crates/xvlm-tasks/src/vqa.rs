@@ -3,18 +3,18 @@
 use std::path::Path;
 
 use xvlm_data::annotations::{VqaItem, read_vqa};
-use xvlm_data::{Picture, pre_question};
+use xvlm_data::{pre_caption, pre_question};
 use xvlm_metrics::vqa::ExactScores;
 
 use crate::error::TaskError;
 use crate::generate::{Search, Written, write};
 use crate::model::{ImageTokens, Model};
-use crate::{BATCH, Counter};
+use crate::{Counter, by_image, some};
 
 /// Answers questions, each given with the row of `images` it is about.
 ///
 /// # Errors
-/// If a question is empty.
+/// If a tensor operation fails.
 pub fn answer(
     model: &Model,
     images: &ImageTokens,
@@ -43,26 +43,31 @@ pub struct Evaluation {
 /// Evaluates on `vqa.json` of a folder.
 ///
 /// # Errors
-/// If the file or an image cannot be read.
+/// If the file or an image cannot be read, or a question has no answer.
 pub fn evaluate(model: &Model, data: &Path, counter: Counter) -> Result<Evaluation, TaskError> {
-    let items = read_vqa(data.join("vqa.json"))?;
-    if items.is_empty() {
-        return Err(TaskError::Empty { what: data.join("vqa.json").display().to_string() });
+    let items = some(read_vqa(data.join("vqa.json"))?, data, "vqa.json")?;
+    if let Some(item) = items.iter().find(|item| item.answers.is_empty()) {
+        let what = format!("{}, answers to question {}", data.join("vqa.json").display(), item.question_id);
+        return Err(TaskError::Empty { what });
     }
     let mut answers = Vec::with_capacity(items.len());
-    let by_image: Vec<&[VqaItem]> = items.chunk_by(|a, b| a.image == b.image).collect();
-    for group in by_image.chunks(BATCH) {
-        let pictures = group.iter().map(|items| Picture::open(&items[0].image)).collect::<Result<Vec<_>, _>>()?;
-        let images = model.encode(&pictures)?;
-        let questions: Vec<(u32, &str)> = group
-            .iter()
-            .enumerate()
-            .flat_map(|(row, items)| items.iter().map(move |item| (row as u32, item.question.as_str())))
-            .collect();
-        answers.extend(answer(model, &images, &questions, Search::answers())?);
-        counter(answers.len(), items.len());
-    }
-    let right =
-        items.iter().zip(&answers).map(|(item, given)| (item.kind.as_str(), item.answers.contains(&given.text)));
+    by_image(
+        model,
+        &items,
+        |item| &item.image,
+        |images, _, rows| {
+            let questions: Vec<(u32, &str)> = rows.iter().map(|(row, item)| (*row, item.question.as_str())).collect();
+            answers.extend(answer(model, images, &questions, Search::answers())?);
+            counter(answers.len(), items.len());
+            Ok(())
+        },
+    )?;
+    // The model learnt to write cleaned texts; one that cleaning leaves nothing of cannot be right.
+    let clean = |text: &str| pre_caption(text, usize::MAX).ok();
+    let is_right = |item: &VqaItem, given: &Written| {
+        let given = clean(&given.text);
+        given.is_some() && item.answers.iter().any(|answer| clean(answer) == given)
+    };
+    let right = items.iter().zip(&answers).map(|(item, given)| (item.kind.as_str(), is_right(item, given)));
     Ok(Evaluation { scores: ExactScores::new(right), items, answers })
 }

@@ -198,8 +198,8 @@ impl<'a> Tensors<'a> {
     }
 }
 
-/// The first value in which two configurations differ: its place, and both.
-fn difference(place: &str, before: &Value, now: &Value) -> Option<(String, String, String)> {
+/// The first value in which two configurations differ: its place (which begins with `place`), and both.
+pub fn difference(place: &str, before: &Value, now: &Value) -> Option<(String, String, String)> {
     match (before, now) {
         (Value::Object(before), Value::Object(fields)) => fields.iter().find_map(|(name, now)| {
             difference(&format!("{place}.{name}"), before.get(name).unwrap_or(&Value::Null), now)

@@ -20,6 +20,7 @@ use std::time::Duration;
 use candle_core::{Tensor, Var};
 use rand_chacha::ChaCha8Rng;
 
+pub use checkpoint::difference;
 pub use config::{Decay, OptimizerConfig, ScheduleConfig, TrainConfig, Warmup};
 pub use error::{BoxError, TrainError};
 pub use metrics::{LossCurve, MetricsRow, loss_curves, read_metrics};
@@ -70,6 +71,11 @@ pub trait Progress {
     /// Training starts after iteration `at` of `of`; `at` is 0 unless a run is resumed.
     fn start(&mut self, of: u64, at: u64) {
         let _ = (of, at);
+    }
+
+    /// Something is wrong that does not stop the run.
+    fn warning(&mut self, message: &str) {
+        let _ = message;
     }
 
     /// Some iterations are done.

@@ -49,9 +49,17 @@ pub fn device(name: &str) -> Result<Device, Error> {
         Some(("cuda", number)) => number.parse().ok(),
         _ => None,
     };
+    let problem = |message: String| ConfigProblem { file: "device".to_owned(), message };
     let Some(ordinal) = ordinal else {
-        let message = format!("expected cpu, cuda or cuda:N, found {name}");
-        return Err(ConfigProblem { file: "device".to_owned(), message }.into());
+        return Err(problem(format!("expected cpu, cuda or cuda:N, found {name}")).into());
     };
-    Ok(Device::new_cuda(ordinal)?)
+    if cfg!(not(feature = "cuda")) {
+        return Err(problem(format!("expected cpu, as this build has no feature `cuda`, found {name}")).into());
+    }
+    Device::new_cuda(ordinal).map_err(|error| problem(format!("{name}: {error}")).into())
 }
+
+/// The examples of the README.
+#[cfg(all(doctest, feature = "bundled"))]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

@@ -160,7 +160,7 @@ impl View<'_> {
     /// Answers questions.
     ///
     /// # Errors
-    /// If a question is empty.
+    /// If a tensor operation fails.
     pub fn answer(&self, questions: &[&str]) -> Result<Vec<Answer>, Error> {
         let answers = vqa::answer(self.model, &self.image, &self.about(questions), Search::answers())?;
         let paired = questions.iter().zip(answers);

@@ -88,6 +88,12 @@ fn questions_without_words_and_devices_that_are_not_there_are_refused() {
     assert!(view.ground(&["..."]).is_err());
     assert!(view.fill("no blank", 1).unwrap_err().to_string().contains("one blank"));
     assert!(xvlm::device("gpu").unwrap_err().to_string().contains("cpu, cuda or cuda:N"));
+    #[cfg(not(feature = "cuda"))]
+    assert!(xvlm::device("cuda:1").unwrap_err().to_string().contains("no feature `cuda`, found cuda:1"));
+    // However long a phrase is, what is next to the blank decides.
+    let long = format!("{} a ___ cross", "unheard words of all kinds ".repeat(20));
+    assert_eq!(view.fill(&long, 3).unwrap().len(), 3);
+    assert!(view.answer(&["is there a cross ? ".repeat(20).as_str()]).is_ok());
     let missing = Predictor::from_folder("no/such/model", &Device::Cpu).err().unwrap().to_string();
     assert!(missing.contains("no/such/model"), "{missing}");
 }

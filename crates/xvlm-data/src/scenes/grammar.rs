@@ -394,7 +394,7 @@ impl Scene {
         }
     }
 
-    /// Captions of the whole picture: the canonical one, then relations, lists and details.
+    /// Captions of the whole picture: the canonical one, then relations, lists, details and the number of objects.
     pub fn captions(&self, rng: &mut impl Rng) -> Vec<String> {
         let mut captions = vec![self.canonical_caption()];
         captions.push(self.relation_caption(rng));
@@ -409,6 +409,7 @@ impl Scene {
             captions.extend(self.detailed_caption(rng));
         }
         captions.extend(self.whole(rng));
+        captions.extend(self.counted_caption(rng));
         captions
     }
 
@@ -454,6 +455,14 @@ impl Scene {
         let number = NUMBERS.get(nouns.len()).copied().unwrap_or_default();
         let values = [("l", &*enumerate(&nouns, rng)), ("n", number), ("m", pick(MANY, rng)), ("g", &ground)];
         fill(frames::LIST, &values, rng)
+    }
+
+    /// The number of objects and a relation: what is to be counted is in the picture only.
+    fn counted_caption(&self, rng: &mut impl Rng) -> Option<String> {
+        let (a, relation, b) = self.pair(rng)?;
+        let number = NUMBERS.get(self.objects.len())?;
+        let count = fill(frames::FILL_COUNT, &[("m", say(MANY, rng))], rng).replace("___", number);
+        Some(format!("{count} : {}", statement(Noun::label(a), relation, Noun::label(b), rng)))
     }
 
     /// Two objects with all their facts, the others, and the background.

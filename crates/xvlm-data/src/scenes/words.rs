@@ -400,7 +400,7 @@ pub(crate) mod frames {
     pub(crate) const SIDE_COUNT: &[&str] =
         &["the {i} image contains exactly {n} {m}", "there are {n} {m} in the {i} image"];
 
-    /// Blanks for the number of `{m}`.
+    /// The number of `{m}`, `___`.
     pub(crate) const FILL_COUNT: &[&str] = &[
         "there are ___ {m}",
         "there are ___ {m} in the picture",
