@@ -221,7 +221,8 @@ impl BatchBuilder {
         let texts = |samples: &[Regions]| samples.iter().map(|s| s.concepts.len()).sum::<usize>();
         let full = |samples: &[Regions]| texts(samples) >= most;
         // Of the whole step: all processes class alike.
-        let way: u32 = generator(self.config.seed, WAYS, step, 0).random();
+        let mut ways = generator(self.config.seed, WAYS, step, 0);
+        let way = ways.random_bool(self.config.label_share).then(|| ways.random::<u32>());
         let sample = |record: &Record, rng: &mut ChaCha8Rng, before: &[Regions]| {
             self.regions_of(record, most - texts(before), way, rng)
         };
@@ -319,7 +320,13 @@ impl BatchBuilder {
         Ok(Captioned { image, view, text, rows })
     }
 
-    fn regions_of(&self, record: &Record, most: usize, way: u32, rng: &mut ChaCha8Rng) -> Result<Regions, DataError> {
+    fn regions_of(
+        &self,
+        record: &Record,
+        most: usize,
+        way: Option<u32>,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Regions, DataError> {
         let transform = self.config.transform();
         // A crop needs the pixels as stored.
         let resolution = (!transform.random_crop).then_some(self.config.resolution);
@@ -358,11 +365,17 @@ impl BatchBuilder {
         Ok(Regions { image, view, concepts })
     }
 
-    /// `way` says which of the labels, if it is to be a label.
-    fn element_text(&self, elem: &Element, record: &Record, way: u32, rng: &mut ChaCha8Rng) -> Result<Text, DataError> {
-        let text = match self.config.labels_only {
-            true => elem.labels.get(way as usize % elem.labels.len().max(1)),
-            false => elem.texts.choose(rng),
+    /// `way` says which of the labels, if it is to be one.
+    fn element_text(
+        &self,
+        elem: &Element,
+        record: &Record,
+        way: Option<u32>,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Text, DataError> {
+        let text = match way {
+            Some(way) => elem.labels.get(way as usize % elem.labels.len().max(1)),
+            None => elem.texts.choose(rng),
         };
         let text = text.ok_or_else(|| missing(record, "a text, or a label, of each element"))?;
         let attribute = elem.attributes.choose(rng);

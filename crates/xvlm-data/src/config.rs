@@ -29,10 +29,10 @@ pub struct BatchConfig {
     pub regions_per_image: usize,
     /// Whether region batches hold captions of whole images too. Default true.
     pub whole_image_text: bool,
-    /// Whether an element is called by a label instead of one of its texts: objects only, the finest grain. Where there
-    /// are several ways of classing, each batch keeps to one of them, so that nothing else tells its elements apart.
-    /// Default false.
-    pub labels_only: bool,
+    /// Share of region batches that call their elements by a label instead of one of their texts: objects, the finest
+    /// grain. Where there are several ways of classing, such a batch keeps to one of them, so that nothing else tells its
+    /// elements apart. Default 0.
+    pub label_share: f64,
     /// Probability that one of an element's attributes goes before its text. Default 1.
     pub attribute_probability: f64,
     /// Most words of a text. Default 40.
@@ -69,7 +69,7 @@ impl Default for BatchConfig {
             max_regions: 128,
             regions_per_image: 5,
             whole_image_text: true,
-            labels_only: false,
+            label_share: 0.0,
             attribute_probability: 1.0,
             max_words: 40,
             max_tokens: 40,
@@ -125,6 +125,7 @@ impl BatchConfig {
             return wrong("resolution", &expected, self.resolution.to_string());
         }
         for (field, value) in [
+            ("label_share", self.label_share),
             ("attribute_probability", self.attribute_probability),
             ("max_broken_share", self.max_broken_share),
             ("masking.mask_prob", self.masking.mask_prob),

@@ -163,7 +163,7 @@ fn elements_may_be_called_by_their_labels() {
     let texts = |config| texts_of(config, 0);
     let plain = BatchConfig { attribute_probability: 0.0, whole_image_text: false, ..config() };
     assert_eq!(texts(plain.clone()), ["a box"]);
-    let labels = |step| texts_of(BatchConfig { labels_only: true, ..plain.clone() }, step);
+    let labels = |step| texts_of(BatchConfig { label_share: 1.0, ..plain.clone() }, step);
     let mut labels: Vec<Vec<String>> = (0..12).map(labels).collect();
     labels.sort();
     labels.dedup();
@@ -236,10 +236,11 @@ fn broken_records_are_named_and_replaced_until_there_are_too_many() {
 
 #[test]
 fn values_that_make_no_sense_are_refused() {
-    let wrong: [(&str, Value); 6] = [
+    let wrong: [(&str, Value); 7] = [
         ("batch_size", json!(0)),
         ("max_tokens", json!(1)),
         ("attribute_probability", json!(1.5)),
+        ("label_share", json!(2)),
         ("min_perc_in_image", json!(1.0)),
         ("max_broken_share", json!(-0.1)),
         ("generation", json!({ "prompt": " " })),
