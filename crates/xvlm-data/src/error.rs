@@ -144,6 +144,20 @@ pub enum DataError {
     },
 }
 
+impl DataError {
+    /// [`Self::TooManyBroken`] with the first few of what is broken.
+    pub fn too_many_broken(
+        broken: u64,
+        seen: u64,
+        limit: f64,
+        examples: impl IntoIterator<Item = impl std::fmt::Display>,
+    ) -> Self {
+        const EXAMPLES: usize = 5;
+        let examples = examples.into_iter().take(EXAMPLES).map(|example| format!("\n  {example}")).collect();
+        Self::TooManyBroken { broken, seen, limit, examples }
+    }
+}
+
 /// The first characters of a value, for messages.
 pub(crate) fn excerpt(text: &str) -> String {
     const LONGEST: usize = 60;

@@ -111,7 +111,6 @@ impl Broken {
     ) -> Result<(), DataError> {
         /// Fewer records say little about the share.
         const ENOUGH: u64 = 20;
-        const EXAMPLES: usize = 5;
         self.seen += 1;
         self.met += 1;
         self.records
@@ -121,12 +120,6 @@ impl Broken {
         if !too_many && !hopeless {
             return Ok(());
         }
-        let examples = self.records.values().take(EXAMPLES);
-        Err(DataError::TooManyBroken {
-            broken: self.met,
-            seen: self.seen,
-            limit,
-            examples: examples.map(|broken| format!("\n  {broken}")).collect(),
-        })
+        Err(DataError::too_many_broken(self.met, self.seen, limit, self.records.values()))
     }
 }

@@ -4,7 +4,7 @@
 ///
 /// - `work` runs on a thread of rayon's pool, so that operations hand their parts to each other without waking a thread.
 /// - The allocator keeps what a step frees: the next step wants tensors of the same sizes, and memory that goes back to
-///   the system comes back as page faults (a quarter of the time of a training step of the small model; glibc only).
+///   the system comes back as page faults (a fifth of the time of a training step of the small model; glibc only).
 /// - candle's own threads, which wait for element-wise operations, sleep instead of spinning on a core that rayon needs
 ///   (unless the environment variable `CANDLE_BARRIER_POOL_SPIN_LIMIT` says otherwise).
 pub fn run<R: Send>(work: impl FnOnce() -> R + Send) -> R {

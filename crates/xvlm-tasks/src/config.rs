@@ -110,23 +110,21 @@ impl PretrainConfig {
 
     /// Checks that every value is in its range; says which is not, by its full name.
     pub(crate) fn check_values(&self) -> Result<(), String> {
+        let out_of_range = |section: &str, field: &str, expected: String, found: String| {
+            format!("{section}.{field}: expected {expected}, found {found}")
+        };
         self.data.check().map_err(|error| match error {
-            DataError::Config { field, expected, found } => format!("data.{field}: expected {expected}, found {found}"),
+            DataError::Config { field, expected, found } => out_of_range("data", field, expected, found),
             other => other.to_string(),
         })?;
         self.train.check().map_err(|error| match error {
-            TrainError::Config { field, expected, found } => {
-                format!("train.{field}: expected {expected}, found {found}")
-            }
+            TrainError::Config { field, expected, found } => out_of_range("train", field, expected.to_owned(), found),
             other => other.to_string(),
         })?;
         let mut model = self.model.clone();
         // 0 stands for as many as the tokenizer knows.
         model.text_config.vocab_size = model.text_config.vocab_size.max(1);
-        model.validate().map_err(|error| {
-            let (field, expected, found) = (error.field, error.expected, error.found);
-            format!("model.{field}: expected {expected}, found {found}")
-        })?;
+        model.validate().map_err(|error| out_of_range("model", error.field, error.expected, error.found))?;
         let iter_perc = self.regions.iter_perc;
         if !(0.0..=1.0).contains(&iter_perc) {
             return Err(format!("regions.iter_perc: expected a probability, found {iter_perc}"));
@@ -179,18 +177,22 @@ impl PretrainConfig {
     /// its range.
     pub fn from_yaml(file: &str, text: &str, overrides: &[String]) -> Result<Self, ConfigProblem> {
         let problem = |message: String| ConfigProblem { file: file.to_owned(), message };
-        // Straight from the text first: only then do errors name line and column.
-        let mut config: Self = deserialized(serde_norway::Deserializer::from_str(text)).map_err(problem)?;
-        if !overrides.is_empty() {
-            let mut value: Value = serde_norway::from_str(text).map_err(|error| problem(error.to_string()))?;
-            for assignment in overrides {
-                set(&mut value, assignment)
-                    .map_err(|message| ConfigProblem { file: format!("--set {assignment}"), message })?;
-            }
-            config =
-                deserialized(value).map_err(|message| ConfigProblem { file: format!("{file} with --set"), message })?;
+        // Straight from the text: only then do errors name line and column.
+        let plain = || deserialized(serde_norway::Deserializer::from_str(text)).map_err(problem);
+        if overrides.is_empty() {
+            let config = plain()?;
+            config.check_values().map_err(problem)?;
+            return Ok(config);
         }
-        config.check_values().map_err(problem)?;
+        let mut value: Value = serde_norway::from_str(text).map_err(|error| problem(error.to_string()))?;
+        for assignment in overrides {
+            set(&mut value, assignment)
+                .map_err(|message| ConfigProblem { file: format!("--set {assignment}"), message })?;
+        }
+        let replaced = |message| ConfigProblem { file: format!("{file} with --set"), message };
+        // What is wrong without the replacements too is wrong in the file.
+        let config = deserialized(value).map_err(|message| plain().err().unwrap_or_else(|| replaced(message)))?;
+        config.check_values().map_err(replaced)?;
         Ok(config)
     }
 }
@@ -259,6 +261,17 @@ mod tests {
         let config = PretrainConfig::preset("scenes", &set).unwrap();
         assert_eq!(config.train.optimizer.lr, 0.5);
         assert_eq!(config.train_file, [PathBuf::from("a.jsonl"), PathBuf::from("b.jsonl")]);
+    }
+
+    #[test]
+    fn what_a_file_lacks_may_be_set() {
+        let text = "model: {}\n";
+        let lacking = PretrainConfig::from_yaml("a.yaml", text, &[]).unwrap_err().to_string();
+        assert!(lacking.starts_with("a.yaml: "), "{lacking}");
+        let set = ["train_file=[a.jsonl]".to_owned()];
+        let whole = PretrainConfig::preset_text("scenes").unwrap().replace("train_file: []\n", "");
+        assert!(PretrainConfig::from_yaml("a.yaml", &whole, &[]).is_err());
+        assert_eq!(PretrainConfig::from_yaml("a.yaml", &whole, &set).unwrap().train_file, [PathBuf::from("a.jsonl")]);
     }
 
     #[test]

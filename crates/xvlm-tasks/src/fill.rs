@@ -12,7 +12,7 @@ use xvlm_metrics::fill::FillScores;
 
 use crate::error::TaskError;
 use crate::model::{ImageTokens, Model};
-use crate::{BATCH, Counter, by_image, some};
+use crate::{BATCH, Counter, Item, ask_all, some};
 
 /// A word for the blank.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -107,24 +107,24 @@ pub struct Evaluation {
     pub scores: FillScores,
 }
 
+impl Item for FillItem {
+    fn image(&self) -> &Path {
+        &self.image
+    }
+
+    fn text(&self) -> &str {
+        &self.text
+    }
+}
+
 /// Evaluates on `fill.json` of a folder.
 ///
 /// # Errors
 /// If the file or an image cannot be read.
 pub fn evaluate(model: &Model, data: &Path, counter: Counter) -> Result<Evaluation, TaskError> {
     let items = some(read_fill(data.join("fill.json"))?, data, "fill.json")?;
-    let mut completions = Vec::with_capacity(items.len());
-    by_image(
-        model,
-        &items,
-        |item| &item.image,
-        |images, _, rows| {
-            let phrases: Vec<(u32, &str)> = rows.iter().map(|(row, item)| (*row, item.text.as_str())).collect();
-            completions.extend(fill(model, images, &phrases, 5)?);
-            counter(completions.len(), items.len());
-            Ok(())
-        },
-    )?;
+    let ask = |images: &ImageTokens, phrases: &[(u32, &str)]| fill(model, images, phrases, 5);
+    let completions = ask_all(model, &items, |_, _| Ok(()), ask, counter)?;
     let ranks = items.iter().zip(&completions).map(|(item, completions): (_, &Vec<Completion>)| {
         let accepted = |c: &Completion| item.answers.iter().any(|answer| answer.eq_ignore_ascii_case(&c.word));
         (item.kind.as_str(), completions.iter().position(accepted))

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use serde::Serialize;
+use xvlm_data::Picture;
 use xvlm_data::annotations::{GroundingItem, read_grounding};
 use xvlm_encoders::{Attention, Concepts, Pass};
 use xvlm_kernels as kernels;
@@ -11,7 +12,7 @@ use xvlm_metrics::boxes::{BoxScores, iou_xywh};
 
 use crate::error::{ConfigProblem, TaskError};
 use crate::model::{ImageTokens, Model};
-use crate::{BATCH, Counter, by_image, some};
+use crate::{BATCH, Counter, Item, ask_all, some};
 
 /// Where a text points.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -85,35 +86,33 @@ pub struct Evaluation {
     pub scores: BoxScores,
 }
 
+impl Item for GroundingItem {
+    fn image(&self) -> &Path {
+        &self.image
+    }
+
+    fn text(&self) -> &str {
+        &self.text
+    }
+}
+
 /// Evaluates on `grounding.json` of a folder.
 ///
 /// # Errors
 /// If the file or an image cannot be read, or an image has another size than the file says.
 pub fn evaluate(model: &Model, data: &Path, counter: Counter) -> Result<Evaluation, TaskError> {
-    let items = some(read_grounding(data.join("grounding.json"))?, data, "grounding.json")?;
-    let mut found = Vec::with_capacity(items.len());
-    by_image(
-        model,
-        &items,
-        |item| &item.image,
-        |images, pictures, rows| {
-            for (row, item) in rows {
-                let picture = &pictures[*row as usize];
-                let sizes = [(picture.width(), picture.height()), (item.width, item.height)];
-                if sizes[0] != sizes[1] {
-                    let [expected, size] = sizes.map(|(width, height)| format!("{width} x {height}"));
-                    let file = data.join("grounding.json").display().to_string();
-                    let message =
-                        format!("{}: width, height: expected {expected}, as the image, found {size}", item.ref_id);
-                    return Err(ConfigProblem { file, message }.into());
-                }
-            }
-            let texts: Vec<(u32, &str)> = rows.iter().map(|(row, item)| (*row, item.text.as_str())).collect();
-            found.extend(ground(model, images, &texts)?);
-            counter(found.len(), items.len());
-            Ok(())
-        },
-    )?;
+    let file = data.join("grounding.json");
+    let items = some(read_grounding(&file)?, data, "grounding.json")?;
+    let check = |item: &GroundingItem, picture: &Picture| {
+        let sizes = [(picture.width(), picture.height()), (item.width, item.height)];
+        if sizes[0] == sizes[1] {
+            return Ok(());
+        }
+        let [expected, found] = sizes.map(|(width, height)| format!("{width} x {height}"));
+        let message = format!("{}: width, height: expected {expected}, as the image, found {found}", item.ref_id);
+        Err(ConfigProblem { file: file.display().to_string(), message }.into())
+    };
+    let found = ask_all(model, &items, check, |images, texts| ground(model, images, texts), counter)?;
     let overlaps: Vec<f32> = items
         .iter()
         .zip(&found)

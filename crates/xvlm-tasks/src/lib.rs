@@ -29,23 +29,37 @@ const BATCH: usize = 32;
 /// What is told while a data set is worked through: how many of how many items are done.
 pub type Counter<'a> = &'a mut dyn FnMut(usize, usize);
 
-/// Works through items of which those about one image stand together: each image is encoded once. `each` gets some images,
-/// and the items about them, each with its row of images.
-fn by_image<'a, T>(
+/// What asks something about an image.
+trait Item {
+    /// The image's file.
+    fn image(&self) -> &Path;
+    /// What is asked.
+    fn text(&self) -> &str;
+}
+
+/// Asks everything that `items` ask, of which those about one image stand together: each image is opened, given to `check`
+/// with each of its items, and encoded once.
+fn ask_all<T: Item, A>(
     model: &Model,
-    items: &'a [T],
-    image: impl Fn(&T) -> &Path,
-    mut each: impl FnMut(&ImageTokens, &[Picture], &[(u32, &'a T)]) -> Result<(), TaskError>,
-) -> Result<(), TaskError> {
-    let groups: Vec<&[T]> = items.chunk_by(|a, b| image(a) == image(b)).collect();
-    for groups in groups.chunks(BATCH) {
-        let pictures = groups.iter().map(|items| Picture::open(image(&items[0]))).collect::<Result<Vec<_>, _>>()?;
-        let rows = groups.iter().enumerate();
-        let rows: Vec<(u32, &T)> =
-            rows.flat_map(|(row, items)| items.iter().map(move |item| (row as u32, item))).collect();
-        each(&model.encode(&pictures)?, &pictures, &rows)?;
+    items: &[T],
+    check: impl Fn(&T, &Picture) -> Result<(), TaskError>,
+    ask: impl Fn(&ImageTokens, &[(u32, &str)]) -> Result<Vec<A>, TaskError>,
+    counter: Counter,
+) -> Result<Vec<A>, TaskError> {
+    let mut answers = Vec::with_capacity(items.len());
+    let by_image: Vec<&[T]> = items.chunk_by(|a, b| a.image() == b.image()).collect();
+    for group in by_image.chunks(BATCH) {
+        let (mut pictures, mut texts) = (Vec::with_capacity(group.len()), Vec::new());
+        for (row, items) in (0u32..).zip(group) {
+            let picture = Picture::open(items[0].image())?;
+            items.iter().try_for_each(|item| check(item, &picture))?;
+            pictures.push(picture);
+            texts.extend(items.iter().map(|item| (row, item.text())));
+        }
+        answers.extend(ask(&model.encode(&pictures)?, &texts)?);
+        counter(answers.len(), items.len());
     }
-    Ok(())
+    Ok(answers)
 }
 
 /// The items of a file of a folder, if there are any.

@@ -170,17 +170,17 @@ impl Pretraining {
         if has_mlm {
             fusion.add(rows.clone().map(|row| b as u32 + row), rows.clone());
         }
+        let targets = targets.filter(|_| self.has(Objective::Box));
+        if fusion.texts.is_empty() && targets.is_none() {
+            return Ok(named);
+        }
         let seen = Tensor::new(fusion.concepts.as_slice(), device)?;
         let mut masks = vec![mask.index_select(&seen, 0)?];
-        let targets = targets.filter(|_| self.has(Objective::Box));
         let mut tokens = concepts.clone();
         if let Some(targets) = &targets {
             fusion.add(rows, targets.index.iter().map(|image| b as u32 + image));
             tokens = Tensor::cat(&[&tokens, targets.images], 0)?;
             masks.push(mask.ones_like()?);
-        }
-        if fusion.texts.is_empty() {
-            return Ok(named);
         }
         let texts = Tensor::new(fusion.texts.as_slice(), device)?;
         let looks = Concepts { tokens: &tokens, index: &fusion.concepts, mask: &Tensor::cat(&masks, 0)? };
@@ -350,12 +350,11 @@ pub fn run(
         progress.warning(&format!("{broken} of {drawn} records that were drawn are broken:"));
         builder.broken().iter().for_each(|record| progress.warning(&format!("  {record}")));
     }
-    let prompt = config.data.generation.as_ref().map(|generation| generation.prompt.clone());
     let model = ModelConfig {
         model: config.model.clone(),
         max_tokens: config.data.max_tokens,
         max_words: config.data.max_words,
-        prompt: prompt.unwrap_or_else(|| "a picture of".to_owned()),
+        prompt: config.data.generation.clone().unwrap_or_default().prompt,
     };
     Model::write(&out.join("model"), &model, &pretraining.parameters, &tokenizer, config.stored)?;
     Ok(summary)
@@ -379,9 +378,7 @@ fn read_records(config: &PretrainConfig, progress: &mut dyn Progress) -> std::re
     }
     let (all, limit) = (records.len() + broken.len(), config.data.max_broken_share);
     if broken.len() as f64 > limit * all as f64 {
-        let examples = broken.iter().take(5).map(|error| format!("\n  {error}")).collect();
-        let (broken, seen) = (broken.len() as u64, all as u64);
-        return Err(DataError::TooManyBroken { broken, seen, limit, examples }.into());
+        return Err(DataError::too_many_broken(broken.len() as u64, all as u64, limit, &broken).into());
     }
     broken.iter().for_each(|error| progress.warning(&format!("left out: {error}")));
     if records.iter().all(|record| record.captions.is_empty()) {

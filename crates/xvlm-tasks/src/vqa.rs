@@ -9,7 +9,7 @@ use xvlm_metrics::vqa::ExactScores;
 use crate::error::TaskError;
 use crate::generate::{Search, Written, write};
 use crate::model::{ImageTokens, Model};
-use crate::{Counter, by_image, some};
+use crate::{Counter, Item, ask_all, some};
 
 /// Answers questions, each given with the row of `images` it is about.
 ///
@@ -40,6 +40,16 @@ pub struct Evaluation {
     pub scores: ExactScores,
 }
 
+impl Item for VqaItem {
+    fn image(&self) -> &Path {
+        &self.image
+    }
+
+    fn text(&self) -> &str {
+        &self.question
+    }
+}
+
 /// Evaluates on `vqa.json` of a folder.
 ///
 /// # Errors
@@ -50,18 +60,8 @@ pub fn evaluate(model: &Model, data: &Path, counter: Counter) -> Result<Evaluati
         let what = format!("{}, answers to question {}", data.join("vqa.json").display(), item.question_id);
         return Err(TaskError::Empty { what });
     }
-    let mut answers = Vec::with_capacity(items.len());
-    by_image(
-        model,
-        &items,
-        |item| &item.image,
-        |images, _, rows| {
-            let questions: Vec<(u32, &str)> = rows.iter().map(|(row, item)| (*row, item.question.as_str())).collect();
-            answers.extend(answer(model, images, &questions, Search::answers())?);
-            counter(answers.len(), items.len());
-            Ok(())
-        },
-    )?;
+    let ask = |images: &ImageTokens, questions: &[(u32, &str)]| answer(model, images, questions, Search::answers());
+    let answers = ask_all(model, &items, |_, _| Ok(()), ask, counter)?;
     // The model learnt to write cleaned texts; one that cleaning leaves nothing of cannot be right.
     let clean = |text: &str| pre_caption(text, usize::MAX).ok();
     let is_right = |item: &VqaItem, given: &Written| {
