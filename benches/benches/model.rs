@@ -46,7 +46,7 @@ fn training(criterion: &mut Criterion) -> Done {
     let mut config = PretrainConfig::preset("scenes", &[])?;
     let tokenizer = TextTokenizer::from_vocabulary(&scenes::vocabulary())?;
     config.model.text_config.vocab_size = tokenizer.vocab_size();
-    config.data.resolution = config.model.vision_config.image_res;
+    config.data.resolution = config.model.vision_config.image_res();
     config.data.final_stride = config.model.vision_config.stride();
     let cache = Arc::new(ImageCache::new(1 << 28));
     let builder = BatchBuilder::new(Arc::new(records?), Arc::new(tokenizer), config.data.clone(), cache)?;

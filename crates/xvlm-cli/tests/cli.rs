@@ -17,6 +17,7 @@ use xvlm::{Device, Picture};
 fn sizes(vocab_size: usize) -> Value {
     json!({
         "vision_config": {
+            "kind": "swin",
             "image_res": 32, "patch_size": 8, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2,
         },
         "text_config": {

@@ -1,4 +1,5 @@
-//! BERT (Devlin et al. 2019) split in two: lower layers encode text, upper layers also attend to patch tokens.
+//! BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019) split in two: lower layers encode text, upper layers also attend
+//! to patch tokens. With a fusion layer of 0 and a causal mask it is a decoder.
 //!
 //! Parameter names are those of the official checkpoints (`encoder.layer.6.crossattention.self.query.weight`).
 
@@ -6,8 +7,8 @@ use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use xvlm_kernels as kernels;
 
-use crate::config::BertConfig;
-use crate::layers::{FeedForward, LayerNorm, Linear};
+use crate::config::{Activation, BertConfig, TextModel};
+use crate::layers::{FeedForward, LayerNorm, Linear, hide};
 use crate::pass::Pass;
 
 /// Which tokens a token of the text sees.
@@ -47,20 +48,36 @@ impl Bert {
     /// # Errors
     /// If the builder has a parameter of another shape.
     pub fn new(config: &BertConfig, vision_width: usize, vb: VarBuilder) -> Result<Self> {
+        Self::build(config, vision_width, 1, vb)
+    }
+
+    /// For statements about two images: each fusion layer becomes two, of which the first looks at the first image and the
+    /// second at the second. Both have the same keys and values, named after the first (`models/model_nlvr.py`).
+    ///
+    /// # Errors
+    /// If the builder has a parameter of another shape.
+    pub fn paired(config: &BertConfig, vision_width: usize, vb: VarBuilder) -> Result<Self> {
+        Self::build(config, vision_width, 2, vb)
+    }
+
+    fn build(config: &BertConfig, vision_width: usize, images: usize, vb: VarBuilder) -> Result<Self> {
         let embeddings = vb.pp("embeddings");
         let width = config.hidden_size;
         let normal = Init::Randn { mean: 0.0, stdev: config.initializer_range };
         let table = |name: &str, rows: usize| embeddings.pp(name).get_with_hints((rows, width), "weight", normal);
+        let named = |i: usize| vb.pp("encoder").pp("layer").pp(i);
+        let first_of_pair = |i: usize| i - (i - config.fusion_layer) % images;
         let layer = |i: usize| {
-            let vision = (i >= config.fusion_layer).then_some(vision_width);
-            Layer::new(config, vision, vb.pp("encoder").pp("layer").pp(i))
+            let reads = (i >= config.fusion_layer).then(|| (vision_width, named(first_of_pair(i))));
+            Layer::new(config, i, reads, named(i))
         };
+        let depth = config.fusion_layer + images * (config.num_hidden_layers - config.fusion_layer);
         Ok(Self {
             words: table("word_embeddings", config.vocab_size)?,
             positions: table("position_embeddings", config.max_position_embeddings)?,
             types: table("token_type_embeddings", config.type_vocab_size)?,
             norm: LayerNorm::new(width, config.layer_norm_eps, embeddings.pp("LayerNorm"))?,
-            layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?,
+            layers: (0..depth).map(layer).collect::<Result<_>>()?,
             config: config.clone(),
         })
     }
@@ -78,17 +95,23 @@ impl Bert {
     /// Token ids `[B, T]` (u32) and mask `[B, T]` (1 is a token, 0 padding) → `[B, T, H]`, through the text layers.
     ///
     /// # Errors
-    /// On a wrong shape, or a text longer than `max_position_embeddings`.
+    /// On a wrong shape, or a text that is longer than there are positions.
     pub fn encode(&self, ids: &Tensor, mask: &Tensor, attention: Attention, pass: &Pass) -> Result<Tensor> {
         let (_, t) = ids.dims2()?;
-        let longest = self.config.max_position_embeddings;
+        let longest = self.config.longest_text();
         if t > longest {
             candle_core::bail!("text: expected at most {longest} tokens, found {t}");
         }
-        let words = kernels::embedding(&self.words, ids)?;
-        let places = (self.positions.narrow(0, 0, t)?.broadcast_add(&self.types.narrow(0, 0, 1)?))?;
+        let padding = self.config.pad_token_id;
+        let words = kernels::embedding(&self.words, ids, Some(padding))?;
+        let places = match self.config.model_type {
+            TextModel::Bert => self.positions.narrow(0, 0, t)?,
+            TextModel::Roberta => kernels::embedding(&self.positions, &counted(ids, padding)?, Some(padding))?,
+        };
+        let places = places.broadcast_add(&self.types.narrow(0, 0, 1)?)?;
         let x = self.norm.forward(&words.broadcast_add(&places)?)?;
         let mut x = pass.dropout(&x, self.config.hidden_dropout_prob)?;
+        pass.keep(|| "embeddings".to_owned(), &x);
         let bias = hide(mask)?;
         for layer in &self.layers[..self.config.fusion_layer] {
             x = layer.forward(&x, &bias, attention, None, pass)?;
@@ -96,35 +119,43 @@ impl Bert {
         Ok(x)
     }
 
-    /// Encoded texts `[B, T, H]` with their mask and what they look at → `[B, T, H]`, through the fusion layers.
+    /// Encoded texts `[B, T, H]` with their mask and what they look at → `[B, T, H]`, through the fusion layers. Those look
+    /// at the concepts in turn: at the same ones if one is given, at the first and the second if two are.
     ///
     /// # Errors
-    /// On a wrong shape or index.
+    /// On a wrong shape or index, or if there are no concepts.
     pub fn fuse(
         &self,
         text: &Tensor,
         mask: &Tensor,
-        concepts: &Concepts,
+        concepts: &[Concepts],
         attention: Attention,
         pass: &Pass,
     ) -> Result<Tensor> {
+        if concepts.is_empty() {
+            candle_core::bail!("concepts to fuse with: expected at least one, found none");
+        }
         let bias = hide(mask)?;
-        let seen = hide(concepts.mask)?;
+        let seen = concepts.iter().map(|concepts| hide(concepts.mask)).collect::<Result<Vec<_>>>()?;
         let mut x = text.clone();
-        for layer in &self.layers[self.config.fusion_layer..] {
-            x = layer.forward(&x, &bias, attention, Some((concepts, &seen)), pass)?;
+        let looks = concepts.iter().zip(&seen).cycle();
+        for (layer, looks) in self.layers[self.config.fusion_layer..].iter().zip(looks) {
+            x = layer.forward(&x, &bias, attention, Some(looks), pass)?;
         }
         Ok(x)
     }
 }
 
-/// What is added to attention scores: 0 where the mask is 1, −10000 where it is 0 (as in the original).
-fn hide(mask: &Tensor) -> Result<Tensor> {
-    mask.to_dtype(DType::F32)?.affine(10_000.0, -10_000.0)
+/// The place of each token among those that are not padding, from `padding + 1`; `padding` for padding.
+fn counted(ids: &Tensor, padding: u32) -> Result<Tensor> {
+    let tokens = ids.ne(padding)?.to_dtype(DType::F32)?;
+    let places = (tokens.cumsum(1)? * tokens)? + f64::from(padding);
+    places?.to_dtype(DType::U32)
 }
 
 #[derive(Clone, Debug)]
 struct Layer {
+    number: usize,
     attention: SelfAttention,
     cross: Option<CrossAttention>,
     feed_forward: FeedForward,
@@ -133,15 +164,20 @@ struct Layer {
 }
 
 impl Layer {
-    fn new(config: &BertConfig, vision_width: Option<usize>, vb: VarBuilder) -> Result<Self> {
+    /// A layer with cross attention `reads` tokens of a width, with the keys and values of a layer (itself, or another).
+    fn new(config: &BertConfig, number: usize, reads: Option<(usize, VarBuilder)>, vb: VarBuilder) -> Result<Self> {
         let (width, hidden, range) = (config.hidden_size, config.intermediate_size, config.initializer_range);
         Ok(Self {
+            number,
             attention: SelfAttention::new(config, vb.pp("attention"))?,
-            cross: vision_width
-                .map(|vision| CrossAttention::new(config, vision, vb.pp("crossattention")))
+            cross: reads
+                .map(|(vision_width, keys)| {
+                    CrossAttention::new(config, vision_width, keys.pp("crossattention"), vb.pp("crossattention"))
+                })
                 .transpose()?,
             feed_forward: FeedForward {
                 inner: Linear::normal(width, hidden, range, vb.pp("intermediate").pp("dense"))?,
+                activation: Activation::Gelu,
                 outer: Linear::normal(hidden, width, range, vb.pp("output").pp("dense"))?,
             },
             norm: LayerNorm::new(width, config.layer_norm_eps, vb.pp("output").pp("LayerNorm"))?,
@@ -159,10 +195,12 @@ impl Layer {
     ) -> Result<Tensor> {
         let mut x = self.attention.forward(x, bias, attention, pass)?;
         if let (Some(cross), Some((concepts, seen))) = (&self.cross, concepts) {
-            x = cross.forward(&x, concepts, seen, pass)?;
+            x = cross.forward(&x, concepts, seen, self.number, pass)?;
         }
         let fed = pass.dropout(&self.feed_forward.forward(&x)?, self.dropout)?;
-        self.norm.forward(&(fed + x)?)
+        let x = self.norm.forward(&(fed + x)?)?;
+        pass.keep(|| format!("layer.{}", self.number), &x);
+        Ok(x)
     }
 }
 
@@ -188,16 +226,8 @@ impl AttentionOutput {
         })
     }
 
-    /// `attend` is given the dropout on attention probabilities, if there is one in this pass.
-    fn forward(
-        &self,
-        x: &Tensor,
-        pass: &Pass,
-        attend: impl FnOnce(Option<kernels::Dropped>) -> Result<Tensor>,
-    ) -> Result<Tensor> {
-        let dropped = |probabilities: &Tensor| pass.dropout(probabilities, self.attention_dropout);
-        let attended = attend(pass.drops(self.attention_dropout).then_some(&dropped))?;
-        self.norm.forward(&(pass.dropout(&self.dense.forward(&attended)?, self.dropout)? + x)?)
+    fn forward(&self, attended: &Tensor, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+        self.norm.forward(&(pass.dropout(&self.dense.forward(attended)?, self.dropout)? + x)?)
     }
 }
 
@@ -220,7 +250,10 @@ impl SelfAttention {
     fn forward(&self, x: &Tensor, bias: &Tensor, attention: Attention, pass: &Pass) -> Result<Tensor> {
         let qkv = Linear::stacked(&[&self.query, &self.key, &self.value])?.forward(x)?;
         let causal = attention == Attention::Causal;
-        self.output.forward(x, pass, |dropped| kernels::self_attention(&qkv, bias, self.output.heads, causal, dropped))
+        let attended = pass.attend(self.output.attention_dropout, |dropped| {
+            kernels::self_attention(&qkv, bias, self.output.heads, causal, dropped)
+        })?;
+        self.output.forward(&attended, x, pass)
     }
 }
 
@@ -233,22 +266,25 @@ struct CrossAttention {
 }
 
 impl CrossAttention {
-    fn new(config: &BertConfig, vision_width: usize, vb: VarBuilder) -> Result<Self> {
-        let linear = |name: &str, input: usize| {
+    /// Keys and values are `keys`' parameters, everything else is `vb`'s.
+    fn new(config: &BertConfig, vision_width: usize, keys: VarBuilder, vb: VarBuilder) -> Result<Self> {
+        let linear = |vb: &VarBuilder, name: &str, input: usize| {
             Linear::normal(input, config.hidden_size, config.initializer_range, vb.pp("self").pp(name))
         };
         Ok(Self {
-            query: linear("query", config.hidden_size)?,
-            key: linear("key", vision_width)?,
-            value: linear("value", vision_width)?,
+            query: linear(&vb, "query", config.hidden_size)?,
+            key: linear(&keys, "key", vision_width)?,
+            value: linear(&keys, "value", vision_width)?,
             output: AttentionOutput::new(config, vb.pp("output"))?,
         })
     }
 
-    fn forward(&self, x: &Tensor, concepts: &Concepts, seen: &Tensor, pass: &Pass) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, concepts: &Concepts, seen: &Tensor, layer: usize, pass: &Pass) -> Result<Tensor> {
         let q = self.query.forward(x)?;
         let kv = Linear::stacked(&[&self.key, &self.value])?.forward(concepts.tokens)?;
-        let heads = self.output.heads;
-        self.output.forward(x, pass, |dropped| kernels::cross_attention(&q, &kv, concepts.index, seen, heads, dropped))
+        let attended = pass.attend_across(layer, self.output.attention_dropout, |dropped| {
+            kernels::cross_attention(&q, &kv, concepts.index, seen, self.output.heads, dropped)
+        })?;
+        self.output.forward(&attended, x, pass)
     }
 }

@@ -125,10 +125,177 @@ impl SwinConfig {
     }
 }
 
+/// What a vision transformer's parameters are called and how it begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VitFamily {
+    /// As in CLIP (Radford et al. 2021): a norm before the blocks, no bias in the patch embedding.
+    Clip,
+    /// As in DeiT (Touvron et al. 2021).
+    Deit,
+}
+
+/// The non-linearity inside a feed-forward layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// `x · Φ(x)`.
+    #[default]
+    Gelu,
+    /// `x · σ(1.702 x)`.
+    QuickGelu,
+}
+
+/// A plain vision transformer (Dosovitskiy et al. 2021).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VitConfig {
+    /// Whose parameter names it has.
+    pub family: VitFamily,
+    /// Side of the square input, in pixels.
+    pub image_res: usize,
+    /// Side of a patch, in pixels.
+    pub patch_size: usize,
+    /// Width of the tokens.
+    pub hidden_size: usize,
+    /// Number of blocks.
+    pub num_hidden_layers: usize,
+    /// Attention heads of each block.
+    pub num_attention_heads: usize,
+    /// Width of the hidden layer of a block.
+    pub intermediate_size: usize,
+    /// How many blocks, the last ones, see of an image only the patches a region covers when a region is encoded.
+    pub local_attn_depth: usize,
+    /// The non-linearity inside a block.
+    #[serde(default)]
+    pub hidden_act: Activation,
+    /// Added to variances in layer normalisation.
+    pub norm_eps: f64,
+    /// Dropout on attention probabilities.
+    #[serde(default)]
+    pub attention_dropout: f64,
+    /// Standard deviation of freshly drawn weights.
+    #[serde(default = "default_range")]
+    pub initializer_range: f64,
+}
+
+impl VitConfig {
+    /// CLIP's ViT-B/16 at a resolution, with regions in its last four blocks.
+    pub fn clip_base(image_res: usize) -> Self {
+        let (hidden_act, norm_eps) = (Activation::QuickGelu, 1e-5);
+        Self { family: VitFamily::Clip, hidden_act, norm_eps, ..Self::deit_base(image_res) }
+    }
+
+    /// DeiT-B/16 at a resolution, with regions in its last four blocks.
+    pub fn deit_base(image_res: usize) -> Self {
+        Self {
+            family: VitFamily::Deit,
+            image_res,
+            patch_size: 16,
+            hidden_size: 768,
+            num_hidden_layers: 12,
+            num_attention_heads: 12,
+            intermediate_size: 3072,
+            local_attn_depth: 4,
+            hidden_act: Activation::Gelu,
+            norm_eps: 1e-6,
+            attention_dropout: 0.0,
+            initializer_range: 0.02,
+        }
+    }
+
+    /// Patches along one side.
+    pub fn grid(&self) -> usize {
+        self.image_res / self.patch_size
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        let fits = self.patch_size > 0 && self.image_res > 0 && self.image_res.is_multiple_of(self.patch_size);
+        ensure(fits, "vision_config.image_res", format!("a multiple of {}", self.patch_size), self.image_res)?;
+        let (width, heads) = (self.hidden_size, self.num_attention_heads);
+        let divides = heads > 0 && width > 0 && width.is_multiple_of(heads);
+        ensure(divides, "vision_config.num_attention_heads", format!("a divisor of hidden_size ({width})"), heads)?;
+        ensure(self.intermediate_size > 0, "vision_config.intermediate_size", "at least 1", self.intermediate_size)?;
+        let (depth, local) = (self.num_hidden_layers, self.local_attn_depth);
+        ensure((1..=256).contains(&depth), "vision_config.num_hidden_layers", "1 to 256 layers", depth)?;
+        ensure((1..=depth).contains(&local), "vision_config.local_attn_depth", format!("1 to {depth}"), local)?;
+        let drops = (0.0..1.0).contains(&self.attention_dropout);
+        ensure(drops, "vision_config.attention_dropout", "0 to below 1", self.attention_dropout)
+    }
+}
+
+/// A vision encoder.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum VisionConfig {
+    /// Windows of tokens that merge from stage to stage.
+    Swin(SwinConfig),
+    /// The same tokens from the first to the last block.
+    Vit(VitConfig),
+}
+
+impl VisionConfig {
+    /// Side of the square input, in pixels.
+    pub fn image_res(&self) -> usize {
+        match self {
+            Self::Swin(config) => config.image_res,
+            Self::Vit(config) => config.image_res,
+        }
+    }
+
+    /// Width of the output tokens.
+    pub fn width(&self) -> usize {
+        match self {
+            Self::Swin(config) => config.width(),
+            Self::Vit(config) => config.hidden_size,
+        }
+    }
+
+    /// Output tokens along one side, the pooled one not counted.
+    pub fn grid(&self) -> usize {
+        match self {
+            Self::Swin(config) => config.grid(),
+            Self::Vit(config) => config.grid(),
+        }
+    }
+
+    /// Pixels an output token stands for, along one side.
+    pub fn stride(&self) -> usize {
+        match self {
+            Self::Swin(config) => config.stride(),
+            Self::Vit(config) => config.patch_size,
+        }
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        match self {
+            Self::Swin(config) => config.validate(),
+            Self::Vit(config) => config.validate(),
+        }
+    }
+}
+
+/// How positions are counted, and what parameters outside the layers are called.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TextModel {
+    /// As in BERT: from 0.
+    #[default]
+    Bert,
+    /// As in RoBERTa (Liu et al. 2019): from `pad_token_id + 1`, padding not counted.
+    Roberta,
+}
+
 /// A BERT (Devlin et al. 2019) whose layers from [`Self::fusion_layer`] upwards have cross attention.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BertConfig {
+    /// Whose conventions it follows.
+    #[serde(default)]
+    pub model_type: TextModel,
+    /// The token that fills up short texts; its embedding is never trained.
+    #[serde(default)]
+    pub pad_token_id: u32,
     /// Number of different tokens.
     pub vocab_size: usize,
     /// Width of the tokens.
@@ -176,6 +343,8 @@ impl BertConfig {
     /// BERT-base with cross attention in its upper half.
     pub fn base() -> Self {
         Self {
+            model_type: TextModel::Bert,
+            pad_token_id: 0,
             vocab_size: 30_522,
             hidden_size: 768,
             num_hidden_layers: 12,
@@ -189,6 +358,33 @@ impl BertConfig {
             attention_probs_dropout_prob: 0.1,
             initializer_range: 0.02,
         }
+    }
+
+    /// RoBERTa-base with cross attention in its upper half.
+    pub fn roberta_base() -> Self {
+        Self {
+            model_type: TextModel::Roberta,
+            pad_token_id: 1,
+            vocab_size: 50_265,
+            max_position_embeddings: 514,
+            type_vocab_size: 1,
+            layer_norm_eps: 1e-5,
+            ..Self::base()
+        }
+    }
+
+    /// Longest text, in tokens.
+    pub fn longest_text(&self) -> usize {
+        match self.model_type {
+            TextModel::Bert => self.max_position_embeddings,
+            TextModel::Roberta => self.max_position_embeddings.saturating_sub(self.pad_token_id as usize + 1),
+        }
+    }
+
+    /// The decoder that reads the states of this encoder: as many layers as this has fusion layers, each with cross
+    /// attention (`models/model_vqa.py`).
+    pub fn decoder(&self) -> Self {
+        Self { num_hidden_layers: self.num_hidden_layers - self.fusion_layer, fusion_layer: 0, ..self.clone() }
     }
 
     fn validate(&self) -> Result<(), ConfigError> {
@@ -209,8 +405,10 @@ impl BertConfig {
         )?;
         ensure(self.type_vocab_size > 0, "text_config.type_vocab_size", "at least 1", self.type_vocab_size)?;
         ensure(self.intermediate_size > 0, "text_config.intermediate_size", "at least 1", self.intermediate_size)?;
-        let longest = self.max_position_embeddings;
-        ensure(longest > 0, "text_config.max_position_embeddings", "at least 1", longest)?;
+        let positions = self.max_position_embeddings;
+        ensure(self.longest_text() > 0, "text_config.max_position_embeddings", "room for one token", positions)?;
+        let (padding, words) = (self.pad_token_id, self.vocab_size);
+        ensure((padding as usize) < words, "text_config.pad_token_id", format!("less than {words}"), padding)?;
         for (field, probability) in [
             ("text_config.hidden_dropout_prob", self.hidden_dropout_prob),
             ("text_config.attention_probs_dropout_prob", self.attention_probs_dropout_prob),
@@ -221,12 +419,62 @@ impl BertConfig {
     }
 }
 
+/// What a model is for. It decides which parts the model has; each is what the class of that name in the original has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Task {
+    /// All losses of pre-training (`models/model_pretrain.py`).
+    #[default]
+    Pretrain,
+    /// Search (`models/model_retrieval.py`): contrast and matching.
+    Retrieval,
+    /// The box of a text (`models/model_bbox.py`).
+    Grounding,
+    /// A statement about two images (`models/model_nlvr.py`).
+    Nlvr,
+    /// Which of two images a text is about (`models/model_nlvr_pretrain.py`): prepares [`Task::Nlvr`].
+    NlvrPretrain,
+    /// Questions (`models/model_vqa.py`): an encoder of questions, a decoder of answers.
+    Vqa,
+    /// Captions (`models/model_captioning.py`): a decoder alone.
+    Captioning,
+}
+
+impl Task {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::Pretrain,
+        Self::Retrieval,
+        Self::Grounding,
+        Self::Nlvr,
+        Self::NlvrPretrain,
+        Self::Vqa,
+        Self::Captioning,
+    ];
+
+    /// Its name in configurations.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pretrain => "pretrain",
+            Self::Retrieval => "retrieval",
+            Self::Grounding => "grounding",
+            Self::Nlvr => "nlvr",
+            Self::NlvrPretrain => "nlvr_pretrain",
+            Self::Vqa => "vqa",
+            Self::Captioning => "captioning",
+        }
+    }
+}
+
 /// The whole model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct XvlmConfig {
+    /// What the model is for.
+    #[serde(default)]
+    pub task: Task,
     /// The vision encoder.
-    pub vision_config: SwinConfig,
+    pub vision_config: VisionConfig,
     /// The text and fusion layers.
     pub text_config: BertConfig,
     /// Width of the embeddings that contrastive learning and search compare.
@@ -243,7 +491,12 @@ fn default_temp() -> f64 {
 impl XvlmConfig {
     /// The base model (216 M parameters) at a resolution.
     pub fn base(image_res: usize) -> Self {
-        Self { vision_config: SwinConfig::base(image_res), text_config: BertConfig::base(), embed_dim: 256, temp: 0.07 }
+        Self::with_vision(VisionConfig::Swin(SwinConfig::base(image_res)))
+    }
+
+    /// BERT-base and a vision encoder.
+    pub fn with_vision(vision_config: VisionConfig) -> Self {
+        Self { task: Task::Pretrain, vision_config, text_config: BertConfig::base(), embed_dim: 256, temp: 0.07 }
     }
 
     /// Checks that the sizes fit together.

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use xvlm_kernels as kernels;
 
-use crate::config::BertConfig;
+use crate::config::{BertConfig, TextModel};
 use crate::layers::{LayerNorm, Linear};
 
 /// Linear to twice the width, layer norm, GELU, linear to the output (`build_mlp` in the original's `models/xvlm.py`).
@@ -37,7 +37,7 @@ impl Head {
     }
 }
 
-/// The masked-language head of BERT; its last weights are the word embeddings.
+/// The language head of BERT (`cls.predictions`) or RoBERTa (`lm_head`); its last weights are the word embeddings.
 #[derive(Clone, Debug)]
 pub struct MlmHead {
     dense: Linear,
@@ -46,17 +46,23 @@ pub struct MlmHead {
 }
 
 impl MlmHead {
-    /// Builds the head.
+    /// Builds the head from what it is part of.
     ///
     /// # Errors
     /// If the builder has a parameter of another shape.
     pub fn new(config: &BertConfig, vb: VarBuilder) -> Result<Self> {
         let width = config.hidden_size;
-        let transform = vb.pp("transform");
+        let (head, transform, norm) = match config.model_type {
+            TextModel::Bert => {
+                let head = vb.pp("cls").pp("predictions");
+                (head.clone(), head.pp("transform"), "LayerNorm")
+            }
+            TextModel::Roberta => (vb.pp("lm_head"), vb.pp("lm_head"), "layer_norm"),
+        };
         Ok(Self {
             dense: Linear::normal(width, width, config.initializer_range, transform.pp("dense"))?,
-            norm: LayerNorm::new(width, config.layer_norm_eps, transform.pp("LayerNorm"))?,
-            bias: vb.get_with_hints(config.vocab_size, "bias", Init::Const(0.0))?,
+            norm: LayerNorm::new(width, config.layer_norm_eps, transform.pp(norm))?,
+            bias: head.get_with_hints(config.vocab_size, "bias", Init::Const(0.0))?,
         })
     }
 

@@ -1,8 +1,10 @@
 //! Layers that several encoders share.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use xvlm_kernels as kernels;
+
+use crate::config::Activation;
 
 /// `x · Wᵀ + b`.
 #[derive(Clone, Debug)]
@@ -87,15 +89,63 @@ impl LayerNorm {
     }
 }
 
-/// Linear, GELU, linear: the feed-forward half of a transformer block.
+/// Linear, non-linearity, linear: the feed-forward half of a transformer block.
 #[derive(Clone, Debug)]
 pub(crate) struct FeedForward {
     pub(crate) inner: Linear,
+    pub(crate) activation: Activation,
     pub(crate) outer: Linear,
 }
 
 impl FeedForward {
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.outer.forward(&kernels::gelu(&self.inner.forward(x)?)?)
+        let inner = self.inner.forward(x)?;
+        self.outer.forward(&match self.activation {
+            Activation::Gelu => kernels::gelu(&inner)?,
+            Activation::QuickGelu => kernels::quick_gelu(&inner)?,
+        })
     }
+}
+
+/// Images to tokens: a convolution whose kernels do not overlap is a linear map of patches.
+#[derive(Clone, Debug)]
+pub(crate) struct PatchEmbedding {
+    weight: Tensor,
+    bias: Tensor,
+    image_res: usize,
+    patch: usize,
+}
+
+impl PatchEmbedding {
+    pub(crate) fn new(image_res: usize, patch: usize, width: usize, has_bias: bool, vb: VarBuilder) -> Result<Self> {
+        let bound = ((3 * patch * patch) as f64).powf(-0.5);
+        let init = Init::Uniform { lo: -bound, up: bound };
+        let weight = vb.get_with_hints((width, 3, patch, patch), "weight", init)?;
+        let bias = match has_bias {
+            true => vb.get_with_hints(width, "bias", init)?,
+            false => Tensor::zeros(width, weight.dtype(), weight.device())?,
+        };
+        Ok(Self { weight, bias, image_res, patch })
+    }
+
+    /// Pixels `[N, 3, R, R]` → `[N, (R / patch)², width]` in image order.
+    pub(crate) fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
+        let (n, channels, height, width) = pixels.dims4()?;
+        let (res, patch) = (self.image_res, self.patch);
+        if (channels, height, width) != (3, res, res) {
+            candle_core::bail!("pixels: expected shape [_, 3, {res}, {res}], found {:?}", pixels.dims());
+        }
+        let side = res / patch;
+        let patches = pixels
+            .reshape((n, 3, side, patch, side, patch))?
+            .permute([0, 2, 4, 1, 3, 5])?
+            .contiguous()?
+            .reshape((n, side * side, 3 * patch * patch))?;
+        kernels::linear(&patches, &self.weight.flatten_from(1)?, &self.bias)
+    }
+}
+
+/// What is added to attention scores: 0 where the mask is 1, −10000 where it is 0 (as in the original).
+pub(crate) fn hide(mask: &Tensor) -> Result<Tensor> {
+    mask.to_dtype(DType::F32)?.affine(10_000.0, -10_000.0)
 }

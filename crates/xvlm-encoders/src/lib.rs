@@ -1,9 +1,9 @@
 //! The parts of X-VLM (Zeng, Zhang and Li, ICML 2022) and [`Xvlm`], their composition.
 //!
-//! - [`Swin`]: a vision transformer, image → patch tokens.
-//! - [`Bert`]: a text encoder in its lower layers, a cross-modal encoder (with cross attention to patch tokens) from the
-//!   fusion layer upwards.
-//! - [`Head`]: the two-layer perceptrons for matching and boxes.
+//! - [`Vision`]: a vision transformer, image → patch tokens: [`Swin`], or a [`Vit`] as in CLIP or DeiT.
+//! - [`Bert`] (or RoBERTa): a text encoder in its lower layers, a cross-modal encoder (with cross attention to patch tokens)
+//!   from the fusion layer upwards; with a [`MlmHead`] and a causal mask a decoder.
+//! - [`Head`]: the two-layer perceptrons for matching, boxes and statements about two images.
 //! - [`Parameters`]: where trainable numbers live, and how they are initialised.
 //! - [`Pass`]: what differs between training and inference; holds the generator of all randomness.
 //!
@@ -16,13 +16,19 @@ mod layers;
 mod parameters;
 mod pass;
 mod swin;
+mod vision;
+mod vit;
 mod xvlm;
 
 pub use bert::{Attention, Bert, Concepts};
-pub use config::{BertConfig, ConfigError, SwinConfig, XvlmConfig};
+pub use config::{
+    Activation, BertConfig, ConfigError, SwinConfig, Task, TextModel, VisionConfig, VitConfig, VitFamily, XvlmConfig,
+};
 pub use heads::{Head, MlmHead};
 pub use layers::{LayerNorm, Linear};
 pub use parameters::Parameters;
 pub use pass::Pass;
 pub use swin::Swin;
-pub use xvlm::{Regions, Xvlm};
+pub use vision::{Regions, Vision};
+pub use vit::Vit;
+pub use xvlm::Xvlm;

@@ -1,28 +1,100 @@
 //! What differs between training and inference.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use xvlm_kernels as kernels;
 
 /// One forward pass: for inference nothing is random; for training all randomness comes from the generator given.
-pub struct Pass(Option<RefCell<ChaCha8Rng>>);
+///
+/// A pass can also keep what it computes on the way, for those who want to look inside.
+#[derive(Default)]
+pub struct Pass {
+    rng: Option<RefCell<ChaCha8Rng>>,
+    kept: Option<RefCell<BTreeMap<String, Tensor>>>,
+    attention: Option<WatchedAttention>,
+}
+
+struct WatchedAttention {
+    layer: usize,
+    probabilities: RefCell<Option<Var>>,
+}
 
 impl Pass {
     /// A pass without randomness.
     pub fn inference() -> Self {
-        Self(None)
+        Self::default()
     }
 
     /// A training pass whose randomness follows from the next number of `rng`.
     pub fn training(rng: &mut ChaCha8Rng) -> Self {
-        Self(Some(RefCell::new(ChaCha8Rng::seed_from_u64(rng.random()))))
+        Self { rng: Some(RefCell::new(ChaCha8Rng::seed_from_u64(rng.random()))), ..Self::default() }
+    }
+
+    /// The same pass, keeping the output of every block and layer.
+    ///
+    /// Swin keeps `patch_embed`, `layers.I.blocks.J` and `layers.I` (after merging), ViT `patch_embed`, `pre_layrnorm` and
+    /// `block.I`, the text layers `embeddings` and `layer.I`. An encoder that runs twice keeps the later run.
+    pub fn keeping(self) -> Self {
+        Self { kept: Some(RefCell::default()), ..self }
+    }
+
+    /// The same pass, keeping the cross-attention probabilities of a layer as a variable of their own: what comes after has
+    /// gradients with respect to them, what was before has none.
+    pub fn watching_attention(self, layer: usize) -> Self {
+        Self { attention: Some(WatchedAttention { layer, probabilities: RefCell::default() }), ..self }
+    }
+
+    /// What was kept under a name.
+    pub fn kept(&self, name: &str) -> Option<Tensor> {
+        self.kept.as_ref().and_then(|kept| kept.borrow().get(name).cloned())
+    }
+
+    /// The probabilities that were watched `[B, heads, T, 1+L]`.
+    pub fn attention(&self) -> Option<Var> {
+        self.attention.as_ref().and_then(|watched| watched.probabilities.borrow().clone())
+    }
+
+    pub(crate) fn keep(&self, name: impl FnOnce() -> String, x: &Tensor) {
+        if let Some(kept) = &self.kept {
+            kept.borrow_mut().insert(name(), x.clone());
+        }
+    }
+
+    /// Attends with dropout on the probabilities, if there is any in this pass.
+    pub(crate) fn attend(
+        &self,
+        dropout: f64,
+        attend: impl FnOnce(Option<kernels::Dropped>) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let dropped = |probabilities: &Tensor| self.dropout(probabilities, dropout);
+        attend(self.drops(dropout).then_some(&dropped))
+    }
+
+    /// As [`Self::attend`], for the cross-attention of a layer, which may be watched.
+    pub(crate) fn attend_across(
+        &self,
+        layer: usize,
+        dropout: f64,
+        attend: impl FnOnce(Option<kernels::Dropped>) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let Some(watched) = self.attention.as_ref().filter(|watched| watched.layer == layer) else {
+            return self.attend(dropout, attend);
+        };
+        attend(Some(&|probabilities: &Tensor| {
+            let probabilities = Var::from_tensor(&probabilities.detach())?;
+            let dropped = self.dropout(&probabilities, dropout);
+            *watched.probabilities.borrow_mut() = Some(probabilities);
+            dropped
+        }))
     }
 
     /// Whether `probability` has an effect in this pass.
-    pub(crate) fn drops(&self, probability: f64) -> bool {
-        self.0.is_some() && probability > 0.0
+    fn drops(&self, probability: f64) -> bool {
+        self.rng.is_some() && probability > 0.0
     }
 
     /// Sets each number to 0 with the probability given and scales the others up (inverted dropout).
@@ -38,7 +110,7 @@ impl Pass {
     }
 
     fn drop_with_shape(&self, x: &Tensor, probability: f64, shape: Vec<usize>) -> Result<Tensor> {
-        let Some(rng) = self.0.as_ref().filter(|_| probability > 0.0) else {
+        let Some(rng) = self.rng.as_ref().filter(|_| probability > 0.0) else {
             return Ok(x.clone());
         };
         let mut rng = rng.borrow_mut();

@@ -7,8 +7,8 @@ use candle_core::{Device, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use xvlm_kernels::{self as kernels, WindowShape};
 
-use crate::config::SwinConfig;
-use crate::layers::{FeedForward, LayerNorm, Linear};
+use crate::config::{Activation, SwinConfig};
+use crate::layers::{FeedForward, LayerNorm, Linear, PatchEmbedding};
 use crate::pass::Pass;
 
 /// Added to variances in layer normalisation.
@@ -18,8 +18,7 @@ const EPS: f64 = 1e-5;
 #[derive(Clone, Debug)]
 pub struct Swin {
     config: SwinConfig,
-    patch_weight: Tensor,
-    patch_bias: Tensor,
+    patches: PatchEmbedding,
     patch_norm: LayerNorm,
     /// Absolute positions, learnt and fixed: `[1, tokens, width]`.
     positions: Option<Tensor>,
@@ -43,8 +42,6 @@ impl Swin {
     pub fn new(config: &SwinConfig, vb: VarBuilder) -> Result<Self> {
         let (patch, width) = (config.patch_size, config.embed_dim);
         let embed = vb.pp("patch_embed");
-        let bound = ((3 * patch * patch) as f64).powf(-0.5);
-        let init = Init::Uniform { lo: -bound, up: bound };
         let tokens = (config.image_res / patch).pow(2);
         let normal = Init::Randn { mean: 0.0, stdev: config.initializer_range };
         let blocks: usize = config.depths.iter().sum();
@@ -68,8 +65,7 @@ impl Swin {
             before += depth;
         }
         Ok(Self {
-            patch_weight: embed.pp("proj").get_with_hints((width, 3, patch, patch), "weight", init)?,
-            patch_bias: embed.pp("proj").get_with_hints(width, "bias", init)?,
+            patches: PatchEmbedding::new(config.image_res, patch, width, true, embed.pp("proj"))?,
             patch_norm: LayerNorm::new(width, EPS, embed.pp("norm"))?,
             positions: match config.ape {
                 true => Some(vb.get_with_hints((1, tokens, width), "absolute_pos_embed", normal)?),
@@ -95,35 +91,22 @@ impl Swin {
     /// # Errors
     /// If the pixels do not have the configured resolution.
     pub fn forward(&self, pixels: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let mut x = self.patch_norm.forward(&self.patches(pixels)?)?;
+        let mut x = self.patch_norm.forward(&self.patches.forward(pixels)?)?;
+        pass.keep(|| "patch_embed".to_owned(), &x);
         for positions in [&self.positions, &self.waves].into_iter().flatten() {
             x = x.broadcast_add(&positions.to_dtype(x.dtype())?)?;
         }
-        for stage in &self.stages {
-            for block in &stage.blocks {
+        for (i, stage) in self.stages.iter().enumerate() {
+            for (j, block) in stage.blocks.iter().enumerate() {
                 x = block.forward(&x, pass)?;
+                pass.keep(|| format!("layers.{i}.blocks.{j}"), &x);
             }
             if let Some(merging) = &stage.merging {
                 x = merging.forward(&x)?;
             }
+            pass.keep(|| format!("layers.{i}"), &x);
         }
         self.norm.forward(&x)
-    }
-
-    /// A convolution whose kernels do not overlap is a linear map of patches.
-    fn patches(&self, pixels: &Tensor) -> Result<Tensor> {
-        let (n, channels, height, width) = pixels.dims4()?;
-        let (res, patch) = (self.config.image_res, self.config.patch_size);
-        if (channels, height, width) != (3, res, res) {
-            candle_core::bail!("pixels: expected shape [_, 3, {res}, {res}], found {:?}", pixels.dims());
-        }
-        let side = res / patch;
-        let patches = pixels
-            .reshape((n, 3, side, patch, side, patch))?
-            .permute([0, 2, 4, 1, 3, 5])?
-            .contiguous()?
-            .reshape((n, side * side, 3 * patch * patch))?;
-        kernels::linear(&patches, &self.patch_weight.flatten_from(1)?, &self.patch_bias)
     }
 }
 
@@ -187,6 +170,7 @@ impl Block {
             norm2: LayerNorm::new(width, EPS, vb.pp("norm2"))?,
             feed_forward: FeedForward {
                 inner: linear(width, hidden, vb.pp("mlp").pp("fc1"))?,
+                activation: Activation::Gelu,
                 outer: linear(hidden, width, vb.pp("mlp").pp("fc2"))?,
             },
             drop_path,

@@ -1,59 +1,77 @@
 //! X-VLM: vision encoder, text and fusion layers, projections and heads put together.
 //!
-//! Parameter names are those of the official pre-training checkpoints (`models/model_pretrain.py`, `models/xvlm.py`).
+//! Which of them a model has follows from its [`Task`]; parameter names are those of the official checkpoints of that task
+//! (`models/xvlm.py`, `models/model_*.py`).
 
 use candle_core::{D, DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
-use xvlm_kernels as kernels;
 
 use crate::bert::{Attention, Bert, Concepts};
-use crate::config::XvlmConfig;
+use crate::config::{BertConfig, Task, TextModel, XvlmConfig};
 use crate::heads::{Head, MlmHead};
 use crate::layers::Linear;
 use crate::pass::Pass;
-use crate::swin::Swin;
-
-/// Boxes inside images.
-#[derive(Clone, Copy, Debug)]
-pub struct Regions<'a> {
-    /// The image of each region `[B]`.
-    pub index: &'a [u32],
-    /// The patches each region covers `[B, 1+L]`, 0 or 1; column 0 is always 1.
-    pub mask: &'a Tensor,
-}
+use crate::vision::{Regions, Vision};
 
 /// The model.
 #[derive(Clone, Debug)]
 pub struct Xvlm {
     config: XvlmConfig,
-    vision: Swin,
-    text: Bert,
-    vision_projection: Linear,
-    text_projection: Linear,
-    temperature: Tensor,
-    match_head: Head,
-    box_head: Head,
-    mlm_head: MlmHead,
+    vision: Vision,
+    text: Option<Bert>,
+    vision_projection: Option<Linear>,
+    text_projection: Option<Linear>,
+    temperature: Option<Tensor>,
+    match_head: Option<Head>,
+    box_head: Option<Head>,
+    mlm_head: Option<MlmHead>,
+    statement_head: Option<Head>,
+    assignment_head: Option<Linear>,
+    decoder: Option<Decoder>,
 }
 
 impl Xvlm {
-    /// Builds the model.
+    /// Builds the parts of the model that its task needs.
     ///
     /// # Errors
     /// If sizes do not fit together, or the builder has a parameter of another shape.
     pub fn new(config: &XvlmConfig, vb: VarBuilder) -> Result<Self> {
+        use Task::{Captioning, Grounding, Nlvr, NlvrPretrain, Pretrain, Retrieval, Vqa};
         config.validate().map_err(candle_core::Error::wrap)?;
-        let (vision_width, text_width) = (config.vision_config.width(), config.text_config.hidden_size);
+        let (task, texts) = (config.task, &config.text_config);
+        let (vision_width, text_width, shared) = (config.vision_config.width(), texts.hidden_size, config.embed_dim);
         let text = vb.pp("text_encoder");
+        // Only beside a language head does the encoder have a name of its own.
+        let body = || match texts.model_type {
+            _ if task != Pretrain => text.clone(),
+            TextModel::Bert => text.pp("bert"),
+            TextModel::Roberta => text.pp("roberta"),
+        };
+        let is = |tasks: &[Task]| tasks.contains(&task);
         Ok(Self {
-            vision: Swin::new(&config.vision_config, vb.pp("vision_encoder"))?,
-            text: Bert::new(&config.text_config, vision_width, text.pp("bert"))?,
-            vision_projection: Linear::uniform(vision_width, config.embed_dim, vb.pp("vision_proj"))?,
-            text_projection: Linear::uniform(text_width, config.embed_dim, vb.pp("text_proj"))?,
-            temperature: vb.get_with_hints((), "temp", Init::Const(config.temp))?,
-            match_head: Head::new(text_width, 2, vb.pp("itm_head"))?,
-            box_head: Head::new(text_width, 4, vb.pp("bbox_head"))?,
-            mlm_head: MlmHead::new(&config.text_config, text.pp("cls").pp("predictions"))?,
+            vision: Vision::new(&config.vision_config, vb.pp("vision_encoder"))?,
+            text: match task {
+                Captioning => None,
+                Nlvr | NlvrPretrain => Some(Bert::paired(texts, vision_width, body())?),
+                Pretrain | Retrieval | Grounding | Vqa => Some(Bert::new(texts, vision_width, body())?),
+            },
+            vision_projection: part(is(&[Pretrain, Retrieval, NlvrPretrain]), || {
+                Linear::uniform(vision_width, shared, vb.pp("vision_proj"))
+            })?,
+            text_projection: part(is(&[Pretrain, Retrieval]), || {
+                Linear::uniform(text_width, shared, vb.pp("text_proj"))
+            })?,
+            temperature: part(is(&[Pretrain, Retrieval]), || vb.get_with_hints((), "temp", Init::Const(config.temp)))?,
+            match_head: part(is(&[Pretrain, Retrieval]), || Head::new(text_width, 2, vb.pp("itm_head")))?,
+            box_head: part(is(&[Pretrain, Grounding]), || Head::new(text_width, 4, vb.pp("bbox_head")))?,
+            mlm_head: part(is(&[Pretrain]), || MlmHead::new(texts, text.clone()))?,
+            statement_head: part(is(&[Nlvr]), || Head::new(text_width, 2, vb.pp("cls_head")))?,
+            assignment_head: part(is(&[NlvrPretrain]), || Linear::uniform(text_width, 3, vb.pp("ta_head")))?,
+            decoder: match task {
+                Captioning => Some(Decoder::new(texts, vision_width, vb.pp("text_decoder"))?),
+                Vqa => Some(Decoder::new(&texts.decoder(), text_width, vb.pp("text_decoder"))?),
+                _ => None,
+            },
             config: config.clone(),
         })
     }
@@ -63,42 +81,35 @@ impl Xvlm {
         &self.config
     }
 
-    /// The temperature that similarities are divided by, a scalar.
-    pub fn temperature(&self) -> &Tensor {
-        &self.temperature
-    }
-
-    /// Pixels `[N, 3, R, R]` → patch tokens `[N, 1+L, C]`; row 0 is the mean of the patches.
+    /// Pixels `[N, 3, R, R]` → patch tokens `[N, 1+L, C]`; row 0 is the pooled token.
     ///
     /// # Errors
     /// If the pixels do not have the configured resolution.
     pub fn encode_image(&self, pixels: &Tensor, pass: &Pass) -> Result<Tensor> {
-        with_mean(&self.vision.forward(pixels, pass)?)
+        self.vision.encode(pixels, pass)
     }
 
-    /// Pixels `[N, 3, R, R]` and boxes in them → region tokens `[B, 1+L, C]` (row 0 is the mean of the patches a region
-    /// covers, then all patches of its image; §3.1 of the paper) and image tokens `[N, 1+L, C]`. Each image is encoded once.
+    /// Pixels `[N, 3, R, R]` and boxes in them → region tokens `[B, 1+L, C]` and image tokens `[N, 1+L, C]`, as
+    /// [`Vision::encode_regions`]. Each image is encoded once.
     ///
     /// # Errors
     /// If the pixels do not have the configured resolution, or a region names an image that is not there.
     pub fn encode_regions(&self, pixels: &Tensor, regions: Regions, pass: &Pass) -> Result<(Tensor, Tensor)> {
-        let patches = self.vision.forward(pixels, pass)?;
-        let covered = regions.mask.narrow(1, 1, regions.mask.dim(1)? - 1)?;
-        Ok((kernels::patch_pool(&patches, regions.index, &covered)?, with_mean(&patches)?))
+        self.vision.encode_regions(pixels, regions, pass)
     }
 
     /// Token ids `[B, T]` (u32) and mask `[B, T]` → `[B, T, H]`.
     ///
     /// # Errors
-    /// On a wrong shape, or a text longer than the model allows.
+    /// On a wrong shape, a text longer than the model allows, or if the model has no text encoder.
     pub fn encode_text(&self, ids: &Tensor, mask: &Tensor, attention: Attention, pass: &Pass) -> Result<Tensor> {
-        self.text.encode(ids, mask, attention, pass)
+        self.has(&self.text, "a text encoder")?.encode(ids, mask, attention, pass)
     }
 
     /// Encoded texts `[B, T, H]`, their mask `[B, T]` and the concepts they look at → `[B, T, H]`.
     ///
     /// # Errors
-    /// On a wrong shape or index.
+    /// On a wrong shape or index, or if the model has no text encoder, or one for two images.
     pub fn fuse(
         &self,
         text: &Tensor,
@@ -107,53 +118,143 @@ impl Xvlm {
         attention: Attention,
         pass: &Pass,
     ) -> Result<Tensor> {
-        self.text.fuse(text, mask, concepts, attention, pass)
+        if matches!(self.config.task, Task::Nlvr | Task::NlvrPretrain) {
+            return self.lacks("fusion layers for one image");
+        }
+        let concepts = std::slice::from_ref(concepts);
+        self.has(&self.text, "a text encoder")?.fuse(text, mask, concepts, attention, pass)
+    }
+
+    /// Encoded texts `[B, T, H]`, their mask `[B, T]` and the two images each is about → `[B, T, H]`.
+    ///
+    /// # Errors
+    /// On a wrong shape or index, or if the model has no fusion layers for two images.
+    pub fn fuse_pair(&self, text: &Tensor, mask: &Tensor, images: &[Concepts; 2], pass: &Pass) -> Result<Tensor> {
+        match (&self.text, self.config.task) {
+            (Some(bert), Task::Nlvr | Task::NlvrPretrain) => bert.fuse(text, mask, images, Attention::Full, pass),
+            _ => self.lacks("fusion layers for two images"),
+        }
     }
 
     /// Patch tokens `[B, 1+L, C]` → embeddings `[B, E]` of unit length, from row 0.
     ///
     /// # Errors
-    /// On a wrong shape.
+    /// On a wrong shape, or if the model has no projection.
     pub fn project_image(&self, tokens: &Tensor) -> Result<Tensor> {
-        unit(&self.vision_projection.forward(&first(tokens)?)?)
+        unit(&self.has(&self.vision_projection, "a projection of images")?.forward(&first(tokens)?)?)
     }
 
     /// Encoded texts `[B, T, H]` → embeddings `[B, E]` of unit length, from `[CLS]`.
     ///
     /// # Errors
-    /// On a wrong shape.
+    /// On a wrong shape, or if the model has no projection.
     pub fn project_text(&self, text: &Tensor) -> Result<Tensor> {
-        unit(&self.text_projection.forward(&first(text)?)?)
+        unit(&self.has(&self.text_projection, "a projection of texts")?.forward(&first(text)?)?)
+    }
+
+    /// The temperature that similarities are divided by, a scalar.
+    ///
+    /// # Errors
+    /// If the model has none.
+    pub fn temperature(&self) -> Result<&Tensor> {
+        self.has(&self.temperature, "a temperature")
     }
 
     /// Fused texts `[B, T, H]` → `[B, 2]`: logits of not matching and of matching.
     ///
     /// # Errors
-    /// On a wrong shape.
+    /// On a wrong shape, or if the model has no such head.
     pub fn match_logits(&self, fused: &Tensor) -> Result<Tensor> {
-        self.match_head.forward(&first(fused)?)
+        self.has(&self.match_head, "a matching head")?.forward(&first(fused)?)
     }
 
     /// Texts fused with whole images `[B, T, H]` → boxes `[B, 4]`, `(cx, cy, w, h)` in fractions of the image.
     ///
     /// # Errors
-    /// On a wrong shape.
+    /// On a wrong shape, or if the model has no such head.
     pub fn predict_box(&self, fused: &Tensor) -> Result<Tensor> {
-        candle_nn::ops::sigmoid(&self.box_head.forward(&first(fused)?)?)
+        candle_nn::ops::sigmoid(&self.has(&self.box_head, "a box head")?.forward(&first(fused)?)?)
+    }
+
+    /// Texts fused with two images `[B, T, H]` → `[B, 2]`: logits of a statement's being false and true.
+    ///
+    /// # Errors
+    /// On a wrong shape, or if the model has no such head.
+    pub fn statement_logits(&self, fused: &Tensor) -> Result<Tensor> {
+        self.has(&self.statement_head, "a statement head")?.forward(&first(fused)?)
+    }
+
+    /// Texts fused with two images `[B, T, H]` → `[B, 3]`: logits of being about the first, the second and none of them.
+    ///
+    /// # Errors
+    /// On a wrong shape, or if the model has no such head.
+    pub fn assignment_logits(&self, fused: &Tensor) -> Result<Tensor> {
+        self.has(&self.assignment_head, "a text-assignment head")?.forward(&first(fused)?)
     }
 
     /// Fused tokens `[.., H]` → logits over the vocabulary `[.., V]`.
     ///
     /// # Errors
-    /// On a wrong shape.
+    /// On a wrong shape, or if the model has no such head.
     pub fn mlm_logits(&self, fused: &Tensor) -> Result<Tensor> {
-        self.mlm_head.forward(fused, self.text.words())
+        let words = self.has(&self.text, "a text encoder")?.words();
+        self.has(&self.mlm_head, "a masked-language head")?.forward(fused, words)
+    }
+
+    /// Texts that are being written about concepts: token ids `[B, T]` (u32) and mask `[B, T]` → `[B, T, H]`, each token
+    /// seeing those before it. The decoder does it, or, in a model for pre-training, the text and fusion layers.
+    ///
+    /// # Errors
+    /// On a wrong shape or index, or if the model cannot write.
+    pub fn decode(&self, ids: &Tensor, mask: &Tensor, concepts: &Concepts, pass: &Pass) -> Result<Tensor> {
+        let bert = match (&self.decoder, &self.text, &self.mlm_head) {
+            (Some(decoder), ..) => &decoder.bert,
+            (None, Some(text), Some(_)) => text,
+            _ => return self.lacks("a decoder"),
+        };
+        let text = bert.encode(ids, mask, Attention::Causal, pass)?;
+        bert.fuse(&text, mask, std::slice::from_ref(concepts), Attention::Causal, pass)
+    }
+
+    /// What [`Self::decode`] returns, or some of its rows `[.., H]` → logits of the next token `[.., V]`.
+    ///
+    /// # Errors
+    /// On a wrong shape, or if the model cannot write.
+    pub fn next_token_logits(&self, decoded: &Tensor) -> Result<Tensor> {
+        match &self.decoder {
+            Some(decoder) => decoder.head.forward(decoded, decoder.bert.words()),
+            None => self.mlm_logits(decoded),
+        }
+    }
+
+    fn has<'a, T>(&self, part: &'a Option<T>, name: &str) -> Result<&'a T> {
+        part.as_ref().map_or_else(|| self.lacks(name), Ok)
+    }
+
+    fn lacks<T>(&self, name: &str) -> Result<T> {
+        candle_core::bail!("model: expected one with {name}, found one for {}", self.config.task.name())
     }
 }
 
-/// The mean of the patches before them.
-fn with_mean(patches: &Tensor) -> Result<Tensor> {
-    Tensor::cat(&[&patches.mean_keepdim(1)?, patches], 1)
+fn part<T>(is_there: bool, build: impl FnOnce() -> Result<T>) -> Result<Option<T>> {
+    is_there.then(build).transpose()
+}
+
+/// Writes text: causal layers that all, or from the fusion layer on, read tokens; and a language head.
+#[derive(Clone, Debug)]
+struct Decoder {
+    bert: Bert,
+    head: MlmHead,
+}
+
+impl Decoder {
+    fn new(config: &BertConfig, reads: usize, vb: VarBuilder) -> Result<Self> {
+        let body = match config.model_type {
+            TextModel::Bert => vb.pp("bert"),
+            TextModel::Roberta => vb.pp("roberta"),
+        };
+        Ok(Self { bert: Bert::new(config, reads, body)?, head: MlmHead::new(config, vb)? })
+    }
 }
 
 /// Token 0 of each row.

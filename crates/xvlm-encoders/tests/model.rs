@@ -9,6 +9,7 @@ use xvlm_encoders::{Attention, Concepts, Parameters, Pass, Regions, Xvlm, XvlmCo
 fn sizes() -> Value {
     json!({
         "vision_config": {
+            "kind": "swin",
             "image_res": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4,
             "drop_path_rate": 0.3, "ape": true, "sine_positions": 1.0,
         },

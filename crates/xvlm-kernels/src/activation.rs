@@ -17,7 +17,8 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
 
 /// `x · σ(1.702 x)`: CLIP's cheap stand-in for GELU.
 pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
-    let gate = ((x * -1.702)?.exp()? + 1.0)?.recip()?;
+    // As a hyperbolic tangent the sigmoid overflows nowhere, nor does its gradient.
+    let gate = (x * 0.851)?.tanh()?.affine(0.5, 0.5)?;
     x * gate
 }
 

@@ -222,7 +222,7 @@ fn softmax() {
 #[test]
 fn embedding() {
     let ids = Tensor::new(&[[1u32, 1, 0], [3, 1, 0]], &Device::Cpu).unwrap();
-    check(&[random(&mut rng(), &[4, 5])], |x| kernels::embedding(&x[0], &ids));
+    check(&[random(&mut rng(), &[4, 5])], |x| kernels::embedding(&x[0], &ids, None));
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! - [`contrastive`]: image–text contrastive loss (ITC), and the similarities it is made of;
 //! - [`hard_negatives`] and [`matching`]: image–text matching (ITM);
 //! - [`masked_language`]: masked language modelling (MLM); [`generation`]: the next token of a caption or an answer;
+//!   [`text_costs`]: how unlikely each of several answers is;
 //! - [`boxes`]: the box a text means, L1 and GIoU.
 //!
 //! *Architecture invariant:* no module and no file is known here, and randomness comes from the caller.
@@ -119,13 +120,45 @@ pub fn masked_language(logits: &Tensor, labels: &[i64]) -> Result<Tensor> {
     kernels::cross_entropy(logits, labels, 0.0)
 }
 
-/// The next token: `logits [K, V]` and the token that follows each position (−100: not counted), with label smoothing 0.1
-/// as in the original's captioning.
+/// The next token: `logits [K, V]` and the token that follows each position (−100: not counted), with label smoothing.
 ///
 /// # Errors
 /// If there is not one label a row, or a label is not below `V`.
-pub fn generation(logits: &Tensor, labels: &[i64]) -> Result<Tensor> {
-    kernels::cross_entropy(logits, labels, 0.1)
+pub fn generation(logits: &Tensor, labels: &[i64], smoothing: f32) -> Result<Tensor> {
+    kernels::cross_entropy(logits, labels, smoothing)
+}
+
+/// How unlikely each of a few texts is: `logits [A, T, V]` and the token that follows each position, `A·T` of them (−100: not
+/// counted) → `[A]`, the *sum* over a text's tokens of their negative log-probability (`reduction='none'` in the original's
+/// `BertLMHeadModel`).
+///
+/// # Errors
+/// If there is not one label a position, or a label is not below `V`.
+pub fn text_costs(logits: &Tensor, labels: &[i64]) -> Result<Tensor> {
+    let (a, t, v) = logits.dims3()?;
+    if labels.len() != a * t {
+        candle_core::bail!("text_costs: expected {} labels, found {}", a * t, labels.len());
+    }
+    if let Some(label) = labels.iter().find(|label| **label != kernels::IGNORE && !(0..v as i64).contains(label)) {
+        candle_core::bail!("text_costs: expected labels below {v}, found {label}");
+    }
+    let classes: Vec<u32> = labels.iter().map(|&label| label.max(0) as u32).collect();
+    let counted: Vec<f32> = labels.iter().map(|&label| if label < 0 { 0.0 } else { -1.0 }).collect();
+    let shape = (a, t);
+    let classes = Tensor::from_vec(classes, shape, logits.device())?.unsqueeze(2)?;
+    let chosen = kernels::log_softmax(logits, D::Minus1)?.gather(&classes, 2)?.squeeze(2)?;
+    let counted = Tensor::from_vec(counted, shape, logits.device())?.to_dtype(chosen.dtype())?;
+    (chosen * counted)?.sum(1)
+}
+
+/// What a degenerate box, one of negative width or height, does to the GIoU term.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BoxRule {
+    /// Its row has none. A batch in which no row counts has a loss of 0.
+    Row,
+    /// As in the original (`XVLM.get_bbox_loss`): no row of the batch has one. A batch in which no row counts has a loss that
+    /// is not a number.
+    Batch,
 }
 
 /// Box loss: `predicted [B, 4]` and `target [B, 4]`, both `(cx, cy, w, h)`; rows that are a whole image do not count.
@@ -133,13 +166,29 @@ pub fn generation(logits: &Tensor, labels: &[i64]) -> Result<Tensor> {
 ///
 /// # Errors
 /// On a wrong shape.
-pub fn boxes(predicted: &Tensor, target: &Tensor, is_image: &[bool]) -> Result<(Tensor, Tensor)> {
+pub fn boxes(predicted: &Tensor, target: &Tensor, is_image: &[bool], rule: BoxRule) -> Result<(Tensor, Tensor)> {
     let losses = kernels::box_losses(predicted, target)?;
-    let counted = is_image.iter().filter(|whole| !**whole).count().max(1) as f32;
-    let weights: Vec<f32> = is_image.iter().map(|&whole| if whole { 0.0 } else { 1.0 / counted }).collect();
-    let weights = Tensor::from_vec(weights, (1, is_image.len()), losses.device())?.to_dtype(losses.dtype())?;
-    let means = weights.matmul(&losses)?;
-    Ok((means.get(0)?.get(0)?, means.get(0)?.get(1)?))
+    let counted = is_image.iter().filter(|whole| !**whole).count();
+    let counted = if rule == BoxRule::Row { counted.max(1) } else { counted } as f32;
+    let degenerate = degenerate_rows(predicted, target)?;
+    let all = rule == BoxRule::Batch && degenerate.contains(&true);
+    let weights: Vec<f32> = is_image
+        .iter()
+        .zip(degenerate)
+        .flat_map(|(&whole, degenerate)| {
+            let row = if whole { 0.0 } else { 1.0 } / counted;
+            [row, if degenerate || all { 0.0 } else { row }]
+        })
+        .collect();
+    let weights = Tensor::from_vec(weights, (is_image.len(), 2), losses.device())?.to_dtype(losses.dtype())?;
+    let means = (losses * weights)?.sum(0)?;
+    Ok((means.get(0)?, means.get(1)?))
+}
+
+/// Which rows have a box of negative width or height.
+fn degenerate_rows(predicted: &Tensor, target: &Tensor) -> Result<Vec<bool>> {
+    let smallest = |boxes: &Tensor| boxes.detach().narrow(1, 2, 2)?.to_dtype(DType::F32)?.min(1)?.to_vec1::<f32>();
+    Ok(smallest(predicted)?.iter().zip(smallest(target)?).map(|(a, b)| a.min(b) < 0.0).collect())
 }
 
 #[cfg(test)]
@@ -198,11 +247,32 @@ mod tests {
     fn whole_images_do_not_count_for_boxes() {
         let predicted = rows(&[0.5, 0.5, 0.2, 0.2, 0.1, 0.1, 0.1, 0.1], 4);
         let target = rows(&[0.5, 0.5, 0.4, 0.2, 0.5, 0.5, 1.0, 1.0], 4);
-        let (l1, giou) = boxes(&predicted, &target, &[false, true]).unwrap();
+        let (l1, giou) = boxes(&predicted, &target, &[false, true], BoxRule::Row).unwrap();
         assert!((l1.to_scalar::<f32>().unwrap() - 0.2).abs() < 1e-6);
         assert!((giou.to_scalar::<f32>().unwrap() - 0.5).abs() < 1e-6);
-        let (l1, giou) = boxes(&predicted, &target, &[true, true]).unwrap();
+        let (l1, giou) = boxes(&predicted, &target, &[true, true], BoxRule::Row).unwrap();
         assert_eq!((l1.to_scalar::<f32>().unwrap(), giou.to_scalar::<f32>().unwrap()), (0.0, 0.0));
+    }
+
+    #[test]
+    fn a_degenerate_box_spoils_its_row_or_its_batch() {
+        let predicted = rows(&[0.5, 0.5, 0.2, 0.2, 0.5, 0.5, 0.2, 0.2], 4);
+        let target = rows(&[0.5, 0.5, 0.4, 0.2, 0.5, 0.5, -0.2, 0.2], 4);
+        let giou = |rule| boxes(&predicted, &target, &[false; 2], rule).unwrap().1.to_scalar::<f32>().unwrap();
+        assert!((giou(BoxRule::Row) - 0.25).abs() < 1e-6);
+        assert_eq!(giou(BoxRule::Batch), 0.0);
+        let (l1, _) = boxes(&predicted, &target, &[true; 2], BoxRule::Batch).unwrap();
+        assert!(l1.to_scalar::<f32>().unwrap().is_nan());
+    }
+
+    #[test]
+    fn a_text_costs_the_sum_of_its_tokens() {
+        let logits = rows(&[0.0, 1.0, 2.0, 0.0, 0.0, 3.0, 5.0, 5.0], 2).reshape((2, 2, 2)).unwrap();
+        let costs = text_costs(&logits, &[1, 0, kernels::IGNORE, 1]).unwrap().to_vec1::<f32>().unwrap();
+        let expected = [(1.0 + (-1f32).exp()).ln() + (1.0 + (-2f32).exp()).ln(), 2f32.ln()];
+        assert!(costs.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{costs:?}");
+        assert!(text_costs(&logits, &[1]).is_err());
+        assert!(text_costs(&logits, &[2, 0, 0, 0]).is_err());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Image captioning: what continues the prompt, and whether it is true.
+//! Image captioning: what continues the prompt, and whether it is true. It is trained with [`crate::writing_loss`].
 
 use std::path::Path;
 
@@ -9,8 +9,9 @@ use xvlm_data::{Picture, pre_caption};
 use xvlm_metrics::captions::{bleu, rouge_l};
 
 use crate::error::{ConfigProblem, TaskError};
-use crate::generate::{Search, Written, write};
+use crate::generate::{Source, Written, write};
 use crate::model::{ImageTokens, Model};
+use crate::search::Search;
 use crate::{BATCH, Counter, some};
 
 /// Describes each image.
@@ -22,7 +23,7 @@ pub fn caption(model: &Model, images: &ImageTokens, search: Search) -> Result<Ve
     let prompt = pre_caption(&config.prompt, config.max_words)?;
     let prompt = model.tokenizer().encode(&prompt, config.max_tokens, false)?;
     let rows: Vec<(u32, Vec<u32>)> = (0..images.len() as u32).map(|image| (image, prompt.clone())).collect();
-    write(model, images, &rows, search)
+    write(model, &Source::images(images)?, &rows, search)
 }
 
 /// What the model wrote about each picture of the built-in world, and what is right about it.

@@ -1,189 +1,126 @@
-//! Writing about a picture token by token, by beam search: what captions and answers have in common.
+//! Writing about an image token by token: what captions and answers have in common, in training and in use.
 
-use std::cmp::Ordering;
-
-use candle_core::{D, Tensor};
-use serde::{Deserialize, Serialize};
-use xvlm_encoders::{Attention, Pass};
-use xvlm_kernels as kernels;
+use candle_core::{DType, Result, Tensor};
+use serde::Serialize;
+use xvlm_data::GenerationTensors;
+use xvlm_encoders::{Concepts, Pass, Xvlm};
+use xvlm_losses as losses;
 
 use crate::BATCH;
 use crate::error::TaskError;
 use crate::model::{ImageTokens, Model};
+use crate::search::{Search, TextSearch};
 
-/// How a text is searched for.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Search {
-    /// Texts followed at a time; 1 is greedy. The original's captioning uses 3.
-    pub beams: usize,
-    /// No end before that many new tokens.
-    pub min_tokens: usize,
-    /// No more than that many new tokens.
-    pub max_tokens: usize,
-}
-
-impl Default for Search {
-    fn default() -> Self {
-        Self { beams: 3, min_tokens: 5, max_tokens: 30 }
-    }
-}
-
-impl Search {
-    /// For answers, which may be one word.
-    pub fn answers() -> Self {
-        Self { beams: 1, min_tokens: 1, max_tokens: 10 }
-    }
-}
+/// The share of a label that is spread over the vocabulary (`label_smoothing` of the original's `configs/Captioning.yaml`).
+pub const LABEL_SMOOTHING: f32 = 0.1;
 
 /// A text the model wrote.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Written {
     /// The text, without what it was to continue.
     pub text: String,
-    /// Mean log-probability of its tokens.
+    /// How likely it is: see [`crate::Sequence::score`].
     pub score: f32,
 }
 
-/// A text on its way.
-#[derive(Clone)]
-struct Hypothesis {
-    ids: Vec<u32>,
-    log_probability: f32,
+/// What is written about: the patch tokens of images, or the states of questions.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// `[N, L, C]`.
+    pub tokens: Tensor,
+    /// Which tokens of each are visible `[N, L]`, 0 or 1.
+    pub mask: Tensor,
 }
 
-/// The texts followed for one image.
-struct Beam {
-    image: u32,
-    prompt: usize,
-    live: Vec<Hypothesis>,
-    ended: Vec<(Hypothesis, f32)>,
-}
-
-impl Beam {
-    fn best_ended(&self) -> f32 {
-        self.ended.iter().map(|(_, score)| *score).fold(f32::NEG_INFINITY, f32::max)
+impl Source {
+    /// Whole images.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn images(images: &ImageTokens) -> Result<Self> {
+        let (n, l, _) = images.0.dims3()?;
+        Ok(Self { tokens: images.0.clone(), mask: Tensor::ones((n, l), DType::F32, images.0.device())? })
     }
 
-    /// Mean log-probability of the new tokens.
-    fn score(&self, hypothesis: &Hypothesis) -> f32 {
-        hypothesis.log_probability / (hypothesis.ids.len() - self.prompt).max(1) as f32
-    }
-
-    fn finish(mut self) -> (Hypothesis, f32) {
-        let live: Vec<_> = self.live.drain(..).collect();
-        for hypothesis in live {
-            let score = self.score(&hypothesis);
-            self.ended.push((hypothesis, score));
-        }
-        let best = self.ended.into_iter().max_by(|a, b| a.1.total_cmp(&b.1));
-        best.unwrap_or((Hypothesis { ids: Vec::new(), log_probability: 0.0 }, 0.0))
+    /// Runs `look` with rows that look at `index`. Keys and values are computed for each source once, and only for those that
+    /// are looked at.
+    pub(crate) fn look_at<T>(&self, index: &[u32], look: impl FnOnce(&Concepts) -> Result<T>) -> Result<T> {
+        let device = self.tokens.device();
+        let mut used = index.to_vec();
+        used.sort_unstable();
+        used.dedup();
+        let rows: Vec<u32> = index.iter().map(|source| used.partition_point(|other| other < source) as u32).collect();
+        let tokens = self.tokens.index_select(&Tensor::new(used, device)?, 0)?;
+        let mask = self.mask.index_select(&Tensor::new(index, device)?, 0)?;
+        look(&Concepts { tokens: &tokens, index: &rows, mask: &mask })
     }
 }
 
-/// Continues each row of token ids about its image by beam search.
+/// The loss of writing texts about images token by token: teacher forcing with a causal mask.
+///
+/// # Errors
+/// If a tensor operation fails, or the model cannot write.
+pub fn writing_loss(
+    model: &Xvlm,
+    batch: &GenerationTensors,
+    images: &Tensor,
+    smoothing: f32,
+    pass: &Pass,
+) -> Result<Tensor> {
+    let (b, t) = batch.ids.dims2()?;
+    let mask = Tensor::ones((b, images.dim(1)?), DType::F32, images.device())?;
+    let looks = Concepts { tokens: images, index: &batch.image_index, mask: &mask };
+    let decoded = model.decode(&batch.ids, &batch.mask, &looks, pass)?;
+    let (positions, labels): (Vec<u32>, Vec<i64>) = batch
+        .labels
+        .iter()
+        .enumerate()
+        .filter(|(_, label)| **label >= 0)
+        .map(|(i, &label)| (i as u32, label))
+        .unzip();
+    let written = decoded.reshape((b * t, ()))?.index_select(&Tensor::new(positions, images.device())?, 0)?;
+    losses::generation(&model.next_token_logits(&written)?, &labels, smoothing)
+}
+
+/// Continues each row of token ids about its source.
 pub(crate) fn write(
     model: &Model,
-    images: &ImageTokens,
+    source: &Source,
     rows: &[(u32, Vec<u32>)],
     search: Search,
-) -> Result<Vec<Written>, TaskError> {
+) -> std::result::Result<Vec<Written>, TaskError> {
     let mut written = Vec::with_capacity(rows.len());
     for rows in rows.chunks(BATCH) {
-        let start = |(image, ids): &(u32, Vec<u32>)| Beam {
-            image: *image,
-            prompt: ids.len(),
-            live: vec![Hypothesis { ids: ids.clone(), log_probability: 0.0 }],
-            ended: Vec::new(),
-        };
-        let mut beams: Vec<Beam> = rows.iter().map(start).collect();
         let longest = rows.iter().map(|(_, ids)| ids.len()).max().unwrap_or(0);
-        let room = model.config().model.text_config.max_position_embeddings.saturating_sub(longest);
-        for step in 0..search.max_tokens.min(room) {
-            if !advance(model, images, &mut beams, search, step)? {
+        let room = model.config().model.text_config.longest_text().saturating_sub(longest);
+        let search = Search { max_tokens: search.max_tokens.min(room), ..search };
+        let prompts = rows.iter().map(|(_, ids)| ids.clone());
+        let mut texts = TextSearch::new(prompts, search, model.tokenizer().sep_id());
+        loop {
+            let (index, ids): (Vec<u32>, Vec<Vec<u32>>) =
+                texts.live().map(|(row, ids)| (rows[row].0, ids.to_vec())).unzip();
+            if ids.is_empty() {
                 break;
             }
+            let logits = next_token(model, source, &ids, &index)?;
+            texts.advance(logits.iter().map(Vec::as_slice));
         }
-        for beam in beams {
-            let prompt = beam.prompt;
-            let (hypothesis, score) = beam.finish();
-            let new = hypothesis.ids.get(prompt..).unwrap_or_default();
-            written.push(Written { text: model.tokenizer().decode(new), score });
+        for ((_, prompt), sequence) in rows.iter().zip(texts.finish()) {
+            let new = sequence.ids.get(prompt.len()..).unwrap_or_default();
+            written.push(Written { text: model.tokenizer().decode(new), score: sequence.score });
         }
     }
     Ok(written)
 }
 
-/// Appends a token to every live text; says whether any is left.
-fn advance(
-    model: &Model,
-    images: &ImageTokens,
-    beams: &mut [Beam],
-    search: Search,
-    step: usize,
-) -> Result<bool, TaskError> {
-    let (mut ids, mut index) = (Vec::new(), Vec::new());
-    for beam in beams.iter() {
-        ids.extend(beam.live.iter().map(|hypothesis| hypothesis.ids.clone()));
-        index.extend(beam.live.iter().map(|_| beam.image));
-    }
-    if ids.is_empty() {
-        return Ok(false);
-    }
-    let scores = next_token(model, images, &ids, &index)?;
-    let mut scores = scores.iter();
-    let end = model.tokenizer().sep_id();
-    for beam in beams.iter_mut() {
-        let mut candidates: Vec<(f32, usize, u32)> = Vec::new();
-        for (parent, hypothesis) in beam.live.iter().enumerate() {
-            let Some(row) = scores.next() else { break };
-            let allowed =
-                |token: u32| token != model.tokenizer().pad_id() && (token != end || step >= search.min_tokens);
-            let mut tokens: Vec<u32> = (0..row.len() as u32).filter(|&token| allowed(token)).collect();
-            let by_score = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]);
-            let kept = (2 * search.beams).min(tokens.len());
-            if kept > 0 && kept < tokens.len() {
-                tokens.select_nth_unstable_by(kept - 1, by_score);
-            }
-            let scored = |&token: &u32| (hypothesis.log_probability + row[token as usize], parent, token);
-            candidates.extend(tokens[..kept].iter().map(scored));
-        }
-        candidates.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| (a.1, a.2).cmp(&(b.1, b.2))));
-        let mut live = Vec::new();
-        for (log_probability, parent, token) in candidates.into_iter().take(2 * search.beams) {
-            let mut ids = beam.live[parent].ids.clone();
-            if token == end {
-                let score = log_probability / (ids.len() + 1 - beam.prompt) as f32;
-                beam.ended.push((Hypothesis { ids, log_probability }, score));
-            } else if live.len() < search.beams {
-                ids.push(token);
-                live.push(Hypothesis { ids, log_probability });
-            }
-        }
-        // A longer text can only lose probability: its mean may still rise, up to that at the longest length.
-        let hope = live
-            .iter()
-            .map(|h: &Hypothesis| h.log_probability / search.max_tokens as f32)
-            .fold(f32::NEG_INFINITY, f32::max);
-        let settled = beam.ended.len() >= search.beams && beam.best_ended().total_cmp(&hope) != Ordering::Less;
-        beam.live = if settled { Vec::new() } else { live };
-    }
-    Ok(beams.iter().any(|beam| !beam.live.is_empty()))
-}
-
-/// Log-probabilities of the token after each row of ids.
-fn next_token(
-    model: &Model,
-    images: &ImageTokens,
-    ids: &[Vec<u32>],
-    index: &[u32],
-) -> Result<Vec<Vec<f32>>, TaskError> {
+/// Logits of the token after each row of ids.
+fn next_token(model: &Model, source: &Source, ids: &[Vec<u32>], index: &[u32]) -> Result<Vec<Vec<f32>>> {
     let tokens = model.pad(ids)?;
+    let xvlm = model.xvlm();
     let pass = Pass::inference();
-    let encoded = model.xvlm().encode_text(&tokens.ids, &tokens.mask, Attention::Causal, &pass)?;
-    let fused = model.look(&encoded, &tokens.mask, images, index, Attention::Causal)?;
-    let (b, t, _) = fused.dims3()?;
+    let decoded = source.look_at(index, |looks| xvlm.decode(&tokens.ids, &tokens.mask, looks, &pass))?;
+    let (b, t, _) = decoded.dims3()?;
     let last: Vec<u32> = ids.iter().enumerate().map(|(row, ids)| (row * t + ids.len() - 1) as u32).collect();
-    let last = fused.reshape((b * t, ()))?.index_select(&Tensor::new(last, model.device())?, 0)?;
-    Ok(kernels::log_softmax(&model.xvlm().mlm_logits(&last)?, D::Minus1)?.to_vec2()?)
+    let last = decoded.reshape((b * t, ()))?.index_select(&Tensor::new(last, model.device())?, 0)?;
+    xvlm.next_token_logits(&last)?.to_vec2()
 }

@@ -4,14 +4,18 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use serde::Serialize;
-use xvlm_data::Picture;
 use xvlm_data::annotations::{GroundingItem, read_grounding};
-use xvlm_encoders::{Attention, Concepts, Pass};
+use xvlm_data::{Picture, TextTensors};
+use xvlm_encoders::{Attention, Concepts, Pass, Xvlm};
 use xvlm_kernels as kernels;
 use xvlm_metrics::boxes::{BoxScores, iou_xywh};
+use xvlm_train::Losses;
 
+use crate::align::{Alignment, BoxTargets};
+use crate::config::Objective;
 use crate::error::{ConfigProblem, TaskError};
-use crate::model::{ImageTokens, Model};
+use crate::generate::Source;
+use crate::model::{ImageTokens, Model, Texts};
 use crate::{BATCH, Counter, Item, ask_all, some};
 
 /// Where a text points.
@@ -74,6 +78,57 @@ pub fn ground(model: &Model, images: &ImageTokens, texts: &[(u32, &str)]) -> Res
         );
     }
     Ok(found)
+}
+
+/// The losses of fine-tuning (`models/model_bbox.py`): L1 and GIoU of the box found for each text in the image `index` names,
+/// against `boxes [B, 4]`, `(cx, cy, w, h)` in fractions of the image. Rows that tell a whole image do not count.
+///
+/// # Errors
+/// If a tensor operation fails, or the model has no box head.
+pub fn losses(
+    model: &Xvlm,
+    images: &ImageTokens,
+    texts: &TextTensors,
+    index: &[u32],
+    boxes: &Tensor,
+    is_image: &[bool],
+    pass: &Pass,
+) -> candle_core::Result<Losses> {
+    let targets = BoxTargets { images: &images.0, index, boxes, is_image };
+    let alignment = Alignment { model, objectives: &[Objective::Box], pass };
+    Ok(Losses(alignment.losses(texts, None, Some(targets), &mut |_, _| Ok(Vec::new()))?))
+}
+
+/// Which patches of each image a text is about, found without ever having seen a box (§4.2 of the paper; Grad-CAM, Selvaraju
+/// et al. 2017, as `Grounding.py` does it): `[B, P, P]` over the grid of patches. Text `i` is about row `i` of the images.
+///
+/// The map is the attention that a fusion layer pays to each patch, times its positive influence on matching, averaged over
+/// heads and tokens.
+///
+/// # Errors
+/// If a tensor operation fails, the model has no matching head, or `layer` has no cross attention.
+pub fn heat_map(model: &Xvlm, images: &ImageTokens, texts: &Texts, layer: usize) -> candle_core::Result<Tensor> {
+    let pass = Pass::inference().watching_attention(layer);
+    let encoded = model.encode_text(&texts.ids, &texts.mask, Attention::Full, &pass)?;
+    let index: Vec<u32> = (0..images.len() as u32).collect();
+    let fused = Source::images(images)?
+        .look_at(&index, |looks| model.fuse(&encoded, &texts.mask, looks, Attention::Full, &pass))?;
+    let Some(attention) = pass.attention() else {
+        let text = &model.config().text_config;
+        let (first, end) = (text.fusion_layer, text.num_hidden_layers);
+        candle_core::bail!("layer: expected one with cross attention, {first} to {}, found {layer}", end - 1);
+    };
+    let matching = model.match_logits(&fused)?.narrow(1, 1, 1)?.sum_all()?;
+    let gradients = matching.backward()?;
+    let Some(gradient) = gradients.get(&attention) else {
+        candle_core::bail!("layer {layer}: expected the match to depend on its attention, found that it does not");
+    };
+    let (b, _, t, tokens) = attention.dims4()?;
+    let patches = |x: &Tensor| x.narrow(3, 1, tokens - 1);
+    let influence = (patches(&attention.as_detached_tensor())? * patches(gradient)?.relu()?)?;
+    let side = model.config().vision_config.grid();
+    let words = texts.mask.reshape((b, 1, t, 1))?;
+    influence.broadcast_mul(&words)?.mean(1)?.mean(1)?.reshape((b, side, side))
 }
 
 /// What the model found for each item of a data set, and the scores.

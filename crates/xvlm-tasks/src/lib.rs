@@ -1,12 +1,13 @@
 //! What X-VLM is trained for and used for: the only place where model, losses, data and metrics meet.
 //!
-//! [`pretrain`] trains; [`Model`] is what training leaves, opened for use. Each other module is one use: how a question is
-//! put to the model, what the answer is, and how well it does on a data set.
+//! [`pretrain`] trains; [`Model`] is what training leaves, opened for use. Each other module is one use: what it is trained
+//! for, how a question is put to the model, what the answer is, and how well it does on a data set.
 
 use std::path::Path;
 
 use xvlm_data::Picture;
 
+mod align;
 pub mod captioning;
 mod config;
 mod error;
@@ -14,14 +15,18 @@ pub mod fill;
 mod generate;
 pub mod grounding;
 mod model;
+pub mod nlvr;
 pub mod pretrain;
 pub mod retrieval;
+mod search;
 pub mod vqa;
 
+pub use align::Negatives;
 pub use config::{Objective, PretrainConfig, RegionStream};
 pub use error::{ConfigProblem, TaskError};
-pub use generate::{Search, Written};
-pub use model::{ImageTokens, Model, ModelConfig};
+pub use generate::{LABEL_SMOOTHING, Source, Written, writing_loss};
+pub use model::{ImageTokens, Model, ModelConfig, Texts};
+pub use search::{Search, Sequence, TextSearch};
 
 /// How many images or texts go through the model at a time: enough to keep all cores busy.
 const BATCH: usize = 32;

@@ -7,10 +7,11 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 use xvlm_data::{Picture, TextTokenizer, pre_caption};
-use xvlm_encoders::{Attention, Concepts, Parameters, Pass, Xvlm, XvlmConfig};
+use xvlm_encoders::{Attention, Parameters, Pass, Xvlm, XvlmConfig};
 use xvlm_weights::{LoadRules, ModelFiles, ModelFolder, StoredType};
 
 use crate::error::{ConfigProblem, TaskError};
+use crate::generate::Source;
 
 /// What `config.json` of a model folder holds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -56,9 +57,12 @@ impl ImageTokens {
 }
 
 /// Texts as rows of one batch.
-pub(crate) struct Tokenised {
-    pub(crate) ids: Tensor,
-    pub(crate) mask: Tensor,
+#[derive(Clone, Debug)]
+pub struct Texts {
+    /// Token ids `[B, T]`, u32.
+    pub ids: Tensor,
+    /// `[B, T]`, f32: 1 at tokens, 0 at padding.
+    pub mask: Tensor,
 }
 
 impl Model {
@@ -138,7 +142,7 @@ impl Model {
     /// # Errors
     /// If a tensor operation fails.
     pub fn encode(&self, pictures: &[Picture]) -> Result<ImageTokens, TaskError> {
-        let side = self.config.model.vision_config.image_res;
+        let side = self.config.model.vision_config.image_res();
         let mut batches = Vec::new();
         for pictures in pictures.chunks(crate::BATCH) {
             let pixels: Vec<f32> =
@@ -208,7 +212,7 @@ impl Model {
     }
 
     /// Cleans and tokenises texts.
-    pub(crate) fn tokenise(&self, texts: &[&str]) -> Result<Tokenised, TaskError> {
+    pub(crate) fn tokenise(&self, texts: &[&str]) -> Result<Texts, TaskError> {
         let encode = |text: &&str| -> Result<Vec<u32>, TaskError> {
             let cleaned = pre_caption(text, self.config.max_words)?;
             Ok(self.tokenizer.encode(&cleaned, self.config.max_tokens, false)?)
@@ -218,7 +222,7 @@ impl Model {
     }
 
     /// Rows of token ids, padded to the longest.
-    pub(crate) fn pad(&self, rows: &[Vec<u32>]) -> candle_core::Result<Tokenised> {
+    pub(crate) fn pad(&self, rows: &[Vec<u32>]) -> candle_core::Result<Texts> {
         let longest = rows.iter().map(Vec::len).max().unwrap_or(0);
         let shape = (rows.len(), longest);
         let padded = |row: &Vec<u32>| {
@@ -228,13 +232,13 @@ impl Model {
         let ids: Vec<u32> = rows.iter().flat_map(padded).collect();
         let mask: Vec<f32> =
             rows.iter().flat_map(|row| (0..longest).map(|i| if i < row.len() { 1.0 } else { 0.0 })).collect();
-        Ok(Tokenised {
+        Ok(Texts {
             ids: Tensor::from_vec(ids, shape, &self.device)?,
             mask: Tensor::from_vec(mask, shape, &self.device)?,
         })
     }
 
-    pub(crate) fn encode_texts(&self, tokens: &Tokenised) -> candle_core::Result<Tensor> {
+    pub(crate) fn encode_texts(&self, tokens: &Texts) -> candle_core::Result<Tensor> {
         self.xvlm.encode_text(&tokens.ids, &tokens.mask, Attention::Full, &Pass::inference())
     }
 
@@ -247,22 +251,15 @@ impl Model {
         index: &[u32],
         attention: Attention,
     ) -> candle_core::Result<Tensor> {
-        // Keys and values are computed for each image once, and only for those that are looked at.
-        let mut used = index.to_vec();
-        used.sort_unstable();
-        used.dedup();
-        let rows: Vec<u32> = index.iter().map(|image| used.partition_point(|other| other < image) as u32).collect();
-        let tokens = images.0.index_select(&Tensor::new(used, &self.device)?, 0)?;
-        let seen = Tensor::ones((rows.len(), tokens.dim(1)?), DType::F32, &self.device)?;
-        let concepts = Concepts { tokens: &tokens, index: &rows, mask: &seen };
-        self.xvlm.fuse(text, mask, &concepts, attention, &Pass::inference())
+        let pass = Pass::inference();
+        Source::images(images)?.look_at(index, |looks| self.xvlm.fuse(text, mask, looks, attention, &pass))
     }
 }
 
 /// Checks that a model has room for every word of a tokenizer and for the longest text.
 pub(crate) fn check_texts(model: &XvlmConfig, max_tokens: usize, tokenizer: &TextTokenizer) -> Result<(), String> {
     let text = &model.text_config;
-    let (known, longest) = (tokenizer.vocab_size(), text.max_position_embeddings);
+    let (known, longest) = (tokenizer.vocab_size(), text.longest_text());
     if text.vocab_size < known {
         let found = text.vocab_size;
         return Err(format!("model.text_config.vocab_size: expected at least the tokenizer's {known}, found {found}"));

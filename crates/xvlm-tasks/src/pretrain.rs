@@ -6,27 +6,26 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use xvlm_data::{
-    BatchBuilder, CaptionBatch, CaptionTensors, DataError, GenerationTensors, ImageCache, Loader, LoaderConfig, Record,
-    RegionBatch, RegionTensors, TextTensors, TextTokenizer, read_jsonl_lenient, scenes,
+    BatchBuilder, CaptionBatch, CaptionTensors, DataError, ImageCache, Loader, LoaderConfig, Record, RegionBatch,
+    RegionTensors, TextTokenizer, read_jsonl_lenient, scenes,
 };
-use xvlm_encoders::{Attention, Concepts, Parameters, Pass, Regions, Xvlm, XvlmConfig};
-use xvlm_losses::{self as losses, Pair};
+use xvlm_encoders::{Parameters, Pass, Regions, Xvlm, XvlmConfig};
+use xvlm_losses as losses;
 use xvlm_train::{Batches, BoxError, Losses, Progress, RunFolder, Summary, Trainable};
 use xvlm_weights::{LoadRules, ModelFolder};
 
+use crate::align::{Alignment, BoxTargets, Looks, Named, Negatives};
 use crate::config::{Objective, PretrainConfig};
 use crate::error::{ConfigProblem, TaskError};
+use crate::generate::{LABEL_SMOOTHING, writing_loss};
 use crate::model::{Model, ModelConfig, check_texts};
 
 /// Bounds of the temperature after each step (the original's `xvlm.temp.clamp_`).
 const TEMPERATURE: (f64, f64) = (0.001, 0.5);
-
-/// Losses by name.
-type Named = Vec<(&'static str, Tensor)>;
 
 /// One batch of either stream.
 pub enum Batch {
@@ -41,31 +40,6 @@ pub struct Pretraining {
     model: Xvlm,
     parameters: Vec<(String, Var)>,
     objectives: Vec<Objective>,
-}
-
-/// Chooses the negatives for matching from the similarities `[B, B]` (a row for each concept) and the keys of the texts.
-pub type Negatives<'a> = &'a mut dyn FnMut(&Tensor, &[i64]) -> Result<Vec<Pair>>;
-
-/// Where texts that are trained on their box look, and what they should find.
-struct BoxTargets<'a> {
-    images: &'a Tensor,
-    index: &'a [u32],
-    boxes: &'a Tensor,
-    is_image: &'a [bool],
-}
-
-/// Rows of one batch of fusion: which text looks at which concept.
-#[derive(Default)]
-struct Fusion {
-    texts: Vec<u32>,
-    concepts: Vec<u32>,
-}
-
-impl Fusion {
-    fn add(&mut self, texts: impl Iterator<Item = u32>, concepts: impl Iterator<Item = u32>) {
-        self.texts.extend(texts);
-        self.concepts.extend(concepts);
-    }
 }
 
 impl Pretraining {
@@ -107,11 +81,9 @@ impl Pretraining {
     /// Image stream: ITC, ITM and MLM of each image with its text, and the texts that are to be generated.
     fn captions(&self, batch: &CaptionTensors, pass: &Pass, negatives: Negatives) -> Result<Named> {
         let images = self.model.encode_image(&batch.pixels, pass)?;
-        let (n, tokens, _) = images.dims3()?;
-        let mask = Tensor::ones((n, tokens), DType::F32, images.device())?;
-        let mut named = self.align(&batch.text, &images, &mask, None, pass, negatives)?;
+        let mut named = self.alignment(pass).losses(&batch.text, Some(Looks::whole(&images)?), None, negatives)?;
         if let Some(generation) = batch.generation.as_ref().filter(|_| self.has(Objective::Generation)) {
-            named.push(("generation", self.generate(generation, &images, pass)?));
+            named.push(("generation", writing_loss(&self.model, generation, &images, LABEL_SMOOTHING, pass)?));
         }
         Ok(named)
     }
@@ -120,108 +92,14 @@ impl Pretraining {
     fn regions(&self, batch: &RegionTensors, pass: &Pass, negatives: Negatives) -> Result<Named> {
         let regions = Regions { index: &batch.image_index, mask: &batch.region_mask };
         let (concepts, images) = self.model.encode_regions(&batch.pixels, regions, pass)?;
+        let looks = Looks { tokens: &concepts, mask: batch.region_mask.clone() };
         let targets =
             BoxTargets { images: &images, index: &batch.image_index, boxes: &batch.boxes, is_image: &batch.is_image };
-        self.align(&batch.text, &concepts, &batch.region_mask, Some(targets), pass, negatives)
+        self.alignment(pass).losses(&batch.text, Some(looks), Some(targets), negatives)
     }
 
-    /// The losses that align texts with their concepts `[B, 1+L, C]`. Matching pairs, hard negatives, masked texts and
-    /// texts that look for their box go through the fusion layers together, as rows of one batch.
-    fn align(
-        &self,
-        text: &TextTensors,
-        concepts: &Tensor,
-        mask: &Tensor,
-        targets: Option<BoxTargets>,
-        pass: &Pass,
-        negatives: Negatives,
-    ) -> Result<Named> {
-        let model = &self.model;
-        let (b, t) = text.ids.dims2()?;
-        let rows = 0..b as u32;
-        let device = concepts.device();
-        // The texts, then their masked copies.
-        let (mut ids, mut text_mask) = (text.ids.clone(), text.mask.clone());
-        let has_mlm = self.has(Objective::Mlm) && !text.masked_labels.is_empty();
-        if has_mlm {
-            ids = Tensor::cat(&[&ids, &text.masked_ids], 0)?;
-            text_mask = Tensor::cat(&[&text_mask, &text_mask], 0)?;
-        }
-        let encoded = model.encode_text(&ids, &text_mask, Attention::Full, pass)?;
-        let mut named = Named::new();
-
-        // Rows to fuse: which text looks at which concept, and what of it is visible.
-        let mut fusion = Fusion::default();
-        if self.has(Objective::Itc) || self.has(Objective::Itm) {
-            let image_features = model.project_image(concepts)?;
-            let text_features = model.project_text(&encoded.narrow(0, 0, b)?)?;
-            let (itc, similarities) =
-                losses::contrastive(&image_features, &text_features, model.temperature(), &text.keys)?;
-            if self.has(Objective::Itc) {
-                named.push(("itc", itc));
-            }
-            if self.has(Objective::Itm) {
-                fusion.add(rows.clone(), rows.clone());
-                let negatives = negatives(&similarities, &text.keys)?;
-                fusion.add(negatives.iter().map(|pair| pair.text), negatives.iter().map(|pair| pair.concept));
-            }
-        }
-        let matched = fusion.texts.len();
-        if has_mlm {
-            fusion.add(rows.clone().map(|row| b as u32 + row), rows.clone());
-        }
-        let targets = targets.filter(|_| self.has(Objective::Box));
-        if fusion.texts.is_empty() && targets.is_none() {
-            return Ok(named);
-        }
-        let seen = Tensor::new(fusion.concepts.as_slice(), device)?;
-        let mut masks = vec![mask.index_select(&seen, 0)?];
-        let mut tokens = concepts.clone();
-        if let Some(targets) = &targets {
-            fusion.add(rows, targets.index.iter().map(|image| b as u32 + image));
-            tokens = Tensor::cat(&[&tokens, targets.images], 0)?;
-            masks.push(mask.ones_like()?);
-        }
-        let texts = Tensor::new(fusion.texts.as_slice(), device)?;
-        let looks = Concepts { tokens: &tokens, index: &fusion.concepts, mask: &Tensor::cat(&masks, 0)? };
-        let text_mask = text_mask.index_select(&texts, 0)?;
-        let fused = model.fuse(&encoded.index_select(&texts, 0)?, &text_mask, &looks, Attention::Full, pass)?;
-
-        if matched > 0 {
-            named.push(("itm", losses::matching(&model.match_logits(&fused.narrow(0, 0, matched)?)?, b)?));
-        }
-        let mut at = matched;
-        if has_mlm {
-            let masked = fused.narrow(0, at, b)?.reshape((b * t, ()))?;
-            let masked = masked.index_select(&text.masked_positions, 0)?;
-            named.push(("mlm", losses::masked_language(&model.mlm_logits(&masked)?, &text.masked_labels)?));
-            at += b;
-        }
-        if let Some(targets) = targets {
-            let found = model.predict_box(&fused.narrow(0, at, b)?)?;
-            let (l1, giou) = losses::boxes(&found, targets.boxes, targets.is_image)?;
-            named.extend([("bbox", l1), ("giou", giou)]);
-        }
-        Ok(named)
-    }
-
-    /// The loss of writing captions (and answers) token by token: the same layers with a causal mask.
-    fn generate(&self, batch: &GenerationTensors, images: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let model = &self.model;
-        let (b, t) = batch.ids.dims2()?;
-        let encoded = model.encode_text(&batch.ids, &batch.mask, Attention::Causal, pass)?;
-        let mask = Tensor::ones((b, images.dim(1)?), DType::F32, images.device())?;
-        let looks = Concepts { tokens: images, index: &batch.image_index, mask: &mask };
-        let fused = model.fuse(&encoded, &batch.mask, &looks, Attention::Causal, pass)?;
-        let (positions, labels): (Vec<u32>, Vec<i64>) = batch
-            .labels
-            .iter()
-            .enumerate()
-            .filter(|(_, label)| **label >= 0)
-            .map(|(i, &label)| (i as u32, label))
-            .unzip();
-        let written = fused.reshape((b * t, ()))?.index_select(&Tensor::new(positions, images.device())?, 0)?;
-        losses::generation(&model.mlm_logits(&written)?, &labels)
+    fn alignment<'a>(&'a self, pass: &'a Pass) -> Alignment<'a> {
+        Alignment { model: &self.model, objectives: &self.objectives, pass }
     }
 }
 
@@ -325,7 +203,7 @@ pub fn run(
     if config.model.text_config.vocab_size == 0 {
         config.model.text_config.vocab_size = tokenizer.vocab_size();
     }
-    config.data.resolution = config.model.vision_config.image_res;
+    config.data.resolution = config.model.vision_config.image_res();
     config.data.final_stride = config.model.vision_config.stride();
     let problem = |message| ConfigProblem { file: "configuration".to_owned(), message };
     config.check_values().map_err(problem)?;

@@ -4,16 +4,37 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use candle_core::Tensor;
-use xvlm_data::Picture;
 use xvlm_data::annotations::{RetrievalItem, read_retrieval};
+use xvlm_data::{Picture, TextTensors};
+use xvlm_encoders::{Pass, Xvlm};
 use xvlm_metrics::retrieval::{RetrievalScores, recalls};
+use xvlm_train::Losses;
 
+use crate::align::{Alignment, Looks, Negatives};
+use crate::config::Objective;
 use crate::error::TaskError;
 use crate::model::{ImageTokens, Model};
 use crate::{BATCH, Counter, some};
 
 /// Score of a pair that the dual encoder did not propose (as in the original's `evaluation`).
 const NOT_PROPOSED: f32 = -100.0;
+
+/// The losses of fine-tuning (`models/model_retrieval.py`): ITC and ITM of each image with its text. Texts of equal key are
+/// about the same image.
+///
+/// # Errors
+/// If a tensor operation fails, or the model has no heads for it.
+pub fn losses(
+    model: &Xvlm,
+    images: &ImageTokens,
+    texts: &TextTensors,
+    pass: &Pass,
+    negatives: Negatives,
+) -> candle_core::Result<Losses> {
+    let objectives = [Objective::Itc, Objective::Itm];
+    let looks = Looks::whole(&images.0)?;
+    Ok(Losses(Alignment { model, objectives: &objectives, pass }.losses(texts, Some(looks), None, negatives)?))
+}
 
 /// Retrieval over a data set: the scores, and the tables they come from.
 pub struct Evaluation {

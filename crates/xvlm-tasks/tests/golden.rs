@@ -59,6 +59,7 @@ fn region_step() {
     let (vision, bert) = (&official["vision_config"], &official["text_config"]);
     let config: XvlmConfig = serde_json::from_value(serde_json::json!({
         "vision_config": {
+            "kind": "swin",
             "image_res": vision["image_res"], "patch_size": 4, "embed_dim": vision["embed_dim"],
             "depths": vision["depths"], "num_heads": vision["num_heads"], "window_size": vision["window_size"],
         },

@@ -24,6 +24,7 @@ fn world() -> (Pretraining, [Batch; 2]) {
     let tokenizer = Arc::new(TextTokenizer::from_vocabulary(&scenes::vocabulary()).unwrap());
     let model = json!({
         "vision_config": {
+            "kind": "swin",
             "image_res": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4,
             "ape": true,
         },

@@ -1,0 +1,149 @@
+//! The losses that align texts with their concepts, which pre-training and two of the tasks have in common.
+
+use candle_core::{DType, Result, Tensor};
+use xvlm_data::TextTensors;
+use xvlm_encoders::{Attention, Concepts, Pass, Xvlm};
+use xvlm_losses::{self as losses, BoxRule, Pair};
+
+use crate::config::Objective;
+
+/// Losses by name.
+pub(crate) type Named = Vec<(&'static str, Tensor)>;
+
+/// Chooses the negatives for matching from the similarities `[B, B]` (a row for each concept) and the keys of the texts.
+pub type Negatives<'a> = &'a mut dyn FnMut(&Tensor, &[i64]) -> Result<Vec<Pair>>;
+
+/// What a text looks at: concepts `[B, 1+L, C]`, one for each text, and what of them is visible `[B, 1+L]`.
+pub(crate) struct Looks<'a> {
+    pub(crate) tokens: &'a Tensor,
+    pub(crate) mask: Tensor,
+}
+
+impl<'a> Looks<'a> {
+    /// Everything is visible.
+    pub(crate) fn whole(tokens: &'a Tensor) -> Result<Self> {
+        let (rows, length, _) = tokens.dims3()?;
+        Ok(Self { tokens, mask: Tensor::ones((rows, length), DType::F32, tokens.device())? })
+    }
+}
+
+/// Where texts that are trained on their box look, and what they should find.
+pub(crate) struct BoxTargets<'a> {
+    /// Whole images `[N, 1+L, C]`.
+    pub(crate) images: &'a Tensor,
+    /// The image of each text.
+    pub(crate) index: &'a [u32],
+    /// `[B, 4]`, `(cx, cy, w, h)`.
+    pub(crate) boxes: &'a Tensor,
+    /// Whether a text tells a whole image.
+    pub(crate) is_image: &'a [bool],
+}
+
+/// Rows of one batch of fusion: which text looks at which concept.
+#[derive(Default)]
+struct Fusion {
+    texts: Vec<u32>,
+    concepts: Vec<u32>,
+}
+
+impl Fusion {
+    fn add(&mut self, texts: impl Iterator<Item = u32>, concepts: impl Iterator<Item = u32>) {
+        self.texts.extend(texts);
+        self.concepts.extend(concepts);
+    }
+}
+
+/// A model and what it is trained for.
+pub(crate) struct Alignment<'a> {
+    pub(crate) model: &'a Xvlm,
+    pub(crate) objectives: &'a [Objective],
+    pub(crate) pass: &'a Pass,
+}
+
+impl Alignment<'_> {
+    /// The losses of texts with their concepts, if there are any, and with their boxes, if there are any. Matching pairs,
+    /// hard negatives, masked texts and texts that look for their box go through the fusion layers together, as rows of one
+    /// batch.
+    pub(crate) fn losses(
+        &self,
+        text: &TextTensors,
+        looks: Option<Looks>,
+        targets: Option<BoxTargets>,
+        negatives: Negatives,
+    ) -> Result<Named> {
+        let Self { model, objectives, pass } = self;
+        let has = |objective| objectives.contains(&objective);
+        let (b, t) = text.ids.dims2()?;
+        let (rows, device) = (0..b as u32, text.ids.device());
+        // The texts, then their masked copies.
+        let (mut ids, mut text_mask) = (text.ids.clone(), text.mask.clone());
+        let has_mlm = looks.is_some() && has(Objective::Mlm) && !text.masked_labels.is_empty();
+        if has_mlm {
+            ids = Tensor::cat(&[&ids, &text.masked_ids], 0)?;
+            text_mask = Tensor::cat(&[&text_mask, &text_mask], 0)?;
+        }
+        let encoded = model.encode_text(&ids, &text_mask, Attention::Full, pass)?;
+        let mut named = Named::new();
+
+        // Rows to fuse: which text looks at which concept, and what of it is visible.
+        let mut fusion = Fusion::default();
+        let (mut tokens, mut masks) = (Vec::new(), Vec::new());
+        let mut matched = 0;
+        if let Some(Looks { tokens: concepts, mask }) = &looks {
+            if has(Objective::Itc) || has(Objective::Itm) {
+                let image_features = model.project_image(concepts)?;
+                let text_features = model.project_text(&encoded.narrow(0, 0, b)?)?;
+                let (itc, similarities) =
+                    losses::contrastive(&image_features, &text_features, model.temperature()?, &text.keys)?;
+                if has(Objective::Itc) {
+                    named.push(("itc", itc));
+                }
+                if has(Objective::Itm) {
+                    fusion.add(rows.clone(), rows.clone());
+                    let negatives = negatives(&similarities, &text.keys)?;
+                    fusion.add(negatives.iter().map(|pair| pair.text), negatives.iter().map(|pair| pair.concept));
+                }
+            }
+            matched = fusion.texts.len();
+            if has_mlm {
+                fusion.add(rows.clone().map(|row| b as u32 + row), rows.clone());
+            }
+            if !fusion.texts.is_empty() {
+                tokens.push(*concepts);
+                masks.push(mask.index_select(&Tensor::new(fusion.concepts.as_slice(), device)?, 0)?);
+            }
+        }
+        let targets = targets.filter(|_| has(Objective::Box));
+        if let Some(targets) = &targets {
+            let before = tokens.first().map_or(Ok(0), |concepts| concepts.dim(0))? as u32;
+            fusion.add(rows, targets.index.iter().map(|image| before + image));
+            tokens.push(targets.images);
+            masks.push(Tensor::ones((b, targets.images.dim(1)?), DType::F32, device)?);
+        }
+        if fusion.texts.is_empty() {
+            return Ok(named);
+        }
+        let texts = Tensor::new(fusion.texts.as_slice(), device)?;
+        let (tokens, mask) = (Tensor::cat(&tokens, 0)?, Tensor::cat(&masks, 0)?);
+        let looks = Concepts { tokens: &tokens, index: &fusion.concepts, mask: &mask };
+        let text_mask = text_mask.index_select(&texts, 0)?;
+        let fused = model.fuse(&encoded.index_select(&texts, 0)?, &text_mask, &looks, Attention::Full, pass)?;
+
+        if matched > 0 {
+            named.push(("itm", losses::matching(&model.match_logits(&fused.narrow(0, 0, matched)?)?, b)?));
+        }
+        let mut at = matched;
+        if has_mlm {
+            let masked = fused.narrow(0, at, b)?.reshape((b * t, ()))?;
+            let masked = masked.index_select(&text.masked_positions, 0)?;
+            named.push(("mlm", losses::masked_language(&model.mlm_logits(&masked)?, &text.masked_labels)?));
+            at += b;
+        }
+        if let Some(targets) = targets {
+            let found = model.predict_box(&fused.narrow(0, at, b)?)?;
+            let (l1, giou) = losses::boxes(&found, targets.boxes, targets.is_image, BoxRule::Row)?;
+            named.extend([("bbox", l1), ("giou", giou)]);
+        }
+        Ok(named)
+    }
+}

@@ -1,0 +1,298 @@
+//! Which token is appended to which text, given the logits a model has for the next one: greedy and beam search.
+//!
+//! Both do what `generate` of transformers 4.12 does, which the original calls (`BeamSearchScorer`, length penalty 1, no early
+//! stopping), so that the same logits give the same texts.
+
+use serde::{Deserialize, Serialize};
+
+/// How a text is searched for.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Search {
+    /// Texts followed at a time; 1 is greedy. The original's captioning uses 3.
+    pub beams: usize,
+    /// No end before that many new tokens.
+    pub min_tokens: usize,
+    /// No more than that many new tokens.
+    pub max_tokens: usize,
+    /// The logits of tokens that a text has already are divided by this if positive, multiplied if negative (Keskar et al.
+    /// 2019); 1 leaves them alone.
+    pub repetition_penalty: f32,
+    /// Whether a greedy text that does not end by itself has its last token replaced by the end (as the original's `greedy`).
+    pub end_at_limit: bool,
+}
+
+impl Default for Search {
+    fn default() -> Self {
+        Self { beams: 3, min_tokens: 5, max_tokens: 30, repetition_penalty: 1.0, end_at_limit: false }
+    }
+}
+
+impl Search {
+    /// For answers, which may be one word.
+    pub fn answers() -> Self {
+        Self { beams: 1, min_tokens: 1, max_tokens: 10, ..Self::default() }
+    }
+}
+
+/// A text that was found.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sequence {
+    /// Its tokens, the prompt included; the end is among them only if [`Search::end_at_limit`] put it there.
+    pub ids: Vec<u32>,
+    /// Beam search: the sum of the new tokens' log-probabilities over the length, prompt included. Greedy: their mean, that of
+    /// the end included.
+    pub score: f32,
+}
+
+#[derive(Clone)]
+struct Live {
+    ids: Vec<u32>,
+    log_probability: f32,
+}
+
+/// The texts that continue one prompt.
+struct Group {
+    prompt: usize,
+    live: Vec<Live>,
+    ended: Vec<Sequence>,
+}
+
+/// Searches for continuations of several prompts at once.
+pub struct TextSearch {
+    search: Search,
+    end: u32,
+    groups: Vec<Group>,
+}
+
+impl TextSearch {
+    /// Starts from prompts, none of them empty; `end` is the token that ends a text.
+    pub fn new(prompts: impl IntoIterator<Item = Vec<u32>>, search: Search, end: u32) -> Self {
+        let start = |ids: Vec<u32>| Group {
+            prompt: ids.len(),
+            live: vec![Live { ids, log_probability: 0.0 }],
+            ended: Vec::new(),
+        };
+        let mut started = Self { search, end, groups: prompts.into_iter().map(start).collect() };
+        if search.max_tokens == 0 {
+            started.groups.iter_mut().for_each(|group| group.stop(search));
+        }
+        started
+    }
+
+    /// The texts to be continued, each with the number of its prompt, best first; none when the search is over.
+    pub fn live(&self) -> impl Iterator<Item = (usize, &[u32])> {
+        let groups = self.groups.iter().enumerate();
+        groups.flat_map(|(number, group)| group.live.iter().map(move |live| (number, live.ids.as_slice())))
+    }
+
+    /// Continues each live text, given the logits of its next token, one row a text.
+    pub fn advance<'a>(&mut self, logits: impl IntoIterator<Item = &'a [f32]>) {
+        let mut logits = logits.into_iter();
+        for group in &mut self.groups {
+            let rows: Vec<&[f32]> = logits.by_ref().take(group.live.len()).collect();
+            match self.search.beams {
+                0 | 1 => group.advance_greedily(&rows, self.search, self.end),
+                _ => group.advance(&rows, self.search, self.end),
+            }
+        }
+    }
+
+    /// The best text of each prompt.
+    pub fn finish(mut self) -> Vec<Sequence> {
+        let search = self.search;
+        self.groups.iter_mut().for_each(|group| group.stop(search));
+        let best = |group: Group| group.ended.into_iter().max_by(|a, b| a.score.total_cmp(&b.score));
+        self.groups.into_iter().filter_map(best).collect()
+    }
+}
+
+impl Group {
+    fn length(&self) -> usize {
+        self.live.first().map_or(0, |live| live.ids.len())
+    }
+
+    fn penalise(&self, row: usize, scores: &mut [f32], penalty: f32) {
+        if penalty == 1.0 {
+            return;
+        }
+        let mut seen = self.live[row].ids.clone();
+        seen.sort_unstable();
+        seen.dedup();
+        for token in seen {
+            if let Some(score) = scores.get_mut(token as usize) {
+                *score *= if *score < 0.0 { penalty } else { 1.0 / penalty };
+            }
+        }
+    }
+
+    fn forbid_end(&self, scores: &mut [f32], search: Search, end: u32) {
+        if self.length() < self.prompt + search.min_tokens {
+            if let Some(score) = scores.get_mut(end as usize) {
+                *score = f32::NEG_INFINITY;
+            }
+        }
+    }
+
+    fn is_full(&self, search: Search) -> bool {
+        self.length() >= self.prompt + search.max_tokens
+    }
+
+    fn advance(&mut self, logits: &[&[f32]], search: Search, end: u32) {
+        if self.live.is_empty() {
+            return;
+        }
+        let (beams, length) = (search.beams, self.length());
+        let mut candidates: Vec<(f32, usize, u32)> = Vec::new();
+        for (row, (logits, live)) in logits.iter().zip(&self.live).enumerate() {
+            let mut scores = log_softmax(logits);
+            self.penalise(row, &mut scores, search.repetition_penalty);
+            self.forbid_end(&mut scores, search, end);
+            let mut tokens: Vec<u32> = (0..scores.len() as u32).collect();
+            let kept = (2 * beams).min(tokens.len());
+            if kept > 0 && kept < tokens.len() {
+                tokens.select_nth_unstable_by(kept - 1, |a, b| {
+                    scores[*b as usize].total_cmp(&scores[*a as usize]).then(a.cmp(b))
+                });
+            }
+            let scored = |&token: &u32| (live.log_probability + scores[token as usize], row, token);
+            candidates.extend(tokens[..kept].iter().map(scored));
+        }
+        candidates.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| (a.1, a.2).cmp(&(b.1, b.2))));
+        candidates.truncate(2 * beams);
+        let best = candidates.first().map_or(f32::NEG_INFINITY, |best| best.0);
+        let mut live = Vec::with_capacity(beams);
+        for (rank, (log_probability, row, token)) in candidates.into_iter().enumerate() {
+            let mut ids = self.live[row].ids.clone();
+            if token == end {
+                if rank < beams {
+                    self.end_with(Sequence { ids, score: log_probability / length as f32 }, beams);
+                }
+                continue;
+            }
+            ids.push(token);
+            live.push(Live { ids, log_probability });
+            if live.len() == beams {
+                break;
+            }
+        }
+        self.live = live;
+        let worst = self.ended.iter().map(|ended| ended.score).fold(f32::INFINITY, f32::min);
+        if self.ended.len() >= beams && worst >= best / length as f32 {
+            self.live.clear();
+        } else if self.is_full(search) {
+            self.stop(search);
+        }
+    }
+
+    fn advance_greedily(&mut self, logits: &[&[f32]], search: Search, end: u32) {
+        let (Some(logits), false) = (logits.first(), self.live.is_empty()) else { return };
+        let mut scores = logits.to_vec();
+        self.penalise(0, &mut scores, search.repetition_penalty);
+        self.forbid_end(&mut scores, search, end);
+        let best = (0..scores.len() as u32).max_by(|a, b| {
+            scores[*a as usize].total_cmp(&scores[*b as usize]).then(b.cmp(a))
+        });
+        let Some(token) = best else { return };
+        let log_probability = log_softmax(&scores)[token as usize];
+        let live = &mut self.live[0];
+        live.log_probability += log_probability;
+        if token == end {
+            let score = live.log_probability / (live.ids.len() + 1 - self.prompt) as f32;
+            self.ended.push(Sequence { ids: std::mem::take(&mut live.ids), score });
+            self.live.clear();
+            return;
+        }
+        live.ids.push(token);
+        if self.is_full(search) {
+            if let (true, Some(last)) = (search.end_at_limit, self.live[0].ids.last_mut()) {
+                *last = end;
+            }
+            self.stop(search);
+        }
+    }
+
+    /// What is live ends where it is.
+    fn stop(&mut self, search: Search) {
+        let greedy = search.beams < 2;
+        for Live { ids, log_probability } in std::mem::take(&mut self.live) {
+            let length = if greedy { ids.len() - self.prompt } else { ids.len() };
+            let score = log_probability / length.max(1) as f32;
+            self.end_with(Sequence { ids, score }, search.beams.max(1));
+        }
+    }
+
+    /// Keeps the best `beams` that have ended.
+    fn end_with(&mut self, sequence: Sequence, beams: usize) {
+        self.ended.push(sequence);
+        if self.ended.len() > beams {
+            let worst = (0..self.ended.len()).min_by(|&a, &b| self.ended[a].score.total_cmp(&self.ended[b].score));
+            worst.map(|worst| self.ended.remove(worst));
+        }
+    }
+}
+
+fn log_softmax(logits: &[f32]) -> Vec<f32> {
+    let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let total: f64 = logits.iter().map(|&logit| f64::from(logit - top).exp()).sum();
+    let log_sum = top + total.ln() as f32;
+    logits.iter().map(|logit| logit - log_sum).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const END: u32 = 0;
+
+    /// Runs a search over three tokens (0 ends) whose logits depend on the last token.
+    fn run(search: Search, next: [[f32; 3]; 3]) -> Sequence {
+        let mut texts = TextSearch::new([vec![1]], search, END);
+        loop {
+            let rows: Vec<[f32; 3]> = texts.live().map(|(_, ids)| next[*ids.last().unwrap() as usize]).collect();
+            if rows.is_empty() {
+                return texts.finish().remove(0);
+            }
+            texts.advance(rows.iter().map(<[f32; 3]>::as_slice));
+        }
+    }
+
+    fn logits(probabilities: [[f32; 3]; 3]) -> [[f32; 3]; 3] {
+        probabilities.map(|row| row.map(f32::ln))
+    }
+
+    #[test]
+    fn beams_find_what_greed_misses() {
+        // The best first token (1) leads nowhere in particular; 2 is followed by a sure end.
+        let next = logits([[1.0, 0.0, 0.0], [0.01, 0.51, 0.48], [0.98, 0.01, 0.01]]);
+        let search = Search { beams: 1, min_tokens: 0, max_tokens: 4, ..Search::default() };
+        assert_eq!(run(search, next).ids, [1, 1, 1, 1, 1]);
+        let found = run(Search { beams: 2, ..search }, next);
+        assert_eq!(found.ids, [1, 2]);
+        // Two tokens, the prompt among them, and the end.
+        assert!((found.score - (0.48f32 * 0.98).ln() / 2.0).abs() < 1e-6, "{}", found.score);
+    }
+
+    #[test]
+    fn limits_hold() {
+        let ends = logits([[1.0, 0.0, 0.0], [0.9, 0.06, 0.04], [0.9, 0.06, 0.04]]);
+        let goes_on = logits([[1.0, 0.0, 0.0], [0.1, 0.6, 0.3], [0.1, 0.6, 0.3]]);
+        for beams in [1, 2] {
+            let search = Search { beams, min_tokens: 0, max_tokens: 3, ..Search::default() };
+            assert_eq!(run(search, ends).ids, [1]);
+            assert_eq!(run(Search { min_tokens: 2, ..search }, ends).ids, [1, 1, 1]);
+            assert_eq!(run(search, goes_on).ids, [1, 1, 1, 1]);
+            assert_eq!(run(Search { max_tokens: 0, ..search }, goes_on).ids, [1]);
+        }
+        let search = Search { beams: 1, min_tokens: 0, max_tokens: 3, end_at_limit: true, ..Search::default() };
+        assert_eq!(run(search, goes_on).ids, [1, 1, 1, END]);
+    }
+
+    #[test]
+    fn repetition_costs() {
+        let next = [[0.0; 3], [-9.0, 2.0, 1.9], [-9.0, 2.0, 1.9]];
+        let search = Search { beams: 1, min_tokens: 0, max_tokens: 1, ..Search::default() };
+        assert_eq!(run(search, next).ids, [1, 1]);
+        assert_eq!(run(Search { repetition_penalty: 1.5, ..search }, next).ids, [1, 2]);
+    }
+}
