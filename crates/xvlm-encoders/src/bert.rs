@@ -88,7 +88,7 @@ impl Bert {
     }
 
     /// The table of word embeddings `[V, H]`.
-    pub(crate) fn words(&self) -> &Tensor {
+    pub fn words(&self) -> &Tensor {
         &self.words
     }
 

@@ -442,15 +442,8 @@ pub enum Task {
 
 impl Task {
     /// All of them.
-    pub const ALL: [Self; 7] = [
-        Self::Pretrain,
-        Self::Retrieval,
-        Self::Grounding,
-        Self::Nlvr,
-        Self::NlvrPretrain,
-        Self::Vqa,
-        Self::Captioning,
-    ];
+    pub const ALL: [Self; 7] =
+        [Self::Pretrain, Self::Retrieval, Self::Grounding, Self::Nlvr, Self::NlvrPretrain, Self::Vqa, Self::Captioning];
 
     /// Its name in configurations.
     pub fn name(self) -> &'static str {

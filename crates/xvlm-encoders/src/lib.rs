@@ -4,7 +4,7 @@
 //! - [`Bert`] (or RoBERTa): a text encoder in its lower layers, a cross-modal encoder (with cross attention to patch tokens)
 //!   from the fusion layer upwards; with a [`MlmHead`] and a causal mask a decoder.
 //! - [`Head`]: the two-layer perceptrons for matching, boxes and statements about two images.
-//! - [`Parameters`]: where trainable numbers live, and how they are initialised.
+//! - [`Parameters`]: where trainable numbers live, and how they are initialised; [`Blueprint`]: the same without numbers.
 //! - [`Pass`]: what differs between training and inference; holds the generator of all randomness.
 //!
 //! *Architecture invariant:* nothing here has seen a label or a file.
@@ -26,7 +26,7 @@ pub use config::{
 };
 pub use heads::{Head, MlmHead};
 pub use layers::{LayerNorm, Linear};
-pub use parameters::Parameters;
+pub use parameters::{Blueprint, Parameters};
 pub use pass::Pass;
 pub use swin::Swin;
 pub use vision::{Regions, Vision};

@@ -46,23 +46,73 @@ impl Parameters {
     }
 
     fn draw(&self, shape: &Shape, name: &str, init: Init) -> Vec<f32> {
-        let count = shape.elem_count();
-        let Some(seed) = self.seed else {
-            return vec![0.0; count];
-        };
-        // FNV-1a: stable over platforms and releases, which `std`'s hasher does not promise.
-        let hash =
-            name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
-        let mut rng = ChaCha8Rng::seed_from_u64(seed ^ hash);
-        match init {
-            Init::Const(value) => vec![value as f32; count],
-            Init::Uniform { lo, up } => (0..count).map(|_| (lo + (up - lo) * rng.random::<f64>()) as f32).collect(),
-            Init::Randn { mean, stdev } => (0..count).map(|_| (mean + stdev * normal(&mut rng)) as f32).collect(),
-            Init::Kaiming { .. } => {
-                let fan_in: usize = shape.dims().iter().skip(1).product();
-                let bound = (fan_in.max(1) as f64).powf(-0.5);
-                (0..count).map(|_| (bound * (2.0 * rng.random::<f64>() - 1.0)) as f32).collect()
-            }
+        self.seed.map_or_else(|| vec![0.0; shape.elem_count()], |seed| draw(seed, shape, name, init))
+    }
+}
+
+/// The parameters a model has, without their numbers: names, shapes, and what each is drawn from.
+#[derive(Clone, Default)]
+pub struct Blueprint(Arc<Mutex<BTreeMap<String, (Shape, Init)>>>);
+
+impl Blueprint {
+    /// Of a model that is built with [`Self::builder`] and then forgotten.
+    ///
+    /// # Errors
+    /// What building says.
+    pub fn of<M>(build: impl FnOnce(VarBuilder) -> Result<M>) -> Result<Self> {
+        let blueprint = Self::default();
+        build(VarBuilder::from_backend(Box::new(blueprint.clone()), DType::F32, Device::Cpu))?;
+        Ok(blueprint)
+    }
+
+    /// Shapes by name.
+    pub fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
+        let parameters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        parameters.iter().map(|(name, (shape, _))| (name.clone(), shape.dims().to_vec())).collect()
+    }
+
+    /// A parameter as [`Parameters`] of the same seed have it; none of that name if there is none.
+    pub fn draw(&self, name: &str, seed: u64) -> Option<Tensor> {
+        let parameters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (shape, init) = parameters.get(name)?;
+        Tensor::from_vec(draw(seed, shape, name, *init), shape, &Device::Cpu).ok()
+    }
+}
+
+impl SimpleBackend for Blueprint {
+    fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
+        let mut parameters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((known, _)) = parameters.get(name).filter(|(known, _)| *known != shape) {
+            candle_core::bail!("parameter {name}: expected shape {known:?}, found {shape:?}");
+        }
+        // One number, seen as many.
+        let number = Tensor::zeros((), dtype, device)?.broadcast_as(&shape)?;
+        parameters.insert(name.to_owned(), (shape, init));
+        Ok(number)
+    }
+
+    fn get_unchecked(&self, name: &str, _dtype: DType, _device: &Device) -> Result<Tensor> {
+        candle_core::bail!("parameter {name}: expected to be asked for with its shape")
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains_key(name)
+    }
+}
+
+fn draw(seed: u64, shape: &Shape, name: &str, init: Init) -> Vec<f32> {
+    let count = shape.elem_count();
+    // FNV-1a: stable over platforms and releases, which `std`'s hasher does not promise.
+    let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+    let mut rng = ChaCha8Rng::seed_from_u64(seed ^ hash);
+    match init {
+        Init::Const(value) => vec![value as f32; count],
+        Init::Uniform { lo, up } => (0..count).map(|_| (lo + (up - lo) * rng.random::<f64>()) as f32).collect(),
+        Init::Randn { mean, stdev } => (0..count).map(|_| (mean + stdev * normal(&mut rng)) as f32).collect(),
+        Init::Kaiming { .. } => {
+            let fan_in: usize = shape.dims().iter().skip(1).product();
+            let bound = (fan_in.max(1) as f64).powf(-0.5);
+            (0..count).map(|_| (bound * (2.0 * rng.random::<f64>() - 1.0)) as f32).collect()
         }
     }
 }

@@ -34,23 +34,48 @@ pub fn cxcywh_to_xyxy(boxes: &Tensor) -> Result<Tensor> {
     Tensor::cat(&[&(&centre - &half)?, &(&centre + &half)?], D::Minus1)
 }
 
+/// `(x0, y0, x1, y1)` → `(cx, cy, w, h)` over the last dimension, which is 4.
+pub fn xyxy_to_cxcywh(boxes: &Tensor) -> Result<Tensor> {
+    let (low, high) = (boxes.narrow(D::Minus1, 0, 2)?, boxes.narrow(D::Minus1, 2, 2)?);
+    Tensor::cat(&[&((&low + &high)? * 0.5)?, &(high - low)?], D::Minus1)
+}
+
+/// Intersection over union of paired boxes `xyxy [B, 4]` → `[B]`, and the areas of their unions `[B]`. Boxes without area give
+/// finite values.
+///
+/// # Errors
+/// If the shapes are not `[B, 4]`.
+pub fn iou(a: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor)> {
+    let n = a.dim(0)?;
+    check_shape("iou", "a", a, &[n, 4])?;
+    check_shape("iou", "b", b, &[n, 4])?;
+    let (low, high) = (edges(a, 0)?.maximum(&edges(b, 0)?)?, edges(a, 2)?.minimum(&edges(b, 2)?)?);
+    let intersection = area(&(high - low)?.relu()?)?;
+    let own = |boxes: &Tensor| area(&(edges(boxes, 2)? - edges(boxes, 0)?)?);
+    let union = ((own(a)? + own(b)?)? - &intersection)?;
+    Ok(((intersection / (&union + f64::from(TINY))?)?, union))
+}
+
 /// Generalised IoU (Rezatofighi et al. 2019) of paired boxes `xyxy [B, 4]` → `[B]`, in [−1, 1]. Boxes without area give
 /// finite values.
+///
+/// # Errors
+/// If the shapes are not `[B, 4]`.
 pub fn giou(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let n = a.dim(0)?;
-    check_shape("giou", "a", a, &[n, 4])?;
-    check_shape("giou", "b", b, &[n, 4])?;
-    let edge = |t: &Tensor, i: usize| t.narrow(1, i, 1)?.squeeze(1);
-    let (a0, a1, a2, a3) = (edge(a, 0)?, edge(a, 1)?, edge(a, 2)?, edge(a, 3)?);
-    let (b0, b1, b2, b3) = (edge(b, 0)?, edge(b, 1)?, edge(b, 2)?, edge(b, 3)?);
-    let area = |x0: &Tensor, y0: &Tensor, x1: &Tensor, y1: &Tensor| (x1 - x0)?.mul(&(y1 - y0)?);
-    let overlap_x = (a2.minimum(&b2)? - a0.maximum(&b0)?)?.relu()?;
-    let overlap_y = (a3.minimum(&b3)? - a1.maximum(&b1)?)?.relu()?;
-    let intersection = (overlap_x * overlap_y)?;
-    let union = ((area(&a0, &a1, &a2, &a3)? + area(&b0, &b1, &b2, &b3)?)? - &intersection)?;
-    let hull = ((a2.maximum(&b2)? - a0.minimum(&b0)?)? * (a3.maximum(&b3)? - a1.minimum(&b1)?)?)?;
-    let iou = (&intersection / (&union + f64::from(TINY))?)?;
+    let (iou, union) = iou(a, b)?;
+    let (low, high) = (edges(a, 0)?.minimum(&edges(b, 0)?)?, edges(a, 2)?.maximum(&edges(b, 2)?)?);
+    let hull = area(&(high - low)?)?;
     iou - ((&hull - &union)? / (&hull + f64::from(TINY))?)?
+}
+
+/// The low edges (from 0) or the high ones (from 2) of boxes `xyxy [B, 4]` → `[B, 2]`.
+fn edges(boxes: &Tensor, from: usize) -> Result<Tensor> {
+    boxes.narrow(1, from, 2)
+}
+
+/// Sides `[B, 2]` → areas `[B]`.
+fn area(sides: &Tensor) -> Result<Tensor> {
+    sides.narrow(1, 0, 1)?.mul(&sides.narrow(1, 1, 1)?)?.squeeze(1)
 }
 
 /// Keeps ratios of areas finite; far below the area of one pixel of any picture.

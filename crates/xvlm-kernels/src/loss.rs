@@ -35,7 +35,8 @@ fn widen(x: &Tensor) -> Result<Tensor> {
 pub const IGNORE: i64 = -100;
 
 /// Mean cross entropy over the rows whose label is not [`IGNORE`]: `logits [M, V]`, one label a row. With `smoothing` ε a
-/// row's target is `1 − ε` on its label plus `ε / V` on every class. 0 if no row counts.
+/// row's target is `1 − ε` on its label and `ε / V` on every other class (the original's `LabelSmoothSoftmaxCEV1`; PyTorch's
+/// own smoothing adds the `ε / V` on the label too). 0 if no row counts.
 ///
 /// # Errors
 /// If the number of labels is not `M`, or a label is neither [`IGNORE`] nor below `V`.
@@ -66,8 +67,9 @@ pub fn cross_entropy(logits: &Tensor, labels: &[i64], smoothing: f32) -> Result<
     let kept = log_probabilities.index_select(&Tensor::new(rows, logits.device())?, 0)?;
     let classes = Tensor::new(classes, logits.device())?.unsqueeze(1)?;
     let chosen = kept.gather(&classes, 1)?.sum_all()?;
-    let spread = (kept.sum_all()? * (f64::from(smoothing) / v as f64))?;
-    ((chosen * f64::from(1.0 - smoothing))? + spread)? / -(counted as f64)
+    let share = f64::from(smoothing) / v as f64;
+    let spread = (kept.sum_all()? * share)?;
+    ((chosen * (1.0 - f64::from(smoothing) - share))? + spread)? / -(counted as f64)
 }
 
 struct CrossEntropy {
@@ -101,7 +103,8 @@ impl CustomOp1 for CrossEntropy {
                         }
                         let log_sum = total.ln() + top;
                         let spread = self.smoothing * (log_sum - sum(row) / v as f32);
-                        (1.0 - self.smoothing) * (log_sum - row[label as usize]) + spread
+                        let on_label = 1.0 - self.smoothing - self.smoothing / v as f32;
+                        on_label * (log_sum - row[label as usize]) + spread
                     },
                 )
             })
@@ -124,9 +127,13 @@ impl CustomOp1 for CrossEntropy {
                 #[inline(always)]
                 || {
                     crate::simd::softmax_row(row);
-                    row[label as usize] -= 1.0 - self.smoothing;
+                    let share = self.smoothing / v as f32;
                     for x in row.iter_mut() {
-                        *x = (*x - self.smoothing / v as f32) * scale;
+                        *x = *x * (1.0 - share) - share;
+                    }
+                    row[label as usize] -= 1.0 - self.smoothing - share;
+                    for x in row.iter_mut() {
+                        *x *= scale;
                     }
                 },
             )

@@ -43,9 +43,25 @@ pub fn iou_xywh(a: [f32; 4], b: [f32; 4]) -> f32 {
     (shared / (a[2] * a[3] + b[2] * b[3] - shared)) as f32
 }
 
+/// As [`iou_xywh`], for boxes in pixels and by the rule of the RefCOCO evaluation (`computeIoU` of the REFER toolkit): boxes
+/// that share no more than one pixel along an axis do not overlap.
+pub fn refer_iou(a: [f32; 4], b: [f32; 4]) -> f32 {
+    let overlap = |axis: usize| (a[axis] + a[axis + 2]).min(b[axis] + b[axis + 2]) - a[axis].max(b[axis]);
+    if overlap(0) > 1.0 && overlap(1) > 1.0 { iou_xywh(a, b) } else { 0.0 }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_shared_pixel_is_none() {
+        let (a, b) = ([0.0, 0.0, 10.0, 10.0], [9.0, 0.0, 10.0, 10.0]);
+        assert!(iou_xywh(a, b) > 0.0);
+        assert_eq!(refer_iou(a, b), 0.0);
+        let b = [8.0, 0.0, 10.0, 10.0];
+        assert_eq!(refer_iou(a, b), iou_xywh(a, b));
+    }
 
     #[test]
     fn overlaps_by_hand() {
