@@ -3,6 +3,7 @@
 mod compare_scores;
 mod tidy;
 mod train_demo;
+mod verify;
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -32,6 +33,7 @@ enum Chore {
     TrainDemo(train_demo::TrainDemo),
     /// Check what the compiler does not: the direction of dependencies, and that files stay short
     Tidy,
+    Verify(verify::Verify),
 }
 
 /// The root of the workspace.
@@ -59,6 +61,7 @@ fn main() -> ExitCode {
         Chore::CompareScores(chore) => chore.run(),
         Chore::TrainDemo(chore) => chore.run(),
         Chore::Tidy => tidy::run(),
+        Chore::Verify(chore) => chore.run(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

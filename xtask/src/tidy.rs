@@ -12,7 +12,7 @@ const ARROWS: [(&str, &[&str]); 10] = [
     ("xvlm-losses", &["xvlm-kernels"]),
     ("xvlm-metrics", &[]),
     ("xvlm-data", &[]),
-    ("xvlm-weights", &[]),
+    ("xvlm-weights", &["xvlm-kernels"]),
     ("xvlm-train", &["xvlm-kernels"]),
     (
         "xvlm-tasks",

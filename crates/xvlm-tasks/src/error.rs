@@ -41,6 +41,18 @@ pub enum TaskError {
         /// What should hold items.
         what: String,
     },
+    /// A file of a published model that cannot be had.
+    #[error("{file} of {repository}, revision {revision}: {cause}")]
+    Fetch {
+        /// Where the model is published: `owner/name`.
+        repository: String,
+        /// Which state of it: a branch, tag or commit.
+        revision: String,
+        /// The file.
+        file: String,
+        /// What was expected and found, or what the network said.
+        cause: String,
+    },
 }
 
 /// A configuration that cannot be read or understood.

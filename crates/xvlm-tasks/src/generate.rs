@@ -42,9 +42,12 @@ impl Source {
         Ok(Self { tokens: images.0.clone(), mask: Tensor::ones((n, l), DType::F32, images.0.device())? })
     }
 
-    /// Runs `look` with rows that look at `index`. Keys and values are computed for each source once, and only for those that
-    /// are looked at.
-    pub(crate) fn look_at<T>(&self, index: &[u32], look: impl FnOnce(&Concepts) -> Result<T>) -> Result<T> {
+    /// Runs `look` with rows that look at the sources `index` names. Keys and values are computed for each source once, and
+    /// only for those that are looked at.
+    ///
+    /// # Errors
+    /// If an index names no source, or `look` fails.
+    pub fn look_at<T>(&self, index: &[u32], look: impl FnOnce(&Concepts) -> Result<T>) -> Result<T> {
         let device = self.tokens.device();
         let mut used = index.to_vec();
         used.sort_unstable();
@@ -71,13 +74,8 @@ pub fn writing_loss(
     let mask = Tensor::ones((b, images.dim(1)?), DType::F32, images.device())?;
     let looks = Concepts { tokens: images, index: &batch.image_index, mask: &mask };
     let decoded = model.decode(&batch.ids, &batch.mask, &looks, pass)?;
-    let (positions, labels): (Vec<u32>, Vec<i64>) = batch
-        .labels
-        .iter()
-        .enumerate()
-        .filter(|(_, label)| **label >= 0)
-        .map(|(i, &label)| (i as u32, label))
-        .unzip();
+    let (positions, labels): (Vec<u32>, Vec<i64>) =
+        batch.labels.iter().enumerate().filter(|(_, label)| **label >= 0).map(|(i, &label)| (i as u32, label)).unzip();
     let written = decoded.reshape((b * t, ()))?.index_select(&Tensor::new(positions, images.device())?, 0)?;
     losses::generation(&model.next_token_logits(&written)?, &labels, smoothing)
 }

@@ -8,7 +8,7 @@ use xvlm_data::annotations::{GroundingItem, read_grounding};
 use xvlm_data::{Picture, TextTensors};
 use xvlm_encoders::{Attention, Concepts, Pass, Xvlm};
 use xvlm_kernels as kernels;
-use xvlm_metrics::boxes::{BoxScores, iou_xywh};
+use xvlm_metrics::boxes::{BoxScores, refer_iou};
 use xvlm_train::Losses;
 
 use crate::align::{Alignment, BoxTargets};
@@ -99,15 +99,28 @@ pub fn losses(
     Ok(Losses(alignment.losses(texts, None, Some(targets), &mut |_, _| Ok(Vec::new()))?))
 }
 
-/// Which patches of each image a text is about, found without ever having seen a box (§4.2 of the paper; Grad-CAM, Selvaraju
-/// et al. 2017, as `Grounding.py` does it): `[B, P, P]` over the grid of patches. Text `i` is about row `i` of the images.
+/// Which patches of each image a text is about, and what that was concluded from.
+#[derive(Clone, Debug)]
+pub struct Heat {
+    /// Attention probabilities of a fusion layer `[B, heads, T, 1+L]`.
+    pub attention: Tensor,
+    /// How matching changes with each of them, of the same shape.
+    pub gradient: Tensor,
+    /// `[B, 2]`.
+    pub match_logits: Tensor,
+    /// `[B, P, P]` over the grid of patches.
+    pub map: Tensor,
+}
+
+/// Finds what a text is about without ever having seen a box (§4.2 of the paper; Grad-CAM, Selvaraju et al. 2017, as
+/// `Grounding.py` does it). Text `i` is about row `i` of the images.
 ///
 /// The map is the attention that a fusion layer pays to each patch, times its positive influence on matching, averaged over
 /// heads and tokens.
 ///
 /// # Errors
 /// If a tensor operation fails, the model has no matching head, or `layer` has no cross attention.
-pub fn heat_map(model: &Xvlm, images: &ImageTokens, texts: &Texts, layer: usize) -> candle_core::Result<Tensor> {
+pub fn heat(model: &Xvlm, images: &ImageTokens, texts: &Texts, layer: usize) -> candle_core::Result<Heat> {
     let pass = Pass::inference().watching_attention(layer);
     let encoded = model.encode_text(&texts.ids, &texts.mask, Attention::Full, &pass)?;
     let index: Vec<u32> = (0..images.len() as u32).collect();
@@ -118,17 +131,40 @@ pub fn heat_map(model: &Xvlm, images: &ImageTokens, texts: &Texts, layer: usize)
         let (first, end) = (text.fusion_layer, text.num_hidden_layers);
         candle_core::bail!("layer: expected one with cross attention, {first} to {}, found {layer}", end - 1);
     };
-    let matching = model.match_logits(&fused)?.narrow(1, 1, 1)?.sum_all()?;
-    let gradients = matching.backward()?;
-    let Some(gradient) = gradients.get(&attention) else {
+    let match_logits = model.match_logits(&fused)?;
+    let gradients = match_logits.narrow(1, 1, 1)?.sum_all()?.backward()?;
+    let Some(gradient) = gradients.get(&attention).cloned() else {
         candle_core::bail!("layer {layer}: expected the match to depend on its attention, found that it does not");
     };
+    let attention = attention.as_detached_tensor();
     let (b, _, t, tokens) = attention.dims4()?;
     let patches = |x: &Tensor| x.narrow(3, 1, tokens - 1);
-    let influence = (patches(&attention.as_detached_tensor())? * patches(gradient)?.relu()?)?;
+    let influence = (patches(&attention)? * patches(&gradient)?.relu()?)?;
     let side = model.config().vision_config.grid();
     let words = texts.mask.reshape((b, 1, t, 1))?;
-    influence.broadcast_mul(&words)?.mean(1)?.mean(1)?.reshape((b, side, side))
+    let map = influence.broadcast_mul(&words)?.mean(1)?.mean(1)?.reshape((b, side, side))?;
+    Ok(Heat { attention, gradient, match_logits: match_logits.detach(), map })
+}
+
+/// How much of a heat map `[P, P]` lies in each proposed box, by which weakly supervised grounding chooses among them: the map
+/// is stretched over the image (`width` × `height` pixels), summed inside the box, and divided by the root of the box's area
+/// (`grounding_eval` of the original, α = 0.5). Boxes are `(x, y, w, h)` in pixels; one without area has no score above 0.
+///
+/// # Errors
+/// If the map has not two dimensions, or a size is 0.
+pub fn rank_proposals(map: &Tensor, width: u32, height: u32, proposals: &[[f32; 4]]) -> candle_core::Result<Vec<f32>> {
+    let (width, height) = (width as usize, height as usize);
+    let map = kernels::resize_bicubic(&map.unsqueeze(2)?, height, width)?.flatten_all()?.to_vec1::<f32>()?;
+    let score = |&[x, y, w, h]: &[f32; 4]| {
+        // As the original: the edges are cut to whole pixels, the area is not.
+        let pixel = |edge: f32, size: usize| (edge.max(0.0) as usize).min(size);
+        let span = |from: f32, extent: f32, size| pixel(from, size)..pixel(from + extent.max(0.0), size);
+        let columns = span(x, w, width);
+        let rows = span(y, h, height).map(|row| &map[row * width..][columns.clone()]);
+        let sum: f64 = rows.flatten().map(|&heat| f64::from(heat)).sum();
+        if w * h > 0.0 { (sum / f64::from(w * h).sqrt()) as f32 } else { 0.0 }
+    };
+    Ok(proposals.iter().map(score).collect())
 }
 
 /// What the model found for each item of a data set, and the scores.
@@ -171,7 +207,7 @@ pub fn evaluate(model: &Model, data: &Path, counter: Counter) -> Result<Evaluati
     let overlaps: Vec<f32> = items
         .iter()
         .zip(&found)
-        .map(|(item, found)| iou_xywh(found.pixels(item.width, item.height), item.bbox))
+        .map(|(item, found)| refer_iou(found.pixels(item.width, item.height), item.bbox))
         .collect();
     Ok(Evaluation { scores: BoxScores::from_ious(&overlaps), items, found })
 }

@@ -13,6 +13,9 @@ use xvlm_weights::{LoadRules, ModelFiles, ModelFolder, StoredType};
 use crate::error::{ConfigProblem, TaskError};
 use crate::generate::Source;
 
+/// The file of a model folder that [`ModelConfig`] is the content of.
+const CONFIG: &str = "config.json";
+
 /// What `config.json` of a model folder holds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -25,6 +28,17 @@ pub struct ModelConfig {
     pub max_words: usize,
     /// What captions begin with, left out of the answer.
     pub prompt: String,
+}
+
+impl ModelConfig {
+    /// The text of `config.json`.
+    ///
+    /// # Errors
+    /// If a number is not finite.
+    pub fn to_json(&self) -> Result<String, ConfigProblem> {
+        let problem = |error: serde_json::Error| ConfigProblem { file: CONFIG.to_owned(), message: error.to_string() };
+        serde_json::to_string_pretty(self).map_err(problem)
+    }
 }
 
 /// A model for inference: no gradients, no randomness.
@@ -40,6 +54,11 @@ pub struct Model {
 pub struct ImageTokens(pub(crate) Tensor);
 
 impl ImageTokens {
+    /// Images that have been encoded `[N, 1+L, C]`.
+    pub fn new(tokens: Tensor) -> Self {
+        Self(tokens)
+    }
+
     /// Number of images.
     pub fn len(&self) -> usize {
         self.0.dim(0).unwrap_or(0)
@@ -87,7 +106,7 @@ impl Model {
         let tensors: HashMap<String, Tensor> =
             named.into_iter().map(|(name, var)| (name, var.as_detached_tensor())).collect();
         let tokenizer = TextTokenizer::from_bytes(&format!("{}/tokenizer.json", files.name), &files.tokenizer)?;
-        let file = format!("{}/config.json", files.name);
+        let file = format!("{}/{CONFIG}", files.name);
         check_texts(&config.model, config.max_tokens, &tokenizer).map_err(|message| ConfigProblem { file, message })?;
         Ok(Self {
             xvlm: Xvlm::new(&config.model, VarBuilder::from_tensors(tensors, DType::F32, device))?,
@@ -110,11 +129,7 @@ impl Model {
     ) -> Result<(), TaskError> {
         let tensors: BTreeMap<String, Tensor> =
             parameters.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();
-        let config = serde_json::to_string_pretty(config).map_err(|error| ConfigProblem {
-            file: dir.join("config.json").display().to_string(),
-            message: error.to_string(),
-        })?;
-        Ok(ModelFolder::write(dir, &config, &tensors, &tokenizer.to_bytes(), stored)?)
+        Ok(ModelFolder::write(dir, &config.to_json()?, &tensors, &tokenizer.to_bytes(), stored)?)
     }
 
     /// What `config.json` holds.
@@ -185,23 +200,11 @@ impl Model {
     /// # Errors
     /// If a text is empty.
     pub fn match_pairs(&self, images: &ImageTokens, pairs: &[(u32, &str)]) -> Result<Vec<f32>, TaskError> {
-        self.match_probabilities(&self.fuse_pairs(images, pairs)?)
-    }
-
-    /// The logit of matching of each pair: what re-ranking compares.
-    ///
-    /// # Errors
-    /// If a text is empty.
-    pub fn match_scores(&self, images: &ImageTokens, pairs: &[(u32, &str)]) -> Result<Vec<f32>, TaskError> {
-        let logits = self.xvlm.match_logits(&self.fuse_pairs(images, pairs)?)?;
-        Ok(logits.narrow(1, 1, 1)?.flatten_all()?.to_vec1()?)
-    }
-
-    fn fuse_pairs(&self, images: &ImageTokens, pairs: &[(u32, &str)]) -> Result<Tensor, TaskError> {
         let texts: Vec<&str> = pairs.iter().map(|(_, text)| *text).collect();
         let tokens = self.tokenise(&texts)?;
         let index: Vec<u32> = pairs.iter().map(|(image, _)| *image).collect();
-        Ok(self.look(&self.encode_texts(&tokens)?, &tokens.mask, images, &index, Attention::Full)?)
+        let fused = self.look(&self.encode_texts(&tokens)?, &tokens.mask, images, &index, Attention::Full)?;
+        self.match_probabilities(&fused)
     }
 
     /// Fused texts `[B, T, H]` → the probability that each matches what it was fused with.
@@ -271,8 +274,8 @@ pub(crate) fn check_texts(model: &XvlmConfig, max_tokens: usize, tokenizer: &Tex
     Ok(())
 }
 
-fn parse_config(files: &ModelFiles) -> Result<ModelConfig, ConfigProblem> {
-    let problem = |message: String| ConfigProblem { file: format!("{}/config.json", files.name), message };
+pub(crate) fn parse_config(files: &ModelFiles) -> Result<ModelConfig, ConfigProblem> {
+    let problem = |message: String| ConfigProblem { file: format!("{}/{CONFIG}", files.name), message };
     let config: ModelConfig = serde_json::from_str(&files.config).map_err(|error| problem(error.to_string()))?;
     config.model.validate().map_err(|error| problem(error.to_string()))?;
     Ok(config)

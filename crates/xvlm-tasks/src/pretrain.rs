@@ -50,7 +50,12 @@ impl Pretraining {
     pub fn new(config: &XvlmConfig, seed: u64, device: &Device) -> Result<Self> {
         let parameters = Parameters::new(seed);
         let model = Xvlm::new(config, parameters.builder(DType::F32, device))?;
-        Ok(Self { model, parameters: parameters.named(), objectives: Objective::ALL.to_vec() })
+        Ok(Self::with_model(model, parameters.named()))
+    }
+
+    /// A model with its parameters.
+    pub fn with_model(model: Xvlm, parameters: Vec<(String, Var)>) -> Self {
+        Self { model, parameters, objectives: Objective::ALL.to_vec() }
     }
 
     /// The same, with the losses of some objectives only.

@@ -190,9 +190,8 @@ impl Group {
         let mut scores = logits.to_vec();
         self.penalise(0, &mut scores, search.repetition_penalty);
         self.forbid_end(&mut scores, search, end);
-        let best = (0..scores.len() as u32).max_by(|a, b| {
-            scores[*a as usize].total_cmp(&scores[*b as usize]).then(b.cmp(a))
-        });
+        let best =
+            (0..scores.len() as u32).max_by(|a, b| scores[*a as usize].total_cmp(&scores[*b as usize]).then(b.cmp(a)));
         let Some(token) = best else { return };
         let log_probability = log_softmax(&scores)[token as usize];
         let live = &mut self.live[0];

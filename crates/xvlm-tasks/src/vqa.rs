@@ -143,16 +143,12 @@ pub fn rank(model: &Xvlm, states: &Source, answers: &Texts, k: usize) -> candle_
         order.sort_by(|&a, &b| first[b as usize].total_cmp(&first[a as usize]).then(a.cmp(&b)));
         order.truncate(k);
         let chosen = Tensor::new(order.as_slice(), device)?;
-        let chosen =
-            Texts { ids: answers.ids.index_select(&chosen, 0)?, mask: answers.mask.index_select(&chosen, 0)? };
+        let chosen = Texts { ids: answers.ids.index_select(&chosen, 0)?, mask: answers.mask.index_select(&chosen, 0)? };
         let costs = answer_costs(model, states, &chosen, &vec![question; order.len()], &pass)?.to_vec1::<f32>()?;
         let scores: Vec<f32> = order.iter().zip(costs).map(|(&answer, cost)| first[answer as usize] - cost).collect();
         let probabilities = kernels::softmax(&Tensor::new(scores, device)?, 0)?.to_vec1::<f32>()?;
-        let mut row: Vec<Ranked> = order
-            .into_iter()
-            .zip(probabilities)
-            .map(|(answer, probability)| Ranked { answer, probability })
-            .collect();
+        let mut row: Vec<Ranked> =
+            order.into_iter().zip(probabilities).map(|(answer, probability)| Ranked { answer, probability }).collect();
         row.sort_by(|a, b| b.probability.total_cmp(&a.probability));
         ranked.push(row);
     }

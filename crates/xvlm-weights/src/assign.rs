@@ -101,7 +101,7 @@ pub fn assign(
 }
 
 /// The error for what differs, if anything does.
-fn refuse(
+pub(crate) fn refuse(
     name: &str,
     missing: Vec<NamedShape>,
     unexpected: Vec<NamedShape>,
@@ -130,7 +130,7 @@ fn storage(tensor: &Tensor) -> usize {
     std::ptr::from_ref(&*storage) as usize
 }
 
-fn allowed(patterns: &[String], name: &str) -> bool {
+pub(crate) fn allowed(patterns: &[String], name: &str) -> bool {
     patterns.iter().any(|pattern| matches(pattern, name))
 }
 

@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use candle_core::Tensor;
+
 /// A tensor's name and shape.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedShape {
@@ -19,8 +21,14 @@ impl fmt::Display for NamedShape {
     }
 }
 
+impl From<(&String, &Tensor)> for NamedShape {
+    fn from((name, tensor): (&String, &Tensor)) -> Self {
+        Self { name: name.clone(), shape: tensor.dims().to_vec() }
+    }
+}
+
 /// A tensor of another shape than its parameter.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Reshaped {
     /// The name of both.
     pub name: String,
@@ -81,14 +89,66 @@ pub enum WeightsError {
         found: String,
     },
     /// A tensor is stored as numbers of a type that cannot be a weight.
-    #[error("{file}: tensor {tensor}: expected dtype {}, found {found}", crate::tensors::READABLE)]
+    #[error("{file}: tensor {tensor}: expected dtype {expected}, found {found}")]
     Dtype {
         /// The file.
         file: String,
         /// The tensor.
         tensor: String,
+        /// The dtypes that can be read.
+        expected: &'static str,
         /// Its dtype.
         found: String,
+    },
+    /// A file is none of the kinds of checkpoints that can be read.
+    #[error(
+        "{file}: expected a PyTorch zip, a legacy PyTorch pickle, safetensors or an index of shards, found {found}"
+    )]
+    UnknownKind {
+        /// The file.
+        file: String,
+        /// What it begins with.
+        found: String,
+    },
+    /// Part of a checkpoint is damaged, or is not what its kind promises.
+    #[error("{file}: {part}: expected {expected}, found {found}")]
+    Malformed {
+        /// The file.
+        file: String,
+        /// The entry, the tensor, or what else it is a part of.
+        part: String,
+        /// What should be there.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+    /// A weight is infinite, or no number at all.
+    #[error("{file}: tensor {tensor}: expected finite numbers, found one that is not, number {at}")]
+    NotFinite {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// Its place among the tensor's numbers, from 0.
+        at: usize,
+    },
+    /// A checkpoint does not list the tensor that was asked for.
+    #[error("{file}: tensor {tensor}: expected one of the tensors of the file, found none of this name")]
+    NoSuchTensor {
+        /// The file.
+        file: String,
+        /// The name asked for.
+        tensor: String,
+    },
+    /// The numbers of a tensor could not be read from a checkpoint, or are damaged.
+    #[error("{file}: tensor {tensor}: {source}")]
+    Unreadable {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// What the operating system said, or what was expected and what was found.
+        source: io::Error,
     },
     /// Parameters for which there is no tensor.
     #[error("{file}: expected tensors {}, found none of these names", list(tensors))]
@@ -130,9 +190,10 @@ pub enum WeightsError {
 }
 
 impl WeightsError {
-    /// For `map_err`: names the file of an input or output error.
+    /// For `map_err`: names the file of an input or output error. An error of this crate that came through a writer
+    /// stays what it was.
     pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io { path: path.to_path_buf(), source }
+        move |source| source.downcast().unwrap_or_else(|source| Self::Io { path: path.to_path_buf(), source })
     }
 
     pub(crate) fn tensor(file: &str, tensor: &str, source: candle_core::Error) -> Self {

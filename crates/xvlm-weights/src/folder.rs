@@ -9,8 +9,8 @@ use candle_core::Tensor;
 use serde_json::Value;
 
 use crate::atomic::{folder_of, sync_folder, write_through};
-use crate::error::WeightsError;
-use crate::tensors::{StoredType, read_safetensors, write_safetensors};
+use crate::error::{NamedShape, WeightsError};
+use crate::tensors::{StoredType, read_safetensors, write_safetensors_with};
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
@@ -66,6 +66,24 @@ impl ModelFolder {
         tokenizer_json: &[u8],
         stored: StoredType,
     ) -> Result<(), WeightsError> {
+        let entries: Vec<NamedShape> = tensors.iter().map(NamedShape::from).collect();
+        Self::write_with(dir, config_json, Some(tokenizer_json), &entries, stored, |name| Ok(tensors[name].clone()))
+    }
+
+    /// As [`ModelFolder::write`], with tensors of which only the names and shapes are known yet: `tensor` gives each
+    /// when it is its turn, once and in the order of `entries`, so that memory need hold one at a time. A folder without a
+    /// tokenizer can be opened when one has been put there.
+    ///
+    /// # Errors
+    /// As [`ModelFolder::write`], and those of `tensor`, as they are.
+    pub fn write_with(
+        dir: &Path,
+        config_json: &str,
+        tokenizer_json: Option<&[u8]>,
+        entries: &[NamedShape],
+        stored: StoredType,
+        tensor: impl FnMut(&str) -> Result<Tensor, WeightsError>,
+    ) -> Result<(), WeightsError> {
         check_config(&dir.join(CONFIG).display().to_string(), config_json.as_bytes())?;
         let dir = resolve(dir).map_err(WeightsError::io(dir))?;
         let replaces = check_replaceable(&dir)?;
@@ -77,8 +95,10 @@ impl ModelFolder {
 
         fs::create_dir(&new).map_err(WeightsError::io(&new))?;
         write_new(&new.join(CONFIG), |out| out.write_all(config_json.as_bytes()))?;
-        write_new(&new.join(WEIGHTS), |out| write_safetensors(out, tensors, stored))?;
-        write_new(&new.join(TOKENIZER), |out| out.write_all(tokenizer_json))?;
+        write_new(&new.join(WEIGHTS), |out| write_safetensors_with(out, entries, stored, tensor))?;
+        if let Some(tokenizer) = tokenizer_json {
+            write_new(&new.join(TOKENIZER), |out| out.write_all(tokenizer))?;
+        }
         sync_folder(&new).map_err(WeightsError::io(&new))?;
 
         if replaces {
@@ -151,8 +171,10 @@ fn check_replaceable(dir: &Path) -> Result<bool, WeightsError> {
     if let Some(other) = names.iter().find(|name| !model.contains(&name.as_str())) {
         return Err(occupied(other.clone()));
     }
+    let has = |file: &str| names.iter().any(|name| name == file);
     match names.len() {
         0 | 3 => Ok(true),
+        2 if !has(TOKENIZER) => Ok(true),
         _ => Err(occupied(format!("only {}", names.join(", ")))),
     }
 }

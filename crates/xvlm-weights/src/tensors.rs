@@ -8,10 +8,10 @@ use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::error::WeightsError;
+use crate::error::{NamedShape, WeightsError};
 
 /// The dtypes that can be read.
-pub(crate) const READABLE: &str = "F32, F16, BF16, F64 or I64";
+const READABLE: &str = "F32, F16, BF16, F64 or I64";
 
 /// How numbers are stored in a file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -35,6 +35,11 @@ impl StoredType {
         }
     }
 
+    /// Bytes a number.
+    pub fn size(self) -> u64 {
+        self.dtype().size_in_bytes() as u64
+    }
+
     /// The name in a safetensors header.
     fn name(self) -> &'static str {
         match self {
@@ -53,7 +58,7 @@ impl StoredType {
 pub fn read_safetensors(name: &str, bytes: &[u8]) -> Result<BTreeMap<String, Tensor>, WeightsError> {
     let file = SafeTensors::deserialize(bytes).map_err(|error| {
         unknown_dtype(bytes)
-            .map(|(tensor, found)| WeightsError::Dtype { file: name.into(), tensor, found })
+            .map(|(tensor, found)| WeightsError::Dtype { file: name.into(), tensor, expected: READABLE, found })
             .unwrap_or_else(|| WeightsError::Corrupt { file: name.into(), len: bytes.len(), found: error.to_string() })
     })?;
     let read = |(tensor, view): (&str, safetensors::tensor::TensorView)| {
@@ -65,7 +70,8 @@ pub fn read_safetensors(name: &str, bytes: &[u8]) -> Result<BTreeMap<String, Ten
             // Position indices, which published text encoders carry among their weights.
             Dtype::I64 => DType::I64,
             other => {
-                return Err(WeightsError::Dtype { file: name.into(), tensor: tensor.into(), found: other.to_string() });
+                let (file, tensor, found) = (name.into(), tensor.into(), other.to_string());
+                return Err(WeightsError::Dtype { file, tensor, expected: READABLE, found });
             }
         };
         let value = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)
@@ -97,14 +103,35 @@ pub fn write_safetensors(
     tensors: &BTreeMap<String, Tensor>,
     stored: StoredType,
 ) -> io::Result<()> {
+    let entries: Vec<NamedShape> = tensors.iter().map(NamedShape::from).collect();
+    write_safetensors_with(out, &entries, stored, |name| Ok(tensors[name].clone()))
+}
+
+/// Writes tensors as safetensors, of which only the names and shapes are known yet: `tensor` gives each when it is its
+/// turn, in the order of `entries`, so that memory need hold one at a time.
+///
+/// # Errors
+/// If writing fails, a name is reserved or comes twice, or a tensor has another shape than was said or cannot be
+/// brought to the CPU. An error of `tensor` is the source of the error returned; [`write_file_atomically`] and
+/// [`ModelFolder`] give it back as it was.
+///
+/// [`write_file_atomically`]: crate::write_file_atomically
+/// [`ModelFolder`]: crate::ModelFolder
+pub fn write_safetensors_with(
+    out: &mut dyn Write,
+    entries: &[NamedShape],
+    stored: StoredType,
+    mut tensor: impl FnMut(&str) -> Result<Tensor, WeightsError>,
+) -> io::Result<()> {
     // Readers of the original ecosystem refuse a file that does not say which framework's layout it has.
     let mut header = Map::from_iter([("__metadata__".to_owned(), json!({"format": "pt"}))]);
-    let mut start = 0;
-    for (name, tensor) in tensors {
-        let end = start + tensor.elem_count() * stored.dtype().size_in_bytes();
-        let entry = json!({"dtype": stored.name(), "shape": tensor.dims(), "data_offsets": [start, end]});
+    let mut start = 0u64;
+    for entry in entries {
+        let NamedShape { name, shape } = entry;
+        let end = start.saturating_add(count(entry)?.saturating_mul(stored.size()));
+        let entry = json!({"dtype": stored.name(), "shape": shape, "data_offsets": [start, end]});
         if header.insert(name.clone(), entry).is_some() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("tensor {name}: the name is reserved")));
+            return Err(invalid(format!("tensor {name}: expected each name once and none reserved, found it again")));
         }
         start = end;
     }
@@ -113,13 +140,39 @@ pub fn write_safetensors(
     header.resize(header.len().next_multiple_of(8), b' ');
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(&header)?;
-    let mut out = out;
-    for (name, tensor) in tensors {
-        let converted = tensor.detach().to_device(&Device::Cpu).and_then(|tensor| tensor.to_dtype(stored.dtype()));
-        converted.and_then(|tensor| tensor.write_bytes(&mut out)).map_err(|error| match error {
-            candle_core::Error::Io(error) => error,
-            other => io::Error::other(format!("tensor {name}: {other}")),
-        })?;
+    for entry in entries {
+        write_numbers(out, entry, &tensor(&entry.name).map_err(io::Error::other)?, stored)?;
     }
     Ok(())
+}
+
+/// Writes a tensor's numbers, which must be of the shape that was said, in their order.
+pub(crate) fn write_numbers(
+    mut out: &mut dyn Write,
+    entry: &NamedShape,
+    tensor: &Tensor,
+    stored: StoredType,
+) -> io::Result<()> {
+    let name = &entry.name;
+    if tensor.dims() != entry.shape {
+        return Err(invalid(format!("tensor {name}: expected shape {:?}, found {:?}", entry.shape, tensor.dims())));
+    }
+    let converted = tensor.detach().to_device(&Device::Cpu).and_then(|tensor| tensor.to_dtype(stored.dtype()));
+    converted.and_then(|tensor| tensor.write_bytes(&mut out)).map_err(|error| match error {
+        candle_core::Error::Io(error) => error,
+        other => io::Error::other(format!("tensor {name}: {other}")),
+    })
+}
+
+/// How many numbers a tensor has.
+pub(crate) fn count(entry: &NamedShape) -> io::Result<u64> {
+    let count = entry.shape.iter().try_fold(1u64, |count, len| count.checked_mul(*len as u64));
+    // No more than memory has addresses.
+    count.filter(|count| i64::try_from(*count).is_ok()).ok_or_else(|| {
+        invalid(format!("tensor {}: expected a shape whose size is a number, found {:?}", entry.name, entry.shape))
+    })
+}
+
+pub(crate) fn invalid(message: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, message)
 }

@@ -1,0 +1,112 @@
+//! Checkpoints of the original, and of what it starts from, to model folders and back.
+
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use xvlm_data::TextTokenizer;
+use xvlm_encoders::{Blueprint, Task, VisionConfig, VitFamily, Xvlm, XvlmConfig};
+use xvlm_weights::{
+    Checkpoint, Conversion, ConversionReport, Layout, LoadRules, ModelFolder, NamedShape, Origin, StoredType,
+    TextLayers, WeightsError,
+};
+
+use crate::error::{ConfigProblem, TaskError};
+use crate::model::{ModelConfig, check_texts, parse_config};
+
+/// What a checkpoint is made into.
+#[derive(Clone, Debug)]
+pub struct Goal {
+    /// The model, its task and resolution among it.
+    pub config: ModelConfig,
+    /// Whether fusion layers come from every other of the last layers of a deeper BERT (`load_bertL_by_sep`).
+    pub every_other_layer: bool,
+    /// What may be missing or left over.
+    pub rules: LoadRules,
+    /// How the numbers are stored.
+    pub stored: StoredType,
+    /// Seed of the parameters that no checkpoint has.
+    pub seed: u64,
+}
+
+/// The parameters of a model, and what decides where tensors of a checkpoint go.
+///
+/// # Errors
+/// If the sizes do not fit together.
+pub fn layout(config: &XvlmConfig, every_other_layer: bool) -> candle_core::Result<(Layout, Blueprint)> {
+    let blueprint = Blueprint::of(|vb| Xvlm::new(config, vb))?;
+    let text = match config.task {
+        Task::Pretrain => TextLayers::Same,
+        Task::Retrieval | Task::Grounding => TextLayers::Encoder,
+        Task::Nlvr | Task::NlvrPretrain => TextLayers::Paired,
+        Task::Vqa => TextLayers::EncoderAndDecoder,
+        Task::Captioning => TextLayers::Decoder,
+    };
+    let (fusion_layer, num_hidden_layers) = (config.text_config.fusion_layer, config.text_config.num_hidden_layers);
+    let layout = Layout { text, fusion_layer, num_hidden_layers, every_other_layer, parameters: blueprint.shapes() };
+    Ok((layout, blueprint))
+}
+
+/// Makes a model folder of checkpoints; a later one goes before an earlier one. Memory holds one tensor at a time. `written` is
+/// told the bytes that are done, of how many.
+///
+/// Without a tokenizer the folder is complete only when a `tokenizer.json` is put there.
+///
+/// # Errors
+/// If a tensor is missing, of another shape, not finite or unknown (all of them are named), the configuration or the tokenizer
+/// does not fit, or a file cannot be read or written. Nothing is left half written.
+pub fn convert(
+    sources: &[(Origin, Checkpoint)],
+    goal: &Goal,
+    tokenizer: Option<&TextTokenizer>,
+    out: &Path,
+    written: &mut dyn FnMut(u64, u64),
+) -> Result<ConversionReport, TaskError> {
+    if let Some(tokenizer) = tokenizer {
+        let problem = |message| ConfigProblem { file: "configuration".to_owned(), message };
+        check_texts(&goal.config.model, goal.config.max_tokens, tokenizer).map_err(problem)?;
+    }
+    let (layout, blueprint) = layout(&goal.config.model, goal.every_other_layer)?;
+    let conversion = Conversion::plan(sources, &layout, &goal.rules)?;
+    let entries: Vec<NamedShape> =
+        layout.parameters.iter().map(|(name, shape)| NamedShape { name: name.clone(), shape: shape.clone() }).collect();
+    let bytes = |shape: &[usize]| shape.iter().product::<usize>() as u64 * goal.stored.size();
+    let total = entries.iter().map(|entry| bytes(&entry.shape)).sum();
+    let mut done = 0;
+    let tensor = |name: &str| -> Result<Tensor, WeightsError> {
+        let tensor = match conversion.read(name)? {
+            Some(tensor) => tensor,
+            None => blueprint
+                .draw(name, goal.seed)
+                .ok_or_else(|| WeightsError::NoSuchTensor { file: "model".to_owned(), tensor: name.to_owned() })?,
+        };
+        done += bytes(tensor.dims());
+        written(done, total);
+        Ok(tensor)
+    };
+    let config = goal.config.to_json()?;
+    let tokenizer = tokenizer.map(TextTokenizer::to_bytes);
+    ModelFolder::write_with(out, &config, tokenizer.as_deref(), &entries, goal.stored, tensor)?;
+    Ok(conversion.report().clone())
+}
+
+/// Writes the model of a folder as the original saves checkpoints: a PyTorch zip of `{'model': state_dict}` that it loads.
+///
+/// # Errors
+/// If the folder is no model, or a file cannot be read or written.
+pub fn export(folder: &Path, out: &Path, stored: StoredType) -> Result<usize, TaskError> {
+    let files = ModelFolder::open(folder)?;
+    let config: ModelConfig = parse_config(&files)?;
+    let mut tensors = files.tensors;
+    // The one buffer that the original deletes without asking whether it is there.
+    if let VisionConfig::Vit(vit) = &config.model.vision_config
+        && vit.family == VitFamily::Clip
+    {
+        let count = 1 + vit.grid().pow(2) as i64;
+        tensors.insert("vision_encoder.position_ids".to_owned(), Tensor::arange(0, count, &Device::Cpu)?.unsqueeze(0)?);
+    }
+    let entries: Vec<NamedShape> = tensors.iter().map(NamedShape::from).collect();
+    xvlm_weights::write_file_atomically(out, |out| {
+        xvlm_weights::write_pytorch(out, &entries, stored, |name| Ok(tensors[name].clone()))
+    })?;
+    Ok(tensors.len())
+}

@@ -1,0 +1,264 @@
+//! Published checkpoints to models: which tensor becomes which parameter, and what is done to it on the way.
+//!
+//! What the original does in `load_pretrained` of each of its models is planned here from names and shapes alone, before a
+//! number is read; then each parameter is read when it is its turn.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use candle_core::{DType, Tensor};
+use serde::Serialize;
+
+use crate::assign::{LoadRules, allowed, refuse};
+use crate::checkpoint::{Checkpoint, first_non_finite};
+use crate::error::{NamedShape, Reshaped, WeightsError};
+use crate::interpolate::{resize_positions, resize_relative_positions};
+use crate::names::{Fate, Origin, TextLayers, fate};
+
+/// What about a model decides where tensors go.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    /// What becomes of the text layers.
+    pub text: TextLayers,
+    /// Index of the first text layer with cross attention.
+    pub fusion_layer: usize,
+    /// Number of text layers.
+    pub num_hidden_layers: usize,
+    /// Whether the fusion layers come from every other of the last layers of a deeper BERT (`load_bertL_by_sep`).
+    pub every_other_layer: bool,
+    /// Shapes of the parameters by name.
+    pub parameters: BTreeMap<String, Vec<usize>>,
+}
+
+/// A name, and why it is where it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Because {
+    /// A parameter or a tensor.
+    pub name: String,
+    /// The reason.
+    pub why: String,
+}
+
+/// What a conversion does, by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ConversionReport {
+    /// Parameters that are a tensor as it is.
+    pub loaded: Vec<String>,
+    /// Parameters that are a tensor made to fit.
+    pub reshaped: Vec<Reshaped>,
+    /// Parameters that no tensor is for, and why that is right.
+    pub initialised: Vec<Because>,
+    /// Tensors that are for no parameter, and why that is right.
+    pub unused: Vec<Because>,
+}
+
+impl fmt::Display for ConversionReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{} parameters loaded", self.loaded.len())?;
+        writeln!(f, "{} parameters reshaped", self.reshaped.len())?;
+        for Reshaped { name, expected, found } in &self.reshaped {
+            writeln!(f, "  {name}: {found:?} to {expected:?}")?;
+        }
+        for (what, named) in [("parameters initialised", &self.initialised), ("tensors unused", &self.unused)] {
+            writeln!(f, "{} {what}", named.len())?;
+            let mut by_reason: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+            named.iter().for_each(|one| by_reason.entry(&one.why).or_default().push(&one.name));
+            for (why, names) in by_reason {
+                writeln!(f, "  {} {why}: {}", names.len(), names.join(", "))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How a parameter is made of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Change {
+    None,
+    /// Absolute positions for another grid, of that many patches along a side.
+    Positions(usize),
+    /// Relative positions for another window, of that many offsets along a side.
+    RelativePositions(usize),
+}
+
+#[derive(Clone, Debug)]
+struct Recipe {
+    source: usize,
+    tensor: String,
+    change: Change,
+}
+
+/// A planned conversion.
+pub struct Conversion<'a> {
+    sources: &'a [(Origin, Checkpoint)],
+    parameters: BTreeMap<String, Vec<usize>>,
+    recipes: BTreeMap<String, Recipe>,
+    report: ConversionReport,
+}
+
+impl<'a> Conversion<'a> {
+    /// Plans which tensor of which source becomes which parameter; a later source goes before an earlier one.
+    ///
+    /// # Errors
+    /// [`WeightsError::Missing`] with all parameters that should have a tensor and have none, [`WeightsError::Unexpected`]
+    /// with all tensors that are nothing this crate knows, [`WeightsError::Shape`] with all that do not fit, or
+    /// [`WeightsError::Several`]; `rules` allow what is to be put up with. [`WeightsError::Dtype`] for weights that are no
+    /// floating-point numbers.
+    pub fn plan(sources: &'a [(Origin, Checkpoint)], layout: &Layout, rules: &LoadRules) -> Result<Self, WeightsError> {
+        let sources_have = |prefix: &str| {
+            let mut tensors = sources.iter().flat_map(|(_, checkpoint)| checkpoint.tensors().keys());
+            tensors.any(|tensor| tensor.starts_with(prefix))
+        };
+        let mut recipes: BTreeMap<String, Recipe> = BTreeMap::new();
+        let mut report = ConversionReport::default();
+        let (mut unexpected, mut reshaped) = (Vec::new(), Vec::new());
+        for (source, (origin, checkpoint)) in sources.iter().enumerate() {
+            for (tensor, info) in checkpoint.tensors() {
+                let names = match fate(*origin, tensor, layout, checkpoint.tensors()) {
+                    Fate::Becomes(names) => names,
+                    Fate::Unused(why) => {
+                        report.unused.push(Because { name: tensor.clone(), why: why.to_owned() });
+                        continue;
+                    }
+                    Fate::Unknown if allowed(&rules.allow_unexpected, tensor) => {
+                        report.unused.push(Because { name: tensor.clone(), why: "allowed to be".to_owned() });
+                        continue;
+                    }
+                    Fate::Unknown => {
+                        unexpected.push(NamedShape { name: tensor.clone(), shape: info.shape().to_vec() });
+                        continue;
+                    }
+                };
+                let is_number = matches!(info.dtype(), Some(DType::F32 | DType::F16 | DType::BF16 | DType::F64));
+                if !is_number {
+                    let (file, found) = (checkpoint.name().to_owned(), info.type_name().to_owned());
+                    let expected = "F32, F16, BF16 or F64";
+                    return Err(WeightsError::Dtype { file, tensor: tensor.clone(), expected, found });
+                }
+                for name in names {
+                    let shape = &layout.parameters[&name];
+                    // Keys and values of a decoder may read narrower or wider tokens than those of the layer it is made of.
+                    let weight = tensor.strip_suffix("bias").map(|stem| format!("{stem}weight"));
+                    let reads = weight.and_then(|weight| checkpoint.tensors().get(&weight)).unwrap_or(info).shape();
+                    if layout.starts_anew(&name, sources_have) && layout.weight_of(&name) != Some(reads) {
+                        continue;
+                    }
+                    match change(&name, info.shape(), shape) {
+                        Some(change) => {
+                            recipes.insert(name, Recipe { source, tensor: tensor.clone(), change });
+                        }
+                        None => reshaped.push(Reshaped {
+                            name: tensor.clone(),
+                            expected: shape.clone(),
+                            found: info.shape().to_vec(),
+                        }),
+                    }
+                }
+            }
+        }
+        let used: BTreeSet<(usize, &str)> =
+            recipes.values().map(|recipe| (recipe.source, recipe.tensor.as_str())).collect();
+        let mut missing = Vec::new();
+        for (name, shape) in &layout.parameters {
+            if recipes.contains_key(name) {
+                continue;
+            }
+            let why = if layout.starts_anew(name, sources_have) {
+                "new in this task"
+            } else if !sources.iter().any(|(origin, _)| origin.has(name)) {
+                "in no source of this kind"
+            } else if allowed(&rules.allow_missing, name) {
+                "allowed to be"
+            } else {
+                missing.push(NamedShape { name: name.clone(), shape: shape.clone() });
+                continue;
+            };
+            report.initialised.push(Because { name: name.clone(), why: why.to_owned() });
+        }
+        let file = sources.iter().map(|(_, checkpoint)| checkpoint.name()).collect::<Vec<_>>().join(", ");
+        for (source, (origin, checkpoint)) in sources.iter().enumerate() {
+            for tensor in checkpoint.tensors().keys().filter(|tensor| !used.contains(&(source, tensor.as_str()))) {
+                if let Fate::Becomes(_) = fate(*origin, tensor, layout, checkpoint.tensors()) {
+                    report.unused.push(Because { name: tensor.clone(), why: "of a part that is another's".to_owned() });
+                }
+            }
+        }
+        refuse(&file, missing, unexpected, reshaped)?;
+        for (name, recipe) in &recipes {
+            let found = sources[recipe.source].1.tensors()[&recipe.tensor].shape();
+            match recipe.change {
+                Change::None => report.loaded.push(name.clone()),
+                _ => report.reshaped.push(Reshaped {
+                    name: name.clone(),
+                    expected: layout.parameters[name].clone(),
+                    found: found.to_vec(),
+                }),
+            }
+        }
+        Ok(Self { sources, parameters: layout.parameters.clone(), recipes, report })
+    }
+
+    /// What is done, by name.
+    pub fn report(&self) -> &ConversionReport {
+        &self.report
+    }
+
+    /// A parameter in f32, or nothing if no source has it.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or [`WeightsError::NotFinite`] if a number in it is none.
+    pub fn read(&self, name: &str) -> Result<Option<Tensor>, WeightsError> {
+        let Some(Recipe { source, tensor, change }) = self.recipes.get(name) else { return Ok(None) };
+        let checkpoint = &self.sources[*source].1;
+        let value = checkpoint.read(tensor)?;
+        let failed = |error| WeightsError::tensor(checkpoint.name(), tensor, error);
+        if let Some(at) = first_non_finite(&value).map_err(failed)? {
+            return Err(WeightsError::NotFinite { file: checkpoint.name().to_owned(), tensor: tensor.clone(), at });
+        }
+        let value = value.to_dtype(DType::F32).and_then(|value| match *change {
+            Change::None => value.reshape(self.parameters[name].as_slice()),
+            Change::Positions(side) => resize_positions(&value, side),
+            Change::RelativePositions(side) => resize_relative_positions(&value, side),
+        });
+        value.map(Some).map_err(failed)
+    }
+}
+
+/// Parts that fine-tuning starts from nothing (`init_params` of the original's models), as long as no source has any of them.
+const NEW_HEADS: [&str; 2] = ["cls_head.", "ta_head."];
+
+impl Layout {
+    /// The shape of the weight that a parameter is, or is the bias of.
+    fn weight_of(&self, name: &str) -> Option<&[usize]> {
+        let weight = name.strip_suffix("bias").map_or_else(|| name.to_owned(), |stem| format!("{stem}weight"));
+        self.parameters.get(&weight).map(Vec::as_slice)
+    }
+
+    /// Whether a parameter is one that fine-tuning starts from nothing, given what the sources' names begin with.
+    fn starts_anew(&self, name: &str, sources_have: impl Fn(&str) -> bool) -> bool {
+        if let Some(head) = NEW_HEADS.iter().find(|head| name.starts_with(**head)) {
+            return !sources_have(head);
+        }
+        // The decoder of answers reads the states of questions where the fusion layer it is made of reads an image.
+        let reads = ["crossattention.self.key.", "crossattention.self.value."].iter().any(|part| name.contains(part));
+        let decoder = "text_decoder.";
+        self.text == TextLayers::EncoderAndDecoder && reads && name.starts_with(decoder) && !sources_have(decoder)
+    }
+}
+
+/// What makes a tensor of one shape a parameter of another; nothing can in most cases.
+fn change(name: &str, from: &[usize], to: &[usize]) -> Option<Change> {
+    let sides = |shape: &[usize]| shape.iter().copied().filter(|&side| side != 1).collect::<Vec<_>>();
+    if from == to || sides(from) == sides(to) {
+        return Some(Change::None);
+    }
+    let (&rows, &width) = (to.get(to.len().checked_sub(2)?)?, to.last()?);
+    if from.last() != Some(&width) || from.len() != to.len() {
+        return None;
+    }
+    if name.ends_with("relative_position_bias_table") {
+        return Some(Change::RelativePositions(rows.isqrt()));
+    }
+    let is_position = ["vision_encoder.pos_embed", "vision_encoder.pos_embed.weight"].contains(&name);
+    is_position.then(|| Change::Positions(rows.saturating_sub(1).isqrt()))
+}
