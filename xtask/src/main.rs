@@ -1,6 +1,7 @@
 //! Chores of development: `cargo xtask COMMAND`.
 
 mod compare_scores;
+mod convert_weights;
 mod tidy;
 mod train_demo;
 mod verify;
@@ -30,6 +31,7 @@ enum Chore {
         arguments: Vec<String>,
     },
     CompareScores(compare_scores::CompareScores),
+    ConvertWeights(convert_weights::ConvertWeights),
     TrainDemo(train_demo::TrainDemo),
     /// Check what the compiler does not: the direction of dependencies, and that files stay short
     Tidy,
@@ -59,6 +61,7 @@ fn main() -> ExitCode {
             cargo(command.into_iter().chain(arguments))
         }
         Chore::CompareScores(chore) => chore.run(),
+        Chore::ConvertWeights(chore) => chore.run(),
         Chore::TrainDemo(chore) => chore.run(),
         Chore::Tidy => tidy::run(),
         Chore::Verify(chore) => chore.run(),

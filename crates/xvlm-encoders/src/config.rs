@@ -445,6 +445,11 @@ impl Task {
     pub const ALL: [Self; 7] =
         [Self::Pretrain, Self::Retrieval, Self::Grounding, Self::Nlvr, Self::NlvrPretrain, Self::Vqa, Self::Captioning];
 
+    /// The task of a name in configurations.
+    pub fn of_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|task| task.name() == name)
+    }
+
     /// Its name in configurations.
     pub fn name(self) -> &'static str {
         match self {
@@ -490,6 +495,61 @@ impl XvlmConfig {
     /// BERT-base and a vision encoder.
     pub fn with_vision(vision_config: VisionConfig) -> Self {
         Self { task: Task::Pretrain, vision_config, text_config: BertConfig::base(), embed_dim: 256, temp: 0.07 }
+    }
+
+    /// Models of the original's configurations, by name: vision encoder, size, text encoder if it is not BERT, resolution.
+    pub const PRESETS: [&str; 9] = [
+        "base-224",
+        "base-384",
+        "base-480",
+        "base-roberta-224",
+        "base-roberta-384",
+        "clip-vit-base-224",
+        "clip-vit-base-384",
+        "deit-base-224",
+        "deit-base-384",
+    ];
+
+    /// The model of one of [`Self::PRESETS`]; none if there is none of that name.
+    pub fn preset(name: &str) -> Option<Self> {
+        let known = Self::PRESETS.iter().find(|preset| **preset == name)?;
+        let (kind, image_res) = known.rsplit_once('-')?;
+        let image_res = image_res.parse().ok()?;
+        let mut config = Self::with_vision(match kind {
+            "clip-vit-base" => VisionConfig::Vit(VitConfig::clip_base(image_res)),
+            "deit-base" => VisionConfig::Vit(VitConfig::deit_base(image_res)),
+            _ => VisionConfig::Swin(SwinConfig::base(image_res)),
+        });
+        if kind.ends_with("roberta") {
+            config.text_config = BertConfig::roberta_base();
+        }
+        Some(config)
+    }
+
+    /// The same model for images of another size. The windows of a Swin transformer grow with the image, as in the original
+    /// (7 tokens at 224 pixels, 12 at 384).
+    ///
+    /// # Errors
+    /// If no whole window, or no whole number of patches, fits.
+    pub fn at_resolution(mut self, image_res: usize) -> Result<Self, ConfigError> {
+        match &mut self.vision_config {
+            VisionConfig::Vit(vit) => vit.image_res = image_res,
+            VisionConfig::Swin(swin) => {
+                let window = swin.window_size * image_res;
+                let grows = swin.image_res > 0 && window.is_multiple_of(swin.image_res) && window > 0;
+                let expected = || {
+                    format!(
+                        "one at which windows of {} tokens at {} grow to whole ones",
+                        swin.window_size, swin.image_res
+                    )
+                };
+                ensure(grows, "vision_config.image_res", expected(), image_res)?;
+                swin.window_size = window / swin.image_res;
+                swin.image_res = image_res;
+            }
+        }
+        self.validate()?;
+        Ok(self)
     }
 
     /// Checks that the sizes fit together.

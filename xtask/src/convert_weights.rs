@@ -1,0 +1,240 @@
+//! `cargo xtask convert-weights`: published checkpoints to model folders, and back.
+
+use std::io::{self, IsTerminal, Read};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use sha2::{Digest, Sha256};
+use xvlm::data::TextTokenizer;
+use xvlm::encoders::{Task, TextModel, XvlmConfig};
+use xvlm::tasks::convert::{Goal, convert, export};
+use xvlm::tasks::{ModelConfig, PretrainConfig, official};
+use xvlm::weights::{Checkpoint, ConversionReport, LoadRules, Origin, StoredType};
+
+use crate::Done;
+
+/// Make a model folder of published checkpoints, or a checkpoint of a model folder
+///
+/// Reads PyTorch checkpoints (zip files, and the pickles from before version 1.6), pytorch_model.bin, safetensors and their
+/// sharded forms. No pickle is ever executed.
+#[derive(Args)]
+pub(crate) struct ConvertWeights {
+    /// What a checkpoint is (see --list), and its file; several make one model, the later before the earlier
+    #[arg(long, num_args = 2, value_names = ["KIND", "INPUT"])]
+    from: Vec<String>,
+    /// Write the model of a folder for another program: `xvlm`, the original
+    #[arg(long, num_args = 2, value_names = ["KIND", "FOLDER"], conflicts_with = "from")]
+    to: Option<Vec<String>>,
+    /// Sizes of the model: a name of --list
+    #[arg(long, conflicts_with = "config")]
+    preset: Option<String>,
+    /// Sizes of the model: a configuration of the original (YAML), or a config.json
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// The model folder to write, or, with --to, the file
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// What the model is for: pretrain, retrieval, vqa, nlvr, nlvr_pretrain, grounding or captioning
+    #[arg(long, default_value = "pretrain")]
+    task: String,
+    /// Side of the images, if it is another than that of the configuration
+    #[arg(long, value_name = "PIXELS")]
+    image_res: Option<usize>,
+    /// How numbers are stored: f32, bf16 or f16
+    #[arg(long, default_value = "f32")]
+    dtype: String,
+    /// tokenizer.json or vocab.txt; by default one that lies beside an input, or where the configuration says
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    /// Take fusion layers from every other of the last layers of a deeper BERT (load_bertL_by_sep)
+    #[arg(long)]
+    every_other_layer: bool,
+    /// Parameters that may stay as initialised: the beginning of a name, or a pattern with *
+    #[arg(long, value_name = "PATTERN")]
+    allow_missing: Vec<String>,
+    /// Tensors that may be left out
+    #[arg(long, value_name = "PATTERN")]
+    allow_unused: Vec<String>,
+    /// Seed of the parameters that no checkpoint has
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+    /// Print the report as one JSON document
+    #[arg(long)]
+    json: bool,
+    /// Say what each kind of checkpoint needs, and which presets there are
+    #[arg(long)]
+    list: bool,
+}
+
+impl ConvertWeights {
+    pub(crate) fn run(&self) -> Done {
+        if self.list {
+            print!("{}", listing());
+            return Ok(());
+        }
+        let out = self.out.as_deref().ok_or("--out: expected where to write, found nothing")?;
+        let stored = stored(&self.dtype)?;
+        if let Some([kind, folder]) = self.to.as_deref() {
+            if kind != "xvlm" {
+                return Err(format!("--to: expected xvlm, found {kind}").into());
+            }
+            let tensors = export(Path::new(folder), out, stored)?;
+            println!("{}: {tensors} tensors", out.display());
+            return Ok(());
+        }
+        let sources = self.sources()?;
+        let goal = self.goal(stored)?;
+        let tokenizer = self.tokenizer(&sources, &goal.config.model)?;
+        let bar = bar();
+        let written = &mut |done, of| {
+            bar.set_length(of);
+            bar.set_position(done);
+        };
+        let report = convert(&sources, &goal, tokenizer.as_ref(), out, written)?;
+        bar.finish_and_clear();
+        let hash = hash(&out.join("model.safetensors"))?;
+        self.print(&sources, &report, &hash)?;
+        if tokenizer.is_none() {
+            eprintln!(
+                "warning: no tokenizer: the model cannot read texts until its tokenizer.json is in {} (--tokenizer FILE)",
+                out.display()
+            );
+        }
+        Ok(())
+    }
+
+    fn sources(&self) -> Result<Vec<(Origin, Checkpoint)>, Box<dyn std::error::Error>> {
+        if self.from.is_empty() {
+            return Err("--from: expected a kind and a file, found nothing (--list tells the kinds)".into());
+        }
+        let mut sources = Vec::new();
+        for pair in self.from.chunks_exact(2) {
+            let origin = Origin::ALL.into_iter().find(|origin| origin.name() == pair[0]);
+            let origin = origin.ok_or_else(|| {
+                let known = Origin::ALL.map(Origin::name).join(", ");
+                format!("--from: expected one of {known}, found {}", pair[0])
+            })?;
+            sources.push((origin, Checkpoint::open(Path::new(&pair[1]))?));
+        }
+        Ok(sources)
+    }
+
+    fn goal(&self, stored: StoredType) -> Result<Goal, Box<dyn std::error::Error>> {
+        let task = Task::of_name(&self.task).ok_or_else(|| {
+            format!("--task: expected one of {}, found {}", Task::ALL.map(Task::name).join(", "), self.task)
+        })?;
+        let mut every_other_layer = self.every_other_layer;
+        let mut config = match (&self.preset, &self.config) {
+            (Some(name), None) => preset(name, task)?,
+            (None, Some(path)) => {
+                every_other_layer |= official::read(path)?["load_bertL_by_sep"].as_bool().unwrap_or(false);
+                official::model_config(path, task)?
+            }
+            _ => return Err("--preset or --config: expected one of them (--list tells the presets)".into()),
+        };
+        if let Some(image_res) = self.image_res {
+            config.model = config.model.at_resolution(image_res)?;
+        }
+        let rules =
+            LoadRules { allow_missing: self.allow_missing.clone(), allow_unexpected: self.allow_unused.clone() };
+        Ok(Goal { config, every_other_layer, rules, stored, seed: self.seed })
+    }
+
+    /// The tokenizer that was named, or one that is found.
+    fn tokenizer(
+        &self,
+        sources: &[(Origin, Checkpoint)],
+        model: &XvlmConfig,
+    ) -> Result<Option<TextTokenizer>, Box<dyn std::error::Error>> {
+        if let Some(path) = &self.tokenizer {
+            return Ok(Some(TextTokenizer::from_file(path)?));
+        }
+        // The word pieces of BERT mean nothing to RoBERTa.
+        if model.text_config.model_type != TextModel::Bert {
+            return Ok(None);
+        }
+        let beside = sources.iter().filter_map(|(_, checkpoint)| Path::new(checkpoint.name()).parent());
+        let mut folders: Vec<PathBuf> = beside.map(Path::to_path_buf).collect();
+        if let Some(path) = &self.config {
+            folders.extend(official::read(path)?["text_encoder"].as_str().map(PathBuf::from));
+        }
+        let files = folders.iter().flat_map(|folder| ["tokenizer.json", "vocab.txt"].map(|file| folder.join(file)));
+        let found = files.into_iter().find(|file| file.is_file());
+        Ok(found.map(|file| TextTokenizer::from_file(&file)).transpose()?)
+    }
+
+    fn print(&self, sources: &[(Origin, Checkpoint)], report: &ConversionReport, hash: &str) -> Done {
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&serde_json::json!({"report": report, "sha256": hash}))?);
+            return Ok(());
+        }
+        for (origin, checkpoint) in sources {
+            let (name, kind) = (checkpoint.name(), checkpoint.kind());
+            let bytes = indicatif::HumanBytes(checkpoint.tensor_bytes());
+            println!("{name}: {kind} of {}, {} tensors, {bytes}", origin.name(), checkpoint.tensors().len());
+        }
+        print!("{report}");
+        println!("model.safetensors: sha256 {hash}");
+        Ok(())
+    }
+}
+
+fn preset(name: &str, task: Task) -> Result<ModelConfig, Box<dyn std::error::Error>> {
+    let model = match XvlmConfig::preset(name) {
+        Some(model) => model,
+        None if PretrainConfig::presets().any(|preset| preset == name) => PretrainConfig::preset(name, &[])?.model,
+        None => {
+            let known = XvlmConfig::PRESETS.into_iter().chain(PretrainConfig::presets()).collect::<Vec<_>>().join(", ");
+            return Err(format!("--preset: expected one of {known}, found {name}").into());
+        }
+    };
+    let prompt = "a picture of".to_owned();
+    Ok(ModelConfig { model: XvlmConfig { task, ..model }, max_tokens: 40, max_words: 30, prompt })
+}
+
+fn stored(dtype: &str) -> Result<StoredType, String> {
+    match dtype {
+        "f32" => Ok(StoredType::F32),
+        "f16" => Ok(StoredType::F16),
+        "bf16" => Ok(StoredType::Bf16),
+        other => Err(format!("--dtype: expected f32, bf16 or f16, found {other}")),
+    }
+}
+
+/// A bar over the bytes that are written; nothing if no one is looking.
+fn bar() -> ProgressBar {
+    if !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{bar:40.cyan} {bytes}/{total_bytes}  {bytes_per_sec}");
+    ProgressBar::new(1).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+fn hash(path: &Path) -> io::Result<String> {
+    let mut file = std::fs::File::open(path)?;
+    let (mut hasher, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
+    loop {
+        match file.read(&mut buffer)? {
+            0 => break,
+            read => hasher.update(&buffer[..read]),
+        }
+    }
+    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn listing() -> String {
+    let needs = |origin: Origin| match origin {
+        Origin::Xvlm => "a checkpoint of the original (.th), pre-trained, or fine-tuned for the same task",
+        Origin::Swin => "swin_base_patch4_window7_224_22k.pth of microsoft/Swin-Transformer; fills the vision encoder",
+        Origin::ClipVit => "pytorch_model.bin of openai/clip-vit-base-patch16; fills the vision encoder",
+        Origin::Deit => "deit_base_patch16_224-b5f2ef4d.pth of facebookresearch/deit; fills the vision encoder",
+        Origin::Bert => "pytorch_model.bin of bert-base-uncased; fills text and fusion layers but for cross attention",
+        Origin::Roberta => "pytorch_model.bin of roberta-base; fills text and fusion layers but for cross attention",
+    };
+    let kinds = Origin::ALL.map(|origin| format!("  {:9} {}\n", origin.name(), needs(origin))).concat();
+    let presets: String =
+        XvlmConfig::PRESETS.into_iter().chain(PretrainConfig::presets()).map(|name| format!("  {name}\n")).collect();
+    let tasks = Task::ALL.map(|task| format!("  {}\n", task.name())).concat();
+    format!("checkpoints (--from KIND INPUT):\n{kinds}presets (--preset NAME):\n{presets}tasks (--task NAME):\n{tasks}")
+}
