@@ -7,7 +7,8 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use xvlm_weights::{
-    ModelFiles, ModelFolder, StoredType, WeightsError, read_safetensors, write_file_atomically, write_safetensors,
+    ModelFiles, ModelFolder, NamedShape, StoredType, WeightsError, read_safetensors, write_file_atomically,
+    write_safetensors,
 };
 
 type Outcome = Result<(), Box<dyn Error>>;
@@ -115,6 +116,64 @@ fn a_tensor_cannot_be_called_like_the_header_s_own_entry() -> Outcome {
     let tensors = BTreeMap::from([("__metadata__".to_owned(), Tensor::new(1f32, &Device::Cpu)?)]);
     let error = write_safetensors(&mut Vec::new(), &tensors, StoredType::F32).unwrap_err();
     assert!(error.to_string().contains("__metadata__"), "{error}");
+    Ok(())
+}
+
+fn entries() -> candle_core::Result<Vec<NamedShape>> {
+    Ok(tensors()?.iter().map(NamedShape::from).collect())
+}
+
+#[test]
+fn a_folder_is_written_one_tensor_at_a_time() -> Outcome {
+    let temp = tempfile::tempdir()?;
+    let (whole, streamed) = (temp.path().join("whole"), temp.path().join("streamed"));
+    write(&whole, CONFIG)?;
+    let (tensors, entries, mut asked) = (tensors()?, entries()?, Vec::new());
+    ModelFolder::write_with(&streamed, CONFIG, Some(b"tokenizer"), &entries, StoredType::F32, |name| {
+        asked.push(name.to_owned());
+        Ok(tensors[name].clone())
+    })?;
+    assert!(asked.iter().eq(tensors.keys()));
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        assert_eq!(fs::read(whole.join(file))?, fs::read(streamed.join(file))?, "{file}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_folder_without_a_tokenizer_waits_for_one() -> Outcome {
+    let temp = tempfile::tempdir()?;
+    let (dir, tensors, entries) = (temp.path().join("model"), tensors()?, entries()?);
+    for _ in 0..2 {
+        let tensor = |name: &str| Ok(tensors[name].clone());
+        ModelFolder::write_with(&dir, CONFIG, None, &entries, StoredType::F32, tensor)?;
+        assert_eq!(names(&dir)?, ["config.json", "model.safetensors"]);
+    }
+    assert!(matches!(ModelFolder::open(&dir), Err(WeightsError::MissingFile { .. })));
+    fs::write(dir.join("tokenizer.json"), "put there")?;
+    assert_eq!(ModelFolder::open(&dir)?.tokenizer, b"put there");
+    Ok(())
+}
+
+#[test]
+fn a_tensor_that_cannot_be_had_leaves_the_old_model() -> Outcome {
+    let temp = tempfile::tempdir()?;
+    let dir = temp.path().join("model");
+    write(&dir, CONFIG)?;
+    let (tensors, mut entries) = (tensors()?, entries()?);
+    let lost = |name: &str| match name {
+        "scale" => Err(WeightsError::NoSuchTensor { file: "x.th".into(), tensor: name.into() }),
+        _ => Ok(tensors[name].clone()),
+    };
+    let error = ModelFolder::write_with(&dir, "{}", Some(b""), &entries, StoredType::F32, lost).unwrap_err();
+    assert!(matches!(&error, WeightsError::NoSuchTensor { tensor, .. } if tensor == "scale"), "{error}");
+    entries[0].shape = vec![4];
+    let wrong = |name: &str| Ok(tensors[name].clone());
+    let error =
+        ModelFolder::write_with(&dir, "{}", Some(b""), &entries, StoredType::F32, wrong).unwrap_err().to_string();
+    assert!(error.ends_with("tensor a.bias: expected shape [4], found [3]"), "{error}");
+    assert_eq!(ModelFolder::open(&dir)?.config, CONFIG);
+    assert_eq!(names(temp.path())?, ["model"]);
     Ok(())
 }
 
