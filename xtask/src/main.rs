@@ -31,7 +31,7 @@ enum Chore {
         arguments: Vec<String>,
     },
     CompareScores(compare_scores::CompareScores),
-    ConvertWeights(convert_weights::ConvertWeights),
+    ConvertWeights(Box<convert_weights::ConvertWeights>),
     TrainDemo(train_demo::TrainDemo),
     /// Check what the compiler does not: the direction of dependencies, and that files stay short
     Tidy,

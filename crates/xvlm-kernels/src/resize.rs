@@ -16,20 +16,21 @@ pub fn resize_bicubic(x: &Tensor, height: usize, width: usize) -> Result<Tensor>
     let matrix = |input: usize, output: usize| {
         Tensor::from_vec(weights(input, output), (output, input), x.device())?.to_dtype(x.dtype())
     };
-    let rows = matrix(h, height)?.matmul(&x.contiguous()?.reshape((h, w * c))?)?.reshape((height, w, c))?;
-    let columns = rows.transpose(0, 1)?.contiguous()?.reshape((w, height * c))?;
-    matrix(w, width)?.matmul(&columns)?.reshape((width, height, c))?.transpose(0, 1)?.contiguous()
+    let columns = x.transpose(0, 1)?.contiguous()?.reshape((w, h * c))?;
+    let columns = matrix(w, width)?.matmul(&columns)?.reshape((width, h, c))?;
+    let rows = columns.transpose(0, 1)?.contiguous()?.reshape((h, width * c))?;
+    matrix(h, height)?.matmul(&rows)?.reshape((height, width, c))
 }
 
-/// For each output place its weights over the input places, a row each. In `f32`, as PyTorch computes them.
+/// For each output place its weights over the input places, a row each. In `f32` and with fused multiplications, as PyTorch's
+/// vectorised code computes them: on a large grid, the rounding of a place shows in the result.
 fn weights(input: usize, output: usize) -> Vec<f32> {
     const A: f32 = -0.75;
-    let near = |x: f32| ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0;
-    let far = |x: f32| ((A * x - 5.0 * A) * x + 8.0 * A) * x - 4.0 * A;
+    let near = |x: f32| ((A + 2.0).mul_add(x, -(A + 3.0)) * x).mul_add(x, 1.0);
+    let far = |x: f32| A.mul_add(x, -5.0 * A).mul_add(x, 8.0 * A).mul_add(x, -4.0 * A);
     let scale = input as f32 / output as f32;
     let mut weights = vec![0.0; input * output];
     for (place, row) in weights.chunks_exact_mut(input).enumerate() {
-        // Rounded once, as PyTorch's vectorised code does.
         let source = scale.mul_add(place as f32 + 0.5, -0.5);
         let (base, t) = (source.floor(), source - source.floor());
         for (offset, weight) in [(-1.0, far(t + 1.0)), (0.0, near(t)), (1.0, near(1.0 - t)), (2.0, far(2.0 - t))] {

@@ -1,6 +1,7 @@
 //! Checkpoints of the original, and of what it starts from, to model folders and back.
 
 use std::path::Path;
+use std::sync::mpsc;
 
 use candle_core::{Device, Tensor};
 use xvlm_data::TextTokenizer;
@@ -46,7 +47,7 @@ pub fn layout(config: &XvlmConfig, every_other_layer: bool) -> candle_core::Resu
     Ok((layout, blueprint))
 }
 
-/// Makes a model folder of checkpoints; a later one goes before an earlier one. Memory holds one tensor at a time. `written` is
+/// Makes a model folder of checkpoints; a later one goes before an earlier one. Memory holds a few tensors at a time. `written` is
 /// told the bytes that are done, of how many.
 ///
 /// Without a tokenizer the folder is complete only when a `tokenizer.json` is put there.
@@ -71,42 +72,63 @@ pub fn convert(
         layout.parameters.iter().map(|(name, shape)| NamedShape { name: name.clone(), shape: shape.clone() }).collect();
     let bytes = |shape: &[usize]| shape.iter().product::<usize>() as u64 * goal.stored.size();
     let total = entries.iter().map(|entry| bytes(&entry.shape)).sum();
-    let mut done = 0;
-    let tensor = |name: &str| -> Result<Tensor, WeightsError> {
-        let tensor = match conversion.read(name)? {
+    let read = |name: &str| -> Result<Tensor, WeightsError> {
+        let unknown = || WeightsError::NoSuchTensor { file: "model".to_owned(), tensor: name.to_owned() };
+        Ok(match conversion.read(name)? {
             Some(tensor) => tensor,
-            None => blueprint
-                .draw(name, goal.seed)
-                .ok_or_else(|| WeightsError::NoSuchTensor { file: "model".to_owned(), tensor: name.to_owned() })?,
-        };
-        done += bytes(tensor.dims());
-        written(done, total);
-        Ok(tensor)
+            None => blueprint.draw(name, goal.seed).ok_or_else(unknown)?,
+        })
     };
     let config = goal.config.to_json()?;
     let tokenizer = tokenizer.map(TextTokenizer::to_bytes);
-    ModelFolder::write_with(out, &config, tokenizer.as_deref(), &entries, goal.stored, tensor)?;
+    // The next tensor is read while one is written.
+    std::thread::scope(|scope| {
+        let (send, receive) = mpsc::sync_channel(1);
+        scope.spawn(|| {
+            let send = send;
+            entries.iter().try_for_each(|entry| send.send(read(&entry.name)))
+        });
+        let mut done = 0;
+        let tensor = |name: &str| {
+            let tensor = receive.recv().unwrap_or_else(|_| read(name))?;
+            done += bytes(tensor.dims());
+            written(done, total);
+            Ok(tensor)
+        };
+        ModelFolder::write_with(out, &config, tokenizer.as_deref(), &entries, goal.stored, tensor)
+    })?;
     Ok(conversion.report().clone())
 }
 
 /// Writes the model of a folder as the original saves checkpoints: a PyTorch zip of `{'model': state_dict}` that it loads.
+/// Returns the number of tensors.
 ///
 /// # Errors
 /// If the folder is no model, or a file cannot be read or written.
 pub fn export(folder: &Path, out: &Path, stored: StoredType) -> Result<usize, TaskError> {
-    let files = ModelFolder::open(folder)?;
-    let config: ModelConfig = parse_config(&files)?;
-    let mut tensors = files.tensors;
+    let file = folder.join("config.json");
+    let text = std::fs::read(&file).map_err(|source| WeightsError::Io { path: file.clone(), source })?;
+    let config = parse_config(&file.display().to_string(), &text)?;
+    let weights = Checkpoint::open(&folder.join("model.safetensors"))?;
+    let shapes = weights.tensors().iter().map(|(name, info)| (name.clone(), info.shape().to_vec()));
+    let mut entries: Vec<NamedShape> = shapes.map(|(name, shape)| NamedShape { name, shape }).collect();
     // The one buffer that the original deletes without asking whether it is there.
+    let mut positions = None;
     if let VisionConfig::Vit(vit) = &config.model.vision_config
         && vit.family == VitFamily::Clip
     {
-        let count = 1 + vit.grid().pow(2) as i64;
-        tensors.insert("vision_encoder.position_ids".to_owned(), Tensor::arange(0, count, &Device::Cpu)?.unsqueeze(0)?);
+        let count = 1 + vit.grid().pow(2);
+        entries.push(NamedShape { name: CLIP_POSITIONS.to_owned(), shape: vec![1, count] });
+        positions = Some(Tensor::arange(0, count as u32, &Device::Cpu)?.unsqueeze(0)?);
     }
-    let entries: Vec<NamedShape> = tensors.iter().map(NamedShape::from).collect();
     xvlm_weights::write_file_atomically(out, |out| {
-        xvlm_weights::write_pytorch(out, &entries, stored, |name| Ok(tensors[name].clone()))
+        xvlm_weights::write_pytorch(out, &entries, stored, |name| match &positions {
+            Some(positions) if name == CLIP_POSITIONS => Ok(positions.clone()),
+            _ => weights.read(name),
+        })
     })?;
-    Ok(tensors.len())
+    Ok(entries.len())
 }
+
+/// The numbers of CLIP's positions, in the original's models with its vision encoder.
+const CLIP_POSITIONS: &str = "vision_encoder.position_ids";

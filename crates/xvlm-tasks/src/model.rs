@@ -98,7 +98,7 @@ impl Model {
     /// # Errors
     /// As [`Self::open`].
     pub fn from_files(files: &ModelFiles, device: &Device) -> Result<Self, TaskError> {
-        let config: ModelConfig = parse_config(files)?;
+        let config = parse_config(&format!("{}/{CONFIG}", files.name), files.config.as_bytes())?;
         let parameters = Parameters::zeros();
         Xvlm::new(&config.model, parameters.builder(DType::F32, device))?;
         let named = parameters.named();
@@ -274,9 +274,10 @@ pub(crate) fn check_texts(model: &XvlmConfig, max_tokens: usize, tokenizer: &Tex
     Ok(())
 }
 
-pub(crate) fn parse_config(files: &ModelFiles) -> Result<ModelConfig, ConfigProblem> {
-    let problem = |message: String| ConfigProblem { file: format!("{}/{CONFIG}", files.name), message };
-    let config: ModelConfig = serde_json::from_str(&files.config).map_err(|error| problem(error.to_string()))?;
+/// The content of `config.json`, which errors call `file`.
+pub(crate) fn parse_config(file: &str, text: &[u8]) -> Result<ModelConfig, ConfigProblem> {
+    let problem = |message: String| ConfigProblem { file: file.to_owned(), message };
+    let config: ModelConfig = serde_json::from_slice(text).map_err(|error| problem(error.to_string()))?;
     config.model.validate().map_err(|error| problem(error.to_string()))?;
     Ok(config)
 }

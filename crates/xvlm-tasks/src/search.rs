@@ -127,10 +127,9 @@ impl Group {
     }
 
     fn forbid_end(&self, scores: &mut [f32], search: Search, end: u32) {
-        if self.length() < self.prompt + search.min_tokens {
-            if let Some(score) = scores.get_mut(end as usize) {
-                *score = f32::NEG_INFINITY;
-            }
+        let is_short = self.length() < self.prompt + search.min_tokens;
+        if let (true, Some(score)) = (is_short, scores.get_mut(end as usize)) {
+            *score = f32::NEG_INFINITY;
         }
     }
 

@@ -29,6 +29,8 @@ mod hub;
 mod predictor;
 
 pub use candle_core::Device;
+#[cfg(feature = "hub")]
+pub use hub::Hub;
 pub use predictor::{Answer, Grounding, Match, PixelBox, Predictor, View};
 pub use xvlm_data::Picture;
 pub use xvlm_tasks::fill::Completion;

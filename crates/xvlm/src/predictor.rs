@@ -78,13 +78,25 @@ impl Predictor {
         Ok(Self { model: Model::open(dir.as_ref(), device)? })
     }
 
-    /// A model folder on the Hugging Face hub, such as `owner/name`; kept in the hub's usual cache.
+    /// A model folder on the Hugging Face hub: repository `owner/name` at a revision, which is a branch (most often
+    /// `main`), a tag or a commit. Downloaded once, into the hub's usual cache; see [`Hub`](crate::Hub) for the
+    /// environment variables that are honoured, `HF_HOME`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` among them.
+    ///
+    /// ```no_run
+    /// use xvlm::{Device, Predictor};
+    ///
+    /// # fn main() -> Result<(), xvlm::Error> {
+    /// let predictor = Predictor::from_hub("owner/name", "main", &Device::Cpu)?;
+    /// println!("{}", predictor.open("picture.png")?.caption()?.text);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// If it cannot be downloaded, or as [`Self::from_folder`].
+    /// As [`Hub::fetch`](crate::Hub::fetch), if the model cannot be had, and as [`Self::from_folder`].
     #[cfg(feature = "hub")]
-    pub fn from_hub(repository: &str, device: &Device) -> Result<Self, Error> {
-        Ok(Self { model: Model::open(&crate::hub::download(repository)?, device)? })
+    pub fn from_hub(repository: &str, revision: &str, device: &Device) -> Result<Self, Error> {
+        Self::from_folder(crate::Hub::from_env()?.fetch(repository, revision)?, device)
     }
 
     /// The model inside.
