@@ -10,6 +10,7 @@ use xvlm_train::{TrainConfig, TrainError};
 use xvlm_weights::StoredType;
 
 use crate::error::ConfigProblem;
+use crate::official;
 
 /// A pre-training run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -158,16 +159,19 @@ impl PretrainConfig {
         Self::from_yaml(&format!("preset {name}"), Self::preset_text(name)?, overrides)
     }
 
-    /// A configuration file with single values replaced. Paths in it are relative to the current directory.
+    /// A configuration file with single values replaced: one of this form, or one of the original, whose values are first put
+    /// into this form. Paths in it are relative to the current directory.
     ///
     /// # Errors
-    /// As [`Self::from_yaml`], or if the file cannot be read.
+    /// As [`Self::from_yaml`] and [`official::pretrain_config`], or if the file cannot be read.
     pub fn open(path: &Path, overrides: &[String]) -> Result<Self, ConfigProblem> {
         let file = path.display().to_string();
-        match std::fs::read_to_string(path) {
-            Ok(text) => Self::from_yaml(&file, &text, overrides),
-            Err(error) => Err(ConfigProblem { file, message: error.to_string() }),
-        }
+        let problem = |message: String| ConfigProblem { file: file.clone(), message };
+        let text = std::fs::read_to_string(path).map_err(|error| problem(error.to_string()))?;
+        let value = serde_norway::from_str::<serde_json::Value>(&text).ok().filter(official::is_official);
+        let Some(value) = value else { return Self::from_yaml(&file, &text, overrides) };
+        let text = serde_norway::to_string(&official::pretrain_config(&value, path)?);
+        Self::from_yaml(&file, &text.map_err(|error| problem(error.to_string()))?, overrides)
     }
 
     /// Reads YAML; `overrides` are of the form `a.b=value`, the value again YAML.
