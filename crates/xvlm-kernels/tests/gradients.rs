@@ -223,6 +223,41 @@ fn softmax() {
 fn embedding() {
     let ids = Tensor::new(&[[1u32, 1, 0], [3, 1, 0]], &Device::Cpu).unwrap();
     check(&[random(&mut rng(), &[4, 5])], |x| kernels::embedding(&x[0], &ids, None));
+    let table = Var::from_tensor(&random(&mut rng(), &[4, 5])).unwrap();
+    let found = kernels::embedding(&table, &ids, Some(1)).unwrap();
+    assert_eq!(
+        found.to_vec3::<f64>().unwrap(),
+        kernels::embedding(&table, &ids, None).unwrap().to_vec3::<f64>().unwrap()
+    );
+    let gradients = found.sum_all().unwrap().backward().unwrap();
+    let counts = gradients.get(&table).unwrap().to_vec2::<f64>().unwrap().into_iter().map(|row| row[0]);
+    assert_eq!(counts.collect::<Vec<_>>(), [2.0, 0.0, 0.0, 1.0], "the padding row is not trained");
+}
+
+#[test]
+fn quick_gelu_stays_finite() {
+    let x = Var::new(&[-1000f32, -60.0, 0.0, 60.0, 1000.0], &Device::Cpu).unwrap();
+    let y = kernels::quick_gelu(&x).unwrap();
+    assert_eq!(y.to_vec1::<f32>().unwrap(), [0.0, 0.0, 0.0, 60.0, 1000.0]);
+    let gradients = y.sum_all().unwrap().backward().unwrap();
+    assert_eq!(gradients.get(&x).unwrap().to_vec1::<f32>().unwrap(), [0.0, 0.0, 0.5, 1.0, 1.0]);
+}
+
+#[test]
+fn resizing() {
+    check(&[random(&mut rng(), &[3, 4, 2])], |x| kernels::resize_bicubic(&x[0], 5, 3));
+}
+
+#[test]
+fn smoothing_spreads_over_the_other_classes() {
+    let logits = random(&mut rng(), &[3, 4]);
+    let found = kernels::cross_entropy(&logits, &[2, kernels::IGNORE, 0], 0.1).unwrap().to_scalar::<f64>().unwrap();
+    let log_probabilities = kernels::log_softmax(&logits, 1).unwrap().to_vec2::<f64>().unwrap();
+    let target = |label: usize| (0..4).map(move |class| if class == label { 0.9 } else { 0.025 });
+    let row = |row: usize, label: usize| -> f64 {
+        log_probabilities[row].iter().zip(target(label)).map(|(log, share)| -log * share).sum()
+    };
+    assert!((found - (row(0, 2) + row(2, 0)) / 2.0).abs() < 1e-12);
 }
 
 #[test]

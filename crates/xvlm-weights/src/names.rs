@@ -43,7 +43,10 @@ impl Origin {
         match self {
             Self::Xvlm => true,
             Self::Swin | Self::ClipVit | Self::Deit => parameter.starts_with("vision_encoder."),
-            Self::Bert | Self::Roberta => parameter.starts_with("text_") && !parameter.contains("crossattention."),
+            Self::Bert | Self::Roberta => {
+                let is_text = ["text_encoder.", "text_decoder."].iter().any(|part| parameter.starts_with(part));
+                is_text && !parameter.contains("crossattention.")
+            }
         }
     }
 }
