@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Serialize;
 use xvlm::data::annotations::RetrievalItem;
 use xvlm::data::scenes::{Split, SynthOptions};
-use xvlm::metrics::boxes::{BoxScores, iou_xywh};
+use xvlm::metrics::boxes::{BoxScores, refer_iou};
 use xvlm::metrics::fill::FillScores;
 use xvlm::metrics::retrieval::RetrievalScores;
 use xvlm::metrics::vqa::ExactScores;
@@ -311,7 +311,7 @@ fn shown(evaluation: &grounding::Evaluation, image: &Path) -> Result<Shown, CliE
     let (width, height) = items.clone().next().map_or((1, 1), |(item, _)| (item.width, item.height));
     let phrases = items.map(|(item, found)| {
         let (found, probability) = (found.pixels(width, height), found.probability);
-        let iou = iou_xywh(found, item.bbox);
+        let iou = refer_iou(found, item.bbox);
         Phrase { text: item.text.clone(), found, truth: item.bbox, probability, iou }
     });
     let phrases = phrases.collect();

@@ -110,7 +110,8 @@ impl Ground {
         self.look.print(&found, |i, found| {
             let edges = found.bounds;
             let edges = [edges.xmin, edges.ymin, edges.xmax, edges.ymax].map(|edge| format!("{edge:7.1}")).concat();
-            vec![(format!("{}  {}", i + 1, found.text), Some(format!("{edges}  {:>7}", percent(found.probability))))]
+            let probability = found.probability.map(percent).unwrap_or_default();
+            vec![(format!("{}  {}", i + 1, found.text), Some(format!("{edges}  {probability:>7}")))]
         })
     }
 }

@@ -43,7 +43,7 @@ pub(crate) struct Phrase {
     pub(crate) text: String,
     pub(crate) found: [f32; 4],
     pub(crate) truth: [f32; 4],
-    pub(crate) probability: f32,
+    pub(crate) probability: Option<f32>,
     pub(crate) iou: f32,
 }
 
@@ -215,7 +215,7 @@ fn card(shown: &Shown) -> String {
             rgb(i),
             i + 1,
             sentence(&phrase.text),
-            mark(phrase.iou >= 0.5, &percent(phrase.probability)),
+            mark(phrase.iou >= 0.5, &phrase.probability.map(percent).unwrap_or_default()),
         );
     }
     html += "</ol></div><div>";

@@ -160,6 +160,11 @@ impl Xvlm {
         self.has(&self.temperature, "a temperature")
     }
 
+    /// Whether the model has a matching head.
+    pub fn can_match(&self) -> bool {
+        self.match_head.is_some()
+    }
+
     /// Fused texts `[B, T, H]` → `[B, 2]`: logits of not matching and of matching.
     ///
     /// # Errors

@@ -6,6 +6,7 @@ use serde::Serialize;
 use xvlm_data::annotations::{CaptionItem, read_captions};
 use xvlm_data::scenes::{CaptionCheck, check_caption, read_scenes};
 use xvlm_data::{Picture, pre_caption};
+use xvlm_encoders::Task;
 use xvlm_metrics::captions::{bleu, rouge_l};
 
 use crate::error::{ConfigProblem, TaskError};
@@ -17,8 +18,9 @@ use crate::{BATCH, Counter, some};
 /// Describes each image.
 ///
 /// # Errors
-/// If a tensor operation fails.
+/// If the model is made for another task, or a tensor operation fails.
 pub fn caption(model: &Model, images: &ImageTokens, search: Search) -> Result<Vec<Written>, TaskError> {
+    model.fit_for("captions", &[Task::Pretrain, Task::Captioning])?;
     let config = model.config();
     let prompt = pre_caption(&config.prompt, config.max_words)?;
     let prompt = model.tokenizer().encode(&prompt, config.max_tokens, false)?;

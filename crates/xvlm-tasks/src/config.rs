@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_norway::Value;
 use xvlm_data::{BatchConfig, DataError, LoaderConfig};
-use xvlm_encoders::XvlmConfig;
+use xvlm_encoders::{Task, XvlmConfig};
 use xvlm_train::{TrainConfig, TrainError};
 use xvlm_weights::StoredType;
 
@@ -129,6 +129,9 @@ impl PretrainConfig {
         let iter_perc = self.regions.iter_perc;
         if !(0.0..=1.0).contains(&iter_perc) {
             return Err(format!("regions.iter_perc: expected a probability, found {iter_perc}"));
+        }
+        if self.model.task != Task::Pretrain {
+            return Err(format!("model.task: expected pretrain, found {}", self.model.task.name()));
         }
         let of_both = [Objective::Itc, Objective::Itm, Objective::Mlm];
         if !self.objectives.iter().any(|objective| of_both.contains(objective)) {

@@ -1,6 +1,7 @@
 //! What can go wrong in a task.
 
 use xvlm_data::DataError;
+use xvlm_encoders::Task;
 use xvlm_metrics::MetricsError;
 use xvlm_train::TrainError;
 use xvlm_weights::WeightsError;
@@ -35,6 +36,16 @@ pub enum TaskError {
         /// How many blanks it has.
         found: usize,
     },
+    /// A model that is made for another task.
+    #[error("{what}: expected a model for {}, found one for {}", names(expected), found.name())]
+    Unfit {
+        /// What it was asked for.
+        what: &'static str,
+        /// The tasks whose models can do it.
+        expected: &'static [Task],
+        /// The task it is made for.
+        found: Task,
+    },
     /// A data set without the items that a score needs.
     #[error("{what}: expected at least one item, found none")]
     Empty {
@@ -53,6 +64,10 @@ pub enum TaskError {
         /// What was expected and found, or what the network said.
         cause: String,
     },
+}
+
+fn names(tasks: &[Task]) -> String {
+    tasks.iter().map(|task| task.name()).collect::<Vec<_>>().join(" or ")
 }
 
 /// A configuration that cannot be read or understood.

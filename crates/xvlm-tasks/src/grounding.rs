@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use serde::Serialize;
 use xvlm_data::annotations::{GroundingItem, read_grounding};
 use xvlm_data::{Picture, TextTensors};
-use xvlm_encoders::{Attention, Concepts, Pass, Xvlm};
+use xvlm_encoders::{Attention, Concepts, Pass, VisionConfig, Xvlm};
 use xvlm_kernels as kernels;
 use xvlm_metrics::boxes::{BoxScores, refer_iou};
 use xvlm_train::Losses;
@@ -23,8 +23,10 @@ use crate::{BATCH, Counter, Item, ask_all, some};
 pub struct Found {
     /// `(cx, cy, w, h)` in fractions of the image.
     pub bounds: [f32; 4],
-    /// Probability that the text matches what is inside the box.
-    pub probability: f32,
+    /// Probability that the text matches what is inside the box; none from a model that has no matching head, such as one
+    /// that was fine-tuned for boxes alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probability: Option<f32>,
 }
 
 impl Found {
@@ -45,7 +47,7 @@ impl Found {
 /// probability then comes from matching the text with the region inside that box.
 ///
 /// # Errors
-/// If a text is empty.
+/// If a text is empty, or the model has no box head.
 pub fn ground(model: &Model, images: &ImageTokens, texts: &[(u32, &str)]) -> Result<Vec<Found>, TaskError> {
     let mut found = Vec::new();
     for texts in texts.chunks(4 * BATCH) {
@@ -62,22 +64,43 @@ pub fn ground(model: &Model, images: &ImageTokens, texts: &[(u32, &str)]) -> Res
             .map(|row| [row[0], row[1], row[2], row[3]])
             .collect();
 
-        let patches = images.0.narrow(1, 1, images.0.dim(1)? - 1)?;
-        let grid = model.config().model.vision_config.grid();
-        let covered: Vec<f32> =
-            predicted.iter().flat_map(|&bounds| kernels::patch_rectangle_mask(bounds, grid)).collect();
-        let covered = Tensor::from_vec(covered, (predicted.len(), grid * grid), model.device())?;
-        let regions = kernels::patch_pool(&patches, &index, &covered)?;
-        let mask = Tensor::cat(&[&covered.narrow(1, 0, 1)?.ones_like()?, &covered], 1)?;
+        if !model.xvlm().can_match() {
+            found.extend(predicted.into_iter().map(|bounds| Found { bounds, probability: None }));
+            continue;
+        }
+        let (regions, mask) = inside(model, images, &index, &predicted)?;
         let rows: Vec<u32> = (0..predicted.len() as u32).collect();
         let concepts = Concepts { tokens: &regions, index: &rows, mask: &mask };
         let fused = model.xvlm().fuse(&encoded, &tokens.mask, &concepts, Attention::Full, &Pass::inference())?;
-        let probabilities = model.match_probabilities(&fused)?;
+        let probabilities = model.match_probabilities(&fused)?.into_iter().map(Some);
         found.extend(
             predicted.into_iter().zip(probabilities).map(|(bounds, probability)| Found { bounds, probability }),
         );
     }
     Ok(found)
+}
+
+/// The regions inside boxes of images that are encoded already, `[B, 1+L, C]` and `[B, 1+L]`. A ViT has to encode a region to
+/// pool it: there, the pooled token stays that of the whole image, before the patches of the region.
+fn inside(
+    model: &Model,
+    images: &ImageTokens,
+    index: &[u32],
+    boxes: &[[f32; 4]],
+) -> candle_core::Result<(Tensor, Tensor)> {
+    let vision = &model.config().model.vision_config;
+    let grid = vision.grid();
+    let covered: Vec<f32> = boxes.iter().flat_map(|&bounds| kernels::patch_rectangle_mask(bounds, grid)).collect();
+    let covered = Tensor::from_vec(covered, (boxes.len(), grid * grid), model.device())?;
+    let mask = Tensor::cat(&[&covered.narrow(1, 0, 1)?.ones_like()?, &covered], 1)?;
+    let regions = match vision {
+        VisionConfig::Swin(_) => {
+            let patches = images.0.narrow(1, 1, images.0.dim(1)? - 1)?;
+            kernels::patch_pool(&patches, index, &covered)?
+        }
+        VisionConfig::Vit(_) => images.0.index_select(&Tensor::new(index, model.device())?, 0)?,
+    };
+    Ok((regions, mask))
 }
 
 /// The losses of fine-tuning (`models/model_bbox.py`): L1 and GIoU of the box found for each text in the image `index` names,

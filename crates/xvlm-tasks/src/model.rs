@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 use xvlm_data::{Picture, TextTokenizer, pre_caption};
-use xvlm_encoders::{Attention, Parameters, Pass, Xvlm, XvlmConfig};
+use xvlm_encoders::{Attention, Parameters, Pass, Task, Xvlm, XvlmConfig};
 use xvlm_weights::{LoadRules, ModelFiles, ModelFolder, StoredType};
 
 use crate::error::{ConfigProblem, TaskError};
@@ -145,6 +145,12 @@ impl Model {
     /// The tokenizer.
     pub fn tokenizer(&self) -> &TextTokenizer {
         &self.tokenizer
+    }
+
+    /// Refuses a model that is made for none of some tasks.
+    pub(crate) fn fit_for(&self, what: &'static str, expected: &'static [Task]) -> Result<(), TaskError> {
+        let found = self.config.model.task;
+        if expected.contains(&found) { Ok(()) } else { Err(TaskError::Unfit { what, expected, found }) }
     }
 
     /// Where the model computes.

@@ -20,13 +20,14 @@ use crate::{BATCH, Counter, Item, ask_all, some};
 /// Answers questions, each given with the row of `images` it is about.
 ///
 /// # Errors
-/// If a tensor operation fails.
+/// If the model is made for another task, or a tensor operation fails.
 pub fn answer(
     model: &Model,
     images: &ImageTokens,
     questions: &[(u32, &str)],
     search: Search,
 ) -> Result<Vec<Written>, TaskError> {
+    model.fit_for("answers", &[Task::Pretrain, Task::Vqa])?;
     let config = model.config();
     let start = |&(image, question): &(u32, &str)| -> Result<(u32, Vec<u32>), TaskError> {
         let cleaned = pre_question(question, config.max_words);

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use serde_json::json;
 use tempfile::TempDir;
-use xvlm_data::TextTokenizer;
+use xvlm_data::{Picture, TextTokenizer};
 use xvlm_encoders::{Task, VisionConfig, XvlmConfig};
 use xvlm_tasks::convert::{Goal, convert, export, layout};
-use xvlm_tasks::{Model, ModelConfig};
+use xvlm_tasks::{Model, ModelConfig, Search, captioning, grounding, vqa};
 use xvlm_weights::{Checkpoint, ConversionReport, LoadRules, ModelFolder, Origin, StoredType};
 
 type Tensors = BTreeMap<String, Tensor>;
@@ -126,6 +126,34 @@ fn every_task_is_made_of_a_pre_trained_model() {
             Task::Captioning => assert_same(&tensors[&format!("text_decoder.bert.{name}")], source),
             Task::Pretrain => assert_same(&tensors[&format!("text_encoder.bert.{name}")], source),
             Task::Retrieval | Task::Grounding => assert_same(&tensors[&format!("text_encoder.{name}")], source),
+        }
+    }
+}
+
+#[test]
+fn a_converted_model_does_what_it_is_for() {
+    let pretrained = parameters(&swin(Task::Pretrain));
+    let picture = Picture::from_rgb(40, 30, (0..40 * 30 * 3).map(|i| (i % 251) as u8).collect()).unwrap();
+    for task in [Task::Retrieval, Task::Grounding, Task::Vqa, Task::Captioning, Task::Pretrain] {
+        let converted = run(&[(Origin::Xvlm, &pretrained)], &goal(swin(task))).unwrap();
+        let model = Model::open(&converted.path, &Device::Cpu).unwrap();
+        let images = model.encode(std::slice::from_ref(&picture)).unwrap();
+        let texts = [(0, "a picture")];
+        let search = Search { min_tokens: 2, max_tokens: 4, ..Search::default() };
+        let boxes = grounding::ground(&model, &images, &texts);
+        assert_eq!(boxes.is_ok(), matches!(task, Task::Grounding | Task::Pretrain));
+        if let Ok(boxes) = boxes {
+            assert_eq!(boxes[0].probability.is_some(), task == Task::Pretrain);
+        }
+        let matched = model.match_pairs(&images, &texts);
+        assert_eq!(matched.is_ok(), matches!(task, Task::Retrieval | Task::Pretrain));
+        let captions = captioning::caption(&model, &images, search);
+        assert_eq!(captions.is_ok(), matches!(task, Task::Captioning | Task::Pretrain), "{}", task.name());
+        let answers = vqa::answer(&model, &images, &[(0, "a picture of")], search);
+        assert_eq!(answers.is_ok(), matches!(task, Task::Vqa | Task::Pretrain), "{}", task.name());
+        if let Err(error) = answers {
+            let expected = format!("answers: expected a model for pretrain or vqa, found one for {}", task.name());
+            assert_eq!(error.to_string(), expected);
         }
     }
 }

@@ -12,7 +12,7 @@
 //! // The picture is encoded once; then it can be asked anything.
 //! let view = predictor.look(&picture)?;
 //! for found in view.ground(&["the red circle", "the shape on the left"])? {
-//!     println!("{}: {:?} ({:.0} %)", found.text, found.bounds, 100.0 * found.probability);
+//!     println!("{}: {:?}, probability {:?}", found.text, found.bounds, found.probability);
 //! }
 //! println!("{}", view.caption()?.text);
 //! # Ok(())

@@ -36,8 +36,10 @@ pub struct Grounding {
     /// Its box.
     #[serde(rename = "box")]
     pub bounds: PixelBox,
-    /// Probability that the text matches what is inside the box.
-    pub probability: f32,
+    /// Probability that the text matches what is inside the box; none from a model without a matching head, such as one that
+    /// was fine-tuned for boxes alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probability: Option<f32>,
 }
 
 /// How well a text tells a picture.

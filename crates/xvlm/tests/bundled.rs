@@ -31,7 +31,7 @@ fn it_finds_what_is_there() {
     assert_eq!(found.len(), scene.objects.len());
     let overlaps = found.iter().zip(&scene.objects).map(|(found, object)| {
         let b = found.bounds;
-        assert!(0.0 <= b.xmin && b.xmax <= SIDE as f32 && (0.0..=1.0).contains(&found.probability));
+        assert!(0.0 <= b.xmin && b.xmax <= SIDE as f32 && found.probability.is_some_and(|p| (0.0..=1.0).contains(&p)));
         iou_xywh([b.xmin, b.ymin, b.xmax - b.xmin, b.ymax - b.ymin], object.bbox)
     });
     let right = overlaps.filter(|&iou| iou >= 0.5).count();
