@@ -44,6 +44,8 @@ pub(super) struct Shared {
     /// Configurations by the parameter files of the cases that have one; and one that belongs to no case.
     pub(super) configs: Vec<(Vec<String>, Value)>,
     pub(super) config: Option<Value>,
+    /// The prompts that captions begin with, as token ids, by the parameter files of the cases that tell them.
+    pub(super) prompts: Vec<(Vec<String>, Vec<u32>)>,
 }
 
 /// A case that is being verified.

@@ -17,7 +17,7 @@ mod writing;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use clap::Args;
 use serde::Serialize;
 use serde_json::Value;
@@ -143,7 +143,15 @@ fn shared(folder: &Path, files: &[PathBuf], descriptions: &[(PathBuf, Value)]) -
     let configs: Vec<_> = configs.filter(|(files, _)| !files.is_empty()).collect();
     let config = descriptions.iter().find(|(_, json)| kind(json) == Some(Kind::Shared));
     let config = config.map(|(_, json)| json["config"].clone());
-    Ok(Shared { folder: folder.to_owned(), images, configs, config })
+    let mut prompts = Vec::new();
+    for (path, json) in descriptions {
+        if let Some(length) = json["prompt_length"].as_u64() {
+            let ids = read(&path.with_extension("safetensors"))?.remove("in.text_ids").ok_or("in.text_ids: none")?;
+            let prompt = ids.get(0)?.narrow(0, 0, length as usize)?.to_dtype(DType::U32)?.to_vec1()?;
+            prompts.push((parameter_files(json), prompt));
+        }
+    }
+    Ok(Shared { folder: folder.to_owned(), images, configs, config, prompts })
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -263,6 +271,9 @@ fn judge(
         }
     };
     let outcome = match kind {
+        _ if json["mode"].as_str().is_some_and(|mode| mode != "eval") => {
+            Err(format!("mode: expected eval, found {}", json["mode"]).into())
+        }
         Kind::Shared => Ok(()),
         Kind::Vision => encoders::vision(&case),
         Kind::Text => encoders::text(&case),

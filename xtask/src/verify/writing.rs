@@ -7,6 +7,7 @@ use xvlm::encoders::{Pass, Task, Xvlm};
 use xvlm::tasks::{ImageTokens, Search, Source, TextSearch};
 
 use super::case::{Case, Outcome, SAFE};
+use super::models::parameter_files;
 
 /// How far the score of a text may be off, as a share of it.
 const SCORE: f64 = 1e-5;
@@ -115,11 +116,15 @@ fn one(case: &Case, language: &Language, model: &Xvlm, run: &str, described: &Va
     Ok(())
 }
 
-/// The tokens that every text begins with: recorded, or those of the prompt's words.
+/// The tokens that every text begins with: recorded, in this case or in one of the same model, or those of the prompt's words.
 fn prompt(case: &Case, language: &Language, run: &str) -> Outcome<Vec<u32>> {
     let recorded = format!("{run}.beams.0");
     if case.has(&recorded) {
         return Ok(case.input(&recorded)?.to_dtype(DType::U32)?.get(0)?.to_vec1()?);
+    }
+    let files = parameter_files(&case.json);
+    if let Some((_, prompt)) = case.shared.prompts.iter().find(|(others, _)| *others == files) {
+        return Ok(prompt.clone());
     }
     let text = case.json["prompt"].as_str().or(case.config()?["prompt"].as_str()).ok_or("prompt: expected a text")?;
     let tokenizer = language.tokenizer.as_ref().ok_or("prompt: expected a case with the vocabulary in the folder")?;
