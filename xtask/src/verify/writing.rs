@@ -38,7 +38,7 @@ fn one(case: &Case, language: &Language, model: &Xvlm, run: &str, described: &Va
     let (rows, limit) = (sequences.len(), sequences.first().map_or(0, Vec::len));
     let prompt = prompt(case, language, run)?;
     let padding = model.config().text_config.pad_token_id;
-    let end = end(language, &sequences, padding)?;
+    let end = end(case, language, padding)?;
     let greedy = args["greedy"].as_bool().unwrap_or(false);
     let length = |field: &str, default: usize| args[field].as_u64().map_or(default, |length| length as usize);
     let search = Search {
@@ -132,14 +132,17 @@ fn prompt(case: &Case, language: &Language, run: &str) -> Outcome<Vec<u32>> {
     Ok(tokenizer.encode(&pre_caption(text, usize::MAX)?, longest, false)?)
 }
 
-/// The token that ends a text: that of the vocabulary, or what stands before padding.
-fn end(language: &Language, sequences: &[Vec<i64>], padding: u32) -> Outcome<u32> {
+/// The token that ends a text: that of the vocabulary, or what stands before padding in some text of the case.
+fn end(case: &Case, language: &Language, padding: u32) -> Outcome<u32> {
     if let Some(tokenizer) = &language.tokenizer {
         return Ok(tokenizer.sep_id());
     }
-    let last = sequences.iter().find_map(|row| {
-        let at = row.iter().position(|&id| id == i64::from(padding))?;
-        row.get(at.checked_sub(1)?).copied()
-    });
-    Ok(last.ok_or("end of text: expected a vocabulary or a padded text in the folder")? as u32)
+    for name in case.names("").iter().filter(|name| name.ends_with(".sequences")) {
+        for row in case.input(name)?.to_dtype(DType::I64)?.to_vec2::<i64>()? {
+            if let Some(at) = row.iter().position(|&id| id == i64::from(padding)).filter(|at| *at > 0) {
+                return Ok(row[at - 1] as u32);
+            }
+        }
+    }
+    Err("end of text: expected a vocabulary in the folder, or a text with padding in the case, found neither".into())
 }
