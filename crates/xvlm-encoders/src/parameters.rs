@@ -55,7 +55,7 @@ impl Parameters {
 pub struct Blueprint(Arc<Mutex<BTreeMap<String, (Shape, Init)>>>);
 
 impl Blueprint {
-    /// Of a model that is built with [`Self::builder`] and then forgotten.
+    /// Of a model that `build` makes of the builder it is given, and that is then forgotten.
     ///
     /// # Errors
     /// What building says.
