@@ -60,6 +60,8 @@ fn text(criterion: &mut Criterion) -> Result<()> {
     let table = random(&[30_522, 768])?;
     let ids: Vec<u32> = (0..TEXTS * WORDS).map(|i| (i * 7919 % 30_522) as u32).collect();
     let ids = Tensor::from_vec(ids, (TEXTS, WORDS), &Device::Cpu)?;
+    let positions = random(&[24, 24, 768])?;
+    both_ways(criterion, "resize bicubic 24x24x768 to 14x14", || kernels::resize_bicubic(&positions, 14, 14));
     both_ways(criterion, "embedding 8x40 of 30522x768", || kernels::embedding(&table, &ids, Some(0)));
 
     let logits = random(&[64, 30_522])?;

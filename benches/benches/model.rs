@@ -8,7 +8,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use xvlm::data::scenes::{self, Scene, Split, SynthOptions};
 use xvlm::data::{BatchBuilder, ImageCache, TextTokenizer, read_jsonl};
-use xvlm::encoders::{Parameters, Pass, Xvlm, XvlmConfig};
+use xvlm::encoders::{Parameters, Pass, VisionConfig, VitConfig, Xvlm, XvlmConfig};
 use xvlm::tasks::PretrainConfig;
 use xvlm::tasks::pretrain::{Batch, Pretraining};
 use xvlm::train::{Optimizer, Trainable};
@@ -80,12 +80,16 @@ fn training(criterion: &mut Criterion) -> Done {
 }
 
 fn base(criterion: &mut Criterion) -> Done {
-    let model = Xvlm::new(&XvlmConfig::base(224), Parameters::zeros().builder(candle_core::DType::F32, &Device::Cpu))?;
-    for images in [1, 8] {
-        let pixels = random(&[images, 3, 224, 224])?;
-        criterion.bench_function(&format!("base model, vision encoder 224, batch {images}"), |bencher| {
-            bencher.iter(|| model.encode_image(&pixels, &Pass::inference()).expect("tokens"));
-        });
+    let vits = [("CLIP's ViT", VitConfig::clip_base(224)), ("DeiT", VitConfig::deit_base(224))];
+    let vits = vits.map(|(name, vit)| (name, XvlmConfig::with_vision(VisionConfig::Vit(vit))));
+    for (name, config) in [("base model, vision encoder", XvlmConfig::base(224))].into_iter().chain(vits) {
+        let model = Xvlm::new(&config, Parameters::zeros().builder(candle_core::DType::F32, &Device::Cpu))?;
+        for images in [1, 8] {
+            let pixels = random(&[images, 3, 224, 224])?;
+            criterion.bench_function(&format!("{name} 224, batch {images}"), |bencher| {
+                bencher.iter(|| model.encode_image(&pixels, &Pass::inference()).expect("tokens"));
+            });
+        }
     }
     Ok(())
 }
