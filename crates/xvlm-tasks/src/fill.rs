@@ -6,7 +6,7 @@ use candle_core::D;
 use serde::Serialize;
 use xvlm_data::annotations::{FillItem, read_fill};
 use xvlm_data::pre_caption;
-use xvlm_encoders::Attention;
+use xvlm_encoders::{Attention, Task};
 use xvlm_kernels as kernels;
 use xvlm_metrics::fill::FillScores;
 
@@ -27,13 +27,14 @@ pub struct Completion {
 /// is about; the `top` best of each. Pieces of words and special tokens are left out.
 ///
 /// # Errors
-/// If a phrase has no blank or several.
+/// If a phrase has no blank or several, or the model is made for another task.
 pub fn fill(
     model: &Model,
     images: &ImageTokens,
     phrases: &[(u32, &str)],
     top: usize,
 ) -> Result<Vec<Vec<Completion>>, TaskError> {
+    model.fit_for("blanks", &[Task::Pretrain])?;
     let words = whole_words(model);
     let mut completions = Vec::new();
     for phrases in phrases.chunks(4 * BATCH) {

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use serde::Serialize;
 use xvlm_data::annotations::{GroundingItem, read_grounding};
 use xvlm_data::{Picture, TextTensors};
-use xvlm_encoders::{Attention, Concepts, Pass, VisionConfig, Xvlm};
+use xvlm_encoders::{Attention, Concepts, Pass, Task, VisionConfig, Xvlm};
 use xvlm_kernels as kernels;
 use xvlm_metrics::boxes::{BoxScores, refer_iou};
 use xvlm_train::Losses;
@@ -47,8 +47,9 @@ impl Found {
 /// probability then comes from matching the text with the region inside that box.
 ///
 /// # Errors
-/// If a text is empty, or the model has no box head.
+/// If a text is empty, or the model is made for another task.
 pub fn ground(model: &Model, images: &ImageTokens, texts: &[(u32, &str)]) -> Result<Vec<Found>, TaskError> {
+    model.fit_for("boxes", &[Task::Pretrain, Task::Grounding])?;
     let mut found = Vec::new();
     for texts in texts.chunks(4 * BATCH) {
         let index: Vec<u32> = texts.iter().map(|(image, _)| *image).collect();

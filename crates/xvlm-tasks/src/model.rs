@@ -13,6 +13,9 @@ use xvlm_weights::{LoadRules, ModelFiles, ModelFolder, StoredType};
 use crate::error::{ConfigProblem, TaskError};
 use crate::generate::Source;
 
+/// The tasks whose models compare images with texts.
+const CONTRASTING: &[Task] = &[Task::Pretrain, Task::Retrieval];
+
 /// The file of a model folder that [`ModelConfig`] is the content of.
 const CONFIG: &str = "config.json";
 
@@ -181,16 +184,18 @@ impl Model {
     /// Embeddings of images `[N, E]`, of unit length.
     ///
     /// # Errors
-    /// If a tensor operation fails.
+    /// If the model is made for another task, or a tensor operation fails.
     pub fn embed_images(&self, images: &ImageTokens) -> Result<Tensor, TaskError> {
+        self.fit_for("embeddings of images", CONTRASTING)?;
         Ok(self.xvlm.project_image(&images.0)?)
     }
 
     /// Embeddings of texts `[B, E]`, of unit length.
     ///
     /// # Errors
-    /// If a text is empty.
+    /// If a text is empty, or the model is made for another task.
     pub fn embed_texts(&self, texts: &[&str]) -> Result<Tensor, TaskError> {
+        self.fit_for("embeddings of texts", CONTRASTING)?;
         let mut batches = Vec::new();
         for texts in texts.chunks(crate::BATCH) {
             batches.push(self.xvlm.project_text(&self.encode_texts(&self.tokenise(texts)?)?)?);
@@ -204,8 +209,9 @@ impl Model {
     /// Probability that each text tells its image: pairs of a row of `images` and a text.
     ///
     /// # Errors
-    /// If a text is empty.
+    /// If a text is empty, or the model is made for another task.
     pub fn match_pairs(&self, images: &ImageTokens, pairs: &[(u32, &str)]) -> Result<Vec<f32>, TaskError> {
+        self.fit_for("matching", CONTRASTING)?;
         let texts: Vec<&str> = pairs.iter().map(|(_, text)| *text).collect();
         let tokens = self.tokenise(&texts)?;
         let index: Vec<u32> = pairs.iter().map(|(image, _)| *image).collect();

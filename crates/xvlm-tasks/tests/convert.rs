@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use xvlm_data::{Picture, TextTokenizer};
 use xvlm_encoders::{Task, VisionConfig, XvlmConfig};
 use xvlm_tasks::convert::{Goal, convert, export, layout};
-use xvlm_tasks::{Model, ModelConfig, Search, captioning, grounding, vqa};
+use xvlm_tasks::{Model, ModelConfig, Search, captioning, fill, grounding, vqa};
 use xvlm_weights::{Checkpoint, ConversionReport, LoadRules, ModelFolder, Origin, StoredType};
 
 type Tensors = BTreeMap<String, Tensor>;
@@ -145,6 +145,8 @@ fn a_converted_model_does_what_it_is_for() {
         if let Ok(boxes) = boxes {
             assert_eq!(boxes[0].probability.is_some(), task == Task::Pretrain);
         }
+        let filled = fill::fill(&model, &images, &[(0, "a ___")], 1);
+        assert_eq!(filled.is_ok(), task == Task::Pretrain);
         let matched = model.match_pairs(&images, &texts);
         assert_eq!(matched.is_ok(), matches!(task, Task::Retrieval | Task::Pretrain));
         let captions = captioning::caption(&model, &images, search);
