@@ -10,7 +10,7 @@ use candle_core::{DType, Tensor};
 use serde::Serialize;
 
 use crate::assign::{LoadRules, allowed, refuse};
-use crate::checkpoint::{Checkpoint, first_non_finite};
+use crate::checkpoint::{Checkpoint, TensorInfo, first_non_finite};
 use crate::error::{NamedShape, Reshaped, WeightsError};
 use crate::interpolate::{resize_positions, resize_relative_positions};
 use crate::names::{Fate, Origin, TextLayers, fate};
@@ -105,97 +105,29 @@ impl<'a> Conversion<'a> {
     /// [`WeightsError::Several`]; `rules` allow what is to be put up with. [`WeightsError::Dtype`] for weights that are no
     /// floating-point numbers.
     pub fn plan(sources: &'a [(Origin, Checkpoint)], layout: &Layout, rules: &LoadRules) -> Result<Self, WeightsError> {
-        let sources_have = |prefix: &str| {
-            let mut tensors = sources.iter().flat_map(|(_, checkpoint)| checkpoint.tensors().keys());
-            tensors.any(|tensor| tensor.starts_with(prefix))
+        let mut plan = Plan {
+            sources,
+            layout,
+            rules,
+            recipes: BTreeMap::new(),
+            report: ConversionReport::default(),
+            missing: Vec::new(),
+            unexpected: Vec::new(),
+            misshapen: Vec::new(),
         };
-        let mut recipes: BTreeMap<String, Recipe> = BTreeMap::new();
-        let mut report = ConversionReport::default();
-        let (mut unexpected, mut reshaped) = (Vec::new(), Vec::new());
         for (source, (origin, checkpoint)) in sources.iter().enumerate() {
             for (tensor, info) in checkpoint.tensors() {
-                let names = match fate(*origin, tensor, layout, checkpoint.tensors()) {
-                    Fate::Becomes(names) => names,
-                    Fate::Unused(why) => {
-                        report.unused.push(Because { name: tensor.clone(), why: why.to_owned() });
-                        continue;
-                    }
-                    Fate::Unknown if allowed(&rules.allow_unexpected, tensor) => {
-                        report.unused.push(Because { name: tensor.clone(), why: "allowed to be".to_owned() });
-                        continue;
-                    }
+                match fate(*origin, tensor, layout, checkpoint.tensors()) {
+                    Fate::Becomes(names) => plan.place(source, tensor, info, names)?,
+                    Fate::Unused(why) => plan.leave(tensor, why),
+                    Fate::Unknown if allowed(&rules.allow_unexpected, tensor) => plan.leave(tensor, "allowed to be"),
                     Fate::Unknown => {
-                        unexpected.push(NamedShape { name: tensor.clone(), shape: info.shape().to_vec() });
-                        continue;
-                    }
-                };
-                let is_number = matches!(info.dtype(), Some(DType::F32 | DType::F16 | DType::BF16 | DType::F64));
-                if !is_number {
-                    let (file, found) = (checkpoint.name().to_owned(), info.type_name().to_owned());
-                    let expected = "F32, F16, BF16 or F64";
-                    return Err(WeightsError::Dtype { file, tensor: tensor.clone(), expected, found });
-                }
-                for name in names {
-                    let shape = &layout.parameters[&name];
-                    // Keys and values of a decoder may read narrower or wider tokens than those of the layer it is made of.
-                    let weight = tensor.strip_suffix("bias").map(|stem| format!("{stem}weight"));
-                    let reads = weight.and_then(|weight| checkpoint.tensors().get(&weight)).unwrap_or(info).shape();
-                    if layout.starts_anew(&name, sources_have) && layout.weight_of(&name) != Some(reads) {
-                        continue;
-                    }
-                    match change(&name, info.shape(), shape) {
-                        Some(change) => {
-                            recipes.insert(name, Recipe { source, tensor: tensor.clone(), change });
-                        }
-                        None => reshaped.push(Reshaped {
-                            name: tensor.clone(),
-                            expected: shape.clone(),
-                            found: info.shape().to_vec(),
-                        }),
+                        plan.unexpected.push(NamedShape { name: tensor.clone(), shape: info.shape().to_vec() });
                     }
                 }
             }
         }
-        let used: BTreeSet<(usize, &str)> =
-            recipes.values().map(|recipe| (recipe.source, recipe.tensor.as_str())).collect();
-        let mut missing = Vec::new();
-        for (name, shape) in &layout.parameters {
-            if recipes.contains_key(name) {
-                continue;
-            }
-            let why = if layout.starts_anew(name, sources_have) {
-                "new in this task"
-            } else if !sources.iter().any(|(origin, _)| origin.has(name)) {
-                "in no source of this kind"
-            } else if allowed(&rules.allow_missing, name) {
-                "allowed to be"
-            } else {
-                missing.push(NamedShape { name: name.clone(), shape: shape.clone() });
-                continue;
-            };
-            report.initialised.push(Because { name: name.clone(), why: why.to_owned() });
-        }
-        let file = sources.iter().map(|(_, checkpoint)| checkpoint.name()).collect::<Vec<_>>().join(", ");
-        for (source, (origin, checkpoint)) in sources.iter().enumerate() {
-            for tensor in checkpoint.tensors().keys().filter(|tensor| !used.contains(&(source, tensor.as_str()))) {
-                if let Fate::Becomes(_) = fate(*origin, tensor, layout, checkpoint.tensors()) {
-                    report.unused.push(Because { name: tensor.clone(), why: "of a part that is another's".to_owned() });
-                }
-            }
-        }
-        refuse(&file, missing, unexpected, reshaped)?;
-        for (name, recipe) in &recipes {
-            let found = sources[recipe.source].1.tensors()[&recipe.tensor].shape();
-            match recipe.change {
-                Change::None => report.loaded.push(name.clone()),
-                _ => report.reshaped.push(Reshaped {
-                    name: name.clone(),
-                    expected: layout.parameters[name].clone(),
-                    found: found.to_vec(),
-                }),
-            }
-        }
-        Ok(Self { sources, parameters: layout.parameters.clone(), recipes, report })
+        plan.finish()
     }
 
     /// What is done, by name.
@@ -224,6 +156,120 @@ impl<'a> Conversion<'a> {
     }
 }
 
+/// A conversion that is being planned.
+struct Plan<'a, 'b> {
+    sources: &'a [(Origin, Checkpoint)],
+    layout: &'b Layout,
+    rules: &'b LoadRules,
+    recipes: BTreeMap<String, Recipe>,
+    report: ConversionReport,
+    /// What has no explanation.
+    missing: Vec<NamedShape>,
+    unexpected: Vec<NamedShape>,
+    misshapen: Vec<Reshaped>,
+}
+
+impl<'a> Plan<'a, '_> {
+    /// A tensor that becomes parameters.
+    fn place(
+        &mut self,
+        source: usize,
+        tensor: &str,
+        info: &TensorInfo,
+        names: Vec<String>,
+    ) -> Result<(), WeightsError> {
+        let checkpoint = &self.sources[source].1;
+        if !matches!(info.dtype(), Some(DType::F32 | DType::F16 | DType::BF16 | DType::F64)) {
+            let (file, found) = (checkpoint.name().to_owned(), info.type_name().to_owned());
+            let expected = "F32, F16, BF16 or F64";
+            return Err(WeightsError::Dtype { file, tensor: tensor.to_owned(), expected, found });
+        }
+        for name in names {
+            // Keys and values of a decoder may read narrower or wider tokens than those of the layer it is made of.
+            let weight = tensor.strip_suffix("bias").map(|stem| format!("{stem}weight"));
+            let reads = weight.and_then(|weight| checkpoint.tensors().get(&weight)).unwrap_or(info).shape();
+            if self.starts_anew(&name) && self.layout.weight_of(&name) != Some(reads) {
+                continue;
+            }
+            let shape = &self.layout.parameters[&name];
+            match change(&name, info.shape(), shape) {
+                Some(change) => {
+                    self.recipes.insert(name, Recipe { source, tensor: tensor.to_owned(), change });
+                }
+                None => self.misshapen.push(Reshaped {
+                    name: tensor.to_owned(),
+                    expected: shape.clone(),
+                    found: info.shape().to_vec(),
+                }),
+            }
+        }
+        Ok(())
+    }
+
+    /// A tensor that becomes nothing.
+    fn leave(&mut self, tensor: &str, why: &str) {
+        self.report.unused.push(Because { name: tensor.to_owned(), why: why.to_owned() });
+    }
+
+    /// Accounts for every parameter, and for every tensor that was to become one and did not.
+    fn finish(mut self) -> Result<Conversion<'a>, WeightsError> {
+        for (name, shape) in &self.layout.parameters {
+            if let Some(Recipe { source, tensor, change }) = self.recipes.get(name) {
+                let found = self.sources[*source].1.tensors()[tensor].shape().to_vec();
+                match change {
+                    Change::None => self.report.loaded.push(name.clone()),
+                    _ => self.report.reshaped.push(Reshaped { name: name.clone(), expected: shape.clone(), found }),
+                }
+                continue;
+            }
+            let why = if self.starts_anew(name) {
+                "new in this task"
+            } else if !self.sources.iter().any(|(origin, _)| origin.has(name)) {
+                "in no source of this kind"
+            } else if allowed(&self.rules.allow_missing, name) {
+                "allowed to be"
+            } else {
+                self.missing.push(NamedShape { name: name.clone(), shape: shape.clone() });
+                continue;
+            };
+            self.report.initialised.push(Because { name: name.clone(), why: why.to_owned() });
+        }
+        let used: BTreeSet<(usize, &str)> =
+            self.recipes.values().map(|recipe| (recipe.source, recipe.tensor.as_str())).collect();
+        let mut replaced = Vec::new();
+        for (source, (origin, checkpoint)) in self.sources.iter().enumerate() {
+            for tensor in checkpoint.tensors().keys().filter(|tensor| !used.contains(&(source, tensor.as_str()))) {
+                if let Fate::Becomes(_) = fate(*origin, tensor, self.layout, checkpoint.tensors()) {
+                    replaced.push(tensor.clone());
+                }
+            }
+        }
+        replaced.iter().for_each(|tensor| self.leave(tensor, "for a later source, or the task, has it anew"));
+        let file = self.sources.iter().map(|(_, checkpoint)| checkpoint.name()).collect::<Vec<_>>().join(", ");
+        refuse(&file, self.missing, self.unexpected, self.misshapen)?;
+        let parameters = self.layout.parameters.clone();
+        Ok(Conversion { sources: self.sources, parameters, recipes: self.recipes, report: self.report })
+    }
+
+    /// Whether a parameter is one that fine-tuning starts from nothing.
+    fn starts_anew(&self, name: &str) -> bool {
+        let sources_have = |prefix: &str| {
+            let mut tensors = self.sources.iter().flat_map(|(_, checkpoint)| checkpoint.tensors().keys());
+            tensors.any(|tensor| tensor.starts_with(prefix))
+        };
+        if let Some(head) = NEW_HEADS.iter().find(|head| name.starts_with(**head)) {
+            return !sources_have(head);
+        }
+        // The decoder of answers reads the states of questions where the fusion layer it is made of reads an image.
+        let reads = ["crossattention.self.key.", "crossattention.self.value."].iter().any(|part| name.contains(part));
+        let decoder = "text_decoder.";
+        self.layout.text == TextLayers::EncoderAndDecoder
+            && reads
+            && name.starts_with(decoder)
+            && !sources_have(decoder)
+    }
+}
+
 /// Parts that fine-tuning starts from nothing (`init_params` of the original's models), as long as no source has any of them.
 const NEW_HEADS: [&str; 2] = ["cls_head.", "ta_head."];
 
@@ -232,17 +278,6 @@ impl Layout {
     fn weight_of(&self, name: &str) -> Option<&[usize]> {
         let weight = name.strip_suffix("bias").map_or_else(|| name.to_owned(), |stem| format!("{stem}weight"));
         self.parameters.get(&weight).map(Vec::as_slice)
-    }
-
-    /// Whether a parameter is one that fine-tuning starts from nothing, given what the sources' names begin with.
-    fn starts_anew(&self, name: &str, sources_have: impl Fn(&str) -> bool) -> bool {
-        if let Some(head) = NEW_HEADS.iter().find(|head| name.starts_with(**head)) {
-            return !sources_have(head);
-        }
-        // The decoder of answers reads the states of questions where the fusion layer it is made of reads an image.
-        let reads = ["crossattention.self.key.", "crossattention.self.value."].iter().any(|part| name.contains(part));
-        let decoder = "text_decoder.";
-        self.text == TextLayers::EncoderAndDecoder && reads && name.starts_with(decoder) && !sources_have(decoder)
     }
 }
 
