@@ -4,12 +4,13 @@ use std::io::{self, IsTerminal, Read};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use clap::builder::NonEmptyStringValueParser;
 use indicatif::{ProgressBar, ProgressStyle};
 use sha2::{Digest, Sha256};
 use xvlm::data::TextTokenizer;
 use xvlm::encoders::{Task, TextModel, XvlmConfig};
 use xvlm::tasks::convert::{Goal, convert, export};
-use xvlm::tasks::{ModelConfig, PretrainConfig, official};
+use xvlm::tasks::{ModelConfig, official};
 use xvlm::weights::{Checkpoint, ConversionReport, LoadRules, Origin, StoredType};
 
 use crate::Done;
@@ -24,7 +25,9 @@ pub(crate) struct ConvertWeights {
     #[arg(long, num_args = 2, value_names = ["KIND", "INPUT"])]
     from: Vec<String>,
     /// Write the model of a folder for another program: `xvlm`, the original
-    #[arg(long, num_args = 2, value_names = ["KIND", "FOLDER"], conflicts_with = "from")]
+    #[arg(long, num_args = 2, value_names = ["KIND", "FOLDER"])]
+    #[arg(conflicts_with_all = ["from", "preset", "config", "task", "image_res", "tokenizer", "every_other_layer"])]
+    #[arg(conflicts_with_all = ["allow_missing", "allow_unused", "seed"])]
     to: Option<Vec<String>>,
     /// Sizes of the model: a name of --list
     #[arg(long, conflicts_with = "config")]
@@ -51,10 +54,10 @@ pub(crate) struct ConvertWeights {
     #[arg(long)]
     every_other_layer: bool,
     /// Parameters that may stay as initialised: the beginning of a name, or a pattern with *
-    #[arg(long, value_name = "PATTERN")]
+    #[arg(long, value_name = "PATTERN", value_parser = NonEmptyStringValueParser::new())]
     allow_missing: Vec<String>,
     /// Tensors that may be left out
-    #[arg(long, value_name = "PATTERN")]
+    #[arg(long, value_name = "PATTERN", value_parser = NonEmptyStringValueParser::new())]
     allow_unused: Vec<String>,
     /// Seed of the parameters that no checkpoint has
     #[arg(long, default_value_t = 42)]
@@ -80,12 +83,20 @@ impl ConvertWeights {
                 return Err(format!("--to: expected xvlm, found {kind}").into());
             }
             let tensors = export(Path::new(folder), out, stored)?;
-            println!("{}: {tensors} tensors", out.display());
+            match self.json {
+                true => println!("{}", serde_json::json!({"file": out, "tensors": tensors})),
+                false => println!("{}: {tensors} tensors", out.display()),
+            }
             return Ok(());
         }
         let sources = self.sources()?;
         let goal = self.goal(stored)?;
-        let tokenizer = self.tokenizer(&sources, &goal.config.model)?;
+        if goal.every_other_layer && !sources.iter().any(|(origin, _)| matches!(origin, Origin::Bert | Origin::Roberta))
+        {
+            return Err("--every-other-layer: expected --from bert or --from roberta, found neither".into());
+        }
+        let file = self.tokenizer_file(&sources, &goal.config.model)?;
+        let tokenizer = file.as_deref().map(TextTokenizer::from_file).transpose()?;
         let bar = bar();
         let written = &mut |done, of| {
             bar.set_length(of);
@@ -94,7 +105,7 @@ impl ConvertWeights {
         let report = convert(&sources, &goal, tokenizer.as_ref(), out, written)?;
         bar.finish_and_clear();
         let hash = hash(&out.join("model.safetensors"))?;
-        self.print(&sources, &report, &hash)?;
+        self.print(&sources, file.as_deref(), &report, &hash)?;
         if tokenizer.is_none() {
             eprintln!(
                 "warning: no tokenizer: the model cannot read texts until its tokenizer.json is in {} (--tokenizer FILE)",
@@ -142,17 +153,14 @@ impl ConvertWeights {
     }
 
     /// The tokenizer that was named, or one that is found.
-    fn tokenizer(
+    fn tokenizer_file(
         &self,
         sources: &[(Origin, Checkpoint)],
         model: &XvlmConfig,
-    ) -> Result<Option<TextTokenizer>, Box<dyn std::error::Error>> {
-        if let Some(path) = &self.tokenizer {
-            return Ok(Some(TextTokenizer::from_file(path)?));
-        }
+    ) -> Result<Option<PathBuf>, Box<dyn std::error::Error>> {
         // The word pieces of BERT mean nothing to RoBERTa.
-        if model.text_config.model_type != TextModel::Bert {
-            return Ok(None);
+        if self.tokenizer.is_some() || model.text_config.model_type != TextModel::Bert {
+            return Ok(self.tokenizer.clone());
         }
         let beside = sources.iter().filter_map(|(_, checkpoint)| Path::new(checkpoint.name()).parent());
         let mut folders: Vec<PathBuf> = beside.map(Path::to_path_buf).collect();
@@ -160,13 +168,19 @@ impl ConvertWeights {
             folders.extend(official::read(path)?["text_encoder"].as_str().map(PathBuf::from));
         }
         let files = folders.iter().flat_map(|folder| ["tokenizer.json", "vocab.txt"].map(|file| folder.join(file)));
-        let found = files.into_iter().find(|file| file.is_file());
-        Ok(found.map(|file| TextTokenizer::from_file(&file)).transpose()?)
+        Ok(files.into_iter().find(|file| file.is_file()))
     }
 
-    fn print(&self, sources: &[(Origin, Checkpoint)], report: &ConversionReport, hash: &str) -> Done {
+    fn print(
+        &self,
+        sources: &[(Origin, Checkpoint)],
+        tokenizer: Option<&Path>,
+        report: &ConversionReport,
+        hash: &str,
+    ) -> Done {
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&serde_json::json!({"report": report, "sha256": hash}))?);
+            let document = serde_json::json!({"report": report, "tokenizer": tokenizer, "sha256": hash});
+            println!("{}", serde_json::to_string_pretty(&document)?);
             return Ok(());
         }
         for (origin, checkpoint) in sources {
@@ -175,22 +189,19 @@ impl ConvertWeights {
             println!("{name}: {kind} of {}, {} tensors, {bytes}", origin.name(), checkpoint.tensors().len());
         }
         print!("{report}");
+        if let Some(tokenizer) = tokenizer {
+            println!("tokenizer: {}", tokenizer.display());
+        }
         println!("model.safetensors: sha256 {hash}");
         Ok(())
     }
 }
 
-fn preset(name: &str, task: Task) -> Result<ModelConfig, Box<dyn std::error::Error>> {
-    let model = match XvlmConfig::preset(name) {
-        Some(model) => model,
-        None if PretrainConfig::presets().any(|preset| preset == name) => PretrainConfig::preset(name, &[])?.model,
-        None => {
-            let known = XvlmConfig::PRESETS.into_iter().chain(PretrainConfig::presets()).collect::<Vec<_>>().join(", ");
-            return Err(format!("--preset: expected one of {known}, found {name}").into());
-        }
-    };
-    let prompt = "a picture of".to_owned();
-    Ok(ModelConfig { model: XvlmConfig { task, ..model }, max_tokens: 40, max_words: 30, prompt })
+fn preset(name: &str, task: Task) -> Result<ModelConfig, String> {
+    let model = XvlmConfig::preset(name);
+    let model =
+        model.ok_or_else(|| format!("--preset: expected one of {}, found {name}", XvlmConfig::PRESETS.join(", ")))?;
+    Ok(ModelConfig::of(XvlmConfig { task, ..model }))
 }
 
 fn stored(dtype: &str) -> Result<StoredType, String> {
@@ -233,8 +244,7 @@ fn listing() -> String {
         Origin::Roberta => "pytorch_model.bin of roberta-base; fills text and fusion layers but for cross attention",
     };
     let kinds = Origin::ALL.map(|origin| format!("  {:9} {}\n", origin.name(), needs(origin))).concat();
-    let presets: String =
-        XvlmConfig::PRESETS.into_iter().chain(PretrainConfig::presets()).map(|name| format!("  {name}\n")).collect();
+    let presets = XvlmConfig::PRESETS.map(|name| format!("  {name}\n")).concat();
     let tasks = Task::ALL.map(|task| format!("  {}\n", task.name())).concat();
     format!("checkpoints (--from KIND INPUT):\n{kinds}presets (--preset NAME):\n{presets}tasks (--task NAME):\n{tasks}")
 }

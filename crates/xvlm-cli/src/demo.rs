@@ -15,7 +15,7 @@ use xvlm::metrics::vqa::ExactScores;
 use xvlm::tasks::captioning::{self, CaptionScores};
 use xvlm::tasks::{Model, PretrainConfig, fill, grounding, pretrain, retrieval, vqa};
 use xvlm::train::{LossCurve, Warmup, loss_curves, read_metrics};
-use xvlm::{Picture, Predictor, Search};
+use xvlm::{Picture, Predictor};
 
 use crate::ModelArgs;
 use crate::eval::{caption_rows, fill_rows, grounding_rows, question_rows, retrieval_rows};
@@ -235,7 +235,7 @@ impl Found {
     fn on(model: &Model, data: &Path) -> Result<Self, CliError> {
         Ok(Self {
             grounding: Stage::run("phrases", |at| grounding::evaluate(model, data, at))?,
-            captions: Stage::run("captions", |at| captioning::evaluate(model, data, Search::default(), at))?,
+            captions: Stage::run("captions", |at| captioning::evaluate(model, data, model.config().search, at))?,
             questions: Stage::run("questions", |at| vqa::evaluate(model, data, at))?,
             retrieval: Stage::run("pairs", |at| retrieval::evaluate(model, data, K_TEST, at))?,
             fill: Stage::run("blanks", |at| fill::evaluate(model, data, at))?,

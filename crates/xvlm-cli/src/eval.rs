@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
-use xvlm::Search;
 use xvlm::metrics::boxes::BoxScores;
 use xvlm::metrics::fill::FillScores;
 use xvlm::metrics::retrieval::RetrievalScores;
@@ -84,7 +83,7 @@ impl Eval {
                 self.print(done.scores, question_rows)
             }
             Task::Caption => {
-                let done = Stage::run("captions", |at| captioning::evaluate(model, data, Search::default(), at))?;
+                let done = Stage::run("captions", |at| captioning::evaluate(model, data, model.config().search, at))?;
                 self.print(done.scores, caption_rows)
             }
         }

@@ -121,15 +121,19 @@ impl Ground {
 pub(crate) struct Caption {
     #[command(flatten)]
     look: Look,
-    /// Texts that the search follows at a time; 1 is greedy
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=64))]
-    beams: u8,
+    /// Texts followed at a time; 1 is greedy. By default what the model's configuration says
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
+    beams: Option<u8>,
 }
 
 impl Caption {
     pub(crate) fn run(self) -> Result<(), CliError> {
-        let search = Search { beams: self.beams.into(), ..Search::default() };
-        let found = self.look.ask(|view| Ok(vec![view.caption_with(search)?]))?;
+        let found = self.look.ask(|view| {
+            Ok(vec![match self.beams {
+                Some(beams) => view.caption_with(Search { beams: beams.into(), ..view.search() })?,
+                None => view.caption()?,
+            }])
+        })?;
         output::print(self.look.json, &found, |found| {
             let line = |about: &About<xvlm::Written>| {
                 let texts: String = about.results.iter().map(|written| format!("{}\n", written.text)).collect();

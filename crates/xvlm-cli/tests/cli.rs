@@ -34,7 +34,7 @@ fn folder() -> TempDir {
     let tokenizer = TextTokenizer::from_vocabulary(&scenes::vocabulary()).unwrap();
     let model = serde_json::from_value(sizes(tokenizer.vocab_size())).unwrap();
     let pretraining = Pretraining::new(&model, 7, &Device::Cpu).unwrap();
-    let config = ModelConfig { model, max_tokens: 40, max_words: 40, prompt: "a picture of".to_owned() };
+    let config = ModelConfig { max_words: 40, ..ModelConfig::of(model) };
     let parameters = pretraining.parameters();
     let write = |name: &str, parameters| {
         Model::write(&dir.path().join(name), &config, parameters, &tokenizer, StoredType::F32).unwrap();

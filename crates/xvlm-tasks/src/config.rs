@@ -246,7 +246,7 @@ fn with_suggestion(message: &str) -> String {
     }
 }
 
-fn suggestion<'a>(unknown: &str, known: impl Iterator<Item = &'a str>) -> String {
+pub(crate) fn suggestion<'a>(unknown: &str, known: impl Iterator<Item = &'a str>) -> String {
     let nearest = known.max_by(|a, b| strsim::jaro_winkler(unknown, a).total_cmp(&strsim::jaro_winkler(unknown, b)));
     nearest.map(|name| format!("; did you mean `{name}`?")).unwrap_or_default()
 }

@@ -63,7 +63,7 @@ pub fn convert(
     written: &mut dyn FnMut(u64, u64),
 ) -> Result<ConversionReport, TaskError> {
     if let Some(tokenizer) = tokenizer {
-        let problem = |message| ConfigProblem { file: "configuration".to_owned(), message };
+        let problem = |message| ConfigProblem { file: "configuration and tokenizer".to_owned(), message };
         check_texts(&goal.config.model, goal.config.max_tokens, tokenizer).map_err(problem)?;
     }
     let (layout, blueprint) = layout(&goal.config.model, goal.every_other_layer)?;
@@ -86,11 +86,15 @@ pub fn convert(
         let (send, receive) = mpsc::sync_channel(1);
         scope.spawn(|| {
             let send = send;
-            entries.iter().try_for_each(|entry| send.send(read(&entry.name)))
+            entries.iter().try_for_each(|entry| send.send((&entry.name, read(&entry.name))))
         });
         let mut done = 0;
         let tensor = |name: &str| {
-            let tensor = receive.recv().unwrap_or_else(|_| read(name))?;
+            let tensor = match receive.recv() {
+                Ok((next, tensor)) if next == name => tensor?,
+                // The reader does nothing else than read in this order.
+                _ => read(name)?,
+            };
             done += bytes(tensor.dims());
             written(done, total);
             Ok(tensor)

@@ -12,6 +12,7 @@ use xvlm_weights::{LoadRules, ModelFiles, ModelFolder, StoredType};
 
 use crate::error::{ConfigProblem, TaskError};
 use crate::generate::Source;
+use crate::search::Search;
 
 /// The tasks whose models compare images with texts.
 const CONTRASTING: &[Task] = &[Task::Pretrain, Task::Retrieval];
@@ -31,9 +32,18 @@ pub struct ModelConfig {
     pub max_words: usize,
     /// What captions begin with, left out of the answer.
     pub prompt: String,
+    /// How captions are searched for, unless the caller says otherwise.
+    #[serde(default)]
+    pub search: Search,
 }
 
 impl ModelConfig {
+    /// The original's settings for texts, with a model.
+    pub fn of(model: XvlmConfig) -> Self {
+        let prompt = "a picture of".to_owned();
+        Self { model, max_tokens: 40, max_words: 30, prompt, search: Search::default() }
+    }
+
     /// The text of `config.json`.
     ///
     /// # Errors

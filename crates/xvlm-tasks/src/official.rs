@@ -13,9 +13,10 @@ use xvlm_encoders::{
 };
 use xvlm_train::{OptimizerConfig, ScheduleConfig, TrainConfig, Warmup};
 
-use crate::config::{PretrainConfig, RegionStream};
+use crate::config::{PretrainConfig, RegionStream, suggestion};
 use crate::error::ConfigProblem;
 use crate::model::ModelConfig;
+use crate::search::Search;
 
 /// Side of a patch of every Swin of the original, before patches merge.
 const SWIN_PATCH: usize = 4;
@@ -69,20 +70,98 @@ pub fn model_config(path: &Path, task: Task) -> Result<ModelConfig, ConfigProble
 /// If a value is missing or of the wrong type, or a file that is named cannot be read.
 pub fn from_official(config: &Value, path: &Path, task: Task) -> Result<ModelConfig, ConfigProblem> {
     let root = Section::new(config, path)?;
-    let max_tokens = root.size_or("max_tokens", 40)?;
-    Ok(ModelConfig {
-        model: XvlmConfig {
-            task,
-            vision_config: vision(&root)?,
-            text_config: text(&root)?,
-            embed_dim: root.size_or("embed_dim", 256)?,
-            temp: root.number_or("temp", 0.07)?,
-        },
-        max_tokens,
-        max_words: root.size_or("max_words", 30)?,
-        prompt: root.text_or("prompt", "a picture of ")?.trim().to_owned(),
-    })
+    root.refuse_unknown(KEYS)?;
+    let model = XvlmConfig {
+        task,
+        vision_config: vision(&root)?,
+        text_config: text(&root)?,
+        embed_dim: root.size_or("embed_dim", 256)?,
+        temp: root.number_or("temp", 0.07)?,
+    };
+    if task == Task::Vqa {
+        let text = &model.text_config;
+        root.expect("num_dec_layers", text.num_hidden_layers.saturating_sub(text.fusion_layer))?;
+    }
+    let default = ModelConfig::of(model);
+    let prompt = root.text_or("prompt", &default.prompt)?.trim().to_owned();
+    // The original counts the prompt and its first token too; a word of it is a token of BERT.
+    let begun = 1 + prompt.split_whitespace().count();
+    let more = |field: &str, tokens: usize| Ok(root.size_or(field, begun + tokens)?.saturating_sub(begun));
+    let search = Search {
+        beams: root.size_or("num_beams", default.search.beams)?,
+        min_tokens: more("min_length", default.search.min_tokens)?,
+        max_tokens: more("max_length", default.search.max_tokens)?,
+        ..default.search
+    };
+    let (max_tokens, max_words) =
+        (root.size_or("max_tokens", default.max_tokens)?, root.size_or("max_words", default.max_words)?);
+    Ok(ModelConfig { max_tokens, max_words, prompt, search, ..default })
 }
+
+/// What the original's YAML files have; what of it is not read here says how to fine-tune, or where files are.
+const KEYS: &[&str] = &[
+    "accelerator",
+    "answer_list",
+    "batch_size",
+    "batch_size_test",
+    "batch_size_test_text",
+    "batch_size_train",
+    "block_num",
+    "calc_image_bbox_loss",
+    "careful_hflip",
+    "cider_cached_tokens",
+    "ckpt_frequent",
+    "ckpt_frequent_step",
+    "coco_file",
+    "det_file",
+    "embed_dim",
+    "eval_steps",
+    "image_res",
+    "image_root",
+    "images",
+    "k_test",
+    "label_smoothing",
+    "load_bertL_by_sep",
+    "mask_prob",
+    "mask_whole_word",
+    "max_length",
+    "max_masks",
+    "max_tokens",
+    "max_words",
+    "min_length",
+    "num_beams",
+    "num_dec_layers",
+    "optimizer",
+    "pad_token_id",
+    "patch_size",
+    "prompt",
+    "refcoco_data",
+    "regions",
+    "sc_baseline_type",
+    "sc_beam_size",
+    "sc_train_sample_n",
+    "schedular",
+    "skipgram_prb",
+    "skipgram_size",
+    "start_eval",
+    "temp",
+    "test_file",
+    "test_gt_file",
+    "text_config",
+    "text_encoder",
+    "train_dataset_size",
+    "train_file",
+    "train_file_regions",
+    "use_clip_vit",
+    "use_roberta",
+    "use_swin",
+    "val_file",
+    "val_gt_file",
+    "vg_root",
+    "vision_config",
+    "vlue_test",
+    "vqa_root",
+];
 
 /// A pre-training configuration of the original (`configs/Pretrain_XVLM_*.yaml`), for one process. The image files come
 /// first, then those with regions: a record is used for whatever it has.
@@ -94,6 +173,15 @@ pub fn pretrain_config(config: &Value, path: &Path) -> Result<PretrainConfig, Co
     let (images, regions) = (root.section("images")?, root.section("regions")?);
     let (optimizer, schedule) = (root.section("optimizer")?, root.section("schedular")?);
     let accelerator = root.section("accelerator")?;
+    // What would mean something else here.
+    optimizer.expect_text("opt", "adamW")?;
+    schedule.expect_text("sched", "linear")?;
+    accelerator.expect("GRAD_ACCUMULATE_STEPS", 1)?;
+    for (section, field) in [(&root, "calc_image_bbox_loss"), (&images, "tokenized"), (&regions, "tokenized")] {
+        if section.flag_or(field, false)? {
+            return Err(section.problem(field, "false", "true"));
+        }
+    }
     let model = from_official(config, path, Task::Pretrain)?;
     let batch_size = images.size("batch_size")?;
     let epochs = schedule.size("epochs")?;
@@ -175,6 +263,8 @@ fn vision(root: &Section) -> Result<VisionConfig, ConfigProblem> {
         let vision = root.file("vision_config")?;
         vision.expect("image_res", image_res)?;
         let swin = swin(&vision)?;
+        let valid = swin.validate();
+        valid.map_err(|error| vision.problem("", &error.expected, &format!("{} {}", error.field, error.found)))?;
         let width = swin.width();
         vision.expect("vision_width", width)?;
         root.expect("patch_size", swin.stride())?;
@@ -373,6 +463,24 @@ impl Section {
         match self.size_or(field, expected)? {
             found if found == expected => Ok(()),
             found => Err(self.problem(field, &expected.to_string(), &found.to_string())),
+        }
+    }
+
+    /// Checks a word that only one is understood of.
+    fn expect_text(&self, field: &str, expected: &str) -> Result<(), ConfigProblem> {
+        match self.text_or(field, expected)? {
+            found if found == expected => Ok(()),
+            found => Err(self.problem(field, expected, &found)),
+        }
+    }
+
+    fn refuse_unknown(&self, known: &[&str]) -> Result<(), ConfigProblem> {
+        match self.values.keys().find(|key| !known.contains(&key.as_str())) {
+            None => Ok(()),
+            Some(unknown) => {
+                let message = format!("unknown field `{unknown}`{}", suggestion(unknown, known.iter().copied()));
+                Err(ConfigProblem { file: self.file.display().to_string(), message })
+            }
         }
     }
 

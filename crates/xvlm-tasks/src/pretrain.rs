@@ -23,6 +23,7 @@ use crate::config::{Objective, PretrainConfig};
 use crate::error::{ConfigProblem, TaskError};
 use crate::generate::{LABEL_SMOOTHING, writing_loss};
 use crate::model::{Model, ModelConfig, check_texts};
+use crate::search::Search;
 
 /// Bounds of the temperature after each step (the original's `xvlm.temp.clamp_`).
 const TEMPERATURE: (f64, f64) = (0.001, 0.5);
@@ -238,6 +239,7 @@ pub fn run(
         max_tokens: config.data.max_tokens,
         max_words: config.data.max_words,
         prompt: config.data.generation.clone().unwrap_or_default().prompt,
+        search: Search::default(),
     };
     Model::write(&out.join("model"), &model, &pretraining.parameters, &tokenizer, config.stored)?;
     Ok(summary)

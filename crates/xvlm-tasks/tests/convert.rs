@@ -56,7 +56,7 @@ fn checkpoint(folder: &Path, tensors: &Tensors) -> Checkpoint {
 
 fn goal(model: XvlmConfig) -> Goal {
     Goal {
-        config: ModelConfig { model, max_tokens: 20, max_words: 20, prompt: "a picture of".to_owned() },
+        config: ModelConfig { max_tokens: 20, max_words: 20, ..ModelConfig::of(model) },
         every_other_layer: false,
         rules: LoadRules::default(),
         stored: StoredType::F32,
@@ -346,6 +346,23 @@ fn what_is_not_explained_is_an_error() {
         tensors.insert(bias.to_owned(), Tensor::new(numbers, &Device::Cpu).unwrap());
     });
     assert!(error.contains(bias) && error.contains("number 5"), "{error}");
+
+    let word = "text_encoder.cls.predictions.decoder.weight";
+    let words = pretrained["text_encoder.bert.embeddings.word_embeddings.weight"].clone();
+    let error = strict(&|tensors| drop(tensors.insert(word.to_owned(), (&words + 1.0).unwrap())));
+    assert!(error.contains(word) && error.contains("which it is tied to"), "{error}");
+    let tied = with(&|tensors| drop(tensors.insert(word.to_owned(), words.clone())), LoadRules::default()).unwrap();
+    assert!(tied.report.to_string().contains("is a copy of another tensor"), "{}", tied.report);
+    let table = "vision_encoder.layers.0.blocks.0.attn.relative_position_bias_table";
+    let error = strict(&|tensors| drop(tensors.insert(table.to_owned(), zeros(&[50, 1], DType::F32))));
+    assert!(error.contains(table) && error.contains("[50, 1]"), "{error}");
+    let mut large = pretrained.clone();
+    large.insert(bias.to_owned(), (zeros(&[32], DType::F32) + 1e6).unwrap());
+    for (stored, fits) in [(StoredType::F16, false), (StoredType::Bf16, true)] {
+        let converted = run(&[(Origin::Xvlm, &large)], &Goal { stored, ..goal(config.clone()) }).map(|_| ());
+        assert_eq!(converted.is_ok(), fits);
+        assert!(fits || converted.unwrap_err().contains("expected numbers up to 65504 for F16"));
+    }
 
     let rules = LoadRules { allow_missing: vec!["vision_encoder.*.bias".to_owned()], ..LoadRules::default() };
     let converted = with(&|tensors| drop(tensors.remove(bias)), rules).unwrap();

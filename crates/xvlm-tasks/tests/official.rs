@@ -93,6 +93,11 @@ text_config: configs/bert.json
 fn the_base_models_are_the_presets() {
     let swin = model(SWIN_384, Task::Vqa).unwrap();
     assert_eq!(swin, XvlmConfig { task: Task::Vqa, ..XvlmConfig::preset("base-384").unwrap() });
+    let folder = repository(&format!("{SWIN_384}max_length: 20\nmin_length: 5\nnum_beams: 2\nprompt: 'a picture of '"));
+    let captions = official::model_config(&folder.path().join("configs/run.yaml"), Task::Captioning).unwrap();
+    // [CLS] and the three words of the prompt count in the original.
+    let search = captions.search;
+    assert_eq!((search.beams, search.min_tokens, search.max_tokens), (2, 1, 16));
     let clip = "use_clip_vit: true\nvision_config: configs/clip.json\nimage_res: 224\npatch_size: 16\n\
                 use_roberta: true\ntext_config: configs/roberta.json";
     let clip = model(clip, Task::Pretrain).unwrap();
@@ -151,6 +156,30 @@ fn errors_name_file_field_and_what_was_found() {
     assert!(error.contains("image_res: expected a whole number, found nothing"), "{error}");
     let error = wrong("use_swin: True", "use_swin: yes please");
     assert!(error.contains(r#"use_swin: expected true or false, found "yes please""#), "{error}");
+    let error = wrong("image_res: 384", "image_ress: 384");
+    assert!(error.contains("unknown field `image_ress`; did you mean `image_res`?"), "{error}");
+    let layers = model(&format!("{SWIN_384}num_dec_layers: 4"), Task::Vqa).unwrap_err();
+    assert!(layers.contains("num_dec_layers: expected 6, found 4"), "{layers}");
+    for (from, to) in [
+        ("[ 2, 2, 18, 2 ]", "[4611686018427387904, 2, 18, 2]"),
+        (r#""embed_dim": 128"#, r#""embed_dim": 9223372036854775807"#),
+        (r#""window_size": 12"#, r#""window_size": 0"#),
+    ] {
+        let folder = repository(SWIN_384);
+        std::fs::write(folder.path().join("configs/swin.json"), SWIN.replace(from, to)).unwrap();
+        let path = folder.path().join("configs/run.yaml");
+        let error = official::model_config(&path, Task::Pretrain).unwrap_err().to_string();
+        assert!(error.contains("swin.json") && error.contains("vision_config."), "{error}");
+    }
+    for (field, value) in [("num_hidden_layers", 1u64 << 31), ("hidden_size", 1 << 63), ("vocab_size", 1 << 40)] {
+        let folder = repository(SWIN_384);
+        let mut bert: Value = serde_json::from_str(BERT).unwrap();
+        bert[field] = json!(value);
+        std::fs::write(folder.path().join("configs/bert.json"), bert.to_string()).unwrap();
+        let path = folder.path().join("configs/run.yaml");
+        let error = official::model_config(&path, Task::Pretrain).unwrap_err().to_string();
+        assert!(error.contains(&format!("text_config.{field}: expected ")), "{error}");
+    }
     let error = model("- a list", Task::Pretrain).unwrap_err();
     assert!(error.contains("expected a mapping"), "{error}");
 }

@@ -13,7 +13,7 @@ use crate::assign::{LoadRules, allowed, refuse};
 use crate::checkpoint::{Checkpoint, TensorInfo, first_non_finite};
 use crate::error::{NamedShape, Reshaped, WeightsError};
 use crate::interpolate::{resize_positions, resize_relative_positions};
-use crate::names::{Fate, Origin, TextLayers, fate};
+use crate::names::{Fate, Origin, TextLayers, fate, tied_to};
 
 /// What about a model decides where tensors go.
 #[derive(Clone, Debug)]
@@ -37,6 +37,9 @@ pub struct Because {
     pub name: String,
     /// The reason.
     pub why: String,
+    /// The file that a tensor is of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
 }
 
 /// What a conversion does, by name.
@@ -54,17 +57,20 @@ pub struct ConversionReport {
 
 impl fmt::Display for ConversionReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{} parameters loaded", self.loaded.len())?;
+        writeln!(f, "{} parameters loaded: {}", self.loaded.len(), self.loaded.join(", "))?;
         writeln!(f, "{} parameters reshaped", self.reshaped.len())?;
         for Reshaped { name, expected, found } in &self.reshaped {
             writeln!(f, "  {name}: {found:?} to {expected:?}")?;
         }
         for (what, named) in [("parameters initialised", &self.initialised), ("tensors unused", &self.unused)] {
             writeln!(f, "{} {what}", named.len())?;
-            let mut by_reason: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-            named.iter().for_each(|one| by_reason.entry(&one.why).or_default().push(&one.name));
-            for (why, names) in by_reason {
-                writeln!(f, "  {} {why}: {}", names.len(), names.join(", "))?;
+            let mut by_reason: BTreeMap<(&str, Option<&str>), Vec<&str>> = BTreeMap::new();
+            for Because { name, why, file } in named {
+                by_reason.entry((why, file.as_deref())).or_default().push(name);
+            }
+            for ((why, file), names) in by_reason {
+                let of = file.map(|file| format!(" of {file}")).unwrap_or_default();
+                writeln!(f, "  {}{of}, each because it {why}: {}", names.len(), names.join(", "))?;
             }
         }
         Ok(())
@@ -119,9 +125,14 @@ impl<'a> Conversion<'a> {
             for (tensor, info) in checkpoint.tensors() {
                 match fate(*origin, tensor, layout, checkpoint.tensors()) {
                     Fate::Becomes(names) => plan.place(source, tensor, info, names)?,
-                    Fate::Unused(why) => plan.leave(tensor, why),
-                    Fate::Unknown if allowed(&rules.allow_unexpected, tensor) => plan.leave(tensor, "allowed to be"),
-                    Fate::Unknown => {
+                    Fate::Unused(why) => plan.leave(checkpoint, tensor, why),
+                    Fate::Copy if plan.is_copy(checkpoint, tensor)? => {
+                        plan.leave(checkpoint, tensor, "is a copy of another tensor");
+                    }
+                    Fate::Unknown | Fate::Copy if allowed(&rules.allow_unexpected, tensor) => {
+                        plan.leave(checkpoint, tensor, "is allowed to be");
+                    }
+                    Fate::Unknown | Fate::Copy => {
                         plan.unexpected.push(NamedShape { name: tensor.clone(), shape: info.shape().to_vec() });
                     }
                 }
@@ -207,8 +218,30 @@ impl<'a> Plan<'a, '_> {
     }
 
     /// A tensor that becomes nothing.
-    fn leave(&mut self, tensor: &str, why: &str) {
-        self.report.unused.push(Because { name: tensor.to_owned(), why: why.to_owned() });
+    fn leave(&mut self, checkpoint: &Checkpoint, tensor: &str, why: &str) {
+        let file = Some(checkpoint.name().to_owned());
+        self.report.unused.push(Because { name: tensor.to_owned(), why: why.to_owned(), file });
+    }
+
+    /// Whether a tensor is what it should be a copy of. The original would take the numbers of whichever comes last.
+    fn is_copy(&self, checkpoint: &Checkpoint, tensor: &str) -> Result<bool, WeightsError> {
+        let tensors = checkpoint.tensors();
+        let Some(other) = tied_to(tensor).into_iter().find(|other| tensors.contains_key(other)) else {
+            return Ok(false);
+        };
+        let numbers = |name: &str| {
+            let numbers = checkpoint.read(name)?.flatten_all().and_then(|x| x.to_dtype(DType::F32)?.to_vec1::<f32>());
+            numbers.map_err(|error| WeightsError::tensor(checkpoint.name(), name, error))
+        };
+        if tensors[tensor].shape() == tensors[&other].shape() && numbers(tensor)? == numbers(&other)? {
+            return Ok(true);
+        }
+        Err(WeightsError::Malformed {
+            file: checkpoint.name().to_owned(),
+            part: format!("tensor {tensor}"),
+            expected: format!("the numbers of {other}, which it is tied to"),
+            found: "others".to_owned(),
+        })
     }
 
     /// Accounts for every parameter, and for every tensor that was to become one and did not.
@@ -223,16 +256,16 @@ impl<'a> Plan<'a, '_> {
                 continue;
             }
             let why = if self.starts_anew(name) {
-                "new in this task"
+                "is new in this task"
             } else if !self.sources.iter().any(|(origin, _)| origin.has(name)) {
-                "in no source of this kind"
+                "is in no checkpoint of these kinds"
             } else if allowed(&self.rules.allow_missing, name) {
-                "allowed to be"
+                "is allowed to be"
             } else {
                 self.missing.push(NamedShape { name: name.clone(), shape: shape.clone() });
                 continue;
             };
-            self.report.initialised.push(Because { name: name.clone(), why: why.to_owned() });
+            self.report.initialised.push(Because { name: name.clone(), why: why.to_owned(), file: None });
         }
         let used: BTreeSet<(usize, &str)> =
             self.recipes.values().map(|recipe| (recipe.source, recipe.tensor.as_str())).collect();
@@ -240,11 +273,12 @@ impl<'a> Plan<'a, '_> {
         for (source, (origin, checkpoint)) in self.sources.iter().enumerate() {
             for tensor in checkpoint.tensors().keys().filter(|tensor| !used.contains(&(source, tensor.as_str()))) {
                 if let Fate::Becomes(_) = fate(*origin, tensor, self.layout, checkpoint.tensors()) {
-                    replaced.push(tensor.clone());
+                    replaced.push((checkpoint, tensor));
                 }
             }
         }
-        replaced.iter().for_each(|tensor| self.leave(tensor, "for a later source, or the task, has it anew"));
+        let why = "is made anew, by a later checkpoint or for the task";
+        replaced.iter().for_each(|(checkpoint, tensor)| self.leave(checkpoint, tensor, why));
         let file = self.sources.iter().map(|(_, checkpoint)| checkpoint.name()).collect::<Vec<_>>().join(", ");
         refuse(&file, self.missing, self.unexpected, self.misshapen)?;
         let parameters = self.layout.parameters.clone();
@@ -291,9 +325,13 @@ fn change(name: &str, from: &[usize], to: &[usize]) -> Option<Change> {
     if from.last() != Some(&width) || from.len() != to.len() {
         return None;
     }
+    let before = from[from.len() - 2];
+    let is_square = |rows: usize| rows > 0 && rows.isqrt().pow(2) == rows;
     if name.ends_with("relative_position_bias_table") {
-        return Some(Change::RelativePositions(rows.isqrt()));
+        let is_table = |rows: usize| is_square(rows) && rows % 2 == 1;
+        return (is_table(before) && is_table(rows)).then(|| Change::RelativePositions(rows.isqrt()));
     }
+    let is_grid = |rows: usize| rows.checked_sub(1).is_some_and(is_square);
     let is_position = ["vision_encoder.pos_embed", "vision_encoder.pos_embed.weight"].contains(&name);
-    is_position.then(|| Change::Positions(rows.saturating_sub(1).isqrt()))
+    (is_position && is_grid(before) && is_grid(rows)).then(|| Change::Positions((rows - 1).isqrt()))
 }

@@ -73,15 +73,16 @@ pub(crate) enum Fate {
     Becomes(Vec<String>),
     /// Nothing, and that is right.
     Unused(&'static str),
+    /// Nothing, if it has the numbers of one of the tensors that [`tied_to`] names.
+    Copy,
     /// Nothing that is known.
     Unknown,
 }
 
-const BUFFER: Fate = Fate::Unused("for it follows from the sizes");
-const COPY: Fate = Fate::Unused("for it is a copy of another tensor");
-const OTHER_HEAD: Fate = Fate::Unused("for it is of another task");
-const BEYOND: Fate = Fate::Unused("for the model has no such layer");
-const NO_PART: Fate = Fate::Unused("for X-VLM has no such part");
+const BUFFER: Fate = Fate::Unused("follows from the sizes");
+const OTHER_HEAD: Fate = Fate::Unused("is of another task");
+const BEYOND: Fate = Fate::Unused("is of a layer that the model has not");
+const NO_PART: Fate = Fate::Unused("is of a part that X-VLM has not");
 
 /// What becomes of a tensor of a checkpoint, all of whose tensors are `tensors`.
 pub(crate) fn fate(origin: Origin, tensor: &str, layout: &Layout, tensors: &BTreeMap<String, TensorInfo>) -> Fate {
@@ -195,7 +196,7 @@ fn of_xvlm(tensor: &str, layout: &Layout) -> Fate {
         };
     }
     if !tied_to(tensor).is_empty() {
-        return COPY;
+        return Fate::Copy;
     }
     for head in ["cls.", "lm_head."] {
         if let Some(rest) = tensor.strip_prefix("text_encoder.").filter(|rest| rest.starts_with(head)) {
@@ -225,7 +226,20 @@ fn layer_of(name: &str) -> Option<(usize, &str)> {
 /// Whether a tensor of this name is no parameter but follows from the sizes: indices and masks of attention windows, and
 /// numbers of positions.
 pub fn is_buffer(name: &str) -> bool {
-    ["relative_position_index", "attn_mask", "position_ids"].iter().any(|buffer| name.ends_with(buffer))
+    let in_block = |name: &str| {
+        let mut parts = name.rsplitn(3, '.').skip(1);
+        parts.next().is_some_and(|number| number.parse::<usize>().is_ok())
+            && parts.next().is_some_and(|rest| rest.ends_with(".blocks"))
+    };
+    match name.rsplit_once('.') {
+        Some((block, "attn_mask")) => in_block(&format!("{block}.attn_mask")),
+        Some((attention, "relative_position_index")) => attention.ends_with(".attn") && in_block(attention),
+        Some((embeddings, "position_ids")) => ["embeddings", "vision_encoder"]
+            .iter()
+            .any(|end| embeddings == *end || embeddings.strip_suffix(end).is_some_and(|before| before.ends_with('.'))),
+        Some(_) => false,
+        None => name == "position_ids",
+    }
 }
 
 /// The parameters that a tensor of this name may be a copy of: what a language head shares with the embeddings, and what the
@@ -277,6 +291,26 @@ mod tests {
         );
         assert_eq!([0, 5].map(|layer| every_other(layer, 24, &layout)), [0, 5].map(Some));
         assert_eq!([6, 12, 14, 22].map(|layer| every_other(layer, 24, &layout)), [None; 4]);
+    }
+
+    #[test]
+    fn buffers_are_known_by_their_place() {
+        for name in [
+            "vision_encoder.layers.0.blocks.1.attn_mask",
+            "layers.3.blocks.0.attn.relative_position_index",
+            "text_encoder.bert.embeddings.position_ids",
+            "bert.embeddings.position_ids",
+            "embeddings.position_ids",
+            "vision_model.embeddings.position_ids",
+            "vision_encoder.position_ids",
+            "position_ids",
+        ] {
+            assert!(is_buffer(name), "{name}");
+        }
+        for name in ["vision_encoder.foo_attn_mask", "blocks.attn_mask", "x.relative_position_index", "my.position_ids"]
+        {
+            assert!(!is_buffer(name), "{name}");
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::checkpoint::first_non_finite;
 use crate::error::{NamedShape, WeightsError};
 
 /// The dtypes that can be read.
@@ -157,10 +158,23 @@ pub(crate) fn write_numbers(
     if tensor.dims() != entry.shape {
         return Err(invalid(format!("tensor {name}: expected shape {:?}, found {:?}", entry.shape, tensor.dims())));
     }
-    let converted = tensor.detach().to_device(&Device::Cpu).and_then(|tensor| tensor.to_dtype(stored.dtype()));
-    converted.and_then(|tensor| tensor.write_bytes(&mut out)).map_err(|error| match error {
+    let failed = |error| io::Error::other(format!("tensor {name}: {error}"));
+    let host = tensor.detach().to_device(&Device::Cpu).map_err(failed)?;
+    let converted = host.to_dtype(stored.dtype()).map_err(failed)?;
+    if stored != StoredType::F32 && host.dtype() != stored.dtype() {
+        // What has become infinite would be refused by whoever reads it.
+        let (before, after) = (first_non_finite(&host).map_err(failed)?, first_non_finite(&converted).map_err(failed)?);
+        if let (None, Some(at)) = (before, after) {
+            let largest = if stored == StoredType::F16 { "65504" } else { "3.39e38" };
+            return Err(invalid(format!(
+                "tensor {name}: expected numbers up to {largest} for {}, found a larger one, number {at}",
+                stored.name()
+            )));
+        }
+    }
+    converted.write_bytes(&mut out).map_err(|error| match error {
         candle_core::Error::Io(error) => error,
-        other => io::Error::other(format!("tensor {name}: {other}")),
+        other => failed(other),
     })
 }
 

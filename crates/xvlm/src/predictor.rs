@@ -155,12 +155,17 @@ impl View<'_> {
         Ok(named.collect())
     }
 
-    /// Describes the picture.
+    /// Describes the picture, searching as the model's configuration says.
     ///
     /// # Errors
     /// If a tensor operation fails.
     pub fn caption(&self) -> Result<Written, Error> {
-        self.caption_with(Search::default())
+        self.caption_with(self.search())
+    }
+
+    /// How captions are searched for, unless told otherwise: what the model's configuration says.
+    pub fn search(&self) -> Search {
+        self.model.config().search
     }
 
     /// Describes the picture, searching as given.

@@ -9,6 +9,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use serde::Serialize;
 use serde_json::Value;
+use xvlm::encoders::Xvlm;
 
 pub(super) type Outcome<T = ()> = Result<T, Box<dyn Error>>;
 pub(super) type Tensors = BTreeMap<String, Tensor>;
@@ -42,8 +43,8 @@ pub(super) struct Checked {
 /// The files of a folder that cases share.
 pub(super) struct Shared {
     pub(super) folder: PathBuf,
-    /// The images of cases that hold none `[N, 3, R, R]`.
-    pub(super) images: Option<Tensor>,
+    /// The images of cases that hold none, `[N, 3, R, R]`, by the names of their files.
+    pub(super) images: Vec<(String, Tensor)>,
     /// Configurations by the parameter files of the cases that have one; and one that belongs to no case.
     pub(super) configs: Vec<(Vec<String>, Value)>,
     pub(super) config: Option<Value>,
@@ -116,16 +117,22 @@ impl<'a> Case<'a> {
         Ok(self.integers(name)?.into_iter().map(|i| i as u32).collect())
     }
 
-    /// The first `count` images: those of the case, or those that cases share.
-    pub(super) fn images(&self, count: usize) -> Outcome<Tensor> {
-        let images = match &self.shared.images {
-            _ if self.has("in.image") => self.input("in.image")?,
-            Some(images) => images.clone(),
-            None => return Err("images: expected a file of one tensor [N, 3, R, R] in the folder, found none".into()),
-        };
-        match images.dim(0)? {
-            there if there >= count => Ok(images.narrow(0, 0, count)?),
-            there => Err(format!("images: expected {count}, found {there}").into()),
+    /// The first `count` images for a model: those of the case, or those that cases share, of the file that the case names if
+    /// it names one.
+    pub(super) fn images(&self, count: usize, model: &Xvlm) -> Outcome<Tensor> {
+        if self.has("in.image") {
+            return Ok(self.input("in.image")?.narrow(0, 0, count)?);
+        }
+        let side = model.config().vision_config.image_res();
+        let named = self.json["images"].as_str().and_then(|text| text.split('[').next()).unwrap_or_default();
+        let fits = |images: &&(String, Tensor)| images.1.dims()[3] == side && images.1.dims()[0] >= count;
+        let fitting = self.shared.images.iter().filter(fits);
+        let images = fitting.min_by_key(|(file, _)| file.strip_suffix(".safetensors") != Some(named));
+        match images {
+            Some((_, images)) => Ok(images.narrow(0, 0, count)?),
+            None => {
+                Err(format!("images: expected a file of {count} or more, [_, 3, {side}, {side}], found none").into())
+            }
         }
     }
 
@@ -192,6 +199,10 @@ impl<'a> Case<'a> {
     /// Compares gradients: those of the case in full, and the length of that of every parameter.
     pub(super) fn check_gradients(&self, gradients: &GradStore, parameters: &[(String, Var)]) -> Outcome {
         let lengths = self.json["grad_l2"].as_object();
+        let without = |name: &&String| lengths.is_some_and(|lengths| !lengths.contains_key(*name));
+        if let Some(name) = parameters.iter().map(|(name, _)| name).find(without) {
+            return Err(format!("grad_l2: expected every parameter of the model, found none for {name}").into());
+        }
         let longest = lengths.into_iter().flatten().filter_map(|(_, length)| length.as_f64()).fold(0.0, f64::max);
         let mut unseen: BTreeSet<&str> = lengths.into_iter().flatten().map(|(name, _)| name.as_str()).collect();
         let (mut error, mut allowed, mut worst) = (0.0, 1.0, f64::NEG_INFINITY);

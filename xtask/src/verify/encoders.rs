@@ -26,7 +26,10 @@ pub(super) fn vision(case: &Case) -> Outcome {
         };
         case.check(&format!("mid.{name}"), &found)?;
     }
-    let mut loss = product(&whole, &case.input("in.cot")?)?;
+    let mut loss = match case.has("in.cot") {
+        true => product(&whole, &case.input("in.cot")?)?,
+        false => whole.to_dtype(DType::F64)?.sum_all()?,
+    };
     if case.has("in.atts") {
         let (index, mask) = (case.index("in.idx")?, case.mask("in.atts")?);
         let pass = Pass::inference().keeping();

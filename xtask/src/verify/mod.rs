@@ -17,7 +17,7 @@ mod writing;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 use clap::Args;
 use serde::Serialize;
 use serde_json::Value;
@@ -95,25 +95,35 @@ impl Report {
     }
 }
 
+/// A description of a case that can be read.
+type Description = (PathBuf, Value);
+
 /// Verifies every case of a folder.
 pub(crate) fn verify(folder: &Path) -> Outcome<Report> {
-    let mut descriptions = Vec::new();
     let entries = std::fs::read_dir(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
     let mut files: Vec<PathBuf> = entries.map(|entry| Ok(entry?.path())).collect::<Result<_, std::io::Error>>()?;
     files.sort();
+    // What cannot be read is a failure of its own.
+    let (mut descriptions, mut cases) = (Vec::new(), Vec::new());
     for path in files.iter().filter(|path| path.extension().is_some_and(|extension| extension == "json")) {
-        let text = std::fs::read_to_string(path)?;
-        let json: Value = serde_json::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))?;
-        descriptions.push((path.clone(), json));
+        match std::fs::read(path).map_err(Into::into).and_then(|text| Ok(serde_json::from_slice::<Value>(&text)?)) {
+            Ok(json) => descriptions.push((path.clone(), json)),
+            Err(error) => cases.push(unreadable(path, error)),
+        }
     }
-    if descriptions.is_empty() {
+    if descriptions.is_empty() && cases.is_empty() {
         return Err(format!("{}: expected cases, files NAME.json, found none", folder.display()).into());
     }
-    let shared = shared(folder, &files, &descriptions)?;
-    let tokenizer = descriptions.iter().find_map(|(_, json)| functions::tokenizer(json).transpose()).transpose()?;
+    let shared = shared(folder, &files, &descriptions, &mut cases);
+    let mut tokenizer = None;
+    for (path, json) in &descriptions {
+        match functions::tokenizer(json) {
+            Ok(found) => tokenizer = tokenizer.or(found),
+            Err(error) => cases.push(unreadable(path, error)),
+        }
+    }
     let language = Language { tokenizer };
-    let cases: Vec<Verdict> =
-        descriptions.iter().map(|(path, json)| judge(path, json, &descriptions, &shared, &language)).collect();
+    cases.extend(descriptions.iter().map(|(path, json)| judge(path, json, &descriptions, &shared, &language)));
     let tensors = cases.iter().flat_map(|case| &case.tensors);
     let summary = Summary {
         cases: cases.len(),
@@ -125,33 +135,46 @@ pub(crate) fn verify(folder: &Path) -> Outcome<Report> {
     Ok(Report { cases, summary })
 }
 
-/// What several cases use: images, which lie in a file of their own, and configurations.
-fn shared(folder: &Path, files: &[PathBuf], descriptions: &[(PathBuf, Value)]) -> Outcome<Shared> {
+fn unreadable(path: &Path, error: Box<dyn std::error::Error>) -> Verdict {
+    Verdict { name: file_name(path), kind: "unreadable", tensors: Vec::new(), failures: vec![error.to_string()] }
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// What several cases use: images, which lie in files of their own, configurations, and prompts.
+fn shared(folder: &Path, files: &[PathBuf], descriptions: &[Description], failed: &mut Vec<Verdict>) -> Shared {
     let parameters: BTreeSet<String> = descriptions.iter().flat_map(|(_, json)| parameter_files(json)).collect();
-    let mut images: Option<Tensor> = None;
+    let mut images = Vec::new();
     for path in files.iter().filter(|path| path.extension().is_some_and(|extension| extension == "safetensors")) {
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        if parameters.contains(&name) || path.with_extension("json").exists() {
+        if parameters.contains(&file_name(path)) || path.with_extension("json").exists() {
             continue;
         }
-        let tensors = read(path)?;
-        let pictures = tensors.into_values().filter(|tensor| matches!(tensor.dims(), [_, 3, h, w] if h == w));
-        images = pictures.max_by_key(|tensor| tensor.dims()[0]).or(images);
+        match read(path) {
+            Ok(tensors) => {
+                let pictures = tensors.into_values().filter(|tensor| matches!(tensor.dims(), [_, 3, h, w] if h == w));
+                images.extend(pictures.map(|pictures| (file_name(path), pictures)));
+            }
+            Err(error) => failed.push(unreadable(path, error)),
+        }
     }
     let configs =
         descriptions.iter().filter_map(|(_, json)| Some((parameter_files(json), json.get("config")?.clone())));
     let configs: Vec<_> = configs.filter(|(files, _)| !files.is_empty()).collect();
     let config = descriptions.iter().find(|(_, json)| kind(json) == Some(Kind::Shared));
     let config = config.map(|(_, json)| json["config"].clone());
-    let mut prompts = Vec::new();
-    for (path, json) in descriptions {
-        if let Some(length) = json["prompt_length"].as_u64() {
-            let ids = read(&path.with_extension("safetensors"))?.remove("in.text_ids").ok_or("in.text_ids: none")?;
-            let prompt = ids.get(0)?.narrow(0, 0, length as usize)?.to_dtype(DType::U32)?.to_vec1()?;
-            prompts.push((parameter_files(json), prompt));
-        }
-    }
-    Ok(Shared { folder: folder.to_owned(), images, configs, config, prompts })
+    // A case whose prompt cannot be read fails by itself.
+    let prompts = descriptions.iter().filter_map(|(path, json)| Some((parameter_files(json), prompt(path, json)?)));
+    Shared { folder: folder.to_owned(), images, configs, config, prompts: prompts.collect() }
+}
+
+/// The tokens that the texts of a case begin with, if it says how many.
+fn prompt(path: &Path, json: &Value) -> Option<Vec<u32>> {
+    let length = json["prompt_length"].as_u64()? as usize;
+    let ids = read(&path.with_extension("safetensors")).ok()?.remove("in.text_ids")?;
+    let first = ids.get(0).ok()?.to_dtype(DType::U32).ok()?.to_vec1::<u32>().ok()?;
+    first.get(..length).map(<[u32]>::to_vec)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -50,9 +50,15 @@ impl Case<'_> {
         for file in parameter_files(&self.json) {
             state.extend(read(&self.shared.folder.join(file))?);
         }
-        let ignored = self.json["ignore_keys"].as_str().and_then(|text| text.split(' ').next());
-        if let Some(pattern) = ignored.and_then(|pattern| pattern.strip_suffix('*')) {
-            state.retain(|name, _| !name.starts_with(pattern));
+        // A list of patterns, or one before words about it.
+        let ignored = match &self.json["ignore_keys"] {
+            Value::Array(patterns) => patterns.iter().filter_map(Value::as_str).collect(),
+            Value::String(text) => text.split(' ').take(1).collect(),
+            _ => Vec::new(),
+        };
+        for pattern in ignored {
+            let beginning = pattern.strip_suffix('*');
+            state.retain(|name, _| name != pattern && beginning.is_none_or(|beginning| !name.starts_with(beginning)));
         }
         let mut state: Tensors = state
             .into_iter()

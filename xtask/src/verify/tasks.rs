@@ -17,7 +17,7 @@ pub(super) fn retrieval(case: &Case) -> Outcome {
     let text = case.text_tensors()?;
     let rows = text.ids.dim(0)?;
     let pass = Pass::inference();
-    let images = ImageTokens::new(model.encode_image(&case.images(rows)?, &pass)?);
+    let images = ImageTokens::new(model.encode_image(&case.images(rows, &model)?, &pass)?);
     let encoded = model.encode_text(&text.ids, &text.mask, Attention::Full, &pass)?;
     let (image_features, text_features) = (model.project_image(images.tensor())?, model.project_text(&encoded)?);
     case.check("mid.image_embeds", images.tensor())?;
@@ -76,7 +76,7 @@ pub(super) fn grounding(case: &Case) -> Outcome {
     };
     let pass = Pass::inference();
     let count = 1 + index.iter().copied().max().unwrap_or(0) as usize;
-    let images = ImageTokens::new(model.encode_image(&case.images(count)?, &pass)?);
+    let images = ImageTokens::new(model.encode_image(&case.images(count, &model)?, &pass)?);
     let encoded = model.encode_text(&text.ids, &text.mask, Attention::Full, &pass)?;
     let fused = Source::images(&images)?
         .look_at(&index, |looks| model.fuse(&encoded, &text.mask, looks, Attention::Full, &pass))?;
@@ -99,7 +99,7 @@ pub(super) fn heat_map(case: &Case) -> Outcome {
     let model = case.xvlm(Task::Retrieval)?.model;
     let texts = case.texts("in.text")?;
     let layer = case.json["block_num"].as_u64().ok_or("block_num: expected a whole number")? as usize;
-    let images = model.encode_image(&case.images(texts.ids.dim(0)?)?, &Pass::inference())?;
+    let images = model.encode_image(&case.images(texts.ids.dim(0)?, &model)?, &Pass::inference())?;
     let images = ImageTokens::new(images);
     let heat = grounding::heat(&model, &images, &texts, layer)?;
     case.check("mid.attn", &heat.attention)?;
@@ -135,7 +135,7 @@ pub(super) fn statements(case: &Case) -> Outcome {
     let texts = case.texts("in.text")?;
     let b = texts.ids.dim(0)?;
     let pass = Pass::inference();
-    let tokens = model.encode_image(&case.images(2 * b)?, &pass)?;
+    let tokens = model.encode_image(&case.images(2 * b, &model)?, &pass)?;
     case.check("mid.image_embeds", &tokens)?;
     let encoded = model.encode_text(&texts.ids, &texts.mask, Attention::Full, &pass)?;
     let seen = Tensor::ones((b, tokens.dim(1)?), DType::F32, &Device::Cpu)?;
@@ -185,7 +185,7 @@ pub(super) fn assignment(case: &Case) -> Outcome {
     let Built { model, parameters } = case.xvlm(Task::NlvrPretrain)?;
     let texts = case.texts("in.text")?;
     let pass = Pass::inference();
-    let images = ImageTokens::new(model.encode_image(&case.images(texts.ids.dim(0)?)?, &pass)?);
+    let images = ImageTokens::new(model.encode_image(&case.images(texts.ids.dim(0)?, &model)?, &pass)?);
     case.check("mid.image_feat", &model.project_image(images.tensor())?)?;
     let uniforms = case.input("draw.rand")?.flatten_all()?.to_vec1::<f32>()?.into_iter();
     let mut draws = Recorded { case, uniforms, picks: 0, error: None };
@@ -208,7 +208,7 @@ pub(super) fn answers(case: &Case) -> Outcome {
     let weights = case.input("in.weights")?.to_dtype(DType::F32)?;
     let pass = Pass::inference();
     let rows = questions.ids.dim(0)?;
-    let images = ImageTokens::new(model.encode_image(&case.images(rows)?, &pass)?);
+    let images = ImageTokens::new(model.encode_image(&case.images(rows, &model)?, &pass)?);
     let index: Vec<u32> = (0..rows as u32).collect();
     let states = vqa::question_states(&model, &Source::images(&images)?, &questions, &index, &pass)?;
     case.check("mid.question_states", &states.tokens)?;
@@ -227,7 +227,7 @@ pub(super) fn ranking(case: &Case) -> Outcome {
     let k = case.json["k"].as_u64().ok_or("k: expected a whole number")? as usize;
     let pass = Pass::inference();
     let rows = questions.ids.dim(0)?;
-    let images = ImageTokens::new(model.encode_image(&case.images(rows)?, &pass)?);
+    let images = ImageTokens::new(model.encode_image(&case.images(rows, &model)?, &pass)?);
     let index: Vec<u32> = (0..rows as u32).collect();
     let states = vqa::question_states(&model, &Source::images(&images)?, &questions, &index, &pass)?;
 
@@ -268,8 +268,11 @@ pub(super) fn captions(case: &Case) -> Outcome {
     let Built { model, parameters } = case.xvlm(Task::Captioning)?;
     let texts = case.texts("in.text")?;
     let (b, t) = texts.ids.dims2()?;
+    if t == 0 {
+        return Err("in.text_ids: expected texts, found none".into());
+    }
     let pass = Pass::inference();
-    let tokens = model.encode_image(&case.images(b)?, &pass)?;
+    let tokens = model.encode_image(&case.images(b, &model)?, &pass)?;
     let (targets, smoothing) = match case.has("in.targets") {
         true => {
             let smoothing = case.config()?["label_smoothing"].as_f64();

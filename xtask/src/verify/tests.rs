@@ -120,6 +120,32 @@ fn parameters_have_to_be_those_of_the_model() {
 }
 
 #[test]
+fn what_cannot_be_read_does_not_stop_the_others() {
+    let folder = folder(&CASE);
+    std::fs::write(folder.path().join("broken.json"), "{").unwrap();
+    std::fs::write(folder.path().join("stray.safetensors"), "no tensors").unwrap();
+    let report = verify(folder.path()).unwrap();
+    let named: Vec<_> = report.cases.iter().map(|case| (case.name.as_str(), case.failures.len())).collect();
+    assert_eq!(named, [("broken.json", 1), ("stray.safetensors", 1), ("other", 0)]);
+    assert_eq!(report.summary.failed, 2);
+}
+
+#[test]
+fn images_are_those_that_fit() {
+    let shared = ["tiny_vision.0", "tiny_vision.1", "bbox_step.params", "bbox_step", "tiny_images"];
+    let names: Vec<String> = shared.iter().map(|name| format!("{name}.safetensors")).collect();
+    let mut files: Vec<(&str, &str)> = names.iter().map(|name| (name.as_str(), name.as_str())).collect();
+    files.push(("bbox_step.json", "bbox_step.json"));
+    let folder = folder(&files);
+    let others = Tensor::zeros((9, 3, 64, 64), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let others = HashMap::from([("images".to_owned(), others)]);
+    candle_core::safetensors::save(&others, folder.path().join("zz.safetensors")).unwrap();
+    assert_eq!(failures(&verify(folder.path()).unwrap()), Vec::<String>::new());
+    std::fs::remove_file(folder.path().join("tiny_images.safetensors")).unwrap();
+    assert!(failures(&verify(folder.path()).unwrap())[0].contains("expected a file of 4 or more, [_, 3, 128, 128]"));
+}
+
+#[test]
 fn a_folder_without_cases_is_an_error() {
     let error = verify(folder(&[]).path()).map(|_| ()).unwrap_err().to_string();
     assert!(error.contains("expected cases"), "{error}");

@@ -61,16 +61,16 @@ impl Case<'_> {
         }
     }
 
-    fn batch(&self) -> Outcome<Batch> {
+    fn batch(&self, model: &Xvlm) -> Outcome<Batch> {
         let text = self.text_tensors()?;
         let rows = text.ids.dim(0)?;
         if !self.has("in.idx_to_group_img") {
-            return Ok(Batch::Captions(CaptionTensors { pixels: self.images(rows)?, text, generation: None }));
+            return Ok(Batch::Captions(CaptionTensors { pixels: self.images(rows, model)?, text, generation: None }));
         }
         let image_index = self.index("in.idx_to_group_img")?;
         let images = 1 + image_index.iter().copied().max().unwrap_or(0) as usize;
         Ok(Batch::Regions(RegionTensors {
-            pixels: self.images(images)?,
+            pixels: self.images(images, model)?,
             text,
             image_index,
             boxes: self.input("in.target_bbox")?,
@@ -135,7 +135,7 @@ fn middle(case: &Case, model: &Xvlm, batch: &Batch) -> Outcome {
 /// One step of either stream: the five losses, the negatives and the gradients.
 pub(super) fn step(case: &Case) -> Outcome {
     let Built { model, parameters } = case.xvlm(Task::Pretrain)?;
-    let batch = case.batch()?;
+    let batch = case.batch(&model)?;
     middle(case, &model, &batch)?;
     let pretraining = Pretraining::with_model(model, parameters);
     let losses = pretraining.losses_of(&batch, &Pass::inference(), &mut case.negatives())?.0;
@@ -165,12 +165,13 @@ fn configuration(case: &Case) -> Outcome<TrainConfig> {
     let parameters =
         |group: &Value| -> Vec<String> { serde_json::from_value(group["params"].clone()).unwrap_or_default() };
     let multiplied = groups.iter().filter(|group| highest > lr && number(&group["initial_lr"]) == Some(highest));
-    let steps = |field: &str| {
-        json["scheduler"][field].as_u64().ok_or_else(|| format!("scheduler.{field}: expected a whole number"))
-    };
+    let iterations = json["scheduler"]["num_training_steps"].as_u64();
+    let warmup = &json["scheduler"]["num_warmup_steps"];
+    // As the original: a number that is not whole is a share.
+    let warmup = warmup.as_u64().map(Warmup::Iterations).or(warmup.as_f64().map(Warmup::Fraction));
     let optimizer = &json["optimizer"];
     let config = TrainConfig {
-        iterations: steps("num_training_steps")?,
+        iterations: iterations.ok_or("scheduler.num_training_steps: expected a whole number")?,
         optimizer: OptimizerConfig {
             lr,
             weight_decay: decays.fold(0.0, f64::max),
@@ -180,7 +181,10 @@ fn configuration(case: &Case) -> Outcome<TrainConfig> {
             eps: number(&optimizer["eps"]).unwrap_or(1e-8),
             ..OptimizerConfig::default()
         },
-        schedule: ScheduleConfig { warmup: Warmup::Iterations(steps("num_warmup_steps")?), ..Default::default() },
+        schedule: ScheduleConfig {
+            warmup: warmup.ok_or("scheduler.num_warmup_steps: expected a number")?,
+            ..Default::default()
+        },
         ..TrainConfig::default()
     };
     // Which parameters decay follows from their names, here as there.
@@ -236,7 +240,7 @@ pub(super) fn steps(case: &Case, first: &Case) -> Outcome {
     const ADAM: f64 = 2e-5;
     let config = configuration(case)?;
     let Built { model, parameters } = case.xvlm(Task::Pretrain)?;
-    let batch = first.batch()?;
+    let batch = first.batch(&model)?;
     let pretraining = Pretraining::with_model(model, parameters);
     let mut optimizer = Optimizer::new(pretraining.parameters(), &config.optimizer)?;
     let (images, texts) = (case.integers("draw.image_neg_idx")?, case.integers("draw.text_neg_idx")?);
