@@ -248,3 +248,84 @@ fn listing() -> String {
     let tasks = Task::ALL.map(|task| format!("  {}\n", task.name())).concat();
     format!("checkpoints (--from KIND INPUT):\n{kinds}presets (--preset NAME):\n{presets}tasks (--task NAME):\n{tasks}")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        convert: ConvertWeights,
+    }
+
+    fn parse(arguments: &[&str]) -> Result<ConvertWeights, String> {
+        let command = Command::try_parse_from(["convert-weights"].iter().chain(arguments));
+        command.map(|command| command.convert).map_err(|error| error.to_string())
+    }
+
+    fn run(arguments: &[&str]) -> Result<(), String> {
+        parse(arguments)?.run().map_err(|error| error.to_string())
+    }
+
+    fn golden(file: &str) -> String {
+        crate::root().join("xtask/tests").join(file).display().to_string()
+    }
+
+    /// A folder with the golden checkpoint and a vocabulary beside it.
+    fn folder() -> (tempfile::TempDir, impl Fn(&str) -> String) {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::copy(golden("golden/tiny_pretrain.th"), folder.path().join("tiny.th")).unwrap();
+        let texts = std::fs::read(golden("golden/text_preprocess.json")).unwrap();
+        let texts: serde_json::Value = serde_json::from_slice(&texts).unwrap();
+        let pieces: Vec<&str> =
+            texts["vocab"].as_array().unwrap().iter().map(|piece| piece.as_str().unwrap()).collect();
+        std::fs::write(folder.path().join("vocab.txt"), pieces.join("\n")).unwrap();
+        let base = folder.path().to_owned();
+        (folder, move |name: &str| base.join(name).display().to_string())
+    }
+
+    #[test]
+    fn there_and_back() {
+        let (_folder, path) = folder();
+        let (input, config, out, back) = (path("tiny.th"), golden("tiny.yaml"), path("out"), path("back.th"));
+        let convert = ["--from", "xvlm", &input, "--config", &config, "--task", "captioning", "--image-res", "128"];
+        run(&[&convert[..], &["--out", &out, "--dtype", "bf16", "--json"]].concat()).unwrap();
+        let opened = xvlm::tasks::Model::open(Path::new(&out), &xvlm::Device::Cpu).unwrap();
+        assert_eq!(opened.config().model.vision_config.image_res(), 128);
+        assert_eq!(opened.config().model.task, Task::Captioning);
+        assert_eq!(opened.tokenizer().vocab_size(), 200, "the vocabulary that lies beside the input");
+        run(&["--to", "xvlm", &out, "--out", &back]).unwrap();
+        let back = Checkpoint::open(Path::new(&back)).unwrap();
+        assert!(back.tensors().contains_key("text_decoder.cls.predictions.bias"));
+    }
+
+    #[test]
+    fn options_that_make_no_sense_are_named() {
+        let (_folder, path) = folder();
+        let (input, config, out) = (path("tiny.th"), golden("tiny.yaml"), path("out"));
+        let wrong = |changed: &[&str]| run(&[changed, &["--out", &out]].concat()).unwrap_err();
+        let from = ["--from", "xvlm", &input];
+        let with = |more: &[&str]| wrong(&[&from[..], more].concat());
+        assert!(wrong(&["--config", &config]).contains("--from: expected a kind and a file"));
+        assert!(wrong(&["--from", "swim", &input, "--config", &config]).contains("expected one of xvlm, swin"));
+        assert!(wrong(&["--from", "xvlm", "none.th", "--config", &config]).contains("none.th"));
+        assert!(with(&[]).contains("--preset or --config: expected one of them"));
+        assert!(with(&["--preset", "huge"]).contains("expected one of base-224"));
+        assert!(with(&["--preset", "base-224", "--config", &config]).contains("cannot be used with"));
+        assert!(with(&["--config", &config, "--task", "chess"]).contains("--task: expected one of pretrain"));
+        assert!(with(&["--config", &config, "--dtype", "i8"]).contains("--dtype: expected f32, bf16 or f16"));
+        assert!(with(&["--config", &config, "--image-res", "100"]).contains("image_res"));
+        assert!(with(&["--config", &config, "--allow-missing", ""]).contains("--allow-missing"));
+        assert!(with(&["--config", &config, "--every-other-layer"]).contains("--from bert"));
+        assert!(
+            with(&["--config", &config, "--from", "swin", &input]).contains("tensors"),
+            "the text is no part of Swin"
+        );
+        let to = ["--to", "xvlm", &out, "--task", "vqa"];
+        assert!(wrong(&to).contains("cannot be used with"));
+        assert!(run(&["--list"]).is_ok() && listing().contains("clip-vit"));
+        assert!(!Path::new(&out).exists());
+    }
+}

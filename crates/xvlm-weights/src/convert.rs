@@ -226,7 +226,7 @@ impl<'a> Plan<'a, '_> {
     /// Whether a tensor is what it should be a copy of. The original would take the numbers of whichever comes last.
     fn is_copy(&self, checkpoint: &Checkpoint, tensor: &str) -> Result<bool, WeightsError> {
         let tensors = checkpoint.tensors();
-        let Some(other) = tied_to(tensor).into_iter().find(|other| tensors.contains_key(other)) else {
+        let Some(other) = tied_to(tensor).filter(|other| tensors.contains_key(other)) else {
             return Ok(false);
         };
         let numbers = |name: &str| {

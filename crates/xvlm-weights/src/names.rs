@@ -195,7 +195,7 @@ fn of_xvlm(tensor: &str, layout: &Layout) -> Fate {
             }
         };
     }
-    if !tied_to(tensor).is_empty() {
+    if tied_head(tensor).is_some() || layout.text == TextLayers::Paired && previous_layer(tensor).is_some() {
         return Fate::Copy;
     }
     for head in ["cls.", "lm_head."] {
@@ -242,21 +242,23 @@ pub fn is_buffer(name: &str) -> bool {
     }
 }
 
-/// The parameters that a tensor of this name may be a copy of: what a language head shares with the embeddings, and what the
-/// second of two layers about two images shares with the first.
-pub fn tied_to(name: &str) -> Vec<String> {
-    if let Some(head) = name.strip_suffix("cls.predictions.decoder.weight") {
-        return vec![format!("{head}bert.embeddings.word_embeddings.weight")];
-    }
-    if let Some(head) = name.strip_suffix("lm_head.decoder.weight") {
-        return vec![format!("{head}roberta.embeddings.word_embeddings.weight")];
-    }
-    for head in ["cls.predictions.decoder.bias", "lm_head.decoder.bias"] {
-        if name.ends_with(head) {
-            return vec![name.replace(".decoder.bias", ".bias")];
+/// The parameter that a tensor of this name may be a copy of: what a language head shares with the embeddings, or what the second
+/// of two layers about two images shares with the first.
+pub fn tied_to(name: &str) -> Option<String> {
+    tied_head(name).or_else(|| previous_layer(name))
+}
+
+/// What the last layer of a language head is tied to.
+fn tied_head(name: &str) -> Option<String> {
+    for (head, body) in [("cls.predictions.decoder.", "bert"), ("lm_head.decoder.", "roberta")] {
+        if let Some(before) = name.strip_suffix("weight").and_then(|name| name.strip_suffix(head)) {
+            return Some(format!("{before}{body}.embeddings.word_embeddings.weight"));
+        }
+        if name.strip_suffix("bias").is_some_and(|name| name.ends_with(head)) {
+            return Some(name.replace(".decoder.bias", ".bias"));
         }
     }
-    previous_layer(name).into_iter().collect()
+    None
 }
 
 /// The key or value projection of the layer before, of whose cross attention this may be a copy.

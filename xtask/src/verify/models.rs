@@ -94,7 +94,7 @@ impl Case<'_> {
 /// Whether a tensor of the original is no parameter of its own: a buffer, or a copy of one it is tied to.
 fn follows(name: &str, tensor: &Tensor, state: &Tensors) -> bool {
     xvlm::weights::is_buffer(name)
-        || xvlm::weights::tied_to(name).into_iter().any(|other| {
+        || xvlm::weights::tied_to(name).is_some_and(|other| {
             state.get(&other).is_some_and(|other| {
                 let numbers = |x: &Tensor| x.flatten_all().and_then(|x| x.to_vec1::<f32>());
                 matches!((numbers(tensor), numbers(other)), (Ok(a), Ok(b)) if a == b)

@@ -128,7 +128,7 @@ fn one(case: &Case, name: &str, expected: &Value, sources: &[(Origin, Checkpoint
             let encoder = name.replacen("text_decoder.", "text_encoder.", 1);
             sources[0].1.tensors().contains_key(&encoder)
                 && !layout.parameters.contains_key(name)
-                && !tied_to(name).is_empty()
+                && tied_to(name).is_some()
                 || is_buffer(name)
         }
     };
@@ -142,8 +142,7 @@ fn one(case: &Case, name: &str, expected: &Value, sources: &[(Origin, Checkpoint
         let parameter = match layout.parameters.contains_key(tensor) {
             true => tensor.clone(),
             false => tied_to(tensor)
-                .into_iter()
-                .find(|other| layout.parameters.contains_key(other))
+                .filter(|other| layout.parameters.contains_key(other))
                 .ok_or_else(|| format!("l2.{tensor}: expected a parameter of the model"))?,
         };
         seen.insert(parameter.clone());
