@@ -116,6 +116,7 @@ fn every_preset_is_valid_and_moves_to_another_resolution() {
         preset.at_resolution(384).unwrap();
     }
     assert!(XvlmConfig::preset("base-225").is_none());
+    assert_eq!(XvlmConfig::preset("clip-vit-base"), XvlmConfig::preset("clip-vit-base-224"));
     let VisionConfig::Swin(larger) = XvlmConfig::base(224).at_resolution(480).unwrap().vision_config else { panic!() };
     assert_eq!(larger, SwinConfig::base(480));
     let error = XvlmConfig::base(224).at_resolution(230).unwrap_err().to_string();

@@ -283,9 +283,10 @@ impl XvlmConfig {
         "deit-base-384",
     ];
 
-    /// The model of one of [`Self::PRESETS`]; none if there is none of that name.
+    /// The model of one of [`Self::PRESETS`], at 224 pixels if the name tells no resolution; none if there is none of that name.
     pub fn preset(name: &str) -> Option<Self> {
-        let known = Self::PRESETS.iter().find(|preset| **preset == name)?;
+        let is_named = |preset: &&&str| **preset == name || preset.strip_suffix("-224") == Some(name);
+        let known = Self::PRESETS.iter().find(is_named)?;
         let (kind, image_res) = known.rsplit_once('-')?;
         let image_res = image_res.parse().ok()?;
         let mut config = Self::with_vision(match kind {
