@@ -88,30 +88,43 @@ impl ModelFolder {
         let dir = resolve(dir).map_err(WeightsError::io(dir))?;
         let replaces = check_replaceable(&dir)?;
         let parent = folder_of(&dir);
-        fs::create_dir_all(&parent).map_err(WeightsError::io(&parent))?;
-        let prefix = format!(".{}.", dir.file_name().unwrap_or_default().to_string_lossy());
-        let aside = tempfile::Builder::new().prefix(&prefix).tempdir_in(&parent).map_err(WeightsError::io(&parent))?;
-        let (new, old) = (aside.path().join("new"), aside.path().join("old"));
+        with_folder(&parent, || {
+            let prefix = format!(".{}.", dir.file_name().unwrap_or_default().to_string_lossy());
+            let aside =
+                tempfile::Builder::new().prefix(&prefix).tempdir_in(&parent).map_err(WeightsError::io(&parent))?;
+            let (new, old) = (aside.path().join("new"), aside.path().join("old"));
 
-        fs::create_dir(&new).map_err(WeightsError::io(&new))?;
-        write_new(&new.join(CONFIG), |out| out.write_all(config_json.as_bytes()))?;
-        write_new(&new.join(WEIGHTS), |out| write_safetensors_with(out, entries, stored, tensor))?;
-        if let Some(tokenizer) = tokenizer_json {
-            write_new(&new.join(TOKENIZER), |out| out.write_all(tokenizer))?;
-        }
-        sync_folder(&new).map_err(WeightsError::io(&new))?;
-
-        if replaces {
-            fs::rename(&dir, &old).map_err(WeightsError::io(&dir))?;
-        }
-        if let Err(source) = fs::rename(&new, &dir) {
-            if replaces && fs::rename(&old, &dir).is_err() {
-                let _kept = aside.keep();
+            fs::create_dir(&new).map_err(WeightsError::io(&new))?;
+            write_new(&new.join(CONFIG), |out| out.write_all(config_json.as_bytes()))?;
+            write_new(&new.join(WEIGHTS), |out| write_safetensors_with(out, entries, stored, tensor))?;
+            if let Some(tokenizer) = tokenizer_json {
+                write_new(&new.join(TOKENIZER), |out| out.write_all(tokenizer))?;
             }
-            return Err(WeightsError::Io { path: dir, source });
-        }
-        sync_folder(&parent).map_err(WeightsError::io(&parent))
+            sync_folder(&new).map_err(WeightsError::io(&new))?;
+
+            if replaces {
+                fs::rename(&dir, &old).map_err(WeightsError::io(&dir))?;
+            }
+            if let Err(source) = fs::rename(&new, &dir) {
+                if replaces && fs::rename(&old, &dir).is_err() {
+                    let _kept = aside.keep();
+                }
+                return Err(WeightsError::Io { path: dir, source });
+            }
+            sync_folder(&parent).map_err(WeightsError::io(&parent))
+        })
     }
+}
+
+/// Works in a folder that is made for it if need be, and then taken away again if the work fails.
+fn with_folder(folder: &Path, work: impl FnOnce() -> Result<(), WeightsError>) -> Result<(), WeightsError> {
+    let made: Vec<&Path> = folder.ancestors().take_while(|ancestor| !ancestor.exists()).collect();
+    let done = fs::create_dir_all(folder).map_err(WeightsError::io(folder)).and_then(|()| work());
+    if done.is_err() {
+        // The innermost first; one that holds something else by now stays.
+        made.into_iter().for_each(|folder| drop(fs::remove_dir(folder)));
+    }
+    done
 }
 
 impl ModelFiles {

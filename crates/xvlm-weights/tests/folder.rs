@@ -174,6 +174,10 @@ fn a_tensor_that_cannot_be_had_leaves_the_old_model() -> Outcome {
     assert!(error.ends_with("tensor a.bias: expected shape [4], found [3]"), "{error}");
     assert_eq!(ModelFolder::open(&dir)?.config, CONFIG);
     assert_eq!(names(temp.path())?, ["model"]);
+    // Folders that were made for it go with it.
+    let deep = temp.path().join("a/b/c");
+    ModelFolder::write_with(&deep, "{}", Some(b""), &entries, StoredType::F32, wrong).unwrap_err();
+    assert_eq!(names(temp.path())?, ["model"]);
     Ok(())
 }
 
