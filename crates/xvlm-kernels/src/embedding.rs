@@ -10,7 +10,7 @@ pub fn embedding(table: &Tensor, ids: &Tensor, padding: Option<u32>) -> Result<T
     shape.push(table.dim(1)?);
     let rows = ids.flatten_all()?;
     let found = table.index_select(&rows, 0)?;
-    let Some(padding) = padding else { return found.reshape(shape) };
+    let Some(padding) = padding.filter(|_| found.track_op()) else { return found.reshape(shape) };
     let trained = rows.ne(padding)?.unsqueeze(1)?.broadcast_as(found.shape())?;
     trained.where_cond(&found, &found.detach())?.reshape(shape)
 }

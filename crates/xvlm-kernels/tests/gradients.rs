@@ -244,6 +244,20 @@ fn quick_gelu_stays_finite() {
 }
 
 #[test]
+fn box_arithmetic() {
+    let centred = |values: &[f64]| Tensor::from_slice(values, (3, 4), &Device::Cpu).unwrap();
+    // One inside the other, two that overlap, two that do not.
+    let a = centred(&[0.5, 0.5, 0.6, 0.7, 0.3, 0.4, 0.3, 0.4, 0.2, 0.2, 0.1, 0.15]);
+    let b = centred(&[0.52, 0.47, 0.2, 0.3, 0.4, 0.45, 0.25, 0.35, 0.8, 0.7, 0.2, 0.1]);
+    let corners = [kernels::cxcywh_to_xyxy(&a).unwrap(), kernels::cxcywh_to_xyxy(&b).unwrap()];
+    check(&[a], |x| kernels::cxcywh_to_xyxy(&x[0]));
+    check(&corners[..1], |x| kernels::xyxy_to_cxcywh(&x[0]));
+    check(&corners, |x| Ok(kernels::iou(&x[0], &x[1])?.0));
+    check(&corners, |x| Ok(kernels::iou(&x[0], &x[1])?.1));
+    check(&corners, |x| kernels::giou(&x[0], &x[1]));
+}
+
+#[test]
 fn resizing() {
     check(&[random(&mut rng(), &[3, 4, 2])], |x| kernels::resize_bicubic(&x[0], 5, 3));
 }

@@ -271,6 +271,23 @@ mod tests {
         let costs = text_costs(&logits, &[1, 0, kernels::IGNORE, 1]).unwrap().to_vec1::<f32>().unwrap();
         let expected = [(1.0 + (-1f32).exp()).ln() + (1.0 + (-2f32).exp()).ln(), 2f32.ln()];
         assert!(costs.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{costs:?}");
+        // Against central differences, in f64.
+        let logits = logits.to_dtype(DType::F64).unwrap();
+        let labels = [1, 0, kernels::IGNORE, 1];
+        let total = |logits: &Tensor| text_costs(logits, &labels).unwrap().sum_all().unwrap();
+        let var = candle_core::Var::from_tensor(&logits).unwrap();
+        let gradients = total(&var).backward().unwrap();
+        let found = gradients.get(&var).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        for (i, found) in found.into_iter().enumerate() {
+            let moved = |by: f64| {
+                let mut numbers = logits.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+                numbers[i] += by;
+                let moved = Tensor::from_vec(numbers, logits.shape(), &Device::Cpu).unwrap();
+                total(&moved).to_scalar::<f64>().unwrap()
+            };
+            let difference = (moved(1e-5) - moved(-1e-5)) / 2e-5;
+            assert!((found - difference).abs() < 1e-8, "{i}: {found} for {difference}");
+        }
         assert!(text_costs(&logits, &[1]).is_err());
         assert!(text_costs(&logits, &[2, 0, 0, 0]).is_err());
     }

@@ -6,26 +6,13 @@ use xvlm_encoders::{Attention, Concepts, Pass, Xvlm};
 use xvlm_losses::{self as losses, BoxRule, Pair};
 
 use crate::config::Objective;
+use crate::generate::Source;
 
 /// Losses by name.
 pub(crate) type Named = Vec<(&'static str, Tensor)>;
 
 /// Chooses the negatives for matching from the similarities `[B, B]` (a row for each concept) and the keys of the texts.
 pub type Negatives<'a> = &'a mut dyn FnMut(&Tensor, &[i64]) -> Result<Vec<Pair>>;
-
-/// What a text looks at: concepts `[B, 1+L, C]`, one for each text, and what of them is visible `[B, 1+L]`.
-pub(crate) struct Looks<'a> {
-    pub(crate) tokens: &'a Tensor,
-    pub(crate) mask: Tensor,
-}
-
-impl<'a> Looks<'a> {
-    /// Everything is visible.
-    pub(crate) fn whole(tokens: &'a Tensor) -> Result<Self> {
-        let (rows, length, _) = tokens.dims3()?;
-        Ok(Self { tokens, mask: Tensor::ones((rows, length), DType::F32, tokens.device())? })
-    }
-}
 
 /// Where texts that are trained on their box look, and what they should find.
 pub(crate) struct BoxTargets<'a> {
@@ -61,13 +48,13 @@ pub(crate) struct Alignment<'a> {
 }
 
 impl Alignment<'_> {
-    /// The losses of texts with their concepts, if there are any, and with their boxes, if there are any. Matching pairs,
+    /// The losses of texts with their concepts (a row for each text), if there are any, and with their boxes, if there are any. Matching pairs,
     /// hard negatives, masked texts and texts that look for their box go through the fusion layers together, as rows of one
     /// batch.
     pub(crate) fn losses(
         &self,
         text: &TextTensors,
-        looks: Option<Looks>,
+        concepts: Option<&Source>,
         targets: Option<BoxTargets>,
         negatives: Negatives,
     ) -> Result<Named> {
@@ -77,7 +64,7 @@ impl Alignment<'_> {
         let (rows, device) = (0..b as u32, text.ids.device());
         // The texts, then their masked copies.
         let (mut ids, mut text_mask) = (text.ids.clone(), text.mask.clone());
-        let has_mlm = looks.is_some() && has(Objective::Mlm) && !text.masked_labels.is_empty();
+        let has_mlm = concepts.is_some() && has(Objective::Mlm) && !text.masked_labels.is_empty();
         if has_mlm {
             ids = Tensor::cat(&[&ids, &text.masked_ids], 0)?;
             text_mask = Tensor::cat(&[&text_mask, &text_mask], 0)?;
@@ -89,7 +76,7 @@ impl Alignment<'_> {
         let mut fusion = Fusion::default();
         let (mut tokens, mut masks) = (Vec::new(), Vec::new());
         let mut matched = 0;
-        if let Some(Looks { tokens: concepts, mask }) = &looks {
+        if let Some(Source { tokens: concepts, mask }) = concepts {
             if has(Objective::Itc) || has(Objective::Itm) {
                 let image_features = model.project_image(concepts)?;
                 let text_features = model.project_text(&encoded.narrow(0, 0, b)?)?;
@@ -109,7 +96,7 @@ impl Alignment<'_> {
                 fusion.add(rows.clone().map(|row| b as u32 + row), rows.clone());
             }
             if !fusion.texts.is_empty() {
-                tokens.push(*concepts);
+                tokens.push(concepts);
                 masks.push(mask.index_select(&Tensor::new(fusion.concepts.as_slice(), device)?, 0)?);
             }
         }

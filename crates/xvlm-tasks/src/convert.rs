@@ -90,11 +90,10 @@ pub fn convert(
         });
         let mut done = 0;
         let tensor = |name: &str| {
-            let tensor = match receive.recv() {
-                Ok((next, tensor)) if next == name => tensor?,
-                // The reader does nothing else than read in this order.
-                _ => read(name)?,
-            };
+            // Both go through the entries in their order.
+            let unread = || WeightsError::NoSuchTensor { file: "reader".to_owned(), tensor: name.to_owned() };
+            let (_, tensor) = receive.recv().ok().filter(|(next, _)| *next == name).ok_or_else(unread)?;
+            let tensor = tensor?;
             done += bytes(tensor.dims());
             written(done, total);
             Ok(tensor)

@@ -23,7 +23,7 @@ pub struct Written {
     pub score: f32,
 }
 
-/// What is written about: the patch tokens of images, or the states of questions.
+/// What texts look at: the patch tokens of images or regions, or the states of questions.
 #[derive(Clone, Debug)]
 pub struct Source {
     /// `[N, L, C]`.
@@ -38,8 +38,13 @@ impl Source {
     /// # Errors
     /// If a tensor operation fails.
     pub fn images(images: &ImageTokens) -> Result<Self> {
-        let (n, l, _) = images.0.dims3()?;
-        Ok(Self { tokens: images.0.clone(), mask: Tensor::ones((n, l), DType::F32, images.0.device())? })
+        Self::whole(&images.0)
+    }
+
+    /// Tokens `[N, L, C]`, all of which are visible.
+    pub(crate) fn whole(tokens: &Tensor) -> Result<Self> {
+        let (n, l, _) = tokens.dims3()?;
+        Ok(Self { tokens: tokens.clone(), mask: Tensor::ones((n, l), DType::F32, tokens.device())? })
     }
 
     /// Runs `look` with rows that look at the sources `index` names. Keys and values are computed for each source once, and

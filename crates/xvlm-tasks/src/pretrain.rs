@@ -18,10 +18,10 @@ use xvlm_losses as losses;
 use xvlm_train::{Batches, BoxError, Losses, Progress, RunFolder, Summary, Trainable};
 use xvlm_weights::{LoadRules, ModelFolder};
 
-use crate::align::{Alignment, BoxTargets, Looks, Named, Negatives};
+use crate::align::{Alignment, BoxTargets, Named, Negatives};
 use crate::config::{Objective, PretrainConfig};
 use crate::error::{ConfigProblem, TaskError};
-use crate::generate::{LABEL_SMOOTHING, writing_loss};
+use crate::generate::{LABEL_SMOOTHING, Source, writing_loss};
 use crate::model::{Model, ModelConfig, check_texts};
 use crate::search::Search;
 
@@ -87,7 +87,7 @@ impl Pretraining {
     /// Image stream: ITC, ITM and MLM of each image with its text, and the texts that are to be generated.
     fn captions(&self, batch: &CaptionTensors, pass: &Pass, negatives: Negatives) -> Result<Named> {
         let images = self.model.encode_image(&batch.pixels, pass)?;
-        let mut named = self.alignment(pass).losses(&batch.text, Some(Looks::whole(&images)?), None, negatives)?;
+        let mut named = self.alignment(pass).losses(&batch.text, Some(&Source::whole(&images)?), None, negatives)?;
         if let Some(generation) = batch.generation.as_ref().filter(|_| self.has(Objective::Generation)) {
             named.push(("generation", writing_loss(&self.model, generation, &images, LABEL_SMOOTHING, pass)?));
         }
@@ -98,10 +98,10 @@ impl Pretraining {
     fn regions(&self, batch: &RegionTensors, pass: &Pass, negatives: Negatives) -> Result<Named> {
         let regions = Regions { index: &batch.image_index, mask: &batch.region_mask };
         let (concepts, images) = self.model.encode_regions(&batch.pixels, regions, pass)?;
-        let looks = Looks { tokens: &concepts, mask: batch.region_mask.clone() };
+        let concepts = Source { tokens: concepts, mask: batch.region_mask.clone() };
         let targets =
             BoxTargets { images: &images, index: &batch.image_index, boxes: &batch.boxes, is_image: &batch.is_image };
-        self.alignment(pass).losses(&batch.text, Some(looks), Some(targets), negatives)
+        self.alignment(pass).losses(&batch.text, Some(&concepts), Some(targets), negatives)
     }
 
     fn alignment<'a>(&'a self, pass: &'a Pass) -> Alignment<'a> {

@@ -10,7 +10,7 @@ use xvlm_encoders::{Attention, Pass, Xvlm};
 use xvlm_metrics::retrieval::{RetrievalScores, recalls};
 use xvlm_train::Losses;
 
-use crate::align::{Alignment, Looks, Negatives};
+use crate::align::{Alignment, Negatives};
 use crate::config::Objective;
 use crate::error::TaskError;
 use crate::generate::Source;
@@ -33,8 +33,8 @@ pub fn losses(
     negatives: Negatives,
 ) -> candle_core::Result<Losses> {
     let objectives = [Objective::Itc, Objective::Itm];
-    let looks = Looks::whole(&images.0)?;
-    Ok(Losses(Alignment { model, objectives: &objectives, pass }.losses(texts, Some(looks), None, negatives)?))
+    let alignment = Alignment { model, objectives: &objectives, pass };
+    Ok(Losses(alignment.losses(texts, Some(&Source::images(images)?), None, negatives)?))
 }
 
 /// Retrieval over a data set: the scores, and the tables they come from.

@@ -115,6 +115,7 @@ impl<'a> Conversion<'a> {
             sources,
             layout,
             rules,
+            placed: Vec::new(),
             recipes: BTreeMap::new(),
             report: ConversionReport::default(),
             missing: Vec::new(),
@@ -172,6 +173,8 @@ struct Plan<'a, 'b> {
     sources: &'a [(Origin, Checkpoint)],
     layout: &'b Layout,
     rules: &'b LoadRules,
+    /// Tensors that were to become parameters, whether they did or not.
+    placed: Vec<(usize, &'a str)>,
     recipes: BTreeMap<String, Recipe>,
     report: ConversionReport,
     /// What has no explanation.
@@ -185,10 +188,11 @@ impl<'a> Plan<'a, '_> {
     fn place(
         &mut self,
         source: usize,
-        tensor: &str,
+        tensor: &'a str,
         info: &TensorInfo,
         names: Vec<String>,
     ) -> Result<(), WeightsError> {
+        self.placed.push((source, tensor));
         let checkpoint = &self.sources[source].1;
         if !matches!(info.dtype(), Some(DType::F32 | DType::F16 | DType::BF16 | DType::F64)) {
             let (file, found) = (checkpoint.name().to_owned(), info.type_name().to_owned());
@@ -269,16 +273,11 @@ impl<'a> Plan<'a, '_> {
         }
         let used: BTreeSet<(usize, &str)> =
             self.recipes.values().map(|recipe| (recipe.source, recipe.tensor.as_str())).collect();
-        let mut replaced = Vec::new();
-        for (source, (origin, checkpoint)) in self.sources.iter().enumerate() {
-            for tensor in checkpoint.tensors().keys().filter(|tensor| !used.contains(&(source, tensor.as_str()))) {
-                if let Fate::Becomes(_) = fate(*origin, tensor, self.layout, checkpoint.tensors()) {
-                    replaced.push((checkpoint, tensor));
-                }
-            }
+        let is_unused = |(source, tensor): &&(usize, &str)| !used.contains(&(*source, *tensor));
+        let replaced: Vec<(usize, &str)> = self.placed.iter().filter(is_unused).copied().collect();
+        for (source, tensor) in replaced {
+            self.leave(&self.sources[source].1, tensor, "is made anew, by a later checkpoint or for the task");
         }
-        let why = "is made anew, by a later checkpoint or for the task";
-        replaced.iter().for_each(|(checkpoint, tensor)| self.leave(checkpoint, tensor, why));
         let file = self.sources.iter().map(|(_, checkpoint)| checkpoint.name()).collect::<Vec<_>>().join(", ");
         refuse(&file, self.missing, self.unexpected, self.misshapen)?;
         let parameters = self.layout.parameters.clone();

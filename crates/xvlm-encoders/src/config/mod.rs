@@ -23,6 +23,12 @@ const LARGEST: usize = 1 << 24;
 /// What no stack of layers reaches.
 const MOST_LAYERS: usize = 256;
 
+/// Refuses the first size that is larger than any model has.
+fn bounded(sizes: &[(&'static str, usize)]) -> Result<(), ConfigError> {
+    let expected = || format!("at most {LARGEST}");
+    sizes.iter().try_for_each(|&(field, size)| ensure(size <= LARGEST, field, expected(), size))
+}
+
 fn ensure(
     holds: bool,
     field: &'static str,
@@ -152,15 +158,13 @@ impl BertConfig {
             format!("1 to {MOST_LAYERS}"),
             layers,
         )?;
-        for (field, size) in [
+        bounded(&[
             ("text_config.vocab_size", self.vocab_size),
             ("text_config.hidden_size", self.hidden_size),
             ("text_config.intermediate_size", self.intermediate_size),
             ("text_config.max_position_embeddings", self.max_position_embeddings),
             ("text_config.type_vocab_size", self.type_vocab_size),
-        ] {
-            ensure(size <= LARGEST, field, format!("at most {LARGEST}"), size)?;
-        }
+        ])?;
         ensure(self.vocab_size > 0, "text_config.vocab_size", "a positive number", self.vocab_size)?;
         ensure(
             self.num_attention_heads > 0

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, LARGEST, MOST_LAYERS, default_range, ensure};
+use super::{ConfigError, MOST_LAYERS, bounded, default_range, ensure};
 
 /// A Swin transformer (Liu et al. 2021).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -89,15 +89,13 @@ impl SwinConfig {
             format!("at most {MOST_LAYERS} blocks a stage"),
             deepest,
         )?;
-        for (field, size) in [
+        bounded(&[
             ("vision_config.image_res", self.image_res),
             ("vision_config.patch_size", self.patch_size),
             ("vision_config.embed_dim", self.embed_dim),
             ("vision_config.window_size", self.window_size),
             ("vision_config.mlp_ratio", self.mlp_ratio),
-        ] {
-            ensure(size <= LARGEST, field, format!("at most {LARGEST}"), size)?;
-        }
+        ])?;
         ensure(self.mlp_ratio > 0, "vision_config.mlp_ratio", "at least 1", self.mlp_ratio)?;
         let drops = (0.0..1.0).contains(&self.drop_path_rate);
         ensure(drops, "vision_config.drop_path_rate", "0 to below 1", self.drop_path_rate)?;
@@ -211,13 +209,11 @@ impl VitConfig {
     }
 
     pub(super) fn validate(&self) -> Result<(), ConfigError> {
-        for (field, size) in [
+        bounded(&[
             ("vision_config.image_res", self.image_res),
             ("vision_config.hidden_size", self.hidden_size),
             ("vision_config.intermediate_size", self.intermediate_size),
-        ] {
-            ensure(size <= LARGEST, field, format!("at most {LARGEST}"), size)?;
-        }
+        ])?;
         let fits = self.patch_size > 0 && self.image_res > 0 && self.image_res.is_multiple_of(self.patch_size);
         ensure(fits, "vision_config.image_res", format!("a multiple of {}", self.patch_size), self.image_res)?;
         let (width, heads) = (self.hidden_size, self.num_attention_heads);
