@@ -227,7 +227,7 @@ impl CustomOp1 for SelfAttention {
         let (b, t, packed) = layout.shape().dims3()?;
         let c = packed / 3;
         let qkv = slice(qkv, layout)?;
-        let bias = read(&self.key_bias)?;
+        let bias = read::<f32>(&self.key_bias)?;
         let bias = &*bias;
         let mut out = vec![0f32; b * t * c];
         out.par_chunks_mut((t * c).max(1)).enumerate().for_each_init(
@@ -251,7 +251,7 @@ impl CustomOp1 for SelfAttention {
         let (b, t, packed) = qkv.dims3()?;
         let c = packed / 3;
         let grad = grad.contiguous()?;
-        let (values, grads, bias) = (read(qkv)?, read(&grad)?, read(&self.key_bias)?);
+        let (values, grads, bias) = (read::<f32>(qkv)?, read::<f32>(&grad)?, read::<f32>(&self.key_bias)?);
         let (values, grads, bias) = (&*values, &*grads, &*bias);
         let mut out = vec![0f32; b * t * packed];
         out.par_chunks_mut((t * packed).max(1)).enumerate().for_each_init(
@@ -321,7 +321,7 @@ impl CustomOp2 for CrossAttention {
         let (pairs, t, c) = q_layout.shape().dims3()?;
         let (_, l, _) = kv_layout.shape().dims3()?;
         let (q, kv) = (slice(q, q_layout)?, slice(kv, kv_layout)?);
-        let bias = read(&self.key_bias)?;
+        let bias = read::<f32>(&self.key_bias)?;
         let bias = &*bias;
         let shape = CrossShape { t, l, c };
         let mut out = vec![0f32; pairs * t * c];
@@ -346,7 +346,8 @@ impl CustomOp2 for CrossAttention {
         let (n, l, _) = kv.dims3()?;
         let shape = CrossShape { t, l, c };
         let grad = grad.contiguous()?;
-        let (q_values, kv_values, grads, bias) = (read(q)?, read(kv)?, read(&grad)?, read(&self.key_bias)?);
+        let (q_values, kv_values, grads, bias) =
+            (read::<f32>(q)?, read::<f32>(kv)?, read::<f32>(&grad)?, read::<f32>(&self.key_bias)?);
         let (q_values, kv_values, grads, bias) = (&*q_values, &*kv_values, &*grads, &*bias);
         let mut pairs_of = vec![Vec::new(); n];
         for (pair, &image) in self.index.iter().enumerate() {

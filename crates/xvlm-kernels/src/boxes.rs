@@ -171,7 +171,7 @@ impl CustomOp2 for BoxLosses {
 
     fn bwd(&self, p: &Tensor, t: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
-        let (p_values, t_values, grads) = (read(p)?, read(t)?, read(&grad)?);
+        let (p_values, t_values, grads) = (read::<f32>(p)?, read::<f32>(t)?, read::<f32>(&grad)?);
         let out: Vec<f32> = quads(&p_values)
             .zip(quads(&t_values))
             .zip(grads.chunks_exact(2))

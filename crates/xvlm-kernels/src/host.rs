@@ -2,23 +2,56 @@
 
 use std::ops::Deref;
 
-use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
+use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
 
-/// Whether all tensors live on the CPU in `f32`, so that the fused path applies.
-pub(crate) fn is_host_f32(tensors: &[&Tensor]) -> bool {
-    tensors.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32)
+use crate::graph::Fresh;
+
+/// A read lock on the numbers of a contiguous CPU tensor; dereferences to the slice.
+struct Host<G, T> {
+    storage: G,
+    start: usize,
+    end: usize,
+    of: std::marker::PhantomData<T>,
 }
 
-/// The numbers of a contiguous storage.
-pub(crate) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    let CpuStorage::F32(values) = storage else { bail!("expected f32 storage") };
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&values[start..end]),
-        None => bail!("expected a contiguous tensor of shape {:?}", layout.dims()),
+/// Locks a contiguous CPU tensor of type `T` for reading.
+pub(crate) fn read<T: WithDType>(tensor: &Tensor) -> Result<impl Deref<Target = [T]> + '_> {
+    let (storage, layout) = tensor.storage_and_layout();
+    if !matches!(&*storage, Storage::Cpu(values) if values.as_slice::<T>().is_ok()) {
+        bail!("expected a tensor of {:?} on the CPU, found {:?} on {:?}", T::DTYPE, tensor.dtype(), tensor.device());
+    }
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        bail!("expected a contiguous tensor of shape {:?}", layout.dims())
+    };
+    Ok(Host { storage, start, end, of: std::marker::PhantomData })
+}
+
+impl<G: Deref<Target = Storage>, T: WithDType> Deref for Host<G, T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        match &*self.storage {
+            Storage::Cpu(values) => &values.as_slice::<T>().expect("checked by `read`")[self.start..self.end],
+            _ => unreachable!("checked by `read`"),
+        }
     }
 }
 
-/// The numbers of a contiguous storage, to be changed in place.
+/// A result of `shape` that `fill` writes. What it is handed is not initialised: it writes every number and reads none
+/// that it has not written.
+pub(crate) fn written<T: WithDType>(shape: impl Into<Shape>, fill: impl FnOnce(&mut [T])) -> Fresh {
+    let shape = shape.into();
+    let len = shape.elem_count();
+    let mut values: Vec<T> = Vec::with_capacity(len);
+    let space = values.spare_capacity_mut();
+    // SAFETY: the space is there; every bit pattern is a value of these plain number types; `fill` keeps the promise above.
+    fill(unsafe { std::slice::from_raw_parts_mut(space.as_mut_ptr().cast::<T>(), len) });
+    // SAFETY: the capacity was reserved, and `fill` has written it.
+    unsafe { values.set_len(len) };
+    Fresh::new(Storage::Cpu(T::to_cpu_storage_owned(values)), shape)
+}
+
+/// The numbers of a contiguous `f32` storage, to be changed in place.
 pub(crate) fn slice_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
     let CpuStorage::F32(values) = storage else { bail!("expected f32 storage") };
     match layout.contiguous_offsets() {
@@ -27,47 +60,17 @@ pub(crate) fn slice_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Res
     }
 }
 
-/// A read lock on the numbers of a contiguous CPU `f32` tensor; dereferences to the slice.
-struct Host<G> {
-    storage: G,
-    start: usize,
-    end: usize,
-}
-
-/// Locks a contiguous CPU `f32` tensor for reading.
-pub(crate) fn read(tensor: &Tensor) -> Result<impl Deref<Target = [f32]> + '_> {
-    let (storage, layout) = tensor.storage_and_layout();
-    if !matches!(&*storage, Storage::Cpu(CpuStorage::F32(_))) {
-        bail!("expected an f32 tensor on the CPU");
-    }
-    let Some((start, end)) = layout.contiguous_offsets() else {
-        bail!("expected a contiguous tensor of shape {:?}", layout.dims())
-    };
-    Ok(Host { storage, start, end })
-}
-
-impl<G: Deref<Target = Storage>> Deref for Host<G> {
-    type Target = [f32];
-
-    fn deref(&self) -> &[f32] {
-        match &*self.storage {
-            Storage::Cpu(CpuStorage::F32(values)) => &values[self.start..self.end],
-            _ => unreachable!("checked by `read`"),
-        }
-    }
-}
-
 /// A pointer that several threads write through, each to places no other thread touches.
 #[derive(Clone, Copy)]
-pub(crate) struct Disjoint(*mut f32);
+pub(crate) struct Disjoint<T>(*mut T);
 
 // SAFETY: every user writes to disjoint ranges, as the safety section of `slice_mut` demands.
-unsafe impl Send for Disjoint {}
+unsafe impl<T: Send> Send for Disjoint<T> {}
 // SAFETY: as above.
-unsafe impl Sync for Disjoint {}
+unsafe impl<T: Send> Sync for Disjoint<T> {}
 
-impl Disjoint {
-    pub(crate) fn new(values: &mut [f32]) -> Self {
+impl<T> Disjoint<T> {
+    pub(crate) fn new(values: &mut [T]) -> Self {
         Self(values.as_mut_ptr())
     }
 
@@ -75,8 +78,22 @@ impl Disjoint {
     /// `start..start + len` lies inside the slice this was made from, that slice outlives the result, and no other
     /// thread reads or writes the range meanwhile.
     #[allow(clippy::mut_from_ref)]
-    pub(crate) unsafe fn slice_mut(&self, start: usize, len: usize) -> &mut [f32] {
+    pub(crate) unsafe fn slice_mut(&self, start: usize, len: usize) -> &mut [T] {
         // SAFETY: the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
+    }
+}
+
+/// Whether all tensors live on the CPU in `f32`, so that the fused path applies.
+pub(crate) fn is_host_f32(tensors: &[&Tensor]) -> bool {
+    tensors.iter().all(|t| t.device().is_cpu() && t.dtype() == candle_core::DType::F32)
+}
+
+/// The numbers of a contiguous storage.
+pub(crate) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    let CpuStorage::F32(values) = storage else { bail!("expected f32 storage") };
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&values[start..end]),
+        None => bail!("expected a contiguous tensor of shape {:?}", layout.dims()),
     }
 }

@@ -11,24 +11,32 @@
 mod activation;
 mod attention;
 mod boxes;
+mod columns;
 mod embedding;
 mod error;
+#[cfg(gpu)]
+mod gpu;
+mod graph;
 mod host;
 mod linear;
 mod loss;
 mod norm;
 mod optim;
+mod path;
 mod pool;
 pub mod process;
+mod real;
 mod resize;
 mod simd;
 mod window;
 
-pub use activation::{gelu, quick_gelu};
+pub use activation::{bias_gelu, gelu, quick_gelu};
 pub use attention::{Dropped, cross_attention, self_attention};
 pub use boxes::{box_losses, cxcywh_to_xyxy, giou, iou, patch_rectangle, patch_rectangle_mask, xyxy_to_cxcywh};
 pub use embedding::embedding;
 pub use error::KernelError;
+#[cfg(feature = "emulation")]
+pub use gpu::emulated;
 pub use linear::linear;
 pub use loss::{IGNORE, cross_entropy, log_softmax, softmax};
 pub use norm::layer_norm;

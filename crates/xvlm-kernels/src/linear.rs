@@ -68,7 +68,7 @@ impl CustomOp3 for Linear {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (n, k) = weight.dims2()?;
         let grad = grad.contiguous()?;
-        let (x_values, w_values, g_values) = (read(x)?, read(weight)?, read(&grad)?);
+        let (x_values, w_values, g_values) = (read::<f32>(x)?, read::<f32>(weight)?, read::<f32>(&grad)?);
         let m = x_values.len() / k;
         let device = x.device();
         let product = |dims: (usize, usize, usize), a: Matrix, b: Matrix| {

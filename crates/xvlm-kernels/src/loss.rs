@@ -116,7 +116,7 @@ impl CustomOp1 for CrossEntropy {
     fn bwd(&self, logits: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let (_, v) = logits.dims2()?;
         let scale = grad.to_scalar::<f32>()? / self.counted as f32;
-        let values = read(logits)?;
+        let values = read::<f32>(logits)?;
         let mut out = values.to_vec();
         out.par_chunks_mut(v).zip(&self.labels).for_each(|(row, &label)| {
             if label == IGNORE {

@@ -75,7 +75,7 @@ impl CustomOp3 for LayerNorm {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
-        let (dx, dw, db) = self.backward(&read(x)?, &read(weight)?, &read(&grad)?);
+        let (dx, dw, db) = self.backward(&read::<f32>(x)?, &read::<f32>(weight)?, &read::<f32>(&grad)?);
         let device = x.device();
         Ok((
             Some(Tensor::from_vec(dx, x.shape(), device)?),

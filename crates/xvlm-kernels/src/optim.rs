@@ -62,7 +62,7 @@ pub fn adamw_step(
 pub fn squared_norm(x: &Tensor) -> Result<f64> {
     if is_host_f32(&[x]) {
         let x = x.contiguous()?;
-        let values = read(&x)?;
+        let values = read::<f32>(&x)?;
         let values = &*values;
         return Ok(values
             .chunks(4096)

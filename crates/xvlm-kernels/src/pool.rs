@@ -47,7 +47,7 @@ impl CustomOp1 for PatchPool {
     fn cpu_fwd(&self, patches: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (_, l, c) = layout.shape().dims3()?;
         let patches = slice(patches, layout)?;
-        let mask = read(&self.mask)?;
+        let mask = read::<f32>(&self.mask)?;
         let mask = &*mask;
         let mut out = vec![0f32; self.index.len() * (1 + l) * c];
         out.par_chunks_mut(((1 + l) * c).max(1)).enumerate().for_each(|(region, out)| {
@@ -75,7 +75,7 @@ impl CustomOp1 for PatchPool {
     fn bwd(&self, patches: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let (n, l, c) = patches.dims3()?;
         let grad = grad.contiguous()?;
-        let (grads, mask) = (read(&grad)?, read(&self.mask)?);
+        let (grads, mask) = (read::<f32>(&grad)?, read::<f32>(&self.mask)?);
         let (grads, mask) = (&*grads, &*mask);
         let mut regions_of = vec![Vec::new(); n];
         for (region, &image) in self.index.iter().enumerate() {

@@ -2,6 +2,8 @@
 
 use gemm::Parallelism;
 
+use crate::real::Real;
+
 /// Runs `work` compiled for the best instruction set of this CPU. Whatever `work` calls must be `#[inline(always)]` to
 /// profit.
 #[inline(always)]
@@ -54,6 +56,14 @@ pub(crate) fn add_assign(x: &mut [f32], y: &[f32]) {
     }
 }
 
+/// `x += y`, widening `y`.
+#[inline(always)]
+pub(crate) fn add_widened<T: Real>(x: &mut [f32], y: &[T]) {
+    for (x, y) in x.iter_mut().zip(y) {
+        *x += y.widen();
+    }
+}
+
 #[inline(always)]
 pub(crate) fn max(x: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
@@ -72,16 +82,16 @@ pub(crate) fn max(x: &[f32]) -> f32 {
 pub(crate) fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 · 2²³: adding and subtracting it rounds to an integer
     let clamped = x.clamp(-87.3, 88.3);
-    let n = clamped * std::f32::consts::LOG2_E + ROUND - ROUND;
+    let n = clamped.mul_add(std::f32::consts::LOG2_E, ROUND) - ROUND;
     // ln 2 split in two, so that n · high is exact (Cody and Waite).
-    let r = clamped - n * 0.693_359_4 + n * 2.121_944_4e-4;
-    let p = 1.987_569_1e-4;
-    let p = p * r + 1.398_199_9e-3;
-    let p = p * r + 8.333_452e-3;
-    let p = p * r + 4.166_579_6e-2;
-    let p = p * r + 1.666_666_6e-1;
-    let p = p * r + 0.5;
-    let y = p * (r * r) + r + 1.0;
+    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, clamped));
+    let p = 1.987_569_1e-4_f32;
+    let p = p.mul_add(r, 1.398_199_9e-3);
+    let p = p.mul_add(r, 8.333_452e-3);
+    let p = p.mul_add(r, 4.166_579_6e-2);
+    let p = p.mul_add(r, 1.666_666_6e-1);
+    let p = p.mul_add(r, 0.5);
+    let y = p.mul_add(r * r, r) + 1.0;
     let scaled = y * f32::from_bits((((n as i32) + 127) << 23) as u32);
     if x < -87.3 { 0.0 } else { scaled }
 }
@@ -91,18 +101,18 @@ pub(crate) fn exp(x: f32) -> f32 {
 pub(crate) fn erf(x: f32) -> f32 {
     let x = x.clamp(-4.0, 4.0);
     let s = x * x;
-    let p = -2.726_142_3e-10;
-    let p = p * s + 2.770_681_4e-8;
-    let p = p * s - 2.101_024e-6;
-    let p = p * s - 5.692_506_4e-5;
-    let p = p * s - 7.349_906_3e-4;
-    let p = p * s - 2.954_6e-3;
-    let p = p * s - 1.609_603_3e-2;
-    let q = -1.456_607_2e-5;
-    let q = q * s - 2.133_740_5e-4;
-    let q = q * s - 1.682_827e-3;
-    let q = q * s - 7.373_329_2e-3;
-    let q = q * s - 1.426_473_9e-2;
+    let p = -2.726_142_3e-10_f32;
+    let p = p.mul_add(s, 2.770_681_4e-8);
+    let p = p.mul_add(s, -2.101_024e-6);
+    let p = p.mul_add(s, -5.692_506_4e-5);
+    let p = p.mul_add(s, -7.349_906_3e-4);
+    let p = p.mul_add(s, -2.954_6e-3);
+    let p = p.mul_add(s, -1.609_603_3e-2);
+    let q = -1.456_607_2e-5_f32;
+    let q = q.mul_add(s, -2.133_740_5e-4);
+    let q = q.mul_add(s, -1.682_827e-3);
+    let q = q.mul_add(s, -7.373_329_2e-3);
+    let q = q.mul_add(s, -1.426_473_9e-2);
     x * p / q
 }
 

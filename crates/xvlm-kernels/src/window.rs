@@ -239,7 +239,7 @@ impl CustomOp2 for WindowAttention {
         let (heads, area, _) = bias.dims3()?;
         let c = packed / 3;
         let grad = grad.contiguous()?;
-        let (values, biases, grads) = (read(qkv)?, read(bias)?, read(&grad)?);
+        let (values, biases, grads) = (read::<f32>(qkv)?, read::<f32>(bias)?, read::<f32>(&grad)?);
         let (values, biases, grads) = (&*values, &*biases, &*grads);
         let mut out = vec![0f32; values.len()];
         let block = area * area;

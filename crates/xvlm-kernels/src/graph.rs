@@ -1,0 +1,182 @@
+//! The way of a computed result into candle's graph.
+//!
+//! A custom operation of candle is handed storages, at most three, and computes one. The operations here are written over
+//! tensors: they compute their result first, with whatever the backward pass should remember of it, and [`differentiable`]
+//! attaches it to its inputs.
+
+use std::sync::{Arc, Mutex};
+
+use candle_core::op::BackpropOp;
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail,
+};
+
+/// A result that is not yet a tensor.
+pub(crate) struct Fresh {
+    storage: Storage,
+    shape: Shape,
+}
+
+impl Fresh {
+    pub(crate) fn new(storage: Storage, shape: impl Into<Shape>) -> Self {
+        Self { storage, shape: shape.into() }
+    }
+
+    /// The result as a tensor without a history.
+    pub(crate) fn detached(self) -> Tensor {
+        Tensor::from_storage(self.storage, self.shape, BackpropOp::none(), false)
+    }
+}
+
+/// Gives `result` a history: `backward(inputs, result, gradient)` returns the gradient of each input, `None` where there
+/// is none to be had. The gradient it is handed is contiguous.
+pub(crate) fn differentiable<const N: usize>(
+    name: &'static str,
+    inputs: [&Tensor; N],
+    result: Fresh,
+    backward: impl Fn([&Tensor; N], &Tensor, &Tensor) -> Result<[Option<Tensor>; N]> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    let node = Node::new(name, result, move |inputs, result, gradient| {
+        let inputs = <[&Tensor; N]>::try_from(inputs).expect("as many as the operation was given");
+        Ok(backward(inputs, result, gradient)?.into())
+    });
+    match inputs[..] {
+        [a] => a.apply_op1_arc(Arc::new(Box::new(node))),
+        [a, b] => a.apply_op2_arc(b, Arc::new(Box::new(node))),
+        [a, b, c] => a.apply_op3_arc(b, c, Arc::new(Box::new(node))),
+        _ => bail!("{name}: an operation of candle has one to three inputs, not {N}"),
+    }
+}
+
+type Backward = dyn Fn(&[&Tensor], &Tensor, &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync;
+
+struct Node {
+    name: &'static str,
+    result: Mutex<Option<Fresh>>,
+    backward: Box<Backward>,
+}
+
+impl Node {
+    fn new(
+        name: &'static str,
+        result: Fresh,
+        backward: impl Fn(&[&Tensor], &Tensor, &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,
+    ) -> Self {
+        Self { name, result: Mutex::new(Some(result)), backward: Box::new(backward) }
+    }
+
+    fn take(&self) -> Result<Fresh> {
+        let result = self.result.lock().ok().and_then(|mut result| result.take());
+        result.ok_or_else(|| candle_core::Error::Msg(format!("{}: its result was taken before", self.name)))
+    }
+
+    fn take_cpu(&self) -> Result<(CpuStorage, Shape)> {
+        match self.take()? {
+            Fresh { storage: Storage::Cpu(storage), shape } => Ok((storage, shape)),
+            _ => bail!("{}: inputs on the CPU, a result elsewhere", self.name),
+        }
+    }
+
+    fn take_cuda(&self) -> Result<(CudaStorage, Shape)> {
+        match self.take()? {
+            Fresh { storage: Storage::Cuda(storage), shape } => Ok((storage, shape)),
+            _ => bail!("{}: inputs on a GPU, a result elsewhere", self.name),
+        }
+    }
+
+    fn gradients<const N: usize>(
+        &self,
+        inputs: [&Tensor; N],
+        result: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<[Option<Tensor>; N]> {
+        let gradients = (self.backward)(&inputs, result, &gradient.contiguous()?)?;
+        Ok(<[_; N]>::try_from(gradients).expect("one for each input"))
+    }
+}
+
+impl CustomOp1 for Node {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.take_cpu()
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.take_cuda()
+    }
+
+    fn bwd(&self, a: &Tensor, result: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
+        let [a] = self.gradients([a], result, gradient)?;
+        Ok(a)
+    }
+}
+
+impl CustomOp2 for Node {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.take_cpu()
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.take_cuda()
+    }
+
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        result: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [a, b] = self.gradients([a, b], result, gradient)?;
+        Ok((a, b))
+    }
+}
+
+impl CustomOp3 for Node {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.take_cpu()
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.take_cuda()
+    }
+
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        c: &Tensor,
+        result: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [a, b, c] = self.gradients([a, b, c], result, gradient)?;
+        Ok((a, b, c))
+    }
+}

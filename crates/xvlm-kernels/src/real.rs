@@ -1,0 +1,56 @@
+//! The float types that fused operations read and write on the CPU.
+
+use candle_core::WithDType;
+use half::bf16;
+
+/// A float type of storage; arithmetic is always `f32`.
+pub(crate) trait Real: WithDType {
+    fn widen(self) -> f32;
+    fn narrow(x: f32) -> Self;
+}
+
+impl Real for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn narrow(x: f32) -> Self {
+        x
+    }
+}
+
+impl Real for bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    /// Rounds to the nearest, to even in the middle; without a branch, so that loops over it are vectorized.
+    #[inline(always)]
+    fn narrow(x: f32) -> Self {
+        let bits = x.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+        let quiet = (bits >> 16) | 0x40;
+        bf16::from_bits(if x.is_nan() { quiet } else { rounded } as u16)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bf16_rounds_as_the_half_crate_does() {
+        for high in 0..=u16::MAX {
+            for low in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let x = f32::from_bits(u32::from(high) << 16 | low);
+                let (ours, theirs) = (<bf16 as Real>::narrow(x), bf16::from_f32(x));
+                assert!(ours == theirs || ours.is_nan() && theirs.is_nan(), "{x}: {ours} {theirs}");
+            }
+            let x = bf16::from_bits(high);
+            assert!(x.widen() == x.to_f32() || x.is_nan());
+        }
+    }
+}
