@@ -1,0 +1,133 @@
+//! Shifted-window attention with relative-position bias (Swin).
+
+use candle_core::{D, Result, Tensor};
+
+use crate::error::{KernelError, check_shape};
+use crate::loss::softmax;
+use crate::path::Path;
+
+#[cfg(gpu)]
+mod gpu;
+mod host;
+
+/// The geometry of a window attention: a grid of `height × width` tokens cut into `window × window` windows after a
+/// cyclic shift by `shift` towards the origin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WindowShape {
+    /// Rows of tokens.
+    pub height: usize,
+    /// Columns of tokens.
+    pub width: usize,
+    /// Side of a window; divides both.
+    pub window: usize,
+    /// Cyclic shift; 0 or less than `window`.
+    pub shift: usize,
+}
+
+/// What separates tokens that meet in a window only because of the cyclic shift.
+const APART: f32 = -100.0;
+
+impl WindowShape {
+    fn check(&self) -> Result<()> {
+        let Self { height, width, window, shift } = *self;
+        let divides = window > 0 && height.is_multiple_of(window) && width.is_multiple_of(window) && shift < window;
+        if divides {
+            return Ok(());
+        }
+        Err(KernelError::Value {
+            op: "window_attention",
+            argument: "shape",
+            expected: "a window that divides the grid, and a shift below the window".into(),
+            found: format!("{self:?}"),
+        }
+        .into())
+    }
+
+    fn area(&self) -> usize {
+        self.window * self.window
+    }
+
+    fn windows(&self) -> usize {
+        self.height * self.width / self.area()
+    }
+
+    /// Tokens (row-major, image order) of each window, `windows × area`.
+    fn tokens(&self) -> Vec<u32> {
+        let Self { height, width, window, shift } = *self;
+        let mut order = Vec::with_capacity(height * width);
+        for top in (0..height).step_by(window) {
+            for left in (0..width).step_by(window) {
+                for y in top..top + window {
+                    for x in left..left + window {
+                        order.push((((y + shift) % height) * width + (x + shift) % width) as u32);
+                    }
+                }
+            }
+        }
+        order
+    }
+
+    /// `[windows, area, area]`: 0 between tokens of one region, [`APART`] between tokens of different regions.
+    fn mask(&self) -> Vec<f32> {
+        let Self { height, width, window, shift } = *self;
+        let band = |i: usize, size: usize| usize::from(i + window >= size) + usize::from(i + shift >= size);
+        let mut mask = Vec::with_capacity(height * width * self.area());
+        for top in (0..height).step_by(window) {
+            for left in (0..width).step_by(window) {
+                let region = |i: usize| (band(top + i / window, height), band(left + i % window, width));
+                for a in 0..self.area() {
+                    mask.extend((0..self.area()).map(|b| if region(a) == region(b) { 0.0 } else { APART }));
+                }
+            }
+        }
+        mask
+    }
+}
+
+/// Multi-head attention inside windows, over tokens in image order.
+///
+/// `qkv [N, H·W, 3·C]` as in [`crate::self_attention`]; `bias [heads, window², window²]` is added to the scores of every
+/// window. With a shift, tokens that the cyclic shift brings together do not see each other (Liu et al. 2021, §3.2).
+/// Returns `[N, H·W, C]`.
+///
+/// # Errors
+/// On a wrong shape, or a window that does not divide the grid.
+pub fn window_attention(qkv: &Tensor, bias: &Tensor, shape: WindowShape) -> Result<Tensor> {
+    shape.check()?;
+    let (heads, area, _) = bias.dims3()?;
+    let (n, tokens, packed) = qkv.dims3()?;
+    check_shape("window_attention", "bias", bias, &[heads, shape.area(), shape.area()])?;
+    check_shape("window_attention", "qkv", qkv, &[n, shape.height * shape.width, packed])?;
+    if !packed.is_multiple_of(3 * heads) {
+        let expected = format!("a divisor of {}", packed / 3);
+        let found = heads.to_string();
+        return Err(KernelError::Value { op: "window_attention", argument: "heads", expected, found }.into());
+    }
+    match Path::of("window_attention", &[("qkv", qkv), ("bias", bias)])? {
+        Path::HostF32 => return host::window_attention(&qkv.contiguous()?, &bias.contiguous()?, shape),
+        #[cfg(gpu)]
+        Path::Gpu => return gpu::window_attention(&qkv.contiguous()?, &bias.contiguous()?, shape),
+        _ => {}
+    }
+    let (device, dtype) = (qkv.device(), qkv.dtype());
+    let (windows, c) = (shape.windows(), packed / 3);
+    let order = shape.tokens();
+    let mut place = vec![0u32; order.len()];
+    for (i, &token) in order.iter().enumerate() {
+        place[token as usize] = i as u32;
+    }
+    let split = qkv
+        .index_select(&Tensor::new(order, device)?, 1)?
+        .reshape((n * windows, area, 3, heads, c / heads))?
+        .permute((2, 0, 3, 1, 4))?;
+    let (q, k, v) = (split.get(0)?.contiguous()?, split.get(1)?.contiguous()?, split.get(2)?.contiguous()?);
+    let scale = ((c / heads) as f64).powf(-0.5);
+    let mut scores = (q.matmul(&k.t()?.contiguous()?)? * scale)?.broadcast_add(&bias.unsqueeze(0)?)?;
+    if shape.shift > 0 {
+        let mask = Tensor::from_vec(shape.mask(), (1, windows, 1, area, area), device)?.to_dtype(dtype)?;
+        scores = scores.reshape((n, windows, heads, area, area))?.broadcast_add(&mask)?;
+        scores = scores.reshape((n * windows, heads, area, area))?;
+    }
+    let mixed = softmax(&scores, D::Minus1)?.matmul(&v)?.transpose(1, 2)?.contiguous()?.reshape((n, tokens, c))?;
+    mixed.index_select(&Tensor::new(place, device)?, 1)
+}
