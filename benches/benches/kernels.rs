@@ -1,97 +1,194 @@
-//! Every operation of `xvlm-kernels` at the sizes of the base model: an image of 224 pixels, eight texts of 40 tokens.
+//! Every operation of `xvlm-kernels` at the sizes of the base model, beside the same in plain candle operations and beside
+//! the least it could cost on this machine.
 
-use candle_core::{Device, Result, Tensor, Var};
-use criterion::Criterion;
-use xvlm::kernels::{self, AdamW, WindowShape};
-use xvlm_benches::{both_ways, criterion, random};
+use candle_core::{DType, Device, Result, Tensor, Var};
+use xvlm::kernels::{self, WindowShape};
+use xvlm_benches::{Case, Comparison, Floor, device, plain, random_at};
 
 /// Tokens of the first and the last stage of Swin-B, of the texts, and of the image they look at.
 const FIRST: usize = 56 * 56;
 const LAST: usize = 7 * 7;
 const TEXTS: usize = 8;
 const WORDS: usize = 40;
+const HEADS: usize = 12;
 
-fn vision(criterion: &mut Criterion) -> Result<()> {
-    let (x, weight, bias) = (random(&[1, FIRST, 128])?, random(&[512, 128])?, random(&[512])?);
-    both_ways(criterion, "linear 3136x128x512", || kernels::linear(&x, &weight, &bias));
-    let (wide, tall, narrow) = (random(&[1, LAST, 1024])?, random(&[4096, 1024])?, random(&[4096])?);
-    both_ways(criterion, "linear 49x1024x4096", || kernels::linear(&wide, &tall, &narrow));
-    let hidden = random(&[1, FIRST, 512])?;
-    both_ways(criterion, "gelu 3136x512", || kernels::gelu(&hidden));
-    let (scale, shift) = (random(&[128])?, random(&[128])?);
-    both_ways(criterion, "layer norm 3136x128", || kernels::layer_norm(&x, &scale, &shift, 1e-5));
+/// What the measurements of one float type share.
+struct Bench<'a> {
+    comparison: &'a mut Comparison,
+    dtype: DType,
+    device: Device,
+}
 
-    let (qkv, table) = (random(&[1, FIRST, 384])?, random(&[4, 49, 49])?);
-    for (name, shift) in [("window attention 56x56", 0), ("shifted window attention 56x56", 3)] {
-        let shape = WindowShape { height: 56, width: 56, window: 7, shift };
-        both_ways(criterion, name, || kernels::window_attention(&qkv, &table, shape));
+impl Bench<'_> {
+    fn random(&self, shape: &[usize]) -> Result<Var> {
+        random_at(shape, self.dtype, &self.device)
     }
-    Ok(())
-}
 
-fn regions(criterion: &mut Criterion) -> Result<()> {
-    const REGIONS: usize = 32;
-    let patches = random(&[8, LAST, 1024])?;
-    let index: Vec<u32> = (0..REGIONS as u32).map(|region| region / 4).collect();
-    let covered: Vec<f32> = (0..REGIONS)
-        .flat_map(|region| kernels::patch_rectangle_mask([0.2 + 0.02 * region as f32, 0.5, 0.3, 0.4], 7))
-        .collect();
-    let covered = Tensor::from_vec(covered, (REGIONS, LAST), &Device::Cpu)?;
-    both_ways(criterion, "patch pool 32 of 8x49x1024", || kernels::patch_pool(&patches, &index, &covered));
-
-    let boxes = Var::from_tensor(&random(&[1024, 4])?.affine(0.1, 0.5)?)?;
-    let targets = boxes.affine(0.9, 0.02)?.detach();
-    both_ways(criterion, "box losses 1024", || kernels::box_losses(&boxes, &targets));
-    Ok(())
-}
-
-fn text(criterion: &mut Criterion) -> Result<()> {
-    let packed = random(&[TEXTS, WORDS, 3 * 768])?;
-    let seen = Tensor::zeros((TEXTS, WORDS), candle_core::DType::F32, &Device::Cpu)?;
-    for (name, causal) in [("self attention 8x40", false), ("causal attention 8x40", true)] {
-        both_ways(criterion, name, || kernels::self_attention(&packed, &seen, 12, causal, None));
+    fn zeros(&self, shape: (usize, usize)) -> Result<Tensor> {
+        Tensor::zeros(shape, self.dtype, &self.device)
     }
-    let (queries, keys) = (random(&[TEXTS, WORDS, 768])?, random(&[1, 1 + LAST, 2 * 768])?);
-    let visible = Tensor::zeros((TEXTS, 1 + LAST), candle_core::DType::F32, &Device::Cpu)?;
-    both_ways(criterion, "cross attention 8x40 at one image", || {
-        kernels::cross_attention(&queries, &keys, &[0; TEXTS], &visible, 12, None)
-    });
 
-    let table = random(&[30_522, 768])?;
-    let ids: Vec<u32> = (0..TEXTS * WORDS).map(|i| (i * 7919 % 30_522) as u32).collect();
-    let ids = Tensor::from_vec(ids, (TEXTS, WORDS), &Device::Cpu)?;
-    let positions = random(&[24, 24, 768])?;
-    both_ways(criterion, "resize bicubic 24x24x768 to 14x14", || kernels::resize_bicubic(&positions, 14, 14));
-    both_ways(criterion, "embedding 8x40 of 30522x768", || kernels::embedding(&table, &ids, Some(0)));
+    fn ids(&self, ids: &[u32]) -> Result<Tensor> {
+        Tensor::new(ids, &self.device)
+    }
 
-    let logits = random(&[64, 30_522])?;
-    let labels: Vec<i64> = (0..64).map(|i| i * 401).collect();
-    both_ways(criterion, "cross entropy 64x30522", || kernels::cross_entropy(&logits, &labels, 0.1));
-    Ok(())
-}
+    /// Bytes of so many numbers.
+    fn bytes(&self, numbers: usize) -> Floor {
+        Floor::Bytes(numbers * self.dtype.size_in_bytes())
+    }
 
-fn optimizer(criterion: &mut Criterion) -> Result<()> {
-    let shape = [4096, 1024];
-    let (parameter, first, second, gradient) =
-        (random(&shape)?, random(&shape)?, random(&shape)?.abs()?, random(&shape)?);
-    let second = Var::from_tensor(&second)?;
-    let step =
-        AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.98, eps: 1e-8, weight_decay: 0.01, step: 10, gradient_scale: 1.0 };
-    criterion.bench_function("adamw 4096x1024", |bencher| {
-        bencher.iter(|| kernels::adamw_step(&parameter, &first, &second, &gradient, step).expect("adamw"));
-    });
-    criterion.bench_function("squared norm 4096x1024", |bencher| {
-        bencher.iter(|| kernels::squared_norm(&gradient).expect("squared norm"));
-    });
-    Ok(())
+    fn case(
+        &mut self,
+        name: &str,
+        floors: [Floor; 2],
+        ours: impl Fn() -> Result<Tensor>,
+        plain: impl Fn() -> Result<Tensor>,
+    ) -> Result<()> {
+        let name = format!("{name} {}", self.dtype.as_str());
+        let dtype = self.dtype;
+        self.comparison.measure(&Case { name, ours: Box::new(ours), plain: Box::new(plain), floors, dtype })
+    }
+
+    fn linear(&mut self) -> Result<()> {
+        for (m, k, n) in [(FIRST, 128, 512), (LAST, 1024, 4096)] {
+            let (x, weight, bias) = (self.random(&[1, m, k])?, self.random(&[n, k])?, self.random(&[n])?);
+            let floors = [2, 6].map(|products| Floor::Flops(products * m * k * n));
+            let name = format!("linear {m}x{k}x{n}");
+            self.case(&name, floors, || kernels::linear(&x, &weight, &bias), || plain::linear(&x, &weight, &bias))?;
+        }
+        Ok(())
+    }
+
+    fn rows(&mut self) -> Result<()> {
+        let wide = self.random(&[1, FIRST, 512])?;
+        let count = wide.elem_count();
+        // Backward passes read the input and the gradient and write the input's gradient.
+        let floors = |count: usize, bench: &Self| [bench.bytes(2 * count), bench.bytes(5 * count)];
+        self.case("gelu 3136x512", floors(count, self), || kernels::gelu(&wide), || wide.gelu_erf())?;
+        let bias = self.random(&[512])?;
+        let shifted = || wide.broadcast_add(&bias)?.gelu_erf();
+        self.case("bias + gelu 3136x512", floors(count, self), || kernels::bias_gelu(&wide, &bias), shifted)?;
+
+        let x = self.random(&[1, FIRST, 128])?;
+        let (weight, bias) = (self.random(&[128])?, self.random(&[128])?);
+        let ours = || kernels::layer_norm(&x, &weight, &bias, 1e-5);
+        let plain = || plain::layer_norm(&x, &weight, &bias, 1e-5);
+        self.case("layer norm 3136x128", floors(x.elem_count(), self), ours, plain)?;
+
+        let scores = self.random(&[TEXTS, HEADS, WORDS, 145])?;
+        let ours = || kernels::softmax(&scores, 3);
+        self.case("softmax 3840x145", floors(scores.elem_count(), self), ours, || plain::softmax(&scores))?;
+
+        let logits = self.random(&[64, 30_522])?;
+        let labels: Vec<i64> = (0..64).map(|i| i * 401).collect();
+        let ids = self.ids(&labels.iter().map(|&label| label as u32).collect::<Vec<_>>())?;
+        let count = logits.elem_count();
+        let floors = [self.bytes(count), self.bytes(3 * count)];
+        let ours = || kernels::cross_entropy(&logits, &labels, 0.1);
+        self.case("cross entropy 64x30522", floors, ours, || plain::cross_entropy(&logits, &ids, 0.1))
+    }
+
+    fn windows(&mut self) -> Result<()> {
+        for (side, window, heads, c) in [(56, 7, 4, 128), (28, 7, 8, 256), (14, 7, 16, 512), (96, 12, 4, 128)] {
+            for shift in [0, window / 2] {
+                let shape = WindowShape { height: side, width: side, window, shift };
+                let area = window * window;
+                let (qkv, bias) = (self.random(&[1, side * side, 3 * c])?, self.random(&[heads, area, area])?);
+                let mask = (shift > 0).then(|| plain::window_mask(shape, &qkv)).transpose()?;
+                let products = [4, 12].map(|products| Floor::Flops(products * side * side * area * c));
+                let name = format!("window attention {side}x{side} window {window} shift {shift}");
+                let ours = || kernels::window_attention(&qkv, &bias, shape);
+                self.case(&name, products, ours, || plain::window_attention(&qkv, &bias, shape, mask.as_ref()))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn attention(&mut self) -> Result<()> {
+        for (name, batch, t, causal) in
+            [("self", TEXTS, WORDS, false), ("causal", TEXTS, WORDS, true), ("self", 4, 197, false)]
+        {
+            let qkv = self.random(&[batch, t, 3 * 768])?;
+            let seen = self.zeros((batch, t))?;
+            let mut bias = plain::score_bias(&seen, self.dtype)?;
+            if causal {
+                bias = bias.broadcast_add(&plain::causal_bias(t, &bias)?)?;
+            }
+            let floors = [4, 12].map(|products| Floor::Flops(products * batch * t * t * 768));
+            let ours = || kernels::self_attention(&qkv, &seen, HEADS, causal, None);
+            let name = format!("{name}-attention {batch}x{t}");
+            self.case(&name, floors, ours, || plain::self_attention(&qkv, &bias, HEADS))?;
+        }
+        for images in [1, TEXTS] {
+            let (q, kv) = (self.random(&[TEXTS, WORDS, 768])?, self.random(&[images, 145, 2 * 768])?);
+            let seen = self.zeros((TEXTS, 145))?;
+            let bias = plain::score_bias(&seen, self.dtype)?;
+            let index: Vec<u32> = (0..TEXTS).map(|text| (text % images) as u32).collect();
+            let ids = self.ids(&index)?;
+            let floors = [4, 12].map(|products| Floor::Flops(products * TEXTS * WORDS * 145 * 768));
+            let name = format!("cross-attention 8x40 at {images} of 145");
+            let ours = || kernels::cross_attention(&q, &kv, &index, &seen, HEADS, None);
+            self.case(&name, floors, ours, || plain::cross_attention(&q, &kv, &ids, &bias, HEADS))?;
+        }
+        Ok(())
+    }
+
+    fn regions(&mut self) -> Result<()> {
+        const REGIONS: usize = 32;
+        const IMAGES: usize = 8;
+        let patches = self.random(&[IMAGES, LAST, 1024])?;
+        let index: Vec<u32> = (0..REGIONS as u32).map(|region| region / 4).collect();
+        let covered: Vec<f32> = (0..REGIONS)
+            .flat_map(|region| kernels::patch_rectangle_mask([0.2 + 0.02 * region as f32, 0.5, 0.3, 0.4], 7))
+            .collect();
+        let covered = Tensor::from_vec(covered, (REGIONS, LAST), &Device::Cpu)?;
+        let covered = covered.to_dtype(self.dtype)?.to_device(&self.device)?;
+        let ids = self.ids(&index)?;
+        let (read, written) = (IMAGES * LAST * 1024, REGIONS * (1 + LAST) * 1024);
+        let floors = [self.bytes(read + written), self.bytes(2 * (read + written))];
+        let ours = || kernels::patch_pool(&patches, &index, &covered);
+        self.case("patch pool 32 of 8x49x1024", floors, ours, || plain::patch_pool(&patches, &ids, &covered))
+    }
+
+    fn boxes(&mut self) -> Result<()> {
+        let boxes = Var::from_tensor(&self.random(&[1024, 4])?.affine(0.1, 0.5)?)?;
+        let targets = boxes.affine(0.9, 0.02)?.detach();
+        let floors = [self.bytes(10 * 1024), self.bytes(24 * 1024)];
+        let ours = || kernels::box_losses(&boxes, &targets);
+        self.case("box losses 1024", floors, ours, || plain::box_losses(&boxes, &targets))
+    }
+
+    fn words(&mut self) -> Result<()> {
+        const VOCABULARY: usize = 30_522;
+        let table = self.random(&[VOCABULARY, 768])?;
+        let ids: Vec<u32> = (0..TEXTS * WORDS).map(|i| (i * 7919 % VOCABULARY) as u32).collect();
+        let ids = self.ids(&ids)?.reshape((TEXTS, WORDS))?;
+        let count = TEXTS * WORDS * 768;
+        let floors = [self.bytes(2 * count), self.bytes(3 * count + VOCABULARY * 768)];
+        let flat = ids.flatten_all()?;
+        let plain = || table.index_select(&flat, 0);
+        self.case("embedding 8x40 of 30522x768", floors, || kernels::embedding(&table, &ids, None), plain)
+    }
+
+    fn all(&mut self) -> Result<()> {
+        self.linear()?;
+        self.rows()?;
+        self.windows()?;
+        self.attention()?;
+        self.regions()?;
+        self.boxes()?;
+        self.words()
+    }
 }
 
 fn main() {
-    kernels::process::run(|| {
-        let mut criterion = criterion();
-        for group in [vision, regions, text, optimizer] {
-            group(&mut criterion).expect("inputs of a measurement");
+    xvlm_benches::run(|comparison| {
+        let device = device();
+        let dtypes: &[DType] =
+            if device.is_cpu() { &[DType::F32, DType::BF16] } else { &[DType::F32, DType::BF16, DType::F16] };
+        for &dtype in dtypes {
+            Bench { comparison, dtype, device: device.clone() }.all()?;
         }
-        criterion.final_summary();
+        Ok(())
     });
 }
