@@ -7,6 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
+mod nvcc;
+
 type Done = Result<(), Box<dyn Error>>;
 
 fn main() -> Done {
@@ -49,49 +51,37 @@ fn compile_for_gpus(out: &Path) -> Done {
         }
         Err(_) => ["arch=compute_80,code=compute_80", "arch=compute_90,code=sm_90"].map(str::to_owned).to_vec(),
     };
-    let nvcc = nvcc()?;
-    let mut table = String::from("static BINARIES: &[(&str, &[u8])] = &[\n");
-    let mut running: Vec<(String, Child)> = Vec::new();
-    for name in kernels()? {
-        let binary = out.join(&name).with_extension("fatbin");
-        writeln!(table, "    ({name:?}, include_bytes!({:?})),", binary.display().to_string())?;
-        let mut command = Command::new(&nvcc);
-        command.args(["--fatbin", "-std=c++17", "-O3", "-o"]).arg(&binary).arg(format!("cuda/{name}.cu"));
-        for target in &targets {
-            command.args(["-gencode", target]);
-        }
-        let child = command.spawn().map_err(|error| format!("{}: {error}", nvcc.display()))?;
-        running.push((name, child));
+    println!("cargo::rerun-if-changed=nvcc.rs");
+    for variable in nvcc::VARIABLES {
+        println!("cargo::rerun-if-env-changed={variable}");
     }
-    for (name, mut child) in running {
-        let status = child.wait()?;
-        if !status.success() {
-            return Err(format!("nvcc failed on cuda/{name}.cu for {targets:?}: {status}").into());
+    let nvcc = nvcc::find()?;
+    let mut table = String::from("static BINARIES: &[(&str, &[u8])] = &[\n");
+    let names = kernels()?;
+    let at_once = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1usize).max(1);
+    for names in names.chunks(at_once) {
+        let mut running: Vec<(&str, Child)> = Vec::new();
+        for name in names {
+            let binary = out.join(name).with_extension("fatbin");
+            writeln!(table, "    ({name:?}, include_bytes!({:?})),", binary.display().to_string())?;
+            let mut command = Command::new(&nvcc);
+            command.arg("--fatbin").args(nvcc::FLAGS).arg("-o").arg(&binary).arg(format!("cuda/{name}.cu"));
+            for target in &targets {
+                command.args(["-gencode", target]);
+            }
+            let child = command.spawn().map_err(|error| format!("{}: {error}", nvcc.display()))?;
+            running.push((name, child));
+        }
+        for (name, mut child) in running {
+            let status = child.wait()?;
+            if !status.success() {
+                return Err(format!("nvcc failed on cuda/{name}.cu for {targets:?}: {status}").into());
+            }
         }
     }
     table.push_str("];\n");
     fs::write(out.join("binaries.rs"), table)?;
     Ok(())
-}
-
-/// The compiler of the CUDA toolkit.
-fn nvcc() -> Result<PathBuf, Box<dyn Error>> {
-    for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {
-        println!("cargo::rerun-if-env-changed={variable}");
-    }
-    if let Some(nvcc) = env::var_os("NVCC") {
-        return Ok(nvcc.into());
-    }
-    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os).map(PathBuf::from);
-    let homes = homes.chain([PathBuf::from("/usr/local/cuda")]).map(|home| home.join("bin"));
-    let path = env::var_os("PATH").unwrap_or_default();
-    let found = env::split_paths(&path).chain(homes).map(|folder| folder.join("nvcc")).find(|nvcc| nvcc.is_file());
-    found.ok_or_else(|| {
-        "the feature `cuda` needs the CUDA toolkit: no nvcc on PATH, in $CUDA_HOME/bin, in $CUDA_PATH/bin or in \
-         /usr/local/cuda/bin. Install the toolkit, name the compiler in $NVCC, or let \
-         `scripts/cuda-toolchain.sh FOLDER` fetch one"
-            .into()
-    })
 }
 
 /// All kernels in one object, with the shim that runs them.
