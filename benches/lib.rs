@@ -19,14 +19,6 @@ pub fn device() -> Device {
     if cfg!(feature = "cuda") { Device::new_cuda(0).expect("a GPU to measure on") } else { Device::Cpu }
 }
 
-/// Numbers between −1 and 1 on the CPU, as a variable, so that backward passes reach it.
-///
-/// # Errors
-/// If the tensor cannot be made.
-pub fn random(shape: &[usize]) -> Result<Var> {
-    random_at(shape, DType::F32, &Device::Cpu)
-}
-
 /// Numbers between −1 and 1 of a float type on a device, as a variable.
 ///
 /// # Errors
@@ -35,19 +27,6 @@ pub fn random_at(shape: &[usize], dtype: DType, device: &Device) -> Result<Var> 
     let mut rng = ChaCha8Rng::seed_from_u64(7);
     let values: Vec<f32> = (0..shape.iter().product()).map(|_| rng.random_range(-1.0..1.0)).collect();
     Var::from_tensor(&Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
-}
-
-/// Times `operation` as `name/forward`, and with the gradients of all its variables as `name/training`.
-///
-/// # Panics
-/// If the operation fails: there is nothing to be measured then.
-pub fn both_ways(criterion: &mut Criterion, name: &str, operation: impl Fn() -> Result<Tensor>) {
-    let mut group = criterion.benchmark_group(name);
-    group.bench_function("forward", |bencher| bencher.iter(|| operation().expect(name)));
-    group.bench_function("training", |bencher| {
-        bencher.iter(|| operation().and_then(|output| output.sum_all()?.backward()).expect(name));
-    });
-    group.finish();
 }
 
 /// The settings of all measurements: few samples, for a machine of two cores.
@@ -162,16 +141,22 @@ impl Comparison {
         let parts: [(&str, Work); 6] = [
             ("forward", Box::new(|| forward(&case.ours))),
             ("plain forward", Box::new(|| forward(&case.plain))),
-            ("floor of forward", Box::new(|| {
-                floors[0]();
-                wait();
-            })),
+            (
+                "floor of forward",
+                Box::new(|| {
+                    floors[0]();
+                    wait();
+                }),
+            ),
             ("training", Box::new(|| training(&case.ours))),
             ("plain training", Box::new(|| training(&case.plain))),
-            ("floor of training", Box::new(|| {
-                floors[1]();
-                wait();
-            })),
+            (
+                "floor of training",
+                Box::new(|| {
+                    floors[1]();
+                    wait();
+                }),
+            ),
         ];
         let mut group = self.criterion.benchmark_group(&case.name);
         for (name, part) in &parts {
@@ -204,7 +189,9 @@ impl Comparison {
     pub fn report(self) {
         self.criterion.final_summary();
         if !self.rows.is_empty() {
-            println!("medians of parts measured in turn; speed over plain candle operations; share of the floor reached\n");
+            println!(
+                "medians of parts measured in turn; speed over plain candle operations; share of the floor reached\n"
+            );
             println!("| operation | forward | × plain | of floor | with gradients | × plain | of floor |");
             println!("|---|---|---|---|---|---|---|");
             self.rows.iter().for_each(|row| println!("{row}"));

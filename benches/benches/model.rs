@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::sync::Arc;
 
+use candle_core::DType;
 use criterion::Criterion;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -13,12 +14,20 @@ use xvlm::tasks::PretrainConfig;
 use xvlm::tasks::pretrain::{Batch, Pretraining};
 use xvlm::train::{Optimizer, Trainable};
 use xvlm::{Device, Picture, Predictor};
-use xvlm_benches::{criterion, random};
+use xvlm_benches::{criterion, device, random_at};
 
 type Done = Result<(), Box<dyn Error>>;
 
+/// Waits for the device, as a GPU only queues what it is asked for.
+fn done<T, E: std::fmt::Debug>(device: &Device, result: Result<T, E>) -> T {
+    let result = result.expect("a result to measure");
+    device.synchronize().expect("the device");
+    result
+}
+
 fn inference(criterion: &mut Criterion) -> Done {
-    let predictor = Predictor::bundled(&Device::Cpu)?;
+    let device = device();
+    let predictor = Predictor::bundled(&device)?;
     let side = scenes::SIDE as u32;
     let scene = Scene::generate(2022, 0, Split::Seen).render();
     let picture = Picture::from_rgb(side, side, scene).ok_or("a scene of another size")?;
@@ -27,7 +36,7 @@ fn inference(criterion: &mut Criterion) -> Done {
     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
 
     let mut group = criterion.benchmark_group("built-in model");
-    group.bench_function("encode a picture", |bencher| bencher.iter(|| predictor.look(&picture).map(drop)));
+    group.bench_function("encode a picture", |bencher| bencher.iter(|| done(&device, predictor.look(&picture))));
     group.bench_function("ground a phrase", |bencher| bencher.iter(|| view.ground(&texts[..1])));
     group.bench_function("ground 8 phrases", |bencher| bencher.iter(|| view.ground(&texts)));
     group.bench_function("describe", |bencher| bencher.iter(|| view.caption()));
@@ -50,7 +59,8 @@ fn training(criterion: &mut Criterion) -> Done {
     config.data.final_stride = config.model.vision_config.stride();
     let cache = Arc::new(ImageCache::new(1 << 28));
     let builder = BatchBuilder::new(Arc::new(records?), Arc::new(tokenizer), config.data.clone(), cache)?;
-    let pretraining = Pretraining::new(&config.model, 0, &Device::Cpu)?;
+    let device = device();
+    let pretraining = Pretraining::new(&config.model, 0, &device)?;
     let mut optimizer = Optimizer::new(pretraining.parameters(), &config.train.optimizer)?;
     let mut rng = ChaCha8Rng::seed_from_u64(0);
 
@@ -63,15 +73,15 @@ fn training(criterion: &mut Criterion) -> Done {
         });
     });
     for (name, batch) in [
-        ("image step", Batch::Captions(builder.captions(0)?.to_tensors(&Device::Cpu)?)),
-        ("region step", Batch::Regions(builder.regions(0)?.to_tensors(&Device::Cpu)?)),
+        ("image step", Batch::Captions(builder.captions(0)?.to_tensors(&device)?)),
+        ("region step", Batch::Regions(builder.regions(0)?.to_tensors(&device)?)),
     ] {
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
                 let losses = pretraining.losses(&batch, &mut rng).expect("losses").0;
                 let total = losses.iter().skip(1).try_fold(losses[0].1.clone(), |sum, (_, loss)| sum + loss);
                 let gradients = total.and_then(|total| total.backward()).expect("gradients");
-                optimizer.step(&gradients, 1e-4, Some(1.0)).expect("optimizer step")
+                done(&device, optimizer.step(&gradients, 1e-4, Some(1.0)))
             });
         });
     }
@@ -80,14 +90,15 @@ fn training(criterion: &mut Criterion) -> Done {
 }
 
 fn base(criterion: &mut Criterion) -> Done {
+    let device = device();
     let vits = [("CLIP's ViT", VitConfig::clip_base(224)), ("DeiT", VitConfig::deit_base(224))];
     let vits = vits.map(|(name, vit)| (name, XvlmConfig::with_vision(VisionConfig::Vit(vit))));
     for (name, config) in [("base model, vision encoder", XvlmConfig::base(224))].into_iter().chain(vits) {
-        let model = Xvlm::new(&config, Parameters::zeros().builder(candle_core::DType::F32, &Device::Cpu))?;
+        let model = Xvlm::new(&config, Parameters::zeros().builder(DType::F32, &device))?;
         for images in [1, 8] {
-            let pixels = random(&[images, 3, 224, 224])?;
+            let pixels = random_at(&[images, 3, 224, 224], DType::F32, &device)?;
             criterion.bench_function(&format!("{name} 224, batch {images}"), |bencher| {
-                bencher.iter(|| model.encode_image(&pixels, &Pass::inference()).expect("tokens"));
+                bencher.iter(|| done(&device, model.encode_image(&pixels, &Pass::inference())));
             });
         }
     }
