@@ -4,5 +4,7 @@
 //! `--features emulation` adds the CUDA kernels on the host, `--features cuda` those on the first GPU.
 
 mod activation;
+mod attention;
 mod check;
 mod device;
+mod window;
