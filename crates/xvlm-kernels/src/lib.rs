@@ -32,7 +32,7 @@ mod softmax;
 mod window;
 
 pub use activation::{bias_gelu, gelu, quick_gelu};
-pub use attention::{Dropped, cross_attention, self_attention};
+pub use attention::{Dropped, KeyValueCache, cached_attention, cross_attention, self_attention};
 pub use boxes::{box_losses, cxcywh_to_xyxy, giou, iou, patch_rectangle, patch_rectangle_mask, xyxy_to_cxcywh};
 pub use cross_entropy::{IGNORE, cross_entropy};
 pub use embedding::embedding;

@@ -4,6 +4,9 @@ use gemm::Parallelism;
 
 use crate::real::Real;
 
+pub(crate) mod product;
+pub(crate) mod transpose;
+
 /// Runs `work` compiled for the best instruction set of this CPU. Whatever `work` calls must be `#[inline(always)]` to
 /// profit.
 #[inline(always)]

@@ -104,44 +104,6 @@ fn layer_norm() {
     }
 }
 
-fn key_bias(rows: usize, keys: usize, like: &Tensor) -> Result<Tensor> {
-    let values: Vec<f64> = (0..rows * keys).map(|i| if i % keys % 3 == 1 { -10_000.0 } else { 0.0 }).collect();
-    Tensor::from_vec(values, (rows, keys), &Device::Cpu)?.to_dtype(like.dtype())
-}
-
-#[test]
-fn self_attention() {
-    for (b, t, c, heads) in [(1, 1, 4, 1), (2, 5, 6, 3), (3, 17, 32, 2)] {
-        for causal in [false, true] {
-            check(&[random(&mut rng(), &[b, t, 3 * c])], |x| {
-                kernels::self_attention(&x[0], &key_bias(b, t, &x[0])?, heads, causal, None)
-            });
-        }
-    }
-}
-
-#[test]
-fn cross_attention() {
-    for (index, n, t, l, c, heads) in [(vec![0], 1, 1, 1, 2, 1), (vec![2, 0, 2, 2], 3, 4, 7, 6, 2)] {
-        let r = &mut rng();
-        check(&[random(r, &[index.len(), t, c]), random(r, &[n, l, 2 * c])], |x| {
-            kernels::cross_attention(&x[0], &x[1], &index, &key_bias(index.len(), l, &x[0])?, heads, None)
-        });
-    }
-}
-
-#[test]
-fn window_attention() {
-    for (height, width, window, shift, heads, c) in [(2, 2, 2, 0, 1, 2), (4, 4, 2, 1, 2, 4), (6, 9, 3, 1, 2, 8)] {
-        let r = &mut rng();
-        let shape = kernels::WindowShape { height, width, window, shift };
-        let area = window * window;
-        check(&[random(r, &[2, height * width, 3 * c]), random(r, &[heads, area, area])], |x| {
-            kernels::window_attention(&x[0], &x[1], shape)
-        });
-    }
-}
-
 #[test]
 fn patch_pool() {
     let index = [1, 1, 0];
@@ -309,9 +271,6 @@ fn wrong_shapes_are_named() {
     let r = &mut rng();
     let error = kernels::linear(&random(r, &[2, 3]), &random(r, &[4, 5]), &random(r, &[4])).unwrap_err().to_string();
     assert!(error.contains("linear") && error.contains("[4, 3]") && error.contains("[4, 5]"), "{error}");
-    let shape = kernels::WindowShape { height: 5, width: 4, window: 2, shift: 0 };
-    let error = kernels::window_attention(&random(r, &[1, 20, 6]), &random(r, &[1, 4, 4]), shape).unwrap_err();
-    assert!(error.to_string().contains("window that divides"), "{error}");
     let error = kernels::cross_entropy(&random(r, &[1, 3]), &[3], 0.0).unwrap_err().to_string();
     assert!(error.contains("label 3"), "{error}");
 }

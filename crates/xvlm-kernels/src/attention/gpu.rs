@@ -17,3 +17,15 @@ pub(super) fn cross_attention(
 ) -> Result<Tensor> {
     bail!("{q} {kv} {index:?} {key_bias} {heads}")
 }
+
+/// [`super::cached_attention`] over a contiguous `qkv` and a contiguous `cache [B, capacity, 2·C]` that holds the new keys
+/// and values already, with an `f32` key bias `[B, past + S]`. Without a history.
+pub(super) fn cached_attention(
+    qkv: &Tensor,
+    cache: &Tensor,
+    past: usize,
+    key_bias: Tensor,
+    heads: usize,
+) -> Result<Tensor> {
+    bail!("{qkv} {cache} {past} {key_bias} {heads}")
+}

@@ -1,300 +1,291 @@
 //! Attention on the CPU.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
-use gemm::Parallelism;
+use candle_core::{Result, Tensor};
+use pulp::Arch;
 use rayon::prelude::*;
 
-use crate::host::{Disjoint, read, slice};
-use crate::simd::{Matrix, dot, multiply, softmax_row, vectorized};
+use super::head::{Bias, Extent, Source, Span, Target, with_scratch};
+use crate::graph::{Fresh, differentiable};
+use crate::host::{Disjoint, read, written};
+use crate::real::Real;
+use crate::simd::{max, softmax_row, vectorized};
 
-pub(super) fn self_attention(qkv: &Tensor, key_bias: Tensor, heads: usize, causal: bool) -> Result<Tensor> {
-    qkv.apply_op1(SelfAttention { heads, causal, key_bias })
+pub(super) fn self_attention<T: Real>(qkv: &Tensor, key_bias: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
+    let packed = Packed::of_self(qkv, heads, causal)?;
+    let bias = anchored(key_bias)?;
+    let result = packed.forward(&read::<T>(qkv)?, &read::<T>(qkv)?, &bias);
+    differentiable("self_attention", [qkv], result, move |[qkv], _, gradient| {
+        Ok([Some(packed.backward_self(&read::<T>(qkv)?, &read::<T>(gradient)?, &bias).detached())])
+    })
 }
 
-pub(super) fn cross_attention(
+pub(super) fn cross_attention<T: Real>(
     q: &Tensor,
     kv: &Tensor,
     index: &[u32],
-    key_bias: Tensor,
+    key_bias: &Tensor,
     heads: usize,
 ) -> Result<Tensor> {
-    q.apply_op2(kv, CrossAttention { heads, index: index.to_vec(), key_bias })
+    let packed = Packed::of_cross(q, kv, index, heads)?;
+    let bias = anchored(key_bias)?;
+    let result = packed.forward(&read::<T>(q)?, &read::<T>(kv)?, &bias);
+    differentiable("cross_attention", [q, kv], result, move |[q, kv], _, gradient| {
+        let (dq, dkv) = packed.backward_cross(&read::<T>(q)?, &read::<T>(kv)?, &read::<T>(gradient)?, &bias);
+        Ok([Some(dq.detached()), Some(dkv.detached())])
+    })
 }
 
-/// One head of one sequence, as views into packed buffers: starts of the head's columns and distances between rows.
-#[derive(Clone, Copy)]
-pub(crate) struct Head<'a> {
-    pub(crate) q: &'a [f32],
-    pub(crate) k: &'a [f32],
-    pub(crate) v: &'a [f32],
-    pub(crate) q_stride: usize,
-    pub(crate) kv_stride: usize,
-    pub(crate) queries: usize,
-    pub(crate) keys: usize,
-    pub(crate) width: usize,
-}
-
-impl Head<'_> {
-    fn scale(&self) -> f32 {
-        (self.width as f32).powf(-0.5)
-    }
-
-    /// Attention probabilities `[queries, keys]`; `bias(query, row)` adds to a row of scores before the softmax.
-    #[inline(always)]
-    pub(crate) fn probabilities(&self, out: &mut [f32], bias: impl Fn(usize, &mut [f32])) {
-        let dims = (self.queries, self.keys, self.width);
-        let (q, k) = (Matrix::rows(self.q, self.q_stride), Matrix::rows(self.k, self.kv_stride).transposed());
-        // SAFETY: the slices start at this head's first row and reach beyond its last.
-        unsafe { multiply(dims, out, self.keys, false, q, k, self.scale(), Parallelism::None) };
-        for (i, row) in out.chunks_exact_mut(self.keys).enumerate() {
-            bias(i, row);
-            softmax_row(row);
-        }
-    }
-
-    /// `probabilities · v` into `out`, rows `stride` apart.
-    pub(crate) fn mix(&self, probabilities: &[f32], out: &mut [f32], stride: usize) {
-        let (p, v) = (Matrix::rows(probabilities, self.keys), Matrix::rows(self.v, self.kv_stride));
-        let dims = (self.queries, self.width, self.keys);
-        // SAFETY: as above; `out` is a fresh buffer.
-        unsafe { multiply(dims, out, stride, false, p, v, 1.0, Parallelism::None) };
-    }
-
-    /// Gradients of one head. `grad` is the gradient of the output, rows `grad_stride` apart. On return `scratch` holds
-    /// the gradient of the scores (before scaling); `dq` is written, `dk` and `dv` are written or added to.
-    #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
-    pub(crate) fn backward(
-        &self,
-        probabilities: &[f32],
-        grad: &[f32],
-        grad_stride: usize,
-        scratch: &mut [f32],
-        (dq, dq_stride): (&mut [f32], usize),
-        (dk, dv, dkv_stride): (&mut [f32], &mut [f32], usize),
-        accumulate: bool,
-    ) {
-        let (t, l, d) = (self.queries, self.keys, self.width);
-        let g = Matrix::rows(grad, grad_stride);
-        let p = Matrix::rows(probabilities, l);
-        let none = Parallelism::None;
-        // SAFETY: the slices start at this head and reach beyond its last row; outputs are distinct.
-        unsafe {
-            multiply((l, d, t), dv, dkv_stride, accumulate, p.transposed(), g, 1.0, none);
-            let v = Matrix::rows(self.v, self.kv_stride).transposed();
-            multiply((t, l, d), scratch, l, false, g, v, 1.0, none);
-        }
-        for (ds, p) in scratch.chunks_exact_mut(l).zip(probabilities.chunks_exact(l)) {
-            let inner = dot(ds, p);
-            for (ds, p) in ds.iter_mut().zip(p) {
-                *ds = p * (*ds - inner);
-            }
-        }
-        let ds = Matrix::rows(scratch, l);
-        // SAFETY: as above.
-        unsafe {
-            let k = Matrix::rows(self.k, self.kv_stride);
-            multiply((t, d, l), dq, dq_stride, false, ds, k, self.scale(), none);
-            let q = Matrix::rows(self.q, self.q_stride);
-            multiply((l, d, t), dk, dkv_stride, accumulate, ds.transposed(), q, self.scale(), none);
-        }
-    }
-}
-
-struct SelfAttention {
+/// [`super::cached_attention`] over a cache `[B, capacity, 2·C]` that holds the new keys and values already.
+pub(super) fn cached_attention<T: Real>(
+    qkv: &Tensor,
+    cache: &Tensor,
+    past: usize,
+    key_bias: &Tensor,
     heads: usize,
-    causal: bool,
-    key_bias: Tensor,
+) -> Result<Tensor> {
+    let packed = Packed::of_cached(qkv, cache, past, heads)?;
+    Ok(packed.forward(&read::<T>(qkv)?, &read::<T>(cache)?, &anchored(key_bias)?).detached())
 }
 
-impl SelfAttention {
-    fn head<'a>(&self, qkv: &'a [f32], t: usize, c: usize, head: usize) -> Head<'a> {
-        let width = c / self.heads;
-        let at = |part: usize| &qkv[part * c + head * width..];
-        let (q, k, v) = (at(0), at(1), at(2));
-        Head { q, k, v, q_stride: 3 * c, kv_stride: 3 * c, queries: t, keys: t, width }
+/// Biases less the largest of their row, to which a softmax is blind: where all keys are hidden, the large number that hides
+/// them would take the scores' digits.
+fn anchored(key_bias: &Tensor) -> Result<Vec<f32>> {
+    let keys = key_bias.dims()[1];
+    let mut bias = read::<f32>(key_bias)?.to_vec();
+    for row in bias.chunks_exact_mut(keys.max(1)) {
+        let top = max(row);
+        if top.is_finite() {
+            row.iter_mut().for_each(|x| *x -= top);
+        }
+    }
+    Ok(bias)
+}
+
+/// Where queries, keys and values lie in the tensors of one call.
+struct Packed {
+    /// Sequences of queries.
+    rows: usize,
+    /// Sequences of keys and values.
+    images: usize,
+    heads: usize,
+    /// For all heads: the sizes of one.
+    extent: Extent,
+    /// Distances between the rows of queries and between those of keys; keys are `keys_at` behind a row's start, values
+    /// another `C`.
+    q_stride: usize,
+    kv_stride: usize,
+    keys_at: usize,
+    /// Rows of a sequence of keys, those unused among them.
+    capacity: usize,
+    /// The keys and values that each sequence of queries looks at, where these are not its own.
+    index: Option<Vec<u32>>,
+}
+
+impl Packed {
+    fn of_self(qkv: &Tensor, heads: usize, causal: bool) -> Result<Self> {
+        let (rows, length, packed) = qkv.dims3()?;
+        let c = packed / 3;
+        let extent = Extent { queries: length, keys: length, width: c / heads, causal: causal.then_some(0) };
+        let (q_stride, kv_stride, keys_at, capacity) = (packed, packed, c, length);
+        Ok(Self { rows, images: rows, heads, extent, q_stride, kv_stride, keys_at, capacity, index: None })
     }
 
-    #[inline(always)]
-    fn probabilities(&self, head: &Head, bias: &[f32], out: &mut [f32]) {
-        head.probabilities(out, |query, row| {
-            crate::simd::add_assign(row, bias);
-            if self.causal {
-                row[query + 1..].fill(f32::NEG_INFINITY);
+    fn of_cross(q: &Tensor, kv: &Tensor, index: &[u32], heads: usize) -> Result<Self> {
+        let (rows, queries, c) = q.dims3()?;
+        let (images, keys, _) = kv.dims3()?;
+        let extent = Extent { queries, keys, width: c / heads, causal: None };
+        let (q_stride, kv_stride, keys_at, capacity) = (c, 2 * c, 0, keys);
+        let index = Some(index.to_vec());
+        Ok(Self { rows, images, heads, extent, q_stride, kv_stride, keys_at, capacity, index })
+    }
+
+    fn of_cached(qkv: &Tensor, cache: &Tensor, past: usize, heads: usize) -> Result<Self> {
+        let (rows, queries, packed) = qkv.dims3()?;
+        let (_, capacity, _) = cache.dims3()?;
+        let c = packed / 3;
+        let extent = Extent { queries, keys: past + queries, width: c / heads, causal: Some(past) };
+        let (q_stride, kv_stride, keys_at) = (packed, 2 * c, 0);
+        Ok(Self { rows, images: rows, heads, extent, q_stride, kv_stride, keys_at, capacity, index: None })
+    }
+
+    fn c(&self) -> usize {
+        self.heads * self.extent.width
+    }
+
+    fn image(&self, row: usize) -> usize {
+        self.index.as_ref().map_or(row, |index| index[row] as usize)
+    }
+
+    fn span(&self, start: usize, stride: usize, head: usize) -> Span<'static> {
+        let width = self.extent.width;
+        Span { start: start + head * width, stride, width, order: None }
+    }
+
+    fn queries(&self, row: usize, head: usize) -> Span<'static> {
+        self.span(row * self.extent.queries * self.q_stride, self.q_stride, head)
+    }
+
+    fn outputs(&self, row: usize, head: usize) -> Span<'static> {
+        self.span(row * self.extent.queries * self.c(), self.c(), head)
+    }
+
+    /// Keys and values.
+    fn looked_at(&self, image: usize, head: usize) -> [Span<'static>; 2] {
+        let start = image * self.capacity * self.kv_stride + self.keys_at;
+        [start, start + self.c()].map(|start| self.span(start, self.kv_stride, head))
+    }
+
+    fn bias<'a>(&self, bias: &'a [f32], row: usize) -> &'a [f32] {
+        &bias[row * self.extent.keys..][..self.extent.keys]
+    }
+
+    /// Items for threads, so many at a time that the work is worth a thread.
+    fn items(&self, count: usize) -> impl IndexedParallelIterator<Item = usize> + use<> {
+        const WORTH: usize = 1 << 15;
+        let Extent { queries, keys, width, .. } = self.extent;
+        (0..count).into_par_iter().with_min_len(WORTH / (queries * keys * width).max(1) + 1)
+    }
+
+    fn forward<T: Real>(&self, queries: &[T], looked_at: &[T], bias: &[f32]) -> Fresh {
+        /// Up to so many queries the keys are read where they lie: to copy them would cost more than to look at them.
+        const FEW: usize = 2;
+        let extent = &self.extent;
+        let arch = Arch::new();
+        written((self.rows, extent.queries, self.c()), |out: &mut [T]| {
+            let out = Disjoint::new(out);
+            self.items(self.rows * self.heads).for_each(|item| {
+                let (row, head) = (item / self.heads, item % self.heads);
+                let q = Source { values: queries, span: self.queries(row, head) };
+                let [k, v] = self.looked_at(self.image(row), head).map(|span| Source { values: looked_at, span });
+                let bias = self.bias(bias, row);
+                // SAFETY: the rows of an output lie inside `out`, and each belongs to one item.
+                let out = unsafe { Target::new(out, self.outputs(row, head)) };
+                if extent.queries <= FEW {
+                    glance(extent, q, k, v, bias, out);
+                } else {
+                    with_scratch(extent, false, |scratch| {
+                        scratch.look_at(arch, k, v);
+                        scratch.forward(arch, q, Bias::Keys(bias), out);
+                    });
+                }
+            });
+        })
+    }
+
+    fn backward_self<T: Real>(&self, qkv: &[T], gradient: &[T], bias: &[f32]) -> Fresh {
+        written((self.rows, self.extent.queries, self.q_stride), |out: &mut [T]| {
+            let out = Disjoint::new(out);
+            self.items(self.rows * self.heads).for_each(|item| {
+                let (row, head) = (item / self.heads, item % self.heads);
+                // SAFETY: `out` is as large as `qkv`, and a row and a head belong to one item.
+                unsafe { self.backward(row, &[row], head, (qkv, qkv), gradient, bias, (out, out)) };
+            });
+        })
+    }
+
+    fn backward_cross<T: Real>(&self, q: &[T], kv: &[T], gradient: &[T], bias: &[f32]) -> (Fresh, Fresh) {
+        let mut rows_of = vec![Vec::new(); self.images];
+        (0..self.rows).for_each(|row| rows_of[self.image(row)].push(row));
+        let mut dkv = None;
+        let dq = written((self.rows, self.extent.queries, self.c()), |dq: &mut [T]| {
+            let dq = Disjoint::new(dq);
+            dkv = Some(written((self.images, self.extent.keys, 2 * self.c()), |dkv: &mut [T]| {
+                let dkv = Disjoint::new(dkv);
+                self.items(self.images * self.heads).for_each(|item| {
+                    let (image, head) = (item / self.heads, item % self.heads);
+                    // SAFETY: the results are as large as `q` and `kv`; an image and a head belong to one item, and a row
+                    // of queries looks at one image.
+                    unsafe { self.backward(image, &rows_of[image], head, (q, kv), gradient, bias, (dq, dkv)) };
+                });
+            }));
+        });
+        (dq, dkv.expect("written with the gradient of the queries"))
+    }
+
+    /// Gradients of one head for one image and the rows of queries that look at it, in their order.
+    ///
+    /// # Safety
+    /// The gradients are as large as the queries and as what is looked at, and nothing else touches those of this head for
+    /// this image and these rows meanwhile.
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn backward<T: Real>(
+        &self,
+        image: usize,
+        rows: &[usize],
+        head: usize,
+        (queries, looked_at): (&[T], &[T]),
+        gradient: &[T],
+        bias: &[f32],
+        (d_queries, d_looked_at): (Disjoint<T>, Disjoint<T>),
+    ) {
+        let arch = Arch::new();
+        with_scratch(&self.extent, true, |scratch| {
+            let spans = self.looked_at(image, head);
+            let [k, v] = spans.map(|span| Source { values: looked_at, span });
+            scratch.look_at(arch, k, v);
+            for &row in rows {
+                let span = self.queries(row, head);
+                let q = Source { values: queries, span };
+                let gradient = Source { values: gradient, span: self.outputs(row, head) };
+                // SAFETY: the caller's promise.
+                let dq = unsafe { Target::new(d_queries, span) };
+                scratch.backward(arch, q, Bias::Keys(self.bias(bias, row)), gradient, dq, None);
             }
+            // SAFETY: the caller's promise; keys and values lie side by side.
+            let [dk, dv] = spans.map(|span| unsafe { Target::new(d_looked_at, span) });
+            scratch.finish(arch, dk, dv);
         });
     }
 }
 
-impl CustomOp1 for SelfAttention {
-    fn name(&self) -> &'static str {
-        "self-attention"
-    }
-
-    fn cpu_fwd(&self, qkv: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (b, t, packed) = layout.shape().dims3()?;
-        let c = packed / 3;
-        let qkv = slice(qkv, layout)?;
-        let bias = read::<f32>(&self.key_bias)?;
-        let bias = &*bias;
-        let mut out = vec![0f32; b * t * c];
-        out.par_chunks_mut((t * c).max(1)).enumerate().for_each_init(
-            || vec![0f32; t * t],
-            |scores, (i, out)| {
-                let qkv = &qkv[i * t * packed..][..t * packed];
-                for h in 0..self.heads {
-                    let head = self.head(qkv, t, c, h);
-                    vectorized(
-                        #[inline(always)]
-                        || self.probabilities(&head, &bias[i * t..][..t], scores),
-                    );
-                    head.mix(scores, &mut out[h * head.width..], c);
+/// Attention of a few queries, the keys and values read where they lie.
+fn glance<T: Real>(extent: &Extent, q: Source<T>, k: Source<T>, v: Source<T>, bias: &[f32], mut out: Target<T>) {
+    let mut scores = vec![0f32; extent.keys];
+    let mut mixed = vec![0f32; extent.width];
+    for query in 0..extent.queries {
+        let seen = extent.seen(&(query..query + 1));
+        vectorized(
+            #[inline(always)]
+            || {
+                let scores = &mut scores[..seen];
+                for (key, score) in scores.iter_mut().enumerate() {
+                    *score = extent.scale() * dot(q.row(query), k.row(key)) + bias[key];
                 }
-            },
-        );
-        Ok((CpuStorage::F32(out), (b, t, c).into()))
-    }
-
-    fn bwd(&self, qkv: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let (b, t, packed) = qkv.dims3()?;
-        let c = packed / 3;
-        let grad = grad.contiguous()?;
-        let (values, grads, bias) = (read::<f32>(qkv)?, read::<f32>(&grad)?, read::<f32>(&self.key_bias)?);
-        let (values, grads, bias) = (&*values, &*grads, &*bias);
-        let mut out = vec![0f32; b * t * packed];
-        out.par_chunks_mut((t * packed).max(1)).enumerate().for_each_init(
-            || (vec![0f32; t * t], vec![0f32; t * t]),
-            |(scores, scratch), (i, out)| {
-                let qkv = &values[i * t * packed..][..t * packed];
-                let grad = &grads[i * t * c..][..t * c];
-                let out = Disjoint::new(out);
-                for h in 0..self.heads {
-                    let head = self.head(qkv, t, c, h);
-                    let offset = h * head.width;
-                    let len = (t - 1) * packed + head.width;
-                    // SAFETY: the three parts of a row lie side by side, so no two of these views share a number
-                    // that both write; all end inside `out`.
-                    let [dq, dk, dv] = [0, 1, 2].map(|part| unsafe { out.slice_mut(part * c + offset, len) });
-                    vectorized(
-                        #[inline(always)]
-                        || {
-                            self.probabilities(&head, &bias[i * t..][..t], scores);
-                            let (q, kv) = ((dq, packed), (dk, dv, packed));
-                            head.backward(scores, &grad[offset..], c, scratch, q, kv, false);
-                        },
-                    );
-                }
-            },
-        );
-        Ok(Some(Tensor::from_vec(out, qkv.shape(), qkv.device())?))
-    }
-}
-
-struct CrossAttention {
-    heads: usize,
-    index: Vec<u32>,
-    key_bias: Tensor,
-}
-
-/// Sizes of one cross-attention call: queries and keys of a pair, and the full width.
-#[derive(Clone, Copy)]
-struct CrossShape {
-    t: usize,
-    l: usize,
-    c: usize,
-}
-
-impl CrossAttention {
-    fn head<'a>(&self, q: &'a [f32], kv: &'a [f32], shape: CrossShape, pair: usize, head: usize) -> Head<'a> {
-        let CrossShape { t, l, c } = shape;
-        let width = c / self.heads;
-        let kv = &kv[self.index[pair] as usize * l * 2 * c + head * width..];
-        let q = &q[pair * t * c + head * width..];
-        Head { q, k: kv, v: &kv[c..], q_stride: c, kv_stride: 2 * c, queries: t, keys: l, width }
-    }
-}
-
-impl CustomOp2 for CrossAttention {
-    fn name(&self) -> &'static str {
-        "cross-attention"
-    }
-
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        q_layout: &Layout,
-        kv: &CpuStorage,
-        kv_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (pairs, t, c) = q_layout.shape().dims3()?;
-        let (_, l, _) = kv_layout.shape().dims3()?;
-        let (q, kv) = (slice(q, q_layout)?, slice(kv, kv_layout)?);
-        let bias = read::<f32>(&self.key_bias)?;
-        let bias = &*bias;
-        let shape = CrossShape { t, l, c };
-        let mut out = vec![0f32; pairs * t * c];
-        out.par_chunks_mut((t * c).max(1)).enumerate().for_each_init(
-            || vec![0f32; t * l],
-            |scores, (pair, out)| {
-                for h in 0..self.heads {
-                    let head = self.head(q, kv, shape, pair, h);
-                    vectorized(
-                        #[inline(always)]
-                        || head.probabilities(scores, |_, row| crate::simd::add_assign(row, &bias[pair * l..][..l])),
-                    );
-                    head.mix(scores, &mut out[h * head.width..], c);
-                }
-            },
-        );
-        Ok((CpuStorage::F32(out), (pairs, t, c).into()))
-    }
-
-    fn bwd(&self, q: &Tensor, kv: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (_, t, c) = q.dims3()?;
-        let (n, l, _) = kv.dims3()?;
-        let shape = CrossShape { t, l, c };
-        let grad = grad.contiguous()?;
-        let (q_values, kv_values, grads, bias) =
-            (read::<f32>(q)?, read::<f32>(kv)?, read::<f32>(&grad)?, read::<f32>(&self.key_bias)?);
-        let (q_values, kv_values, grads, bias) = (&*q_values, &*kv_values, &*grads, &*bias);
-        let mut pairs_of = vec![Vec::new(); n];
-        for (pair, &image) in self.index.iter().enumerate() {
-            pairs_of[image as usize].push(pair);
-        }
-        let mut dq = vec![0f32; q_values.len()];
-        let mut dkv = vec![0f32; kv_values.len()];
-        let dq_shared = Disjoint::new(&mut dq);
-        dkv.par_chunks_mut((l * 2 * c).max(1)).zip(&pairs_of).for_each_init(
-            || (vec![0f32; t * l], vec![0f32; t * l]),
-            |(scores, scratch), (dkv, pairs)| {
-                let dkv = Disjoint::new(dkv);
-                for &pair in pairs {
-                    for h in 0..self.heads {
-                        let head = self.head(q_values, kv_values, shape, pair, h);
-                        let (offset, width) = (h * head.width, head.width);
-                        let grad = &grads[pair * t * c + offset..];
-                        let len = (l - 1) * 2 * c + width;
-                        // SAFETY: a pair belongs to one image, an image to one thread, and the heads' columns, keys
-                        // and values lie side by side: nothing is written through two views.
-                        let (dq, dk, dv) = unsafe {
-                            (
-                                dq_shared.slice_mut(pair * t * c + offset, (t - 1) * c + width),
-                                dkv.slice_mut(offset, len),
-                                dkv.slice_mut(c + offset, len),
-                            )
-                        };
-                        vectorized(
-                            #[inline(always)]
-                            || {
-                                let bias = &bias[pair * l..][..l];
-                                head.probabilities(scores, |_, row| crate::simd::add_assign(row, bias));
-                                head.backward(scores, grad, c, scratch, (dq, c), (dk, dv, 2 * c), true);
-                            },
-                        );
+                softmax_row(scores);
+                mixed.fill(0.0);
+                for (key, &weight) in scores.iter().enumerate() {
+                    for (mixed, v) in mixed.iter_mut().zip(v.row(key)) {
+                        *mixed = weight.mul_add(v.widen(), *mixed);
                     }
                 }
+                for (out, x) in out.row(query).iter_mut().zip(&mixed) {
+                    *out = T::narrow(*x);
+                }
             },
         );
-        Ok((Some(Tensor::from_vec(dq, q.shape(), q.device())?), Some(Tensor::from_vec(dkv, kv.shape(), kv.device())?)))
     }
+}
+
+/// x · y, in lanes that are summed as a tree.
+#[inline(always)]
+fn dot<T: Real>(x: &[T], y: &[T]) -> f32 {
+    const LANES: usize = 16;
+    let mut lanes = [0f32; LANES];
+    let (mut xs, mut ys) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
+    for (x, y) in (&mut xs).zip(&mut ys) {
+        for ((lane, x), y) in lanes.iter_mut().zip(x).zip(y) {
+            *lane = x.widen().mul_add(y.widen(), *lane);
+        }
+    }
+    for ((lane, x), y) in lanes.iter_mut().zip(xs.remainder()).zip(ys.remainder()) {
+        *lane = x.widen().mul_add(y.widen(), *lane);
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
 }

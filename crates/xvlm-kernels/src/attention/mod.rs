@@ -1,14 +1,20 @@
 //! Scaled dot-product attention over packed projections.
 
 use candle_core::{D, DType, Result, Tensor};
+use half::bf16;
 
 use crate::error::{KernelError, check_shape};
 use crate::path::Path;
 use crate::softmax::softmax;
 
+mod decode;
 #[cfg(gpu)]
 mod gpu;
-pub(crate) mod host;
+pub(crate) mod head;
+mod host;
+mod softmax;
+
+pub use decode::{KeyValueCache, cached_attention};
 
 /// Dropout on the attention probabilities: given the probabilities, returns them dropped out and rescaled.
 pub type Dropped<'a> = &'a dyn Fn(&Tensor) -> Result<Tensor>;
@@ -16,8 +22,9 @@ pub type Dropped<'a> = &'a dyn Fn(&Tensor) -> Result<Tensor>;
 /// Multi-head self-attention.
 ///
 /// `qkv [B, T, 3·C]` holds queries, keys and values side by side, each with its heads side by side; `key_bias [B, T]` is
-/// added to the scores of every query (0 keeps a key, a large negative number hides it); with `causal` a position sees
-/// itself and what is before it. Returns `[B, T, C]`.
+/// added to the scores of every query (0 keeps a key, a large negative number hides it; if all keys of a sequence are hidden,
+/// all are seen alike); with `causal` a position sees itself and what is before it, and nothing else. Returns `[B, T, C]`:
+/// softmax(q·kᵀ / √width + bias) · v of each head (Vaswani et al. 2017, §3.2). The bias gets no gradient.
 ///
 /// # Errors
 /// On a wrong shape, or if `C` is not a multiple of `heads`.
@@ -28,34 +35,35 @@ pub fn self_attention(
     causal: bool,
     dropout: Option<Dropped>,
 ) -> Result<Tensor> {
+    const OP: &str = "self_attention";
     let (b, t, packed) = qkv.dims3()?;
-    let width = head_width("self_attention", packed, 3, heads)?;
-    check_shape("self_attention", "key_bias", key_bias, &[b, t])?;
-    if dropout.is_none() {
-        let key_bias = || key_bias.to_dtype(DType::F32)?.contiguous().map(|bias| bias.detach());
-        match Path::for_tensor(qkv) {
-            Path::HostF32 => return host::self_attention(&qkv.contiguous()?, key_bias()?, heads, causal),
-            #[cfg(gpu)]
-            Path::Gpu => return gpu::self_attention(&qkv.contiguous()?, key_bias()?, heads, causal),
-            _ => {}
+    let width = head_width(OP, packed, 3, heads)?;
+    check_shape(OP, "key_bias", key_bias, &[b, t])?;
+    let path = if dropout.is_some() { Path::Composed } else { Path::for_tensor(qkv) };
+    if path == Path::Composed {
+        let part = |i: usize| split_heads(&qkv.narrow(2, i * width * heads, width * heads)?, heads);
+        let mut bias = key_bias.detach().to_dtype(qkv.dtype())?.reshape((b, 1, 1, t))?;
+        if causal {
+            bias = bias.broadcast_add(&causal_bias(0, t, qkv)?)?;
         }
+        return composed(&part(0)?, &part(1)?, &part(2)?, &bias, dropout);
     }
-    let part = |i: usize| split_heads(&qkv.narrow(2, i * width * heads, width * heads)?, heads);
-    let (q, k, v) = (part(0)?, part(1)?, part(2)?);
-    let mut bias = key_bias.to_dtype(qkv.dtype())?.reshape((b, 1, 1, t))?;
-    if causal {
-        bias = bias.broadcast_add(&causal_bias(t, qkv)?)?;
+    let (qkv, key_bias) = (&qkv.contiguous()?, as_bias(key_bias)?);
+    match path {
+        #[cfg(gpu)]
+        Path::Gpu => gpu::self_attention(qkv, key_bias, heads, causal),
+        Path::HostBf16 => host::self_attention::<bf16>(qkv, &key_bias, heads, causal),
+        _ => host::self_attention::<f32>(qkv, &key_bias, heads, causal),
     }
-    composed(&q, &k, &v, &bias, dropout)
 }
 
 /// Multi-head cross-attention in which several texts may look at one image.
 ///
 /// `q [P, T, C]`; `kv [N, L, 2·C]` holds keys and values side by side; row `p` of `q` looks at row `index[p]` of `kv`
-/// through `key_bias [P, L]`. Returns `[P, T, C]`.
+/// through `key_bias [P, L]`, which gets no gradient. Returns `[P, T, C]`.
 ///
 /// # Errors
-/// On a wrong shape, an index that is not below `N`, or if `C` is not a multiple of `heads`.
+/// On a wrong shape, no keys, an index that is not below `N`, or if `C` is not a multiple of `heads`.
 pub fn cross_attention(
     q: &Tensor,
     kv: &Tensor,
@@ -74,26 +82,35 @@ pub fn cross_attention(
         let expected = format!("{pairs} numbers below {n}");
         return Err(KernelError::Value { op: OP, argument: "index", expected, found: format!("{index:?}") }.into());
     }
-    if dropout.is_none() {
-        let key_bias = || key_bias.to_dtype(DType::F32)?.contiguous().map(|bias| bias.detach());
-        match Path::of(OP, &[("q", q), ("kv", kv)])? {
-            Path::HostF32 => {
-                return host::cross_attention(&q.contiguous()?, &kv.contiguous()?, index, key_bias()?, heads);
-            }
-            #[cfg(gpu)]
-            Path::Gpu => return gpu::cross_attention(&q.contiguous()?, &kv.contiguous()?, index, key_bias()?, heads),
-            _ => {}
-        }
+    if l == 0 {
+        let expected = "[.., L, ..] with at least one key".into();
+        return Err(KernelError::Shape { op: OP, argument: "kv", expected, found: kv.dims().to_vec() }.into());
     }
-    let rows = Tensor::new(index, q.device())?;
-    let kv = kv.index_select(&rows, 0)?;
-    let k = split_heads(&kv.narrow(2, 0, width * heads)?, heads)?;
-    let v = split_heads(&kv.narrow(2, width * heads, width * heads)?, heads)?;
-    let bias = key_bias.to_dtype(q.dtype())?.reshape((pairs, 1, 1, l))?;
-    composed(&split_heads(q, heads)?, &k, &v, &bias, dropout)
+    let path = Path::of(OP, &[("q", q), ("kv", kv)])?;
+    let path = if dropout.is_some() { Path::Composed } else { path };
+    if path == Path::Composed {
+        let kv = kv.contiguous()?.index_select(&Tensor::from_slice(index, pairs, q.device())?, 0)?;
+        let k = split_heads(&kv.narrow(2, 0, width * heads)?, heads)?;
+        let v = split_heads(&kv.narrow(2, width * heads, width * heads)?, heads)?;
+        let bias = key_bias.detach().to_dtype(q.dtype())?.reshape((pairs, 1, 1, l))?;
+        return composed(&split_heads(q, heads)?, &k, &v, &bias, dropout);
+    }
+    let (q, kv, key_bias) = (&q.contiguous()?, &kv.contiguous()?, as_bias(key_bias)?);
+    match path {
+        #[cfg(gpu)]
+        Path::Gpu => gpu::cross_attention(q, kv, index, key_bias, heads),
+        Path::HostBf16 => host::cross_attention::<bf16>(q, kv, index, &key_bias, heads),
+        _ => host::cross_attention::<f32>(q, kv, index, &key_bias, heads),
+    }
 }
 
-fn head_width(op: &'static str, packed: usize, parts: usize, heads: usize) -> Result<usize> {
+/// As the kernels take it.
+fn as_bias(key_bias: &Tensor) -> Result<Tensor> {
+    key_bias.detach().to_dtype(DType::F32)?.contiguous()
+}
+
+/// Numbers of a head, in rows of `parts` times all heads.
+pub(crate) fn head_width(op: &'static str, packed: usize, parts: usize, heads: usize) -> Result<usize> {
     if heads == 0 || packed == 0 || !packed.is_multiple_of(parts * heads) {
         let expected = format!("a divisor of the width ({packed} / {parts})");
         return Err(KernelError::Value { op, argument: "heads", expected, found: heads.to_string() }.into());
@@ -107,17 +124,20 @@ fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
     x.reshape((b, t, heads, c / heads))?.transpose(1, 2)?.contiguous()
 }
 
-/// `[1, 1, T, T]`: 0 on and below the diagonal, −10000 above.
-fn causal_bias(t: usize, like: &Tensor) -> Result<Tensor> {
-    let values: Vec<f32> = (0..t * t).map(|i| if i % t > i / t { HIDDEN } else { 0.0 }).collect();
-    Tensor::from_vec(values, (1, 1, t, t), like.device())?.to_dtype(like.dtype())
+/// `[1, 1, S, past + S]`: 0 for what each of `S` new positions sees, −∞ for what is after it.
+fn causal_bias(past: usize, new: usize, like: &Tensor) -> Result<Tensor> {
+    let keys = past + new;
+    let bias = |i: usize| if i % keys > i / keys + past { f32::NEG_INFINITY } else { 0.0 };
+    let values: Vec<f32> = (0..new * keys).map(bias).collect();
+    Tensor::from_vec(values, (1, 1, new, keys), like.device())?.to_dtype(like.dtype())
 }
-
-/// What the original adds to the score of a hidden position (`(1 − mask) · −10000`).
-const HIDDEN: f32 = -10_000.0;
 
 fn composed(q: &Tensor, k: &Tensor, v: &Tensor, bias: &Tensor, dropout: Option<Dropped>) -> Result<Tensor> {
     let (b, heads, t, width) = q.dims4()?;
+    if q.elem_count() == 0 {
+        // candle takes no maximum of nothing; without numbers, one shape is like the other.
+        return q.reshape((b, t, heads * width));
+    }
     let scores = (q.matmul(&k.t()?.contiguous()?)? * (width as f64).powf(-0.5))?.broadcast_add(bias)?;
     let mut probabilities = softmax(&scores, D::Minus1)?;
     if let Some(dropout) = dropout {

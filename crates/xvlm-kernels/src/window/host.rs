@@ -1,174 +1,234 @@
-//! Window attention on the CPU.
+//! Window attention on the CPU. The rows of a window are read and written where they lie in the image.
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use candle_core::{Result, Tensor};
+use pulp::Arch;
 use rayon::prelude::*;
 
-use super::WindowShape;
-use crate::attention::host::Head;
-use crate::host::{Disjoint, read, slice};
+use super::{APART, WindowShape};
+use crate::attention::head::{Bias, Extent, Scratch, Source, Span, Target, with_scratch};
+use crate::graph::{Fresh, differentiable};
+use crate::host::{Disjoint, read, written};
+use crate::real::Real;
+use crate::simd::product::{LANES, Rows};
 use crate::simd::{add_assign, vectorized};
 
-pub(super) fn window_attention(qkv: &Tensor, bias: &Tensor, shape: WindowShape) -> Result<Tensor> {
-    qkv.apply_op2(bias, WindowAttention { order: shape.tokens(), mask: (shape.shift > 0).then(|| shape.mask()) })
+pub(super) fn window_attention<T: Real>(qkv: &Tensor, bias: &Tensor, shape: WindowShape) -> Result<Tensor> {
+    let (images, _, packed) = qkv.dims3()?;
+    let windows = Windows::new(images, bias.dims()[0], packed / 3, shape);
+    let result = windows.forward(&read::<T>(qkv)?, &windows.tables(&read::<T>(bias)?));
+    differentiable("window_attention", [qkv, bias], result, move |[qkv, bias], _, gradient| {
+        let tables = windows.tables(&read::<T>(bias)?);
+        let (dqkv, dbias) = windows.backward(&read::<T>(qkv)?, &tables, &read::<T>(gradient)?);
+        Ok([Some(dqkv.detached()), Some(dbias.detached())])
+    })
 }
 
-struct WindowAttention {
+/// Items of work that there should be, if there are as many windows and heads: enough for any number of threads.
+const ITEMS: usize = 128;
+
+/// One call's windows.
+struct Windows {
+    images: usize,
+    heads: usize,
+    c: usize,
+    shape: WindowShape,
+    /// The tokens of each window.
     order: Vec<u32>,
-    mask: Option<Vec<f32>>,
+    /// For windows inside, at the right edge, at the lower edge, and in the corner between.
+    seams: [Option<Seams>; 4],
+    extent: Extent,
+    /// The distance between rows of a bias table.
+    stride: usize,
 }
 
-/// Buffers of one thread.
-struct Scratch {
-    qkv: Vec<f32>,
-    out: Vec<f32>,
-    scores: Vec<f32>,
-    d_scores: Vec<f32>,
-    grad: Vec<f32>,
-    d_qkv: Vec<f32>,
+/// What lies apart in a window at an edge that the shift made.
+struct Seams {
+    region_of: Vec<u8>,
+    /// For each region: 0 for its own positions, [`APART`] for the others.
+    apart: Vec<f32>,
 }
 
-impl Scratch {
-    fn new(area: usize, c: usize) -> Self {
-        let rows = |width: usize| vec![0f32; area * width];
+impl Seams {
+    fn new(shape: WindowShape, right: bool, lower: bool) -> Option<Self> {
+        let WindowShape { window, shift, .. } = shape;
+        if shift == 0 || !(right || lower) {
+            return None;
+        }
+        let beyond = |i: usize, edge: bool| u8::from(edge && i >= window - shift);
+        let region_of: Vec<u8> =
+            (0..shape.area()).map(|i| 2 * beyond(i / window, lower) + beyond(i % window, right)).collect();
+        let stride = shape.area().next_multiple_of(LANES);
+        let apart = (0..4).flat_map(|region| {
+            let of = |position: usize| match region_of.get(position) {
+                Some(&own) if own != region => APART,
+                _ => 0.0,
+            };
+            (0..stride).map(of).collect::<Vec<_>>()
+        });
+        Some(Self { apart: apart.collect(), region_of })
+    }
+}
+
+impl Windows {
+    fn new(images: usize, heads: usize, c: usize, shape: WindowShape) -> Self {
+        let area = shape.area();
         Self {
-            qkv: rows(3 * c),
-            out: rows(c),
-            scores: rows(area),
-            d_scores: rows(area),
-            grad: rows(c),
-            d_qkv: rows(3 * c),
+            images,
+            heads,
+            c,
+            shape,
+            order: shape.tokens(),
+            seams: [(false, false), (true, false), (false, true), (true, true)]
+                .map(|(right, lower)| Seams::new(shape, right, lower)),
+            extent: Extent { queries: area, keys: area, width: c / heads, causal: None },
+            stride: area.next_multiple_of(LANES),
         }
     }
-}
 
-fn gather(tokens: &[u32], from: &[f32], width: usize, into: &mut [f32]) {
-    for (into, &token) in into.chunks_exact_mut(width).zip(tokens) {
-        into.copy_from_slice(&from[token as usize * width..][..width]);
-    }
-}
-
-impl WindowAttention {
-    fn head<'a>(qkv: &'a [f32], area: usize, c: usize, heads: usize, head: usize) -> Head<'a> {
-        let width = c / heads;
-        let at = |part: usize| &qkv[part * c + head * width..];
-        let (q, k, v) = (at(0), at(1), at(2));
-        Head { q, k, v, q_stride: 3 * c, kv_stride: 3 * c, queries: area, keys: area, width }
+    fn tokens(&self) -> usize {
+        self.shape.height * self.shape.width
     }
 
-    #[inline(always)]
-    fn probabilities(&self, head: &Head, bias: &[f32], window: usize, out: &mut [f32]) {
-        let area = head.keys;
-        let mask = self.mask.as_ref().map(|m| &m[window * area * area..][..area * area]);
-        head.probabilities(out, |query, row| {
-            add_assign(row, &bias[query * area..][..area]);
-            if let Some(mask) = mask {
-                add_assign(row, &mask[query * area..][..area]);
+    /// Windows of all images.
+    fn count(&self) -> usize {
+        self.images * self.shape.windows()
+    }
+
+    /// A head's numbers in the bias tables.
+    fn table(&self) -> usize {
+        self.shape.area() * self.stride
+    }
+
+    /// The biases key by key, `[heads, area, stride]`.
+    fn tables<T: Real>(&self, bias: &[T]) -> Vec<f32> {
+        let area = self.shape.area();
+        let mut tables = vec![0f32; self.heads * self.table()];
+        tables.par_chunks_mut(self.table()).zip(bias.par_chunks(area * area)).for_each(|(table, bias)| {
+            for (query, row) in bias.chunks_exact(area).enumerate() {
+                for (key, x) in row.iter().enumerate() {
+                    table[key * self.stride + query] = x.widen();
+                }
             }
         });
-    }
-}
-
-impl CustomOp2 for WindowAttention {
-    fn name(&self) -> &'static str {
-        "window-attention"
+        tables
     }
 
-    fn cpu_fwd(
-        &self,
-        qkv: &CpuStorage,
-        qkv_layout: &Layout,
-        bias: &CpuStorage,
-        bias_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (n, tokens, packed) = qkv_layout.shape().dims3()?;
-        let (heads, area, _) = bias_layout.shape().dims3()?;
-        let c = packed / 3;
-        let windows = tokens / area;
-        let (qkv, bias) = (slice(qkv, qkv_layout)?, slice(bias, bias_layout)?);
-        let mut out = vec![0f32; n * tokens * c];
-        let shared = Disjoint::new(&mut out);
-        (0..n * windows).into_par_iter().for_each_init(
-            || Scratch::new(area, c),
-            |s, i| {
-                let (image, window) = (i / windows, i % windows);
-                let members = &self.order[window * area..][..area];
-                gather(members, &qkv[image * tokens * packed..][..tokens * packed], packed, &mut s.qkv);
-                for h in 0..heads {
-                    let head = Self::head(&s.qkv, area, c, heads, h);
-                    let bias = &bias[h * area * area..][..area * area];
-                    vectorized(
-                        #[inline(always)]
-                        || self.probabilities(&head, bias, window, &mut s.scores),
-                    );
-                    head.mix(&s.scores, &mut s.out[h * head.width..], c);
-                }
-                for (row, &token) in s.out.chunks_exact(c).zip(members) {
-                    // SAFETY: every token of every image belongs to exactly one window.
-                    unsafe { shared.slice_mut((image * tokens + token as usize) * c, c) }.copy_from_slice(row);
-                }
-            },
-        );
-        Ok((CpuStorage::F32(out), (n, tokens, c).into()))
+    /// The bias of a head in a window (counted over all images).
+    fn bias<'a>(&'a self, tables: &'a [f32], window: usize, head: usize) -> Bias<'a> {
+        let WindowShape { width, window: side, height, .. } = self.shape;
+        let (across, down) = (width / side, height / side);
+        let window = window % (across * down);
+        let (right, lower) = (window % across == across - 1, window / across == down - 1);
+        let seams = &self.seams[usize::from(right) + 2 * usize::from(lower)];
+        let stride = self.stride;
+        Bias::Pairs {
+            table: Rows { values: &tables[head * self.table()..][..self.table()], stride },
+            regions: seams.as_ref().map(|seams| (&*seams.region_of, Rows { values: &seams.apart, stride })),
+        }
     }
 
-    fn bwd(
-        &self,
-        qkv: &Tensor,
-        bias: &Tensor,
-        _res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (_, tokens, packed) = qkv.dims3()?;
-        let (heads, area, _) = bias.dims3()?;
-        let c = packed / 3;
-        let grad = grad.contiguous()?;
-        let (values, biases, grads) = (read::<f32>(qkv)?, read::<f32>(bias)?, read::<f32>(&grad)?);
-        let (values, biases, grads) = (&*values, &*biases, &*grads);
-        let mut out = vec![0f32; values.len()];
-        let block = area * area;
-        let per_image: Vec<Vec<f32>> = out
-            .par_chunks_mut((tokens * packed).max(1))
-            .enumerate()
-            .map_init(
-                || Scratch::new(area, c),
-                |s, (image, out)| {
-                    let mut d_bias = vec![0f32; heads * block];
-                    for window in 0..tokens / area {
-                        let members = &self.order[window * area..][..area];
-                        gather(members, &values[image * tokens * packed..][..tokens * packed], packed, &mut s.qkv);
-                        gather(members, &grads[image * tokens * c..][..tokens * c], c, &mut s.grad);
-                        let d_qkv = Disjoint::new(&mut s.d_qkv);
-                        for h in 0..heads {
-                            let head = Self::head(&s.qkv, area, c, heads, h);
-                            let offset = h * head.width;
-                            let len = (area - 1) * packed + head.width;
-                            // SAFETY: the three parts of a row lie side by side: no number is written through two views.
-                            let [dq, dk, dv] = [0, 1, 2].map(|part| unsafe { d_qkv.slice_mut(part * c + offset, len) });
-                            vectorized(
-                                #[inline(always)]
-                                || {
-                                    self.probabilities(&head, &biases[h * block..][..block], window, &mut s.scores);
-                                    let (q, kv) = ((dq, packed), (dk, dv, packed));
-                                    head.backward(&s.scores, &s.grad[offset..], c, &mut s.d_scores, q, kv, false);
-                                    add_assign(&mut d_bias[h * block..][..block], &s.d_scores);
-                                },
-                            );
-                        }
-                        for (row, &token) in s.d_qkv.chunks_exact(packed).zip(members) {
-                            out[token as usize * packed..][..packed].copy_from_slice(row);
+    /// A head's rows of a window, in a tensor `[N, H·W, parts · C]`.
+    fn span(&self, window: usize, head: usize, part: usize, parts: usize) -> Span<'_> {
+        let (image, window) = (window / self.shape.windows(), window % self.shape.windows());
+        let (area, width, stride) = (self.shape.area(), self.extent.width, parts * self.c);
+        let start = image * self.tokens() * stride + part * self.c + head * width;
+        Span { start, stride, width, order: Some(&self.order[window * area..][..area]) }
+    }
+
+    /// The smallest number of groups of heads that makes enough items of so many that there are for all heads.
+    fn groups(&self, items: usize) -> usize {
+        let enough = |groups: &usize| self.heads.is_multiple_of(*groups) && items * groups >= ITEMS;
+        (1..self.heads).find(enough).unwrap_or(self.heads)
+    }
+
+    /// The heads of a group.
+    fn group(&self, group: usize, groups: usize) -> std::ops::Range<usize> {
+        let size = self.heads / groups;
+        group * size..(group + 1) * size
+    }
+
+    fn forward<T: Real>(&self, qkv: &[T], tables: &[f32]) -> Fresh {
+        let arch = Arch::new();
+        let groups = self.groups(self.count());
+        written((self.images, self.tokens(), self.c), |out: &mut [T]| {
+            let out = Disjoint::new(out);
+            (0..self.count() * groups).into_par_iter().for_each(|item| {
+                let window = item / groups;
+                with_scratch(&self.extent, false, |scratch| {
+                    for head in self.group(item % groups, groups) {
+                        let part = |part| Source { values: qkv, span: self.span(window, head, part, 3) };
+                        // SAFETY: inside `out`; a token belongs to one window of its image, and that and a head to one
+                        // item.
+                        let out = unsafe { Target::new(out, self.span(window, head, 0, 1)) };
+                        scratch.look_at(arch, part(1), part(2));
+                        scratch.forward(arch, part(0), self.bias(tables, window, head), out);
+                    }
+                });
+            });
+        })
+    }
+
+    /// Gradients of the projections and of the bias.
+    fn backward<T: Real>(&self, qkv: &[T], tables: &[f32], gradient: &[T]) -> (Fresh, Fresh) {
+        let area = self.shape.area();
+        // The bias is seen by all windows: its gradient is summed over runs of windows, and then over the runs, none of
+        // which depends on the number of threads.
+        let run = self.count().div_ceil(32).max(4);
+        let runs = self.count().div_ceil(run);
+        let groups = self.groups(runs);
+        let mut sums = vec![0f32; runs * self.heads * self.table()];
+        let dqkv = written((self.images, self.tokens(), 3 * self.c), |out: &mut [T]| {
+            let out = Disjoint::new(out);
+            let sums = sums.par_chunks_mut((self.heads / groups * self.table()).max(1));
+            sums.enumerate().for_each(|(item, sums)| {
+                let windows = item / groups * run..((item / groups + 1) * run).min(self.count());
+                with_scratch(&self.extent, true, |scratch| {
+                    for window in windows {
+                        let heads = self.group(item % groups, groups).zip(sums.chunks_exact_mut(self.table()));
+                        for (head, sums) in heads {
+                            // SAFETY: inside `out`, as in `forward`.
+                            let targets =
+                                [0, 1, 2].map(|part| unsafe { Target::new(out, self.span(window, head, part, 3)) });
+                            self.backward_head(scratch, window, head, (qkv, tables, gradient), targets, sums);
                         }
                     }
-                    d_bias
-                },
-            )
-            .collect();
-        let mut d_bias = vec![0f32; heads * block];
-        for part in &per_image {
-            add_assign(&mut d_bias, part);
-        }
-        Ok((
-            Some(Tensor::from_vec(out, qkv.shape(), qkv.device())?),
-            Some(Tensor::from_vec(d_bias, bias.shape(), bias.device())?),
-        ))
+                });
+            });
+        });
+        let dbias = written((self.heads, area, area), |out: &mut [T]| {
+            out.par_chunks_mut(area * area).enumerate().for_each(|(head, out)| {
+                let mut total = vec![0f32; self.table()];
+                for run in sums.chunks_exact(self.heads * self.table()) {
+                    vectorized(
+                        #[inline(always)]
+                        || add_assign(&mut total, &run[head * self.table()..][..self.table()]),
+                    );
+                }
+                for (query, row) in out.chunks_exact_mut(area).enumerate() {
+                    for (key, out) in row.iter_mut().enumerate() {
+                        *out = T::narrow(total[key * self.stride + query]);
+                    }
+                }
+            });
+        });
+        (dqkv, dbias)
+    }
+
+    fn backward_head<T: Real>(
+        &self,
+        scratch: &mut Scratch,
+        window: usize,
+        head: usize,
+        (qkv, tables, gradient): (&[T], &[f32], &[T]),
+        [dq, dk, dv]: [Target<T>; 3],
+        sums: &mut [f32],
+    ) {
+        let arch = Arch::new();
+        let part = |part| Source { values: qkv, span: self.span(window, head, part, 3) };
+        let gradient = Source { values: gradient, span: self.span(window, head, 0, 1) };
+        let bias = self.bias(tables, window, head);
+        scratch.look_at(arch, part(1), part(2));
+        scratch.backward(arch, part(0), bias, gradient, dq, Some((sums, self.stride)));
+        scratch.finish(arch, dk, dv);
     }
 }

@@ -1,7 +1,9 @@
 //! Shifted-window attention with relative-position bias (Swin).
 
 use candle_core::{D, Result, Tensor};
+use half::bf16;
 
+use crate::attention::head_width;
 use crate::error::{KernelError, check_shape};
 use crate::path::Path;
 use crate::softmax::softmax;
@@ -94,20 +96,30 @@ impl WindowShape {
 /// On a wrong shape, or a window that does not divide the grid.
 pub fn window_attention(qkv: &Tensor, bias: &Tensor, shape: WindowShape) -> Result<Tensor> {
     shape.check()?;
-    let (heads, area, _) = bias.dims3()?;
-    let (n, tokens, packed) = qkv.dims3()?;
+    let (heads, ..) = bias.dims3()?;
+    let (n, _, packed) = qkv.dims3()?;
     check_shape("window_attention", "bias", bias, &[heads, shape.area(), shape.area()])?;
     check_shape("window_attention", "qkv", qkv, &[n, shape.height * shape.width, packed])?;
-    if !packed.is_multiple_of(3 * heads) {
-        let expected = format!("a divisor of {}", packed / 3);
-        let found = heads.to_string();
-        return Err(KernelError::Value { op: "window_attention", argument: "heads", expected, found }.into());
+    head_width("window_attention", packed, 3, heads)?;
+    let path = Path::of("window_attention", &[("qkv", qkv), ("bias", bias)])?;
+    if path == Path::Composed {
+        return composed(qkv, bias, shape);
     }
-    match Path::of("window_attention", &[("qkv", qkv), ("bias", bias)])? {
-        Path::HostF32 => return host::window_attention(&qkv.contiguous()?, &bias.contiguous()?, shape),
+    let (qkv, bias) = (&qkv.contiguous()?, &bias.contiguous()?);
+    match path {
         #[cfg(gpu)]
-        Path::Gpu => return gpu::window_attention(&qkv.contiguous()?, &bias.contiguous()?, shape),
-        _ => {}
+        Path::Gpu => gpu::window_attention(qkv, bias, shape),
+        Path::HostBf16 => host::window_attention::<bf16>(qkv, bias, shape),
+        _ => host::window_attention::<f32>(qkv, bias, shape),
+    }
+}
+
+fn composed(qkv: &Tensor, bias: &Tensor, shape: WindowShape) -> Result<Tensor> {
+    let (heads, area, _) = bias.dims3()?;
+    let (n, tokens, packed) = qkv.dims3()?;
+    if n == 0 {
+        // candle takes no maximum of nothing.
+        return qkv.narrow(2, 0, packed / 3);
     }
     let (device, dtype) = (qkv.device(), qkv.dtype());
     let (windows, c) = (shape.windows(), packed / 3);
@@ -117,6 +129,7 @@ pub fn window_attention(qkv: &Tensor, bias: &Tensor, shape: WindowShape) -> Resu
         place[token as usize] = i as u32;
     }
     let split = qkv
+        .contiguous()?
         .index_select(&Tensor::new(order, device)?, 1)?
         .reshape((n * windows, area, 3, heads, c / heads))?
         .permute((2, 0, 3, 1, 4))?;

@@ -4,6 +4,7 @@
 //! `--features emulation` adds the CUDA kernels on the host, `--features cuda` those on the first GPU.
 
 mod activation;
+mod attention;
 mod check;
 mod cross_entropy;
 mod device;
@@ -11,3 +12,4 @@ mod embedding;
 mod linear;
 mod norm;
 mod softmax;
+mod window;
