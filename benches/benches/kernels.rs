@@ -2,7 +2,7 @@
 //! the least it could cost on this machine.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use xvlm::kernels::{self, WindowShape};
+use xvlm::kernels::{self, AdamW, BoxFormat, Cover, Update, WindowShape};
 use xvlm_benches::{Case, Comparison, Floor, device, plain, random_at};
 
 /// Tokens of the first and the last stage of Swin-B, of the texts, and of the image they look at.
@@ -146,7 +146,7 @@ impl Bench<'_> {
         let ids = self.ids(&index)?;
         let (read, written) = (IMAGES * LAST * 1024, REGIONS * (1 + LAST) * 1024);
         let floors = [self.bytes(read + written), self.bytes(2 * (read + written))];
-        let ours = || kernels::patch_pool(&patches, &index, &covered);
+        let ours = || kernels::patch_pool(&patches, &index, Cover::Mask(&covered));
         self.case("patch pool 32 of 8x49x1024", floors, ours, || plain::patch_pool(&patches, &ids, &covered))
     }
 
@@ -155,7 +155,14 @@ impl Bench<'_> {
         let targets = boxes.affine(0.9, 0.02)?.detach();
         let floors = [self.bytes(10 * 1024), self.bytes(24 * 1024)];
         let ours = || kernels::box_losses(&boxes, &targets);
-        self.case("box losses 1024", floors, ours, || plain::box_losses(&boxes, &targets))
+        self.case("box losses 1024", floors, ours, || plain::box_losses(&boxes, &targets))?;
+
+        let others = targets.narrow(0, 0, 64)?;
+        let pairs = 1024 * 64;
+        let floors = [self.bytes(pairs), self.bytes(2 * pairs)];
+        let ours = || kernels::pairwise_giou(&boxes, &others, BoxFormat::Cxcywh);
+        let plain = || plain::giou(&plain::corners(&boxes)?.unsqueeze(1)?, &plain::corners(&others)?.unsqueeze(0)?);
+        self.case("giou 1024x64", floors, ours, plain)
     }
 
     fn words(&mut self) -> Result<()> {
@@ -181,9 +188,39 @@ impl Bench<'_> {
     }
 }
 
+/// A step of sixteen matrices of 4096 × 1024 with clipping, of which the kernel reads the gradients twice, everything else
+/// once, and writes all but those.
+fn optimizer(comparison: &mut Comparison, device: &Device) -> Result<()> {
+    const MATRICES: usize = 16;
+    let matrix = || random_at(&[4096, 1024], DType::F32, device);
+    let tensors = (0..MATRICES)
+        .map(|_| Ok([matrix()?, matrix()?, Var::from_tensor(&matrix()?.abs()?)?, matrix()?]))
+        .collect::<Result<Vec<_>>>()?;
+    let update = |[parameter, first_moment, second_moment, gradient]: &[Var; 4]| Update {
+        parameter,
+        first_moment,
+        second_moment,
+        gradient,
+        lr: 1e-4,
+        weight_decay: 0.01,
+        step: 10,
+    };
+    // Lifetimes of what a closure returns do not follow those of its argument.
+    let updates: Vec<Update> = tensors.iter().map(update).collect();
+    let settings = AdamW { beta1: 0.9, beta2: 0.98, eps: 1e-8, max_norm: Some(1.0) };
+    let bytes = Floor::Bytes(8 * 4 * MATRICES * 4096 * 1024);
+    comparison.measure_step(
+        "adamw 16x4096x1024",
+        bytes,
+        &|| kernels::adamw_step(&settings, &updates).map(drop),
+        &|| plain::adamw(&settings, &updates),
+    )
+}
+
 fn main() {
     xvlm_benches::run(|comparison| {
         let device = device();
+        optimizer(comparison, &device)?;
         let dtypes: &[DType] =
             if device.is_cpu() { &[DType::F32, DType::BF16] } else { &[DType::F32, DType::BF16, DType::F16] };
         for &dtype in dtypes {

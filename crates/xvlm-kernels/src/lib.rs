@@ -33,7 +33,10 @@ mod window;
 
 pub use activation::{bias_gelu, gelu, quick_gelu};
 pub use attention::{Dropped, KeyValueCache, cached_attention, cross_attention, self_attention};
-pub use boxes::{box_losses, cxcywh_to_xyxy, giou, iou, patch_rectangle, patch_rectangle_mask, xyxy_to_cxcywh};
+pub use boxes::{
+    BoxFormat, box_losses, cxcywh_to_xyxy, giou, iou, pairwise_giou, patch_rectangle, patch_rectangle_mask,
+    xyxy_to_cxcywh,
+};
 pub use cross_entropy::{IGNORE, cross_entropy};
 pub use embedding::embedding;
 pub use error::KernelError;
@@ -41,8 +44,8 @@ pub use error::KernelError;
 pub use gpu::emulated;
 pub use linear::{linear, linear_without_bias};
 pub use norm::{add_layer_norm, layer_norm};
-pub use optim::{AdamW, adamw_step, squared_norm};
-pub use pool::patch_pool;
+pub use optim::{AdamW, Update, adamw_step};
+pub use pool::{Cover, patch_pool};
 pub use resize::resize_bicubic;
 pub use softmax::{log_softmax, softmax};
 pub use window::{WindowShape, window_attention};

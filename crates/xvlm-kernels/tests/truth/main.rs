@@ -5,11 +5,14 @@
 
 mod activation;
 mod attention;
+mod boxes;
 mod check;
 mod cross_entropy;
 mod device;
 mod embedding;
 mod linear;
 mod norm;
+mod optim;
+mod pool;
 mod softmax;
 mod window;
