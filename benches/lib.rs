@@ -115,8 +115,7 @@ impl Default for Comparison {
 }
 
 impl Comparison {
-    /// Measures a case twice over: each part by criterion, and all parts in turn, which is what the report is made of, since
-    /// only what ran in the same minute is comparable.
+    /// Measures an operation forward, and with gradients as `training`.
     ///
     /// # Errors
     /// If a tensor cannot be made.
@@ -124,58 +123,66 @@ impl Comparison {
     /// # Panics
     /// If the operation fails.
     pub fn measure(&mut self, case: &Case) -> Result<()> {
-        if self.filter.as_ref().is_some_and(|filter| !case.name.contains(filter)) {
-            return Ok(());
-        }
-        let device = &self.device;
-        let wait = || device.synchronize().expect("the device");
-        let forward = |operation: &dyn Fn() -> Result<Tensor>| {
-            drop(operation().expect(&case.name));
-            wait();
-        };
+        let forward = |operation: &dyn Fn() -> Result<Tensor>| drop(operation().expect(&case.name));
         let training = |operation: &dyn Fn() -> Result<Tensor>| {
             drop(operation().and_then(|output| output.backward()).expect(&case.name));
-            wait();
         };
-        let floors = [case.floors[0].work(case.dtype, device)?, case.floors[1].work(case.dtype, device)?];
-        let parts: [(&str, Work); 6] = [
-            ("forward", Box::new(|| forward(&case.ours))),
-            ("plain forward", Box::new(|| forward(&case.plain))),
-            (
-                "floor of forward",
-                Box::new(|| {
-                    floors[0]();
-                    wait();
-                }),
-            ),
-            ("training", Box::new(|| training(&case.ours))),
-            ("plain training", Box::new(|| training(&case.plain))),
-            (
-                "floor of training",
-                Box::new(|| {
-                    floors[1]();
-                    wait();
-                }),
-            ),
+        let [floor, training_floor] = case.floors;
+        let ways: [Way; 2] = [
+            ("forward", Box::new(|| forward(&case.ours)), Box::new(|| forward(&case.plain)), floor),
+            ("training", Box::new(|| training(&case.ours)), Box::new(|| training(&case.plain)), training_floor),
         ];
-        let mut group = self.criterion.benchmark_group(&case.name);
-        for (name, part) in &parts {
-            group.bench_function(*name, |bencher| bencher.iter(part));
+        self.compare(&case.name, case.dtype, &ways)
+    }
+
+    /// Measures something that is not differentiated.
+    ///
+    /// # Errors
+    /// If a tensor cannot be made.
+    ///
+    /// # Panics
+    /// If the work fails.
+    pub fn measure_step(
+        &mut self,
+        name: &str,
+        floor: Floor,
+        ours: &dyn Fn() -> Result<()>,
+        plain: &dyn Fn() -> Result<()>,
+    ) -> Result<()> {
+        let work = |work: &dyn Fn() -> Result<()>| work().expect(name);
+        let way: Way = ("step", Box::new(|| work(ours)), Box::new(|| work(plain)), floor);
+        self.compare(name, DType::F32, &[way])
+    }
+
+    /// Measures twice over: each part by criterion, and all parts in turn, which is what the report is made of, since only
+    /// what ran in the same minute is comparable.
+    fn compare(&mut self, name: &str, dtype: DType, ways: &[Way]) -> Result<()> {
+        if self.filter.as_ref().is_some_and(|filter| !name.contains(filter)) {
+            return Ok(());
+        }
+        let floors = ways.iter().map(|(.., floor)| floor.work(dtype, &self.device)).collect::<Result<Vec<_>>>()?;
+        let (mut names, mut parts) = (Vec::new(), Vec::<&dyn Fn()>::new());
+        for ((way, ours, plain, _), floor) in ways.iter().zip(&floors) {
+            names.extend([(*way).to_owned(), format!("plain {way}"), format!("floor of {way}")]);
+            parts.extend([&**ours, &**plain, &**floor]);
+        }
+        let device = &self.device;
+        let run = |part: &dyn Fn()| {
+            part();
+            device.synchronize().expect("the device");
+        };
+        let mut group = self.criterion.benchmark_group(name);
+        for (name, part) in names.iter().zip(&parts) {
+            group.bench_function(name.as_str(), |bencher| bencher.iter(|| run(part)));
         }
         group.finish();
         if self.is_bench {
-            let [forward, plain_forward, floor, training, plain_training, training_floor] = in_turn(&parts);
-            let ratio = |a: Duration, b: Duration| a.as_secs_f64() / b.as_secs_f64();
-            self.rows.push(format!(
-                "| {} | {:.1?} | {:.1} | {:.0} % | {:.1?} | {:.1} | {:.0} % |",
-                case.name,
-                forward,
-                ratio(plain_forward, forward),
-                100.0 * ratio(floor, forward),
-                training,
-                ratio(plain_training, training),
-                100.0 * ratio(training_floor, training),
-            ));
+            let medians = in_turn(&parts.iter().map(|part| || run(part)).collect::<Vec<_>>());
+            let columns = medians.chunks(3).map(|times| {
+                let ratio = |time: Duration| time.as_secs_f64() / times[0].as_secs_f64();
+                format!(" {:.1?} | {:.1} | {:.0} % |", times[0], ratio(times[1]), 100.0 * ratio(times[2]))
+            });
+            self.rows.push(format!("| {name} |{}", columns.collect::<String>()));
         }
         Ok(())
     }
@@ -199,20 +206,24 @@ impl Comparison {
     }
 }
 
+/// A way to measure: its name, ours, the plain one, and the floor.
+type Way<'a> = (&'static str, Work<'a>, Work<'a>, Floor);
+
 /// Median durations of the parts, run one after the other in many rounds.
-fn in_turn<const N: usize>(parts: &[(&str, Work); N]) -> [Duration; N] {
+fn in_turn(parts: &[impl Fn()]) -> Vec<Duration> {
     const ROUNDS: usize = 15;
     /// A sample takes at least this long, so that the clock does not count.
     const SAMPLE: Duration = Duration::from_millis(2);
-    let repeats = parts.each_ref().map(|(_, part)| {
+    let repeats = |part: &dyn Fn()| {
         part();
         let start = Instant::now();
         part();
         (SAMPLE.as_nanos() / start.elapsed().as_nanos().max(1)).max(1) as u32
-    });
-    let mut samples = [(); N].map(|()| Vec::with_capacity(ROUNDS));
+    };
+    let repeats: Vec<u32> = parts.iter().map(|part| repeats(part)).collect();
+    let mut samples = vec![Vec::with_capacity(ROUNDS); parts.len()];
     for _ in 0..ROUNDS {
-        for (((_, part), samples), &repeats) in parts.iter().zip(&mut samples).zip(&repeats) {
+        for ((part, samples), &repeats) in parts.iter().zip(&mut samples).zip(&repeats) {
             // What ran before has emptied the caches of this part's data.
             part();
             let start = Instant::now();
@@ -220,10 +231,11 @@ fn in_turn<const N: usize>(parts: &[(&str, Work); N]) -> [Duration; N] {
             samples.push(start.elapsed() / repeats);
         }
     }
-    samples.map(|mut samples| {
+    let median = |mut samples: Vec<Duration>| {
         samples.sort();
         samples[ROUNDS / 2]
-    })
+    };
+    samples.into_iter().map(median).collect()
 }
 
 /// Runs `work` as a program of measurements does: see [`kernels::process::run`].

@@ -1,7 +1,7 @@
 //! The operations as they are written without `xvlm-kernels`: in candle's own, one after the other.
 
 use candle_core::{D, DType, Result, Tensor};
-use xvlm::kernels::WindowShape;
+use xvlm::kernels::{AdamW, Update, WindowShape};
 
 /// Softmax along the last dimension.
 ///
@@ -195,4 +195,27 @@ pub fn score_bias(key_bias: &Tensor, dtype: DType) -> Result<Tensor> {
 pub fn causal_bias(t: usize, like: &Tensor) -> Result<Tensor> {
     let hidden = (0..t * t).map(|i| if i % t > i / t { -10_000f32 } else { 0.0 }).collect();
     Tensor::from_vec::<_, f32>(hidden, (1, 1, t, t), like.device())?.to_dtype(like.dtype())
+}
+
+/// A step of AdamW with clipping, parameter by parameter.
+///
+/// # Errors
+/// If candle fails.
+pub fn adamw(settings: &AdamW, updates: &[Update]) -> Result<()> {
+    let squares = updates.iter().map(|update| update.gradient.detach().sqr()?.sum_all());
+    let norm = Tensor::stack(&squares.collect::<Result<Vec<_>>>()?, 0)?.sum_all()?.to_scalar::<f32>()?.sqrt();
+    let scale = settings.max_norm.map_or(1.0, |longest| (longest / (f64::from(norm) + 1e-6)).min(1.0));
+    let AdamW { beta1, beta2, eps, .. } = *settings;
+    for update in updates {
+        let &Update { parameter, first_moment, second_moment, lr, weight_decay, step, .. } = update;
+        let gradient = (update.gradient.detach() * scale)?;
+        let first = ((first_moment.as_detached_tensor() * beta1)? + (&gradient * (1.0 - beta1))?)?;
+        let second = ((second_moment.as_detached_tensor() * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
+        let size = lr * (1.0 - beta2.powf(step as f64)).sqrt() / (1.0 - beta1.powf(step as f64));
+        let moved = (parameter.as_detached_tensor() - ((&first / (second.sqrt()? + eps)?)? * size)?)?;
+        parameter.set(&(moved * (1.0 - lr * weight_decay))?)?;
+        first_moment.set(&first)?;
+        second_moment.set(&second)?;
+    }
+    Ok(())
 }

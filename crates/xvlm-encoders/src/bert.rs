@@ -36,10 +36,10 @@ pub struct Concepts<'a> {
 pub struct Bert {
     config: BertConfig,
     words: Tensor,
-    positions: Tensor,
+    pub(crate) positions: Tensor,
     types: Tensor,
     norm: LayerNorm,
-    layers: Vec<Layer>,
+    pub(crate) layers: Vec<Layer>,
 }
 
 impl Bert {
@@ -103,20 +103,24 @@ impl Bert {
             candle_core::bail!("text: expected at most {longest} tokens, found {t}");
         }
         let padding = self.config.pad_token_id;
-        let words = kernels::embedding(&self.words, ids, Some(padding))?;
         let places = match self.config.model_type {
             TextModel::Bert => self.positions.narrow(0, 0, t)?,
             TextModel::Roberta => kernels::embedding(&self.positions, &counted(ids, padding)?, Some(padding))?,
         };
-        let places = places.broadcast_add(&self.types.narrow(0, 0, 1)?)?;
-        let x = self.norm.forward(&words.broadcast_add(&places)?)?;
-        let mut x = pass.dropout(&x, self.config.hidden_dropout_prob)?;
+        let mut x = self.embed(ids, &places, pass)?;
         pass.keep(|| "embeddings".to_owned(), &x);
         let bias = hide(mask)?;
         for layer in &self.layers[..self.config.fusion_layer] {
             x = layer.forward(&x, &bias, attention, None, pass)?;
         }
         Ok(x)
+    }
+
+    /// Token ids `[B, T]` and the embeddings of their places, which can be added to `[B, T, H]`, → `[B, T, H]`.
+    pub(crate) fn embed(&self, ids: &Tensor, places: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let words = kernels::embedding(&self.words, ids, Some(self.config.pad_token_id))?;
+        let places = places.broadcast_add(&self.types.narrow(0, 0, 1)?)?;
+        pass.dropout(&self.norm.forward(&words.broadcast_add(&places)?)?, self.config.hidden_dropout_prob)
     }
 
     /// Encoded texts `[B, T, H]` with their mask and what they look at → `[B, T, H]`, through the fusion layers. Those look
@@ -154,10 +158,10 @@ fn counted(ids: &Tensor, padding: u32) -> Result<Tensor> {
 }
 
 #[derive(Clone, Debug)]
-struct Layer {
-    number: usize,
-    attention: SelfAttention,
-    cross: Option<CrossAttention>,
+pub(crate) struct Layer {
+    pub(crate) number: usize,
+    pub(crate) attention: SelfAttention,
+    pub(crate) cross: Option<CrossAttention>,
     feed_forward: FeedForward,
     norm: LayerNorm,
     dropout: f64,
@@ -195,18 +199,23 @@ impl Layer {
     ) -> Result<Tensor> {
         let mut x = self.attention.forward(x, bias, attention, pass)?;
         if let (Some(cross), Some((concepts, seen))) = (&self.cross, concepts) {
-            x = cross.forward(&x, concepts, seen, self.number, pass)?;
+            x = cross.look(&x, &cross.read(concepts.tokens)?, concepts.index, seen, self.number, pass)?;
         }
-        let fed = pass.dropout(&self.feed_forward.forward(&x)?, self.dropout)?;
-        let x = self.norm.forward(&(fed + x)?)?;
+        let x = self.feed(&x, pass)?;
         pass.keep(|| format!("layer.{}", self.number), &x);
         Ok(x)
+    }
+
+    /// What follows attention.
+    pub(crate) fn feed(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let fed = pass.dropout(&self.feed_forward.forward(x)?, self.dropout)?;
+        self.norm.forward(&(fed + x)?)
     }
 }
 
 /// What follows both kinds of attention: projection, dropout, residual, norm.
 #[derive(Clone, Debug)]
-struct AttentionOutput {
+pub(crate) struct AttentionOutput {
     dense: Linear,
     norm: LayerNorm,
     heads: usize,
@@ -226,17 +235,17 @@ impl AttentionOutput {
         })
     }
 
-    fn forward(&self, attended: &Tensor, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+    pub(crate) fn forward(&self, attended: &Tensor, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         self.norm.forward(&(pass.dropout(&self.dense.forward(attended)?, self.dropout)? + x)?)
     }
 }
 
 #[derive(Clone, Debug)]
-struct SelfAttention {
+pub(crate) struct SelfAttention {
     query: Linear,
     key: Linear,
     value: Linear,
-    output: AttentionOutput,
+    pub(crate) output: AttentionOutput,
 }
 
 impl SelfAttention {
@@ -247,8 +256,13 @@ impl SelfAttention {
         Ok(Self { query: linear("query")?, key: linear("key")?, value: linear("value")?, output })
     }
 
+    /// Queries, keys and values as one layer.
+    pub(crate) fn packed(&self) -> Result<Linear> {
+        Linear::stacked(&[&self.query, &self.key, &self.value])
+    }
+
     fn forward(&self, x: &Tensor, bias: &Tensor, attention: Attention, pass: &Pass) -> Result<Tensor> {
-        let qkv = Linear::stacked(&[&self.query, &self.key, &self.value])?.forward(x)?;
+        let qkv = self.packed()?.forward(x)?;
         let causal = attention == Attention::Causal;
         let attended = pass.attend(self.output.attention_dropout, |dropped| {
             kernels::self_attention(&qkv, bias, self.output.heads, causal, dropped)
@@ -258,7 +272,7 @@ impl SelfAttention {
 }
 
 #[derive(Clone, Debug)]
-struct CrossAttention {
+pub(crate) struct CrossAttention {
     query: Linear,
     key: Linear,
     value: Linear,
@@ -279,11 +293,24 @@ impl CrossAttention {
         })
     }
 
-    fn forward(&self, x: &Tensor, concepts: &Concepts, seen: &Tensor, layer: usize, pass: &Pass) -> Result<Tensor> {
+    /// Keys and values of patch tokens: `[N, 1+L, C]` → `[N, 1+L, 2·H]`.
+    pub(crate) fn read(&self, tokens: &Tensor) -> Result<Tensor> {
+        Linear::stacked(&[&self.key, &self.value])?.forward(tokens)
+    }
+
+    /// Texts `x` look at the keys and values that [`Self::read`] made, each at those its index names.
+    pub(crate) fn look(
+        &self,
+        x: &Tensor,
+        kv: &Tensor,
+        index: &[u32],
+        seen: &Tensor,
+        layer: usize,
+        pass: &Pass,
+    ) -> Result<Tensor> {
         let q = self.query.forward(x)?;
-        let kv = Linear::stacked(&[&self.key, &self.value])?.forward(concepts.tokens)?;
         let attended = pass.attend_across(layer, self.output.attention_dropout, |dropped| {
-            kernels::cross_attention(&q, &kv, concepts.index, seen, self.output.heads, dropped)
+            kernels::cross_attention(&q, kv, index, seen, self.output.heads, dropped)
         })?;
         self.output.forward(&attended, x, pass)
     }

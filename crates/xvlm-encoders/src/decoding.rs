@@ -70,7 +70,9 @@ impl<'a> Decoding<'a> {
         let count = self.texts.len();
         if continuations.len() != count || continuations.iter().any(|new| new.is_empty()) {
             let lengths: Vec<usize> = continuations.iter().map(|new| new.len()).collect();
-            candle_core::bail!("texts: expected {count} continuations of at least one token, found lengths {lengths:?}");
+            candle_core::bail!(
+                "texts: expected {count} continuations of at least one token, found lengths {lengths:?}"
+            );
         }
         let config = self.bert.config();
         let columns = continuations.iter().map(|new| new.len()).max().unwrap_or(0);
@@ -82,7 +84,10 @@ impl<'a> Decoding<'a> {
         for (row, (text, new)) in self.texts.iter_mut().zip(continuations).enumerate() {
             let longest = config.longest_text();
             if text.tokens as usize + new.len() > longest {
-                candle_core::bail!("text: expected at most {longest} tokens, found {}", text.tokens as usize + new.len());
+                candle_core::bail!(
+                    "text: expected at most {longest} tokens, found {}",
+                    text.tokens as usize + new.len()
+                );
             }
             let padding = columns - new.len();
             ids.extend(new.iter().copied().chain(std::iter::repeat_n(config.pad_token_id, padding)));
@@ -124,7 +129,7 @@ impl<'a> Decoding<'a> {
             return Ok(());
         }
         for state in &mut self.layers {
-            state.own = state.own.select(rows)?;
+            state.own.select(rows)?;
         }
         self.seen = self.seen.index_select(&Tensor::new(rows, self.seen.device())?, 0)?;
         self.index = rows.iter().map(|&row| self.index[row as usize]).collect();

@@ -145,7 +145,10 @@ impl PatchEmbedding {
     }
 }
 
-/// What is added to attention scores: 0 where the mask is 1, −10000 where it is 0 (as in the original).
+/// What is added to the attention scores of a position that is not to be seen (as in the original).
+pub(crate) const HIDDEN: f32 = -10_000.0;
+
+/// What is added to attention scores: 0 where the mask is 1, [`HIDDEN`] where it is 0.
 pub(crate) fn hide(mask: &Tensor) -> Result<Tensor> {
-    mask.to_dtype(DType::F32)?.affine(10_000.0, -10_000.0)
+    mask.to_dtype(DType::F32)?.affine(-f64::from(HIDDEN), f64::from(HIDDEN))
 }

@@ -3,6 +3,7 @@
 //! - [`Vision`]: a vision transformer, image → patch tokens: [`Swin`], or a [`Vit`] as in CLIP or DeiT.
 //! - [`Bert`] (or RoBERTa): a text encoder in its lower layers, a cross-modal encoder (with cross attention to patch tokens)
 //!   from the fusion layer upwards; with a [`MlmHead`] and a causal mask a decoder.
+//! - [`Decoding`]: texts written token by token, with what was computed for earlier tokens.
 //! - [`Head`]: the two-layer perceptrons for matching, boxes and statements about two images.
 //! - [`Parameters`]: where trainable numbers live, and how they are initialised; [`Blueprint`]: the same without numbers.
 //! - [`Pass`]: what differs between training and inference; holds the generator of all randomness.
@@ -11,6 +12,7 @@
 
 mod bert;
 mod config;
+mod decoding;
 mod heads;
 mod layers;
 mod parameters;
@@ -24,6 +26,7 @@ pub use bert::{Attention, Bert, Concepts};
 pub use config::{
     Activation, BertConfig, ConfigError, SwinConfig, Task, TextModel, VisionConfig, VitConfig, VitFamily, XvlmConfig,
 };
+pub use decoding::Decoding;
 pub use heads::{Head, MlmHead};
 pub use layers::{LayerNorm, Linear};
 pub use parameters::{Blueprint, Parameters};

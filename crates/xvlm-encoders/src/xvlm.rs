@@ -8,6 +8,7 @@ use candle_nn::{Init, VarBuilder};
 
 use crate::bert::{Attention, Bert, Concepts};
 use crate::config::{BertConfig, Task, TextModel, XvlmConfig};
+use crate::decoding::Decoding;
 use crate::heads::{Head, MlmHead};
 use crate::layers::Linear;
 use crate::pass::Pass;
@@ -206,19 +207,33 @@ impl Xvlm {
         self.has(&self.mlm_head, "a masked-language head")?.forward(fused, words)
     }
 
-    /// Texts that are being written about concepts: token ids `[B, T]` (u32) and mask `[B, T]` → `[B, T, H]`, each token
-    /// seeing those before it. The decoder does it, or, in a model for pre-training, the text and fusion layers.
+    /// Texts that were written about concepts: token ids `[B, T]` (u32) and mask `[B, T]` → `[B, T, H]`, each token seeing
+    /// those before it. The decoder does it, or, in a model for pre-training, the text and fusion layers.
     ///
     /// # Errors
     /// On a wrong shape or index, or if the model cannot write.
     pub fn decode(&self, ids: &Tensor, mask: &Tensor, concepts: &Concepts, pass: &Pass) -> Result<Tensor> {
-        let bert = match (&self.decoder, &self.text, &self.mlm_head) {
-            (Some(decoder), ..) => &decoder.bert,
-            (None, Some(text), Some(_)) => text,
-            _ => return self.lacks("a decoder"),
-        };
+        let bert = self.writer()?;
         let text = bert.encode(ids, mask, Attention::Causal, pass)?;
         bert.fuse(&text, mask, std::slice::from_ref(concepts), Attention::Causal, pass)
+    }
+
+    /// Begins texts about concepts, one for each index of them and each of at most `longest` tokens, to be written token by
+    /// token: see [`Decoding::extend`]. What the layers read of the concepts is computed here, once.
+    ///
+    /// # Errors
+    /// On a wrong shape or index, or if the model cannot write.
+    pub fn begin_texts(&self, concepts: &Concepts, longest: usize) -> Result<Decoding<'_>> {
+        Decoding::new(self.writer()?, concepts, longest)
+    }
+
+    /// The layers that write: the decoder's, or, in a model for pre-training, the text and fusion layers.
+    fn writer(&self) -> Result<&Bert> {
+        match (&self.decoder, &self.text, &self.mlm_head) {
+            (Some(decoder), ..) => Ok(&decoder.bert),
+            (None, Some(text), Some(_)) => Ok(text),
+            _ => self.lacks("a decoder"),
+        }
     }
 
     /// What [`Self::decode`] returns, or some of its rows `[.., H]` → logits of the next token `[.., V]`.

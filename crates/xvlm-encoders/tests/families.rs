@@ -187,3 +187,49 @@ fn a_pass_keeps_what_is_asked_for() -> Result<()> {
     assert!(close(&total, &everything(&model, Task::Retrieval, &Pass::inference())?), "looking changes nothing");
     Ok(())
 }
+
+/// The states of the last tokens of texts, from all of their tokens at once.
+fn decoded(model: &Xvlm, texts: &[Vec<u32>], looks: &Concepts, padding: u32) -> Tensor {
+    let longest = texts.iter().map(Vec::len).max().unwrap();
+    let padded = |text: &Vec<u32>| (0..longest).map(|i| text.get(i).copied().unwrap_or(padding)).collect::<Vec<_>>();
+    let ids = Tensor::new(texts.iter().map(padded).collect::<Vec<_>>(), &Device::Cpu).unwrap();
+    let mask = ids.ne(padding).unwrap().to_dtype(DType::F32).unwrap();
+    let states = model.decode(&ids, &mask, looks, &Pass::inference()).unwrap();
+    let last = |(row, text): (usize, &Vec<u32>)| states.get(row).unwrap().get(text.len() - 1).unwrap();
+    Tensor::stack(&texts.iter().enumerate().map(last).collect::<Vec<_>>(), 0).unwrap()
+}
+
+#[test]
+fn texts_written_token_by_token_are_the_same() {
+    for (text, padding) in [("bert", 0), ("roberta", 1)] {
+        for task in [Task::Captioning, Task::Pretrain] {
+            let (model, _) = build("swin", text, task);
+            let images = model.encode_image(&pixels(2), &Pass::inference()).unwrap();
+            let rows: Vec<Vec<f32>> = (0..3)
+                .map(|row| (0..images.dim(1).unwrap()).map(|i| f32::from(u8::from(i % 3 != row))).collect())
+                .collect();
+            let looking = |index: &[u32], rows: &[&Vec<f32>], texts: &[Vec<u32>]| {
+                let mask = Tensor::new(rows.iter().map(|row| row.to_vec()).collect::<Vec<_>>(), &Device::Cpu).unwrap();
+                decoded(&model, texts, &Concepts { tokens: &images, index, mask: &mask }, padding)
+            };
+            let mask = Tensor::new(rows.clone(), &Device::Cpu).unwrap();
+            let looks = Concepts { tokens: &images, index: &[1, 0, 1], mask: &mask };
+            let mut decoding = model.begin_texts(&looks, 8).unwrap();
+            let mut texts = vec![vec![2, 7, 9], vec![2], vec![2, 11]];
+            let found = decoding.extend(&texts).unwrap();
+            assert!(close(&found, &looking(&[1, 0, 1], &[&rows[0], &rows[1], &rows[2]], &texts)), "prompts");
+
+            decoding.select(&[2, 0, 2, 1]).unwrap();
+            texts = [2, 0, 2, 1].map(|row: usize| texts[row].clone()).to_vec();
+            for step in 0..2 {
+                let new: Vec<Vec<u32>> = (0..4).map(|row| vec![5 + 7 * step + row]).collect();
+                texts.iter_mut().zip(&new).for_each(|(text, new)| text.extend(new));
+                let found = decoding.extend(&new).unwrap();
+                let expected = looking(&[1, 1, 1, 0], &[&rows[2], &rows[0], &rows[2], &rows[1]], &texts);
+                assert!(close(&found, &expected), "step {step}");
+            }
+            assert!(decoding.extend(&[vec![3]]).unwrap_err().to_string().contains("expected 4 continuations"));
+            assert!(decoding.select(&[4]).unwrap_err().to_string().contains("below 4"));
+        }
+    }
+}

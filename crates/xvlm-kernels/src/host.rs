@@ -83,17 +83,3 @@ impl<T> Disjoint<T> {
         unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
     }
 }
-
-/// Whether all tensors live on the CPU in `f32`, so that the fused path applies.
-pub(crate) fn is_host_f32(tensors: &[&Tensor]) -> bool {
-    tensors.iter().all(|t| t.device().is_cpu() && t.dtype() == candle_core::DType::F32)
-}
-
-/// The numbers of a contiguous storage.
-pub(crate) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    let CpuStorage::F32(values) = storage else { bail!("expected f32 storage") };
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&values[start..end]),
-        None => bail!("expected a contiguous tensor of shape {:?}", layout.dims()),
-    }
-}

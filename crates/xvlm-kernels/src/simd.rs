@@ -72,7 +72,7 @@ pub(crate) fn dot(x: &[f32], y: &[f32]) -> f32 {
 /// Σ x², widened.
 #[inline(always)]
 pub(crate) fn squares<T: Real>(x: &[T]) -> f32 {
-    lane_sum(x.len(), |i| x[i].widen() * x[i].widen())
+    fold(x, x, 0.0, |total, x: T, _| x.widen().mul_add(x.widen(), total), |a, b| a + b)
 }
 
 /// Mean of a row and the reciprocal of its standard deviation (biased, with `eps` under the root).

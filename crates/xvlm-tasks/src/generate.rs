@@ -9,7 +9,7 @@ use xvlm_losses as losses;
 use crate::BATCH;
 use crate::error::TaskError;
 use crate::model::{ImageTokens, Model};
-use crate::search::{Search, TextSearch};
+use crate::search::{Search, Sequence, TextSearch};
 
 /// The share of a label that is spread over the vocabulary (`label_smoothing` of the original's `configs/Captioning.yaml`).
 pub const LABEL_SMOOTHING: f32 = 0.1;
@@ -94,21 +94,13 @@ pub(crate) fn write(
 ) -> std::result::Result<Vec<Written>, TaskError> {
     let mut written = Vec::with_capacity(rows.len());
     for rows in rows.chunks(BATCH) {
-        let longest = rows.iter().map(|(_, ids)| ids.len()).max().unwrap_or(0);
+        let (index, prompts): (Vec<u32>, Vec<Vec<u32>>) = rows.iter().cloned().unzip();
+        let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         let room = model.config().model.text_config.longest_text().saturating_sub(longest);
         let search = Search { max_tokens: search.max_tokens.min(room), ..search };
-        let prompts = rows.iter().map(|(_, ids)| ids.clone());
-        let mut texts = TextSearch::new(prompts, search, model.tokenizer().sep_id());
-        loop {
-            let (index, ids): (Vec<u32>, Vec<Vec<u32>>) =
-                texts.live().map(|(row, ids)| (rows[row].0, ids.to_vec())).unzip();
-            if ids.is_empty() {
-                break;
-            }
-            let logits = next_token(model, source, &ids, &index)?;
-            texts.advance(logits.iter().map(Vec::as_slice));
-        }
-        for ((_, prompt), sequence) in rows.iter().zip(texts.finish()) {
+        let end = model.tokenizer().sep_id();
+        let texts = source.look_at(&index, |looks| search_texts(model.xvlm(), looks, &prompts, search, end))?;
+        for (prompt, sequence) in prompts.iter().zip(texts) {
             let new = sequence.ids.get(prompt.len()..).unwrap_or_default();
             written.push(Written { text: model.tokenizer().decode(new), score: sequence.score });
         }
@@ -116,14 +108,24 @@ pub(crate) fn write(
     Ok(written)
 }
 
-/// Logits of the token after each row of ids.
-fn next_token(model: &Model, source: &Source, ids: &[Vec<u32>], index: &[u32]) -> Result<Vec<Vec<f32>>> {
-    let tokens = model.pad(ids)?;
-    let xvlm = model.xvlm();
-    let pass = Pass::inference();
-    let decoded = source.look_at(index, |looks| xvlm.decode(&tokens.ids, &tokens.mask, looks, &pass))?;
-    let (b, t, _) = decoded.dims3()?;
-    let last: Vec<u32> = ids.iter().enumerate().map(|(row, ids)| (row * t + ids.len() - 1) as u32).collect();
-    let last = decoded.reshape((b * t, ()))?.index_select(&Tensor::new(last, model.device())?, 0)?;
-    xvlm.next_token_logits(&last)?.to_vec2()
+/// Searches for the texts that continue prompts about what they look at; `end` is the token that ends a text.
+fn search_texts(
+    model: &Xvlm,
+    looks: &Concepts,
+    prompts: &[Vec<u32>],
+    search: Search,
+    end: u32,
+) -> Result<Vec<Sequence>> {
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+    let mut texts = TextSearch::new(prompts.iter().cloned(), search, end);
+    let mut decoding = model.begin_texts(looks, longest + search.max_tokens)?;
+    let mut new = prompts.to_vec();
+    while texts.live().next().is_some() {
+        let states = decoding.extend(&new)?;
+        let logits = model.next_token_logits(&states)?.to_vec2::<f32>()?;
+        texts.advance(logits.iter().map(Vec::as_slice));
+        decoding.select(&texts.parents().collect::<Vec<_>>())?;
+        new = texts.live().map(|(_, ids)| ids[ids.len() - 1..].to_vec()).collect();
+    }
+    Ok(texts.finish())
 }

@@ -49,6 +49,8 @@ pub struct Sequence {
 struct Live {
     ids: Vec<u32>,
     log_probability: f32,
+    /// The place, among the texts that were live before, of the one it continues.
+    parent: usize,
 }
 
 /// The texts that continue one prompt.
@@ -68,12 +70,12 @@ pub struct TextSearch {
 impl TextSearch {
     /// Starts from prompts, none of them empty; `end` is the token that ends a text.
     pub fn new(prompts: impl IntoIterator<Item = Vec<u32>>, search: Search, end: u32) -> Self {
-        let start = |ids: Vec<u32>| Group {
+        let start = |(parent, ids): (usize, Vec<u32>)| Group {
             prompt: ids.len(),
-            live: vec![Live { ids, log_probability: 0.0 }],
+            live: vec![Live { ids, log_probability: 0.0, parent }],
             ended: Vec::new(),
         };
-        let mut started = Self { search, end, groups: prompts.into_iter().map(start).collect() };
+        let mut started = Self { search, end, groups: prompts.into_iter().enumerate().map(start).collect() };
         if search.max_tokens == 0 {
             started.groups.iter_mut().for_each(|group| group.stop(search));
         }
@@ -86,15 +88,23 @@ impl TextSearch {
         groups.flat_map(|(number, group)| group.live.iter().map(move |live| (number, live.ids.as_slice())))
     }
 
+    /// For each live text, the place of the one it continues among those that were live before the last step.
+    pub fn parents(&self) -> impl Iterator<Item = u32> {
+        self.groups.iter().flat_map(|group| group.live.iter().map(|live| live.parent as u32))
+    }
+
     /// Continues each live text, given the logits of its next token, one row a text.
     pub fn advance<'a>(&mut self, logits: impl IntoIterator<Item = &'a [f32]>) {
         let mut logits = logits.into_iter();
+        let mut first = 0;
         for group in &mut self.groups {
             let rows: Vec<&[f32]> = logits.by_ref().take(group.live.len()).collect();
             match self.search.beams {
                 0 | 1 => group.advance_greedily(&rows, self.search, self.end),
                 _ => group.advance(&rows, self.search, self.end),
             }
+            group.live.iter_mut().for_each(|live| live.parent += first);
+            first += rows.len();
         }
     }
 
@@ -170,7 +180,7 @@ impl Group {
                 continue;
             }
             ids.push(token);
-            live.push(Live { ids, log_probability });
+            live.push(Live { ids, log_probability, parent: row });
             if live.len() == beams {
                 break;
             }
@@ -194,6 +204,7 @@ impl Group {
         let Some(token) = best else { return };
         let log_probability = log_softmax(&scores)[token as usize];
         let live = &mut self.live[0];
+        live.parent = 0;
         live.log_probability += log_probability;
         if token == end {
             let score = live.log_probability / (live.ids.len() + 1 - self.prompt) as f32;
@@ -213,7 +224,7 @@ impl Group {
     /// What is live ends where it is.
     fn stop(&mut self, search: Search) {
         let greedy = search.beams < 2;
-        for Live { ids, log_probability } in std::mem::take(&mut self.live) {
+        for Live { ids, log_probability, .. } in std::mem::take(&mut self.live) {
             let length = if greedy { ids.len() - self.prompt } else { ids.len() };
             let score = log_probability / length.max(1) as f32;
             self.end_with(Sequence { ids, score }, search.beams.max(1));

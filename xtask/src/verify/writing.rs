@@ -59,6 +59,9 @@ fn one(case: &Case, language: &Language, model: &Xvlm, run: &str, described: &Va
     };
 
     let mut texts = TextSearch::new(vec![prompt.clone(); rows], search, end);
+    let images: Vec<u32> = (0..rows as u32).collect();
+    let mut decoding = source.look_at(&images, |looks| model.begin_texts(looks, limit.max(prompt.len())))?;
+    let mut new = vec![prompt.clone(); rows];
     let mut step = 0;
     loop {
         let live: Vec<(usize, Vec<u32>)> = texts.live().map(|(row, ids)| (row, ids.to_vec())).collect();
@@ -87,9 +90,10 @@ fn one(case: &Case, language: &Language, model: &Xvlm, run: &str, described: &Va
         if live.is_empty() {
             break;
         }
-        let (index, ids): (Vec<u32>, Vec<Vec<u32>>) = live.into_iter().map(|(row, ids)| (row as u32, ids)).unzip();
-        let logits = next(&ids, &index)?.to_vec2::<f32>()?;
+        let logits = model.next_token_logits(&decoding.extend(&new)?)?.to_vec2::<f32>()?;
         texts.advance(logits.iter().map(Vec::as_slice));
+        decoding.select(&texts.parents().collect::<Vec<_>>())?;
+        new = texts.live().map(|(_, ids)| ids[ids.len() - 1..].to_vec()).collect();
         step += 1;
     }
 
