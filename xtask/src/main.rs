@@ -2,6 +2,8 @@
 
 mod compare_scores;
 mod convert_weights;
+mod gpu_check;
+mod kernels_check;
 mod tidy;
 mod train_demo;
 mod verify;
@@ -32,6 +34,8 @@ enum Chore {
     },
     CompareScores(compare_scores::CompareScores),
     ConvertWeights(Box<convert_weights::ConvertWeights>),
+    GpuCheck(gpu_check::GpuCheck),
+    KernelsCheck(kernels_check::KernelsCheck),
     TrainDemo(train_demo::TrainDemo),
     /// Check what the compiler does not: the direction of dependencies, and that files stay short
     Tidy,
@@ -43,10 +47,14 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
 }
 
+/// The cargo that runs this.
+fn cargo_program() -> PathBuf {
+    std::env::var_os("CARGO").map_or_else(|| PathBuf::from("cargo"), PathBuf::from)
+}
+
 /// Runs a command of cargo in the workspace.
 fn cargo<S: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = S>) -> Done {
-    let cargo = std::env::var_os("CARGO").map_or_else(|| PathBuf::from("cargo"), PathBuf::from);
-    let mut command = Command::new(cargo);
+    let mut command = Command::new(cargo_program());
     command.current_dir(root()).args(arguments);
     match command.status()? {
         status if status.success() => Ok(()),
@@ -62,6 +70,8 @@ fn main() -> ExitCode {
         }
         Chore::CompareScores(chore) => chore.run(),
         Chore::ConvertWeights(chore) => chore.run(),
+        Chore::GpuCheck(chore) => chore.run(),
+        Chore::KernelsCheck(chore) => chore.run(),
         Chore::TrainDemo(chore) => chore.run(),
         Chore::Tidy => tidy::run(),
         Chore::Verify(chore) => chore.run(),

@@ -29,6 +29,7 @@ impl Computer {
             #[cfg(feature = "cuda")]
             match Device::new_cuda(0) {
                 Ok(device) => all.push(Self::Gpu(device)),
+                Err(error) if std::env::var_os("XVLM_REQUIRE_GPU").is_some() => panic!("expected a GPU: {error}"),
                 Err(error) => eprintln!("\n*** NO GPU: ITS TESTS ARE SKIPPED ({error}) ***\n"),
             }
             all
