@@ -54,16 +54,17 @@ fn compress(folder: &Path) -> Done {
     };
     let name = name.to_string_lossy();
     let (archive, aside) = (parent.join(format!("{name}.tar.xz")), parent.join(format!("{name}.tar.xz.new")));
-    // The programs share most of what they are linked with: a window over all of them finds it again.
+    if Command::new("xz").arg("--version").output().is_err() {
+        println!("not compressed: there is no `xz`");
+        return Ok(());
+    }
+    // The programs share most of what they are linked with, candle's kernels first of all. A window over a few of them finds
+    // it again, which no effort within one of them does.
     let mut tar = Command::new("tar");
-    tar.current_dir(parent).env("XZ_OPT", "-6 -T1 --lzma2=preset=6,dict=512MiB").args(["--sort=name", "-cJf"]);
-    tar.arg(&aside).arg(&*name);
-    match tar.status() {
-        Ok(status) if status.success() => {}
-        _ => {
-            println!("not compressed: there is no `tar` with `xz`");
-            return Ok(());
-        }
+    tar.current_dir(parent).env("XZ_OPT", "--lzma2=preset=1,dict=192MiB").args(["--sort=name", "-cJf"]);
+    let status = tar.arg(&aside).arg(&*name).status()?;
+    if !status.success() {
+        return Err(format!("{tar:?}: {status}").into());
     }
     fs::rename(&aside, &archive)?;
     let size = fs::metadata(&archive)?.len() as f64 / f64::from(1 << 20);
