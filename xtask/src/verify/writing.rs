@@ -60,7 +60,7 @@ fn one(case: &Case, language: &Language, model: &Xvlm, run: &str, described: &Va
 
     let mut texts = TextSearch::new(vec![prompt.clone(); rows], search, end);
     let images: Vec<u32> = (0..rows as u32).collect();
-    let mut decoding = source.look_at(&images, |looks| model.begin_texts(looks, limit.max(prompt.len())))?;
+    let mut decoding = source.look_at(&images, |looks| model.begin_texts(looks, prompt.len() + search.max_tokens))?;
     let mut new = vec![prompt.clone(); rows];
     let mut step = 0;
     loop {
