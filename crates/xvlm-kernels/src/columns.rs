@@ -53,8 +53,24 @@ fn on_gpu(x: &Tensor, width: usize) -> Result<Fresh> {
     let [rows, columns, rows_per_part] = sizes;
     let arguments = &mut [Arg::In(x), Arg::Out(&mut partial), rows, columns, rows_per_part];
     launch(kernel("column_parts"), x, x.dtype(), grid, arguments)?;
-    let mut out = Buffer::like(x, width)?;
-    let arguments = &mut [Arg::Made(&partial), Arg::Out(&mut out), Arg::size(parts)?, Arg::size(width)?];
-    launch(kernel("column_totals"), x, x.dtype(), Grid::line(across, THREADS), arguments)?;
+    totals_on_gpu(x, &partial, parts, width)
+}
+
+/// Sums over the rows of `partial [parts, ..]`, in the type of `like`: the numbers of a row in `shape`.
+#[cfg(gpu)]
+pub(crate) fn totals_on_gpu(
+    like: &Tensor,
+    partial: &crate::gpu::Buffer,
+    parts: usize,
+    shape: impl Into<candle_core::Shape>,
+) -> Result<Fresh> {
+    use crate::gpu::{Arg, Buffer, Grid, Kernel, launch};
+    const THREADS: u32 = 256;
+    let shape = shape.into();
+    let width = shape.elem_count();
+    let mut out = Buffer::like(like, shape)?;
+    let arguments = &mut [Arg::Made(partial), Arg::Out(&mut out), Arg::size(parts)?, Arg::size(width)?];
+    let grid = Grid::line(width.div_ceil(THREADS as usize), THREADS);
+    launch(Kernel { file: "columns", name: "column_totals" }, like, like.dtype(), grid, arguments)?;
     Ok(out.into())
 }

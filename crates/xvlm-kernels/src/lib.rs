@@ -39,7 +39,7 @@ pub use error::KernelError;
 pub use gpu::emulated;
 pub use linear::linear;
 pub use loss::{IGNORE, cross_entropy, log_softmax, softmax};
-pub use norm::layer_norm;
+pub use norm::{add_layer_norm, layer_norm};
 pub use optim::{AdamW, adamw_step, squared_norm};
 pub use pool::patch_pool;
 pub use resize::resize_bicubic;

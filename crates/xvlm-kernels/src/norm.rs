@@ -1,25 +1,67 @@
-use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
+//! Layer normalisation (Ba, Kiros and Hinton 2016).
+
+use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
 
 use crate::error::check_shape;
-use crate::host::{is_host_f32, read, slice};
+use crate::graph::{Fresh, differentiable};
+use crate::host::{read, written};
+use crate::path::{Path, fused};
+use crate::real::Real;
 use crate::simd::{add_assign, dot, moments, sum, vectorized};
-
-/// Rows a thread takes at a time; fixed, so that sums do not depend on the number of threads.
-const ROWS: usize = 64;
 
 /// Layer normalisation over the last dimension: `x [.., C]`, `weight [C]`, `bias [C]`. Statistics are f32 for half types.
 ///
 /// # Errors
 /// If `weight` or `bias` is not `[C]`.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
-    let width = x.dims().last().copied().unwrap_or(0);
-    check_shape("layer_norm", "weight", weight, &[width])?;
-    check_shape("layer_norm", "bias", bias, &[width])?;
-    if is_host_f32(&[x, weight, bias]) {
-        let op = LayerNorm { eps: eps as f32 };
-        return x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op);
+    const OP: &str = "layer_norm";
+    check_parameters(OP, x, weight, bias)?;
+    if Path::of(OP, &[("x", x), ("weight", weight), ("bias", bias)])? == Path::Composed {
+        return composed(x, weight, bias, eps);
     }
+    let [x, weight, bias] = &[x.contiguous()?, weight.contiguous()?, bias.contiguous()?];
+    let (y, moments) = forward([x, weight, bias], None, eps as f32)?;
+    differentiable(OP, [x, weight, bias], y, move |[x, weight, bias], _, gradient| {
+        let (dx, parameters) = backward([x, weight], None, &moments, gradient)?;
+        let parameter = |row: usize, of: &Tensor| of.track_op().then(|| parameters.get(row)).transpose();
+        Ok([x.track_op().then_some(dx), parameter(0, weight)?, parameter(1, bias)?])
+    })
+}
+
+/// `layer_norm(x + residual)`, what follows each half of a layer that normalises last, such as BERT's: `x [.., C]`,
+/// `residual` of the same shape, `weight [C]`, `bias [C]`. The sum is f32 for half types and is not kept.
+///
+/// # Errors
+/// If `residual` has not the shape of `x`, or `weight` or `bias` is not `[C]`.
+pub fn add_layer_norm(x: &Tensor, residual: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    const OP: &str = "add_layer_norm";
+    check_shape(OP, "residual", residual, x.dims())?;
+    check_parameters(OP, x, weight, bias)?;
+    let arguments = [("x", x), ("residual", residual), ("weight", weight), ("bias", bias)];
+    if Path::of(OP, &arguments)? == Path::Composed {
+        return composed(&(x + residual)?, weight, bias, eps);
+    }
+    let [x, residual] = &[x.contiguous()?, residual.contiguous()?];
+    let [weight, bias] = &[weight.contiguous()?, bias.contiguous()?];
+    let (y, moments) = forward([x, weight, bias], Some(residual), eps as f32)?;
+    // An operation has three inputs: weight and bias are one of them.
+    let parameters = &Tensor::stack(&[weight, bias], 0)?;
+    let weight = weight.detach();
+    differentiable(OP, [x, residual, parameters], y, move |[x, residual, parameters], _, gradient| {
+        let (dx, dparameters) = backward([x, &weight], Some(residual), &moments, gradient)?;
+        let to = |summand: &Tensor| summand.track_op().then(|| dx.clone());
+        Ok([to(x), to(residual), parameters.track_op().then_some(dparameters)])
+    })
+}
+
+fn check_parameters(op: &'static str, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<()> {
+    let width = x.dims().last().copied().unwrap_or(0);
+    check_shape(op, "weight", weight, &[width])?;
+    check_shape(op, "bias", bias, &[width])
+}
+
+fn composed(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     let dtype = x.dtype();
     let statistics = if matches!(dtype, DType::F16 | DType::BF16) { DType::F32 } else { dtype };
     let x = x.to_dtype(statistics)?;
@@ -29,102 +71,215 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     normalised.to_dtype(dtype)?.broadcast_mul(weight)?.broadcast_add(bias)
 }
 
-struct LayerNorm {
-    eps: f32,
+/// The result, and of each row the mean and the reciprocal of the standard deviation `[rows, 2]` in `f32`.
+fn forward(inputs: [&Tensor; 3], residual: Option<&Tensor>, eps: f32) -> Result<(Fresh, Tensor)> {
+    fused!(inputs[0], T => forward_on_host::<T>(inputs, residual, eps); gpu::forward(inputs, residual, eps))
 }
 
-impl CustomOp3 for LayerNorm {
-    fn name(&self) -> &'static str {
-        "layer-norm"
-    }
+/// The gradient of `x` (and of the residual), and that of weight and bias as `[2, C]`.
+fn backward(
+    inputs: [&Tensor; 2],
+    residual: Option<&Tensor>,
+    moments: &Tensor,
+    gradient: &Tensor,
+) -> Result<(Tensor, Tensor)> {
+    let (dx, parameters) = fused!(inputs[0], T => {
+        backward_on_host::<T>(inputs, residual, moments, gradient)
+    }; gpu::backward(inputs, residual, moments, gradient))?;
+    Ok((dx.detached(), parameters.detached()))
+}
 
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        w: &CpuStorage,
-        w_layout: &Layout,
-        b: &CpuStorage,
-        b_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (x, w, b) = (slice(x, x_layout)?, slice(w, w_layout)?, slice(b, b_layout)?);
-        let width = w.len();
-        let mut out = vec![0f32; x.len()];
-        out.par_chunks_mut(ROWS * width).zip(x.par_chunks(ROWS * width)).for_each(|(out, x)| {
+/// Rows a thread takes at a time; it does not depend on the number of threads, nor then do sums over rows.
+fn rows_at_a_time(width: usize) -> usize {
+    ((1 << 14) / width.max(1)).max(32)
+}
+
+/// `x + residual` of one row.
+#[inline(always)]
+fn load<T: Real>(row: &mut [f32], x: &[T], residual: Option<&[T]>) {
+    match residual {
+        Some(residual) => {
+            for ((sum, x), residual) in row.iter_mut().zip(x).zip(residual) {
+                *sum = x.widen() + residual.widen();
+            }
+        }
+        None => {
+            for (sum, x) in row.iter_mut().zip(x) {
+                *sum = x.widen();
+            }
+        }
+    }
+}
+
+fn forward_on_host<T: Real>(
+    [x, weight, bias]: [&Tensor; 3],
+    residual: Option<&Tensor>,
+    eps: f32,
+) -> Result<(Fresh, Tensor)> {
+    let (width, shape) = (weight.elem_count().max(1), x.shape());
+    let (x, weight, bias) = (&*read::<T>(x)?, &*read::<T>(weight)?, &*read::<T>(bias)?);
+    let residual = residual.map(read::<T>).transpose()?;
+    let residual = residual.as_deref();
+    let rows = rows_at_a_time(width);
+    let mut statistics = vec![0f32; x.len() / width * 2];
+    let y = written(shape, |out: &mut [T]| {
+        let parts = out.par_chunks_mut(rows * width).zip(statistics.par_chunks_mut(rows * 2)).enumerate();
+        parts.for_each(|(part, (out, statistics))| {
             vectorized(
                 #[inline(always)]
                 || {
-                    for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                        let (mean, scale) = moments(x, self.eps);
-                        for (((out, &x), &w), &b) in out.iter_mut().zip(x).zip(w).zip(b) {
-                            *out = (x - mean) * scale * w + b;
+                    let mut row = vec![0f32; width];
+                    let outputs = out.chunks_exact_mut(width).zip(statistics.chunks_exact_mut(2)).enumerate();
+                    for (i, (out, statistics)) in outputs {
+                        let start = (part * rows + i) * width;
+                        let here = start..start + width;
+                        load(&mut row, &x[here.clone()], residual.map(|residual| &residual[here]));
+                        let (mean, scale) = moments(&row, eps);
+                        statistics.copy_from_slice(&[mean, scale]);
+                        for (((out, x), w), b) in out.iter_mut().zip(&row).zip(weight).zip(bias) {
+                            *out = T::narrow(((x - mean) * scale).mul_add(w.widen(), b.widen()));
                         }
                     }
                 },
             )
         });
-        Ok((CpuStorage::F32(out), x_layout.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        weight: &Tensor,
-        bias: &Tensor,
-        _res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let grad = grad.contiguous()?;
-        let (dx, dw, db) = self.backward(&read::<f32>(x)?, &read::<f32>(weight)?, &read::<f32>(&grad)?);
-        let device = x.device();
-        Ok((
-            Some(Tensor::from_vec(dx, x.shape(), device)?),
-            Some(Tensor::from_vec(dw, weight.shape(), device)?),
-            Some(Tensor::from_vec(db, bias.shape(), device)?),
-        ))
-    }
+    });
+    let statistics = Tensor::from_vec(statistics, (x.len() / width, 2), &candle_core::Device::Cpu)?;
+    Ok((y, statistics))
 }
 
-impl LayerNorm {
-    fn backward(&self, x: &[f32], w: &[f32], grad: &[f32]) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
-        let width = w.len();
-        let block = ROWS * width;
-        let mut dx = vec![0f32; x.len()];
-        let partial: Vec<(Vec<f32>, Vec<f32>)> = dx
-            .par_chunks_mut(block)
-            .zip(x.par_chunks(block))
-            .zip(grad.par_chunks(block))
-            .map(|((dx, x), g)| {
-                vectorized(
-                    #[inline(always)]
-                    || {
-                        let (mut dw, mut db) = (vec![0f32; width], vec![0f32; width]);
-                        let (mut normal, mut scaled) = (vec![0f32; width], vec![0f32; width]);
-                        let rows = dx.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(g.chunks_exact(width));
-                        for ((dx, x), g) in rows {
-                            let (mean, scale) = moments(x, self.eps);
-                            for i in 0..width {
-                                normal[i] = (x[i] - mean) * scale;
-                                scaled[i] = g[i] * w[i];
-                                dw[i] += g[i] * normal[i];
-                                db[i] += g[i];
-                            }
-                            let mean_scaled = sum(&scaled) / width as f32;
-                            let mean_projected = dot(&scaled, &normal) / width as f32;
-                            for i in 0..width {
-                                dx[i] = scale * (scaled[i] - mean_scaled - normal[i] * mean_projected);
-                            }
+fn backward_on_host<T: Real>(
+    [x, weight]: [&Tensor; 2],
+    residual: Option<&Tensor>,
+    moments: &Tensor,
+    gradient: &Tensor,
+) -> Result<(Fresh, Fresh)> {
+    let (width, shape) = (weight.elem_count().max(1), x.shape());
+    let (x, weight, gradient) = (&*read::<T>(x)?, &*read::<T>(weight)?, &*read::<T>(gradient)?);
+    let residual = residual.map(read::<T>).transpose()?;
+    let (residual, statistics) = (residual.as_deref(), &*read::<f32>(moments)?);
+    let rows = rows_at_a_time(width);
+    let mut sums: Vec<Vec<f32>> = Vec::new();
+    let dx = written(shape, |dx: &mut [T]| {
+        let parts = dx.par_chunks_mut(rows * width).enumerate();
+        let parts = parts.map(|(part, dx)| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    let mut parameters = vec![0f32; 2 * width];
+                    let (dw, db) = parameters.split_at_mut(width);
+                    let (mut normal, mut scaled) = (vec![0f32; width], vec![0f32; width]);
+                    for (i, dx) in dx.chunks_exact_mut(width).enumerate() {
+                        let row = part * rows + i;
+                        let here = row * width..(row + 1) * width;
+                        let (mean, scale) = (statistics[2 * row], statistics[2 * row + 1]);
+                        load(&mut normal, &x[here.clone()], residual.map(|residual| &residual[here.clone()]));
+                        let outputs = normal.iter_mut().zip(&mut scaled).zip(dw.iter_mut()).zip(db.iter_mut());
+                        for ((((normal, scaled), dw), db), (g, w)) in outputs.zip(gradient[here].iter().zip(weight)) {
+                            let g = g.widen();
+                            *normal = (*normal - mean) * scale;
+                            *scaled = g * w.widen();
+                            *dw = g.mul_add(*normal, *dw);
+                            *db += g;
                         }
-                        (dw, db)
-                    },
-                )
-            })
-            .collect();
-        let (mut dw, mut db) = (vec![0f32; width], vec![0f32; width]);
-        for (part_w, part_b) in &partial {
-            add_assign(&mut dw, part_w);
-            add_assign(&mut db, part_b);
-        }
-        (dx, dw, db)
+                        let shift = sum(&scaled) / width as f32;
+                        let slope = dot(&scaled, &normal) / width as f32;
+                        for ((dx, scaled), normal) in dx.iter_mut().zip(&scaled).zip(&normal) {
+                            *dx = T::narrow(scale * (scaled - shift - normal * slope));
+                        }
+                    }
+                    parameters
+                },
+            )
+        });
+        sums = parts.collect();
+    });
+    let mut total = vec![0f32; 2 * weight.len()];
+    sums.iter().for_each(|part| add_assign(&mut total, part));
+    let parameters = written((2, weight.len()), |out: &mut [T]| {
+        out.iter_mut().zip(&total).for_each(|(out, &x)| *out = T::narrow(x));
+    });
+    Ok((dx, parameters))
+}
+
+#[cfg(gpu)]
+mod gpu {
+    use candle_core::{DType, Result, Tensor};
+
+    use crate::columns::totals_on_gpu;
+    use crate::gpu::{Arg, Buffer, Grid, Kernel, Team, launch};
+    use crate::graph::Fresh;
+
+    fn kernel(name: &'static str) -> Kernel {
+        Kernel { file: "norm", name }
+    }
+
+    pub(super) fn forward(
+        [x, weight, bias]: [&Tensor; 3],
+        residual: Option<&Tensor>,
+        eps: f32,
+    ) -> Result<(Fresh, Tensor)> {
+        let width = weight.elem_count();
+        let rows = x.elem_count() / width.max(1);
+        let team = Team::of(rows, width, x.dtype());
+        let (mut out, mut moments) = (Buffer::like(x, x.shape())?, Buffer::new(x, DType::F32, (rows, 2))?);
+        let arguments = &mut [
+            Arg::In(x),
+            residual.map_or(Arg::Absent, Arg::In),
+            Arg::In(weight),
+            Arg::In(bias),
+            Arg::Out(&mut out),
+            Arg::Out(&mut moments),
+            Arg::size(rows)?,
+            Arg::size(width)?,
+            Arg::U32(team.lanes),
+            Arg::F32(eps),
+        ];
+        launch(kernel("layer_norm"), x, x.dtype(), team.grid, arguments)?;
+        Ok((out.into(), Fresh::from(moments).detached()))
+    }
+
+    pub(super) fn backward(
+        [x, weight]: [&Tensor; 2],
+        residual: Option<&Tensor>,
+        moments: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<(Fresh, Fresh)> {
+        const THREADS: u32 = 256;
+        let width = weight.elem_count();
+        let rows = x.elem_count() / width.max(1);
+        let team = Team::of(rows, width, x.dtype());
+        let residual = || residual.map_or(Arg::Absent, Arg::In);
+        let mut dx = Buffer::like(x, x.shape())?;
+        let arguments = &mut [
+            Arg::In(x),
+            residual(),
+            Arg::In(weight),
+            Arg::In(moments),
+            Arg::In(gradient),
+            Arg::Out(&mut dx),
+            Arg::size(rows)?,
+            Arg::size(width)?,
+            Arg::U32(team.lanes),
+        ];
+        launch(kernel("layer_norm_backward"), x, x.dtype(), team.grid, arguments)?;
+
+        // Not more parts than a thread adds up quickly.
+        let rows_per_part = rows.div_ceil(256).max(64);
+        let parts = rows.div_ceil(rows_per_part);
+        let mut partial = Buffer::new(x, DType::F32, (parts, 2 * width))?;
+        let grid = Grid { blocks: [width.div_ceil(THREADS as usize), parts, 1], threads: THREADS, shared: 0 };
+        let arguments = &mut [
+            Arg::In(x),
+            residual(),
+            Arg::In(moments),
+            Arg::In(gradient),
+            Arg::Out(&mut partial),
+            Arg::size(rows)?,
+            Arg::size(width)?,
+            Arg::size(rows_per_part)?,
+        ];
+        launch(kernel("layer_norm_parameters"), x, x.dtype(), grid, arguments)?;
+        Ok((dx.into(), totals_on_gpu(x, &partial, parts, (2, width))?))
     }
 }

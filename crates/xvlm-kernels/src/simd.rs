@@ -12,32 +12,58 @@ pub(crate) fn vectorized<R>(work: impl FnOnce() -> R) -> R {
 }
 
 const LANES: usize = 16;
+/// Vectors that are accumulated side by side, so that one addition need not wait for the last.
+const SIDE_BY_SIDE: usize = 4;
 
-/// Σ f(i) over `0..len`, summed in a fixed order over sixteen lanes.
+/// Folds pairs of numbers into one by `step`, then the lanes by `join`, in an order that the length alone decides.
 #[inline(always)]
-fn lane_sum(len: usize, f: impl Fn(usize) -> f32) -> f32 {
-    let mut lanes = [0f32; LANES];
-    let whole = len - len % LANES;
-    for i in (0..whole).step_by(LANES) {
-        for (j, lane) in lanes.iter_mut().enumerate() {
-            *lane += f(i + j);
+pub(crate) fn fold<A: Copy, B: Copy>(
+    a: &[A],
+    b: &[B],
+    start: f32,
+    step: impl Fn(f32, A, B) -> f32,
+    join: impl Fn(f32, f32) -> f32,
+) -> f32 {
+    let b = &b[..a.len()];
+    let mut vectors = [[start; LANES]; SIDE_BY_SIDE];
+    let (blocks, a) = a.as_chunks::<{ LANES * SIDE_BY_SIDE }>();
+    let (b_blocks, b) = b.as_chunks::<{ LANES * SIDE_BY_SIDE }>();
+    for (a, b) in blocks.iter().zip(b_blocks) {
+        for (i, vector) in vectors.iter_mut().enumerate() {
+            for (j, lane) in vector.iter_mut().enumerate() {
+                *lane = step(*lane, a[i * LANES + j], b[i * LANES + j]);
+            }
         }
     }
-    for i in whole..len {
-        lanes[i - whole] += f(i);
+    let [mut lanes, others @ ..] = vectors;
+    let (vectors, a) = a.as_chunks::<LANES>();
+    let (b_vectors, b) = b.as_chunks::<LANES>();
+    for (a, b) in vectors.iter().zip(b_vectors) {
+        for (j, lane) in lanes.iter_mut().enumerate() {
+            *lane = step(*lane, a[j], b[j]);
+        }
     }
-    lanes.iter().sum()
+    for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
+        *lane = step(*lane, a, b);
+    }
+    for other in others {
+        for (lane, x) in lanes.iter_mut().zip(other) {
+            *lane = join(*lane, x);
+        }
+    }
+    let eight: [f32; 8] = std::array::from_fn(|i| join(lanes[i], lanes[i + 8]));
+    let four: [f32; 4] = std::array::from_fn(|i| join(eight[i], eight[i + 4]));
+    join(join(four[0], four[2]), join(four[1], four[3]))
 }
 
 #[inline(always)]
 pub(crate) fn sum(x: &[f32]) -> f32 {
-    lane_sum(x.len(), |i| x[i])
+    fold(x, x, 0.0, |total, x, _| total + x, |a, b| a + b)
 }
 
 #[inline(always)]
 pub(crate) fn dot(x: &[f32], y: &[f32]) -> f32 {
-    let y = &y[..x.len()];
-    lane_sum(x.len(), |i| x[i] * y[i])
+    fold(x, y, 0.0, |total, x, y| x.mul_add(y, total), |a, b| a + b)
 }
 
 /// Mean of a row and the reciprocal of its standard deviation (biased, with `eps` under the root).
@@ -45,7 +71,8 @@ pub(crate) fn dot(x: &[f32], y: &[f32]) -> f32 {
 pub(crate) fn moments(x: &[f32], eps: f32) -> (f32, f32) {
     let width = x.len() as f32;
     let mean = sum(x) / width;
-    let variance = lane_sum(x.len(), |i| (x[i] - mean) * (x[i] - mean)) / width;
+    let square = |total: f32, x: f32, _| (x - mean).mul_add(x - mean, total);
+    let variance = fold(x, x, 0.0, square, |a, b| a + b) / width;
     (mean, 1.0 / (variance + eps).sqrt())
 }
 
@@ -65,16 +92,9 @@ pub(crate) fn add_widened<T: Real>(x: &mut [f32], y: &[T]) {
 }
 
 #[inline(always)]
-pub(crate) fn max(x: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let mut chunks = x.chunks_exact(LANES);
-    for chunk in &mut chunks {
-        for (lane, &v) in lanes.iter_mut().zip(chunk) {
-            *lane = if v > *lane { v } else { *lane };
-        }
-    }
-    let tail = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    lanes.iter().copied().fold(tail, f32::max)
+pub(crate) fn max<T: Real>(x: &[T]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    fold(x, x, f32::NEG_INFINITY, |top, x, _| larger(top, x.widen()), larger)
 }
 
 /// eˣ with a relative error below 2e-7; 0 far below −87, finite above 88.
@@ -82,7 +102,8 @@ pub(crate) fn max(x: &[f32]) -> f32 {
 pub(crate) fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 · 2²³: adding and subtracting it rounds to an integer
     let clamped = x.clamp(-87.3, 88.3);
-    let n = clamped.mul_add(std::f32::consts::LOG2_E, ROUND) - ROUND;
+    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
     // ln 2 split in two, so that n · high is exact (Cody and Waite).
     let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, clamped));
     let p = 1.987_569_1e-4_f32;
@@ -92,7 +113,8 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p.mul_add(r, 1.666_666_6e-1);
     let p = p.mul_add(r, 0.5);
     let y = p.mul_add(r * r, r) + 1.0;
-    let scaled = y * f32::from_bits((((n as i32) + 127) << 23) as u32);
+    // The low bits of `shifted` are n, those above them leave the number to the left.
+    let scaled = y * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
     if x < -87.3 { 0.0 } else { scaled }
 }
 

@@ -1,5 +1,5 @@
 // Runs the kernels on the host; see shim.hpp. One file with all of them, so that the linker keeps each.
-#include "common.cuh"
+#include "rows.cuh"
 
 #include <cstdio>
 #include <cstdlib>

@@ -48,6 +48,28 @@ impl Grid {
     }
 }
 
+/// How the threads share the rows of a matrix: `lanes` of them take a row.
+#[derive(Clone, Copy)]
+pub(crate) struct Team {
+    pub(crate) lanes: u32,
+    pub(crate) grid: Grid,
+}
+
+impl Team {
+    /// A warp for a short row, several to a block; a block for a long one.
+    pub(crate) fn of(rows: usize, width: usize, dtype: DType) -> Self {
+        const WARP: u32 = 32;
+        let bytes = width * dtype.size_in_bytes();
+        let lanes = match bytes {
+            0..=2048 => WARP,
+            2049..=16384 => 256,
+            _ => 1024,
+        };
+        let threads = lanes.max(256);
+        Self { lanes, grid: Grid::line(rows.div_ceil((threads / lanes) as usize), threads) }
+    }
+}
+
 /// Memory that kernels write: a result, or an intermediate one.
 pub(crate) struct Buffer {
     storage: Storage,

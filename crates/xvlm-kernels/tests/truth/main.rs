@@ -6,3 +6,4 @@
 mod activation;
 mod check;
 mod device;
+mod norm;
