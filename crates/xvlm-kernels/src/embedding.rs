@@ -1,16 +1,187 @@
-use candle_core::{Result, Tensor};
+//! Rows of a table.
 
-/// Rows of a table: `table [V, C]`, `ids [..]` (u32) → `[.., C]`. Gradients are added up in the order of `ids`; the row of
-/// the `padding` id, if there is one, gets none (as PyTorch's `padding_idx`).
+use candle_core::{DType, Result, Storage, Tensor};
+use rayon::prelude::*;
+
+use crate::error::KernelError;
+use crate::graph::{Fresh, differentiable};
+use crate::host::{read, written};
+use crate::path::{Path, fused};
+use crate::real::Real;
+use crate::simd::{add_widened, vectorized};
+
+const OP: &str = "embedding";
+
+/// Rows of a table: `table [V, C]`, `ids [..]` (u32) → `[.., C]`. The gradient of a row is the sum over the places where it
+/// occurs, in their order; the row of the `padding` id, if there is one, gets none (as PyTorch's `padding_idx`).
+///
+/// On a GPU the backward pass reads the ids back, for the CPU to sort; the forward pass waits for nothing, and so cannot
+/// tell which ids are wrong: there the rows of ids that are not below `V` are NaN, and only the backward pass fails.
 ///
 /// # Errors
-/// If an id is not below `V`.
+/// If `table` is no matrix, `ids` are not u32, or an id is not below `V`.
 pub fn embedding(table: &Tensor, ids: &Tensor, padding: Option<u32>) -> Result<Tensor> {
-    let mut shape = ids.dims().to_vec();
-    shape.push(table.dim(1)?);
-    let rows = ids.flatten_all()?;
-    let found = table.index_select(&rows, 0)?;
-    let Some(padding) = padding.filter(|_| found.track_op()) else { return found.reshape(shape) };
-    let trained = rows.ne(padding)?.unsqueeze(1)?.broadcast_as(found.shape())?;
-    trained.where_cond(&found, &found.detach())?.reshape(shape)
+    let (_, width) = table.dims2()?;
+    if ids.dtype() != DType::U32 || !ids.device().same_device(table.device()) {
+        let expected = format!("U32 on {:?}", table.device().location());
+        let found = format!("{:?} on {:?}", ids.dtype(), ids.device().location());
+        return Err(KernelError::Value { op: OP, argument: "ids", expected, found }.into());
+    }
+    let shape = [ids.dims(), &[width]].concat();
+    let (table, ids) = (&table.contiguous()?, ids.flatten_all()?);
+    if Path::for_tensor(table) == Path::Composed {
+        let found = table.index_select(&ids, 0)?;
+        let Some(padding) = padding.filter(|_| found.track_op()) else { return found.reshape(shape) };
+        let trained = ids.ne(padding)?.unsqueeze(1)?.broadcast_as(found.shape())?;
+        return trained.where_cond(&found, &found.detach())?.reshape(shape);
+    }
+    let rows = fused!(table, T => gather_on_host::<T>(table, &ids, &shape); gpu::gather(table, &ids, &shape))?;
+    differentiable(OP, [table], rows, move |[table], _, gradient| {
+        let places = Places::of(&read_back(&ids)?, table.dim(0)?, padding)?;
+        let sums: Fresh = fused!(table, T => {
+            sum_on_host::<T>(table, &places, gradient)
+        }; gpu::sum(table, &places, gradient))?;
+        Ok([Some(sums.detached())])
+    })
+}
+
+fn check_ids(ids: &[u32], rows: usize) -> Result<()> {
+    let Some(id) = ids.iter().find(|&&id| id as usize >= rows) else { return Ok(()) };
+    let (expected, found) = (format!("below {rows}, the rows of `table`"), id.to_string());
+    Err(KernelError::Value { op: OP, argument: "ids", expected, found }.into())
+}
+
+fn read_back(ids: &Tensor) -> Result<Vec<u32>> {
+    match &*ids.storage_and_layout().0 {
+        Storage::Cpu(_) => Ok(read::<u32>(ids)?.to_vec()),
+        _ => ids.to_vec1(),
+    }
+}
+
+/// Where each row of the table occurs among the ids.
+struct Places {
+    /// Places by row, those of a row in their order.
+    order: Vec<u32>,
+    /// Of each row, where its places start in `order`; one number more, where those of the last row end.
+    starts: Vec<u32>,
+}
+
+impl Places {
+    /// By a counting sort. The padding occurs nowhere.
+    fn of(ids: &[u32], rows: usize, padding: Option<u32>) -> Result<Self> {
+        check_ids(ids, rows)?;
+        let trained = || ids.iter().enumerate().filter(|(_, id)| Some(**id) != padding);
+        let mut starts = vec![0u32; rows + 1];
+        trained().for_each(|(_, &id)| starts[id as usize + 1] += 1);
+        for row in 0..rows {
+            starts[row + 1] += starts[row];
+        }
+        let mut next = starts.clone();
+        let mut order = vec![0u32; starts[rows] as usize];
+        for (place, &id) in trained() {
+            order[next[id as usize] as usize] = place as u32;
+            next[id as usize] += 1;
+        }
+        Ok(Self { order, starts })
+    }
+
+    fn of_row(&self, row: usize) -> &[u32] {
+        &self.order[self.starts[row] as usize..self.starts[row + 1] as usize]
+    }
+}
+
+fn gather_on_host<T: Real>(table: &Tensor, ids: &Tensor, shape: &[usize]) -> Result<Fresh> {
+    let (rows, width) = table.dims2()?;
+    let (table, ids) = (&*read::<T>(table)?, &*read::<u32>(ids)?);
+    check_ids(ids, rows)?;
+    let at_a_time = (1 << 14) / width.max(1) + 1;
+    Ok(written(shape, |out: &mut [T]| {
+        let parts = out.par_chunks_mut((at_a_time * width).max(1)).zip(ids.par_chunks(at_a_time));
+        parts.for_each(|(out, ids)| {
+            for (out, &id) in out.chunks_exact_mut(width).zip(ids) {
+                out.copy_from_slice(&table[id as usize * width..][..width]);
+            }
+        });
+    }))
+}
+
+/// Touches only the rows that occur.
+fn sum_on_host<T: Real>(table: &Tensor, places: &Places, gradient: &Tensor) -> Result<Fresh> {
+    /// Rows of the table that a thread takes at a time.
+    const ROWS: usize = 64;
+    let (_, width) = table.dims2()?;
+    let gradient = &*read::<T>(gradient)?;
+    let mut sums = T::zeros(table.elem_count());
+    sums.par_chunks_mut((ROWS * width).max(1)).enumerate().for_each(|(part, sums)| {
+        let rows = sums.chunks_exact_mut(width).enumerate().map(|(i, row)| (row, places.of_row(part * ROWS + i)));
+        vectorized(
+            #[inline(always)]
+            || {
+                let mut total = Vec::new();
+                for (row, places) in rows.filter(|(_, places)| !places.is_empty()) {
+                    total.clear();
+                    total.resize(width, 0f32);
+                    for &place in places {
+                        add_widened(&mut total, &gradient[place as usize * width..][..width]);
+                    }
+                    row.iter_mut().zip(&total).for_each(|(out, &x)| *out = T::narrow(x));
+                }
+            },
+        );
+    });
+    Ok(Fresh::new(Storage::Cpu(T::to_cpu_storage_owned(sums)), table.shape()))
+}
+
+#[cfg(gpu)]
+mod gpu {
+    use candle_core::{Result, Tensor};
+
+    use super::Places;
+    use crate::gpu::{Arg, Buffer, Grid, Kernel, launch};
+    use crate::graph::Fresh;
+
+    /// Of a block; each warp takes a row.
+    const THREADS: u32 = 256;
+
+    fn kernel(name: &'static str) -> Kernel {
+        Kernel { file: "embedding", name }
+    }
+
+    fn grid(rows: usize) -> Grid {
+        Grid::line(rows.div_ceil(THREADS as usize / 32), THREADS)
+    }
+
+    pub(super) fn gather(table: &Tensor, ids: &Tensor, shape: &[usize]) -> Result<Fresh> {
+        let ((rows, width), count) = (table.dims2()?, ids.elem_count());
+        let mut out = Buffer::like(table, shape)?;
+        let arguments = &mut [
+            Arg::In(table),
+            Arg::In(ids),
+            Arg::Out(&mut out),
+            Arg::size(count)?,
+            Arg::size(rows)?,
+            Arg::size(width)?,
+        ];
+        launch(kernel("embedding"), table, table.dtype(), grid(count), arguments)?;
+        Ok(out.into())
+    }
+
+    pub(super) fn sum(table: &Tensor, places: &Places, gradient: &Tensor) -> Result<Fresh> {
+        let (rows, width) = table.dims2()?;
+        let upload = |numbers: &[u32]| Tensor::from_slice(numbers, numbers.len(), table.device());
+        // Never empty: on a GPU there is no memory of no size.
+        let order = upload(if places.order.is_empty() { &[0] } else { &places.order })?;
+        let starts = upload(&places.starts)?;
+        let mut out = Buffer::like(table, table.shape())?;
+        let arguments = &mut [
+            Arg::In(gradient),
+            Arg::In(&order),
+            Arg::In(&starts),
+            Arg::Out(&mut out),
+            Arg::size(rows)?,
+            Arg::size(width)?,
+        ];
+        launch(kernel("embedding_backward"), table, table.dtype(), grid(rows), arguments)?;
+        Ok(out.into())
+    }
 }

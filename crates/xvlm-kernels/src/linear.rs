@@ -1,116 +1,284 @@
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+//! Linear layers.
+
+use candle_core::{Result, Tensor};
+use half::bf16;
 use rayon::prelude::*;
 
+use crate::columns::column_sums;
 use crate::error::check_shape;
-use crate::host::{is_host_f32, read, slice};
-use crate::simd::{Matrix, add_assign, all_threads, multiply, vectorized};
+use crate::graph::{Fresh, differentiable};
+use crate::host::{read, written};
+use crate::path::{Path, fused};
+use crate::real::Real;
+use crate::simd::{Matrix, all_threads, multiply, vectorized};
 
-/// `x · wᵀ + b`: `x [.., K]`, `weight [N, K]`, `bias [N]` → `[.., N]`.
+/// `x · wᵀ + b`: `x [.., K]`, `weight [N, K]`, `bias [N]` → `[.., N]`. Sums are f32 for half types.
 ///
 /// # Errors
 /// If the last dimension of `x` is not `K` or `bias` is not `[N]`.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    let (n, _) = weight.dims2()?;
-    let inner = x.dims().last().copied().unwrap_or(0);
-    check_shape("linear", "weight", weight, &[n, inner])?;
-    check_shape("linear", "bias", bias, &[n])?;
-    if is_host_f32(&[x, weight, bias]) {
-        return x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, Linear);
+    const OP: &str = "linear";
+    let shape = check_weight(OP, x, weight)?;
+    check_shape(OP, "bias", bias, &[weight.dim(0)?])?;
+    if Path::of(OP, &[("x", x), ("weight", weight), ("bias", bias)])? == Path::Composed {
+        return composed(x, weight, shape)?.broadcast_add(bias);
     }
-    let rows = x.elem_count() / inner.max(1);
+    let [x, weight, bias] = &[x.contiguous()?, weight.contiguous()?, bias.contiguous()?];
+    let y = forward(x, weight, Some(bias), &shape)?;
+    differentiable(OP, [x, weight, bias], y, |[x, weight, bias], _, gradient| {
+        let [dx, dweight] = backward(x, weight, gradient)?;
+        Ok([dx, dweight, bias.track_op().then(|| column_sums(gradient)).transpose()?])
+    })
+}
+
+/// `x · wᵀ`: [`linear`] for a layer that has no bias, or whose bias is left to what follows, such as
+/// [`bias_gelu`](crate::bias_gelu).
+///
+/// # Errors
+/// If the last dimension of `x` is not `K`.
+pub fn linear_without_bias(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    const OP: &str = "linear_without_bias";
+    let shape = check_weight(OP, x, weight)?;
+    if !matches!(Path::of(OP, &[("x", x), ("weight", weight)])?, Path::HostF32 | Path::HostBf16) {
+        return composed(x, weight, shape);
+    }
+    let [x, weight] = &[x.contiguous()?, weight.contiguous()?];
+    let y = forward(x, weight, None, &shape)?;
+    differentiable(OP, [x, weight], y, |[x, weight], _, gradient| backward(x, weight, gradient))
+}
+
+/// The shape of the result.
+fn check_weight(op: &'static str, x: &Tensor, weight: &Tensor) -> Result<Vec<usize>> {
+    let (outputs, _) = weight.dims2()?;
+    let inputs = x.dims().last().copied().unwrap_or(0);
+    check_shape(op, "weight", weight, &[outputs, inputs])?;
     let mut shape = x.dims().to_vec();
-    shape[x.rank() - 1] = n;
-    x.reshape((rows, inner))?.matmul(&weight.t()?)?.broadcast_add(bias)?.reshape(shape)
+    shape.pop();
+    shape.push(outputs);
+    Ok(shape)
 }
 
-struct Linear;
+/// `[.., C]` as a matrix of rows.
+fn rows_of(x: &Tensor) -> Result<Tensor> {
+    let width = x.dims().last().copied().unwrap_or(1);
+    x.reshape((x.elem_count() / width.max(1), width))
+}
 
-impl CustomOp3 for Linear {
-    fn name(&self) -> &'static str {
-        "linear"
+fn composed(x: &Tensor, weight: &Tensor, shape: Vec<usize>) -> Result<Tensor> {
+    if x.elem_count() == 0 {
+        // candle's product of nothing loses the gradients of its factors.
+        return Tensor::zeros(shape, x.dtype(), x.device())?.broadcast_add(&x.sum_all()?);
     }
+    rows_of(x)?.matmul(&weight.t()?)?.reshape(shape)
+}
 
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        w: &CpuStorage,
-        w_layout: &Layout,
-        b: &CpuStorage,
-        b_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (n, k) = w_layout.shape().dims2()?;
-        let (x, w, b) = (slice(x, x_layout)?, slice(w, w_layout)?, slice(b, b_layout)?);
-        let m = x.len() / k;
-        let mut out = Vec::with_capacity(m * n);
-        for _ in 0..m {
-            out.extend_from_slice(b);
-        }
-        // SAFETY: `x` is [m, k], `w` is [n, k] and `out` [m, n], all row-major and distinct.
-        unsafe {
-            let weights = Matrix::rows(w, k).transposed();
-            multiply((m, n, k), &mut out, n, true, Matrix::rows(x, k), weights, 1.0, all_threads());
-        }
-        let mut shape = x_layout.dims().to_vec();
-        if let Some(last) = shape.last_mut() {
-            *last = n;
-        }
-        Ok((CpuStorage::F32(out), shape.into()))
-    }
+fn forward(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, shape: &[usize]) -> Result<Fresh> {
+    fused!(x, T => {
+        let sizes = Sizes::of(x, weight)?;
+        let (x, weight, bias) = (read::<T>(x)?, read::<T>(weight)?, bias.map(read::<T>).transpose()?);
+        Ok(written(shape, |out: &mut [T]| T::outputs(sizes, out, &x, &weight, bias.as_deref())))
+    }; gpu::forward(x, weight, bias, shape))
+}
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        weight: &Tensor,
-        bias: &Tensor,
-        _res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (n, k) = weight.dims2()?;
-        let grad = grad.contiguous()?;
-        let (x_values, w_values, g_values) = (read::<f32>(x)?, read::<f32>(weight)?, read::<f32>(&grad)?);
-        let m = x_values.len() / k;
-        let device = x.device();
-        let product = |dims: (usize, usize, usize), a: Matrix, b: Matrix| {
-            let mut out = vec![0f32; dims.0 * dims.1];
-            // SAFETY: the slices have the sizes computed above, and the output is fresh.
-            unsafe { multiply(dims, &mut out, dims.1, false, a, b, 1.0, all_threads()) };
-            out
-        };
-        let dx = x.track_op().then(|| product((m, k, n), Matrix::rows(&g_values, n), Matrix::rows(&w_values, k)));
-        let dw = weight
-            .track_op()
-            .then(|| product((n, k, m), Matrix::rows(&g_values, n).transposed(), Matrix::rows(&x_values, k)));
-        let db = bias.track_op().then(|| column_sums(&g_values, n));
-        Ok((
-            dx.map(|v| Tensor::from_vec(v, x.shape(), device)).transpose()?,
-            dw.map(|v| Tensor::from_vec(v, weight.shape(), device)).transpose()?,
-            db.map(|v| Tensor::from_vec(v, bias.shape(), device)).transpose()?,
-        ))
+/// The gradients of `x` and `weight`, where they are asked for.
+fn backward(x: &Tensor, weight: &Tensor, gradient: &Tensor) -> Result<[Option<Tensor>; 2]> {
+    fused!(x, T => {
+        let sizes = Sizes::of(x, weight)?;
+        let (xs, weights, gradients) = (&*read::<T>(x)?, &*read::<T>(weight)?, &*read::<T>(gradient)?);
+        let dx = || written(x.shape(), |out: &mut [T]| T::inputs(sizes, out, gradients, weights)).detached();
+        let dweight = || written(weight.shape(), |out: &mut [T]| T::weights(sizes, out, gradients, xs)).detached();
+        Ok([x.track_op().then(dx), weight.track_op().then(dweight)])
+    }; {
+        let rows = rows_of(gradient)?;
+        let dx = || rows.matmul(&weight.detach())?.reshape(x.shape());
+        let dweight = || rows.t()?.matmul(&rows_of(&x.detach())?);
+        Ok([x.track_op().then(dx).transpose()?, weight.track_op().then(dweight).transpose()?])
+    })
+}
+
+/// Of a linear layer and what goes through it.
+#[derive(Clone, Copy)]
+struct Sizes {
+    rows: usize,
+    inputs: usize,
+    outputs: usize,
+}
+
+impl Sizes {
+    fn of(x: &Tensor, weight: &Tensor) -> Result<Self> {
+        let (outputs, inputs) = weight.dims2()?;
+        Ok(Self { rows: x.elem_count() / inputs.max(1), inputs, outputs })
     }
 }
 
-/// Sums over the rows of a `[_, n]` matrix, in an order that does not depend on the number of threads.
-pub(crate) fn column_sums(values: &[f32], n: usize) -> Vec<f32> {
-    const ROWS: usize = 256;
-    let partial: Vec<Vec<f32>> = values
-        .par_chunks(ROWS * n)
-        .map(|rows| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    let mut total = vec![0f32; n];
-                    for row in rows.chunks_exact(n) {
-                        add_assign(&mut total, row);
+/// The three products of a linear layer, over row-major matrices.
+trait Product: Real {
+    /// `out = x · wᵀ + bias`
+    fn outputs(sizes: Sizes, out: &mut [Self], x: &[Self], weight: &[Self], bias: Option<&[Self]>);
+    /// `out = gradient · w`
+    fn inputs(sizes: Sizes, out: &mut [Self], gradient: &[Self], weight: &[Self]);
+    /// `out = gradientᵀ · x`
+    fn weights(sizes: Sizes, out: &mut [Self], gradient: &[Self], x: &[Self]);
+}
+
+/// `out [m, n] = a [m, k] · b [k, n]`, or added to what is there.
+///
+/// # Safety
+/// `a` and `b` cover these sizes.
+unsafe fn product((m, n, k): (usize, usize, usize), out: &mut [f32], accumulate: bool, a: Matrix, b: Matrix) {
+    if k == 0 && !accumulate {
+        out.fill(0.0);
+    }
+    // SAFETY: the caller's promise; `out` is borrowed mutably, so it overlaps neither.
+    unsafe { multiply((m, n, k), &mut out[..m * n], n, accumulate, a, b, 1.0, all_threads()) }
+}
+
+impl Product for f32 {
+    fn outputs(
+        Sizes { rows, inputs, outputs }: Sizes,
+        out: &mut [f32],
+        x: &[f32],
+        weight: &[f32],
+        bias: Option<&[f32]>,
+    ) {
+        if let Some(bias) = bias {
+            let some_rows = ((1 << 14) / outputs.max(1)).max(1) * outputs;
+            out.par_chunks_mut(some_rows.max(1)).for_each(|out| {
+                out.chunks_exact_mut(outputs).for_each(|row| row.copy_from_slice(bias));
+            });
+        }
+        let (x, weight) = (Matrix::rows(x, inputs), Matrix::rows(weight, inputs).transposed());
+        // SAFETY: the tensors have these sizes.
+        unsafe { product((rows, outputs, inputs), out, bias.is_some(), x, weight) }
+    }
+
+    fn inputs(Sizes { rows, inputs, outputs }: Sizes, out: &mut [f32], gradient: &[f32], weight: &[f32]) {
+        let (gradient, weight) = (Matrix::rows(gradient, outputs), Matrix::rows(weight, inputs));
+        // SAFETY: the tensors have these sizes.
+        unsafe { product((rows, inputs, outputs), out, false, gradient, weight) }
+    }
+
+    fn weights(Sizes { rows, inputs, outputs }: Sizes, out: &mut [f32], gradient: &[f32], x: &[f32]) {
+        let (gradient, x) = (Matrix::rows(gradient, outputs).transposed(), Matrix::rows(x, inputs));
+        // SAFETY: the tensors have these sizes.
+        unsafe { product((outputs, inputs, rows), out, false, gradient, x) }
+    }
+}
+
+/// Rows that are widened to `f32` at a time; fixed, so that the order of sums is.
+const PANEL: usize = 512;
+
+/// Numbers that a thread converts at a time.
+const CHUNK: usize = 1 << 14;
+
+/// In `f32`, into memory that is used again.
+fn widen<'a>(values: &[bf16], space: &'a mut Vec<f32>) -> &'a [f32] {
+    space.resize(values.len(), 0.0);
+    space.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).for_each(|(out, values)| {
+        vectorized(
+            #[inline(always)]
+            || out.iter_mut().zip(values).for_each(|(out, x)| *out = x.widen()),
+        );
+    });
+    space
+}
+
+/// Rounds `values`, rows of as many numbers as `bias` has, with the bias added.
+fn narrow(values: &[f32], out: &mut [bf16], bias: Option<&[bf16]>) {
+    let width = bias.map_or(CHUNK, <[bf16]>::len).max(1);
+    let chunk = CHUNK.next_multiple_of(width);
+    out.par_chunks_mut(chunk).zip(values.par_chunks(chunk)).for_each(|(out, values)| {
+        vectorized(
+            #[inline(always)]
+            || match bias {
+                Some(bias) => {
+                    for (out, row) in out.chunks_exact_mut(width).zip(values.chunks_exact(width)) {
+                        for ((out, x), bias) in out.iter_mut().zip(row).zip(bias) {
+                            *out = Real::narrow(x + bias.widen());
+                        }
                     }
-                    total
-                },
-            )
-        })
-        .collect();
-    let mut total = vec![0f32; n];
-    for part in &partial {
-        add_assign(&mut total, part);
+                }
+                None => out.iter_mut().zip(values).for_each(|(out, x)| *out = Real::narrow(*x)),
+            },
+        );
+    });
+}
+
+/// `out [.., n] = a [.., k] · b [k, n] + bias`, panel by panel.
+///
+/// # Safety
+/// `b` covers these sizes.
+unsafe fn by_panels((n, k): (usize, usize), out: &mut [bf16], a: &[bf16], b: Matrix, bias: Option<&[bf16]>) {
+    let (mut wide, mut sums) = (Vec::new(), Vec::new());
+    for (out, a) in out.chunks_mut((PANEL * n).max(1)).zip(a.chunks((PANEL * k).max(1))) {
+        let a = Matrix::rows(widen(a, &mut wide), k);
+        sums.resize(out.len(), 0.0);
+        // SAFETY: `a` has a row for each of `out`; the caller's promise.
+        unsafe { product((out.len() / n, n, k), &mut sums, false, a, b) };
+        narrow(&sums, out, bias);
     }
-    total
+}
+
+impl Product for bf16 {
+    fn outputs(
+        Sizes { inputs, outputs, .. }: Sizes,
+        out: &mut [bf16],
+        x: &[bf16],
+        weight: &[bf16],
+        bias: Option<&[bf16]>,
+    ) {
+        let mut space = Vec::new();
+        let weight = Matrix::rows(widen(weight, &mut space), inputs).transposed();
+        // SAFETY: the tensors have these sizes.
+        unsafe { by_panels((outputs, inputs), out, x, weight, bias) }
+    }
+
+    fn inputs(Sizes { inputs, outputs, .. }: Sizes, out: &mut [bf16], gradient: &[bf16], weight: &[bf16]) {
+        let mut space = Vec::new();
+        let weight = Matrix::rows(widen(weight, &mut space), inputs);
+        // SAFETY: the tensors have these sizes.
+        unsafe { by_panels((inputs, outputs), out, gradient, weight, None) }
+    }
+
+    fn weights(Sizes { inputs, outputs, .. }: Sizes, out: &mut [bf16], gradient: &[bf16], x: &[bf16]) {
+        let mut sums = vec![0f32; out.len()];
+        let (mut wide_gradient, mut wide_x) = (Vec::new(), Vec::new());
+        let panels = gradient.chunks((PANEL * outputs).max(1)).zip(x.chunks((PANEL * inputs).max(1)));
+        for (i, (gradient, x)) in panels.enumerate() {
+            let gradient = widen(gradient, &mut wide_gradient);
+            let (rows, gradient) = (gradient.len() / outputs, Matrix::rows(gradient, outputs).transposed());
+            let x = Matrix::rows(widen(x, &mut wide_x), inputs);
+            // SAFETY: the panels have the same number of rows.
+            unsafe { product((outputs, inputs, rows), &mut sums, i > 0, gradient, x) }
+        }
+        narrow(&sums, out, None);
+    }
+}
+
+#[cfg(gpu)]
+mod gpu {
+    use candle_core::{Result, Tensor, bail};
+
+    use super::rows_of;
+    use crate::gpu::{Arg, Buffer, Kernel, Team, launch};
+    use crate::graph::Fresh;
+
+    /// The product is candle's, which leaves it to cuBLAS.
+    pub(super) fn forward(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, shape: &[usize]) -> Result<Fresh> {
+        let Some(bias) = bias else { bail!("without a bias the product is candle's own operation") };
+        let products = rows_of(&x.detach())?.matmul(&weight.detach().t()?)?;
+        let (rows, width) = products.dims2()?;
+        let team = Team::of(rows, width, x.dtype());
+        let mut out = Buffer::like(x, shape)?;
+        let arguments = &mut [
+            Arg::In(&products),
+            Arg::In(bias),
+            Arg::Out(&mut out),
+            Arg::size(rows)?,
+            Arg::size(width)?,
+            Arg::U32(team.lanes),
+        ];
+        launch(Kernel { file: "linear", name: "add_bias" }, x, x.dtype(), team.grid, arguments)?;
+        Ok(out.into())
+    }
 }

@@ -2,11 +2,14 @@
 
 use candle_core::WithDType;
 use half::bf16;
+use half::vec::HalfBitsVecExt;
 
 /// A float type of storage; arithmetic is always `f32`.
 pub(crate) trait Real: WithDType {
     fn widen(self) -> f32;
     fn narrow(x: f32) -> Self;
+    /// Memory that the system hands out as zeros, which costs nothing before it is used.
+    fn zeros(len: usize) -> Vec<Self>;
 }
 
 impl Real for f32 {
@@ -18,6 +21,10 @@ impl Real for f32 {
     #[inline(always)]
     fn narrow(x: f32) -> Self {
         x
+    }
+
+    fn zeros(len: usize) -> Vec<Self> {
+        vec![0.0; len]
     }
 }
 
@@ -34,6 +41,10 @@ impl Real for bf16 {
         let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
         let quiet = (bits >> 16) | 0x40;
         bf16::from_bits(if x.is_nan() { quiet } else { rounded } as u16)
+    }
+
+    fn zeros(len: usize) -> Vec<Self> {
+        vec![0u16; len].reinterpret_into()
     }
 }
 

@@ -63,7 +63,7 @@ impl Team {
         let lanes = match bytes {
             0..=2048 => WARP,
             2049..=16384 => 256,
-            _ => 1024,
+            _ => 512,
         };
         let threads = lanes.max(256);
         Self { lanes, grid: Grid::line(rows.div_ceil((threads / lanes) as usize), threads) }

@@ -3,8 +3,8 @@
 use candle_core::{D, Result, Tensor};
 
 use crate::error::{KernelError, check_shape};
-use crate::loss::softmax;
 use crate::path::Path;
+use crate::softmax::softmax;
 
 #[cfg(gpu)]
 mod gpu;

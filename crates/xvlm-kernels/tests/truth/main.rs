@@ -5,5 +5,9 @@
 
 mod activation;
 mod check;
+mod cross_entropy;
 mod device;
+mod embedding;
+mod linear;
 mod norm;
+mod softmax;
