@@ -198,7 +198,7 @@ impl Layer {
             x = cross.forward(&x, concepts, seen, self.number, pass)?;
         }
         let fed = pass.dropout(&self.feed_forward.forward(&x)?, self.dropout)?;
-        let x = self.norm.forward(&(fed + x)?)?;
+        let x = self.norm.forward_sum(&fed, &x)?;
         pass.keep(|| format!("layer.{}", self.number), &x);
         Ok(x)
     }
@@ -227,7 +227,7 @@ impl AttentionOutput {
     }
 
     fn forward(&self, attended: &Tensor, x: &Tensor, pass: &Pass) -> Result<Tensor> {
-        self.norm.forward(&(pass.dropout(&self.dense.forward(attended)?, self.dropout)? + x)?)
+        self.norm.forward_sum(&pass.dropout(&self.dense.forward(attended)?, self.dropout)?, x)
     }
 }
 
