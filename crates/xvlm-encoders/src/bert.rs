@@ -209,7 +209,7 @@ impl Layer {
     /// What follows attention.
     pub(crate) fn feed(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         let fed = pass.dropout(&self.feed_forward.forward(x)?, self.dropout)?;
-        self.norm.forward(&(fed + x)?)
+        self.norm.forward_sum(&fed, x)
     }
 }
 
@@ -236,7 +236,7 @@ impl AttentionOutput {
     }
 
     pub(crate) fn forward(&self, attended: &Tensor, x: &Tensor, pass: &Pass) -> Result<Tensor> {
-        self.norm.forward(&(pass.dropout(&self.dense.forward(attended)?, self.dropout)? + x)?)
+        self.norm.forward_sum(&pass.dropout(&self.dense.forward(attended)?, self.dropout)?, x)
     }
 }
 

@@ -71,7 +71,7 @@ impl MlmHead {
     /// # Errors
     /// On a wrong shape.
     pub fn forward(&self, x: &Tensor, words: &Tensor) -> Result<Tensor> {
-        let x = self.norm.forward(&kernels::gelu(&self.dense.forward(x)?)?)?;
+        let x = self.norm.forward(&self.dense.forward_gelu(x)?)?;
         kernels::linear(&x, words, &self.bias)
     }
 }

@@ -57,6 +57,11 @@ impl Linear {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         kernels::linear(x, &self.weight, &self.bias)
     }
+
+    /// GELU of [`Self::forward`], with the bias added on the way.
+    pub(crate) fn forward_gelu(&self, x: &Tensor) -> Result<Tensor> {
+        kernels::bias_gelu(&kernels::linear_without_bias(x, &self.weight)?, &self.bias)
+    }
 }
 
 /// Layer normalisation over the last dimension.
@@ -87,6 +92,11 @@ impl LayerNorm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         kernels::layer_norm(x, &self.weight, &self.bias, self.eps)
     }
+
+    /// Of `x + residual`, both `[.., width]`.
+    pub(crate) fn forward_sum(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        kernels::add_layer_norm(x, residual, &self.weight, &self.bias, self.eps)
+    }
 }
 
 /// Linear, non-linearity, linear: the feed-forward half of a transformer block.
@@ -99,10 +109,9 @@ pub(crate) struct FeedForward {
 
 impl FeedForward {
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let inner = self.inner.forward(x)?;
         self.outer.forward(&match self.activation {
-            Activation::Gelu => kernels::gelu(&inner)?,
-            Activation::QuickGelu => kernels::quick_gelu(&inner)?,
+            Activation::Gelu => self.inner.forward_gelu(x)?,
+            Activation::QuickGelu => kernels::quick_gelu(&self.inner.forward(x)?)?,
         })
     }
 }

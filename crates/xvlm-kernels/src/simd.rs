@@ -14,9 +14,9 @@ pub(crate) fn vectorized<R>(work: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(work)
 }
 
-const LANES: usize = 16;
-/// Vectors that are accumulated side by side, so that one addition need not wait for the last.
-const SIDE_BY_SIDE: usize = 4;
+/// Sums that are taken side by side: four vectors of sixteen, so that one addition need not wait for the last. In one loop
+/// over all of them, which the compiler makes vectors of; loops over sixteen it unrolls into single numbers.
+const LANES: usize = 64;
 
 /// Folds pairs of numbers into one by `step`, then the lanes by `join`, in an order that the length alone decides.
 #[inline(always)]
@@ -28,35 +28,31 @@ pub(crate) fn fold<A: Copy, B: Copy>(
     join: impl Fn(f32, f32) -> f32,
 ) -> f32 {
     let b = &b[..a.len()];
-    let mut vectors = [[start; LANES]; SIDE_BY_SIDE];
-    let (blocks, a) = a.as_chunks::<{ LANES * SIDE_BY_SIDE }>();
-    let (b_blocks, b) = b.as_chunks::<{ LANES * SIDE_BY_SIDE }>();
+    let mut lanes = [start; LANES];
+    let (blocks, rest) = a.as_chunks::<LANES>();
+    let (b_blocks, b_rest) = b.as_chunks::<LANES>();
     for (a, b) in blocks.iter().zip(b_blocks) {
-        for (i, vector) in vectors.iter_mut().enumerate() {
-            for (j, lane) in vector.iter_mut().enumerate() {
-                *lane = step(*lane, a[i * LANES + j], b[i * LANES + j]);
-            }
+        for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane = step(*lane, a, b);
         }
     }
-    let [mut lanes, others @ ..] = vectors;
-    let (vectors, a) = a.as_chunks::<LANES>();
-    let (b_vectors, b) = b.as_chunks::<LANES>();
-    for (a, b) in vectors.iter().zip(b_vectors) {
-        for (j, lane) in lanes.iter_mut().enumerate() {
-            *lane = step(*lane, a[j], b[j]);
-        }
-    }
-    for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
+    for ((lane, &a), &b) in lanes.iter_mut().zip(rest).zip(b_rest) {
         *lane = step(*lane, a, b);
     }
-    for other in others {
-        for (lane, x) in lanes.iter_mut().zip(other) {
-            *lane = join(*lane, x);
-        }
+    halve::<32>(&mut lanes, &join);
+    halve::<16>(&mut lanes, &join);
+    halve::<8>(&mut lanes, &join);
+    halve::<4>(&mut lanes, &join);
+    join(join(lanes[0], lanes[2]), join(lanes[1], lanes[3]))
+}
+
+/// Joins the second `HALF` lanes to the first.
+#[inline(always)]
+fn halve<const HALF: usize>(lanes: &mut [f32; LANES], join: &impl Fn(f32, f32) -> f32) {
+    let (low, high) = lanes.split_at_mut(HALF);
+    for (low, high) in low.iter_mut().zip(high) {
+        *low = join(*low, *high);
     }
-    let eight: [f32; 8] = std::array::from_fn(|i| join(lanes[i], lanes[i + 8]));
-    let four: [f32; 4] = std::array::from_fn(|i| join(eight[i], eight[i + 4]));
-    join(join(four[0], four[2]), join(four[1], four[3]))
 }
 
 #[inline(always)]

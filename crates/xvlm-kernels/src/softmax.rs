@@ -85,10 +85,9 @@ fn map_rows<A: Real, B: Real, Out: Real>(
                 || {
                     let mut scratch = vec![0f32; width];
                     let rows = out.chunks_exact_mut(width).zip(a.chunks_exact(width)).zip(b.chunks_exact(width));
-                    rows.for_each(
-                        #[inline(always)]
-                        |((out, a), b)| row(out, a, b, &mut scratch),
-                    );
+                    for ((out, a), b) in rows {
+                        row(out, a, b, &mut scratch);
+                    }
                 },
             );
         });

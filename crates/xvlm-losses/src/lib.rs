@@ -38,8 +38,11 @@ pub fn contrastive(concepts: &Tensor, texts: &Tensor, temperature: &Tensor, keys
             keys.iter().map(move |other| if other == key { share } else { 0.0 })
         })
         .collect();
-    let targets = Tensor::from_vec(targets, (b, b), concepts.device())?.to_dtype(similarities.dtype())?;
-    let direction = |logits: &Tensor| kernels::log_softmax(logits, D::Minus1)?.mul(&targets)?.sum_all();
+    let targets = Tensor::from_vec(targets, (b, b), concepts.device())?;
+    let direction = |logits: &Tensor| {
+        let log_probabilities = kernels::log_softmax(logits, D::Minus1)?;
+        log_probabilities.mul(&targets.to_dtype(log_probabilities.dtype())?)?.sum_all()
+    };
     let both = (direction(&similarities)? + direction(&similarities.t()?.contiguous()?)?)?;
     Ok(((both / (-2.0 * b as f64))?, similarities))
 }
