@@ -1,3 +1,4 @@
+use candle_core::{Device, Tensor, Var};
 use proptest::prelude::*;
 use xvlm_kernels as kernels;
 
@@ -46,9 +47,21 @@ proptest! {
 #[test]
 fn gelu_is_exact_to_a_millionth() {
     let x: Vec<f32> = (-80_000..80_000).map(|i| i as f32 * 1e-4).collect();
-    let y = kernels::gelu(&candle_core::Tensor::new(x.as_slice(), &candle_core::Device::Cpu).unwrap()).unwrap();
+    let y = kernels::gelu(&Tensor::new(x.as_slice(), &Device::Cpu).unwrap()).unwrap();
     for (x, y) in x.iter().zip(y.to_vec1::<f32>().unwrap()) {
         let wanted = gelu(f64::from(*x));
         assert!((f64::from(y) - wanted).abs() <= 1e-6 * wanted.abs().max(1.0), "gelu({x}) is {y}, not {wanted}");
     }
+}
+
+#[test]
+fn quick_gelu_stays_finite() {
+    let x = Var::new(&[-1000f32, -60.0, 0.0, 60.0, 1000.0], &Device::Cpu).unwrap();
+    let y = kernels::quick_gelu(&x).unwrap();
+    let close = |found: Vec<f32>, wanted: [f32; 5]| {
+        assert!(found.iter().zip(wanted).all(|(a, b)| (a - b).abs() < 1e-30), "{found:?}, wanted {wanted:?}");
+    };
+    close(y.to_vec1().unwrap(), [0.0, 0.0, 0.0, 60.0, 1000.0]);
+    let gradients = y.sum_all().unwrap().backward().unwrap();
+    close(gradients.get(&x).unwrap().to_vec1().unwrap(), [0.0, 0.0, 0.5, 1.0, 1.0]);
 }

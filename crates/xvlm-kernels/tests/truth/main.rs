@@ -14,5 +14,6 @@ mod linear;
 mod norm;
 mod optim;
 mod pool;
+mod resize;
 mod softmax;
 mod window;
