@@ -32,7 +32,9 @@ mod window;
 
 pub use activation::{bias_gelu, gelu, quick_gelu};
 pub use attention::{Dropped, cross_attention, self_attention};
-pub use boxes::{box_losses, cxcywh_to_xyxy, giou, iou, patch_rectangle, patch_rectangle_mask, xyxy_to_cxcywh};
+pub use boxes::{
+    BoxFormat, box_losses, cxcywh_to_xyxy, giou, iou, pairwise_giou, patch_rectangle, patch_rectangle_mask, xyxy_to_cxcywh,
+};
 pub use embedding::embedding;
 pub use error::KernelError;
 #[cfg(feature = "emulation")]
@@ -41,6 +43,6 @@ pub use linear::linear;
 pub use loss::{IGNORE, cross_entropy, log_softmax, softmax};
 pub use norm::layer_norm;
 pub use optim::{AdamW, adamw_step, squared_norm};
-pub use pool::patch_pool;
+pub use pool::{Cover, patch_pool};
 pub use resize::resize_bicubic;
 pub use window::{WindowShape, window_attention};

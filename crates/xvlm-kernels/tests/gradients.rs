@@ -143,19 +143,6 @@ fn window_attention() {
 }
 
 #[test]
-fn patch_pool() {
-    let index = [1, 1, 0];
-    check(&[random(&mut rng(), &[2, 6, 5])], |x| {
-        let mask = Tensor::from_vec(
-            vec![1f64, 0., 1., 1., 0., 0., 0., 0., 0., 0., 0., 1., 0., 0., 0., 0., 0., 0.],
-            (3, 6),
-            &Device::Cpu,
-        )?;
-        kernels::patch_pool(&x[0], &index, &mask.to_dtype(x[0].dtype())?)
-    });
-}
-
-#[test]
 fn box_losses() {
     let rows =
         |values: &[[f64; 4]]| Tensor::from_slice(values.as_flattened(), (values.len(), 4), &Device::Cpu).unwrap();

@@ -4,5 +4,8 @@
 //! `--features emulation` adds the CUDA kernels on the host, `--features cuda` those on the first GPU.
 
 mod activation;
+mod boxes;
 mod check;
 mod device;
+mod optim;
+mod pool;
