@@ -2,7 +2,7 @@
 //! the least it could cost on this machine.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use xvlm::kernels::{self, WindowShape};
+use xvlm::kernels::{self, Cover, WindowShape};
 use xvlm_benches::{Case, Comparison, Floor, device, plain, random_at};
 
 /// Tokens of the first and the last stage of Swin-B, of the texts, and of the image they look at.
@@ -146,7 +146,7 @@ impl Bench<'_> {
         let ids = self.ids(&index)?;
         let (read, written) = (IMAGES * LAST * 1024, REGIONS * (1 + LAST) * 1024);
         let floors = [self.bytes(read + written), self.bytes(2 * (read + written))];
-        let ours = || kernels::patch_pool(&patches, &index, &covered);
+        let ours = || kernels::patch_pool(&patches, &index, Cover::Mask(&covered));
         self.case("patch pool 32 of 8x49x1024", floors, ours, || plain::patch_pool(&patches, &ids, &covered))
     }
 

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
-use xvlm_kernels as kernels;
+use xvlm_kernels::{self as kernels, Cover};
 
 use crate::config::VisionConfig;
 use crate::pass::Pass;
@@ -76,7 +76,7 @@ impl Vision {
                 let (n, l, _) = patches.dims3()?;
                 regions.check(n, 1 + l)?;
                 let covered = regions.mask.narrow(1, 1, l)?;
-                Ok((kernels::patch_pool(&patches, regions.index, &covered)?, with_mean(&patches)?))
+                Ok((kernels::patch_pool(&patches, regions.index, Cover::Mask(&covered))?, with_mean(&patches)?))
             }
             Self::Vit(vit) => {
                 let tokens = vit.forward(pixels, Some(regions), pass)?;

@@ -33,7 +33,8 @@ mod window;
 pub use activation::{bias_gelu, gelu, quick_gelu};
 pub use attention::{Dropped, cross_attention, self_attention};
 pub use boxes::{
-    BoxFormat, box_losses, cxcywh_to_xyxy, giou, iou, pairwise_giou, patch_rectangle, patch_rectangle_mask, xyxy_to_cxcywh,
+    BoxFormat, box_losses, cxcywh_to_xyxy, giou, iou, pairwise_giou, patch_rectangle, patch_rectangle_mask,
+    xyxy_to_cxcywh,
 };
 pub use embedding::embedding;
 pub use error::KernelError;
@@ -42,7 +43,7 @@ pub use gpu::emulated;
 pub use linear::linear;
 pub use loss::{IGNORE, cross_entropy, log_softmax, softmax};
 pub use norm::layer_norm;
-pub use optim::{AdamW, adamw_step, squared_norm};
+pub use optim::{AdamW, Update, adamw_step};
 pub use pool::{Cover, patch_pool};
 pub use resize::resize_bicubic;
 pub use window::{WindowShape, window_attention};

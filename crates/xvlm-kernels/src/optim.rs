@@ -1,138 +1,345 @@
 //! The optimizer's arithmetic.
 
-use candle_core::{CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Result, Tensor, Var};
+use std::cell::Cell;
+use std::collections::HashSet;
 
-use crate::host::{is_host_f32, read, slice, slice_mut};
-use crate::simd::{dot, vectorized};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor, Var};
+use half::bf16;
+use rayon::prelude::*;
 
-/// The numbers of one AdamW step (Loshchilov and Hutter 2019), as in transformers 4.12: moments corrected for bias, then
-/// decay, decoupled and scaled by the learning rate.
+use crate::error::KernelError;
+use crate::host::{read, slice_mut};
+use crate::real::Real;
+use crate::simd::{squares, vectorized};
+
+const OP: &str = "adamw_step";
+
+/// What AdamW (Loshchilov and Hutter 2019) does alike to all parameters. As in transformers 4.12: moments corrected for bias,
+/// then decay, decoupled and scaled by the learning rate.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {
-    /// Learning rate of this step.
-    pub lr: f64,
     /// Decay of the first moment.
     pub beta1: f64,
     /// Decay of the second moment.
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub eps: f64,
+    /// The norm that all gradients together are scaled down to if theirs is larger.
+    pub max_norm: Option<f64>,
+}
+
+/// A parameter, and what moves it in one step.
+#[derive(Clone, Copy, Debug)]
+pub struct Update<'a> {
+    /// What is updated, in place.
+    pub parameter: &'a Var,
+    /// The mean of its gradients, updated in place.
+    pub first_moment: &'a Var,
+    /// The mean of their squares, updated in place.
+    pub second_moment: &'a Var,
+    /// The gradient.
+    pub gradient: &'a Tensor,
+    /// Learning rate of this step.
+    pub lr: f64,
     /// Weight decay.
     pub weight_decay: f64,
-    /// Number of this step, from 1.
+    /// Number of this step for this parameter, from 1.
     pub step: u64,
-    /// Factor on the gradient (for clipping).
-    pub gradient_scale: f64,
 }
 
-/// Updates `parameter` and its moments in place from its gradient; all four have one shape and are `f32`.
+/// One step of all parameters. Returns the norm of all gradients together, before they are scaled; if it is not finite,
+/// nothing was changed.
+///
+/// Parameters and moments are `f32`; gradients are `f32`, `bf16` or `f16`, and are widened. On the CPU and on a GPU the
+/// gradients are read once for the norm, and parameters, moments and gradients once for the step; both are the same bits from
+/// run to run. Other types go one tensor after the other.
 ///
 /// # Errors
-/// If shapes differ or a tensor is not `f32`.
-pub fn adamw_step(
-    parameter: &Var,
-    first_moment: &Var,
-    second_moment: &Var,
-    gradient: &Tensor,
-    settings: AdamW,
-) -> Result<()> {
-    let AdamW { lr, beta1, beta2, eps, weight_decay, step, gradient_scale } = settings;
-    let correction1 = 1.0 - beta1.powf(step as f64);
-    let correction2 = 1.0 - beta2.powf(step as f64);
-    let step_size = lr * correction2.sqrt() / correction1;
-    let gradient = gradient.detach().contiguous()?;
-    if is_host_f32(&[parameter, first_moment, second_moment, &gradient]) {
-        let scale = gradient_scale as f32;
-        first_moment.inplace_op2(&gradient, &Moment { decay: beta1 as f32, scale, squared: false })?;
-        second_moment.inplace_op2(&gradient, &Moment { decay: beta2 as f32, scale, squared: true })?;
-        let op = Step { step_size: step_size as f32, eps: eps as f32, keep: (1.0 - lr * weight_decay) as f32 };
-        return parameter.inplace_op3(first_moment, second_moment, &op);
+/// If the tensors of an update differ in shape, type or device, a variable is not contiguous, or one is in two places. Nothing
+/// was changed then.
+pub fn adamw_step(settings: &AdamW, updates: &[Update]) -> Result<f64> {
+    check(updates)?;
+    // candle changes nothing in place that has no numbers.
+    let updates: Vec<Update> = updates.iter().filter(|update| update.gradient.elem_count() > 0).copied().collect();
+    let gradients = updates.iter().map(gradient).collect::<Result<Vec<_>>>()?;
+    let Some(first) = updates.first() else { return Ok(0.0) };
+    let alike =
+        |u: &Update| u.parameter.dtype() == DType::F32 && u.parameter.device().same_device(first.parameter.device());
+    if updates.iter().all(alike) {
+        #[cfg(gpu)]
+        if crate::gpu::runs(first.parameter) {
+            return on_gpu::step(settings, &updates, &gradients);
+        }
+        if first.parameter.device().is_cpu() {
+            return step_on_host(settings, &updates, &gradients);
+        }
     }
-    let gradient = (gradient * gradient_scale)?;
-    let first = ((first_moment.as_tensor() * beta1)? + (&gradient * (1.0 - beta1))?)?;
-    let second = ((second_moment.as_tensor() * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
-    let update = (&first / (second.sqrt()? + eps)?)?;
-    let next = (parameter.as_tensor() - (update * step_size)?)?;
-    parameter.set(&(next * (1.0 - lr * weight_decay))?)?;
-    first_moment.set(&first)?;
-    second_moment.set(&second)
+    let squares = gradients.iter().map(sum_of_squares).collect::<Result<Vec<f64>>>()?;
+    let norm = squares.iter().sum::<f64>().sqrt();
+    if norm.is_finite() {
+        let scale = settings.gradient_scale(norm);
+        updates
+            .iter()
+            .zip(&gradients)
+            .try_for_each(|(update, gradient)| step_composed(settings, scale, update, gradient))?;
+    }
+    Ok(norm)
 }
 
-/// Σ x², in f64 on the CPU: what the global norm for clipping is made of.
-pub fn squared_norm(x: &Tensor) -> Result<f64> {
-    if is_host_f32(&[x]) {
-        let x = x.contiguous()?;
-        let values = read::<f32>(&x)?;
-        let values = &*values;
-        return Ok(values
-            .chunks(4096)
-            .map(|chunk| {
-                f64::from(vectorized(
-                    #[inline(always)]
-                    || dot(chunk, chunk),
-                ))
-            })
-            .sum());
+impl AdamW {
+    /// The factor on gradients of this norm, as `torch.nn.utils.clip_grad_norm_` has it, with its 1e-6.
+    fn gradient_scale(&self, norm: f64) -> f64 {
+        self.max_norm.map_or(1.0, |max_norm| (max_norm / (norm + 1e-6)).min(1.0))
     }
-    Ok(f64::from(x.to_dtype(DType::F32)?.sqr()?.sum_all()?.to_scalar::<f32>()?))
 }
 
-struct Moment {
-    decay: f32,
-    scale: f32,
-    squared: bool,
+impl Update<'_> {
+    /// The learning rate corrected for bias, and what decay leaves of the parameter.
+    fn rates(&self, settings: &AdamW) -> (f64, f64) {
+        let correction = |beta: f64| 1.0 - beta.powf(self.step as f64);
+        let step_size = self.lr * correction(settings.beta2).sqrt() / correction(settings.beta1);
+        (step_size, 1.0 - self.lr * self.weight_decay)
+    }
 }
 
-impl InplaceOp2 for Moment {
-    fn name(&self) -> &'static str {
-        "adamw-moment"
+/// Checks shapes, types and devices, and that no number is changed twice.
+fn check(updates: &[Update]) -> Result<()> {
+    let mut changed = HashSet::new();
+    for update in updates {
+        let parameter = update.parameter;
+        let variables =
+            [("parameter", parameter), ("first_moment", update.first_moment), ("second_moment", update.second_moment)];
+        for (argument, variable) in variables {
+            let wrong = |expected: String, found: String| KernelError::Value { op: OP, argument, expected, found };
+            if variable.shape() != parameter.shape() {
+                let (expected, found) = (format!("{:?}", parameter.dims()), variable.dims().to_vec());
+                return Err(KernelError::Shape { op: OP, argument, expected, found }.into());
+            }
+            if variable.dtype() != parameter.dtype() || !variable.device().same_device(parameter.device()) {
+                let describe = |t: &Tensor| format!("{:?} on {:?}", t.dtype(), t.device().location());
+                return Err(wrong(describe(parameter), describe(variable)).into());
+            }
+            if !variable.is_contiguous() {
+                return Err(wrong("contiguous".into(), format!("{:?}", variable.layout())).into());
+            }
+            if !changed.insert(storage(variable)) {
+                return Err(wrong("a variable of its own".into(), "one that is updated already".into()).into());
+            }
+        }
+        let (argument, gradient) = ("gradient", update.gradient);
+        if gradient.shape() != parameter.shape() {
+            let (expected, found) = (format!("{:?}", parameter.dims()), gradient.dims().to_vec());
+            return Err(KernelError::Shape { op: OP, argument, expected, found }.into());
+        }
+        if !gradient.dtype().is_float() || !gradient.device().same_device(parameter.device()) {
+            let expected = format!("a float type on {:?}", parameter.device().location());
+            let found = format!("{:?} on {:?}", gradient.dtype(), gradient.device().location());
+            return Err(KernelError::Value { op: OP, argument, expected, found }.into());
+        }
     }
+    if let Some(i) = updates.iter().position(|update| changed.contains(&storage(update.gradient))) {
+        let (expected, found) = ("apart from the variables".into(), format!("one that update {i} changes"));
+        return Err(KernelError::Value { op: OP, argument: "gradient", expected, found }.into());
+    }
+    Ok(())
+}
 
-    fn cpu_fwd(&self, m: &mut CpuStorage, m_layout: &Layout, g: &CpuStorage, g_layout: &Layout) -> Result<()> {
-        let (m, g) = (slice_mut(m, m_layout)?, slice(g, g_layout)?);
-        let (decay, scale) = (self.decay, self.scale);
+/// What tells the memory of a tensor from that of others.
+fn storage(tensor: &Tensor) -> usize {
+    std::ptr::from_ref(&*tensor.storage_and_layout().0).addr()
+}
+
+/// The gradient of an update as the loops read it: contiguous, of a type they know.
+fn gradient(update: &Update) -> Result<Tensor> {
+    let gradient = update.gradient.detach();
+    let known = match gradient.dtype() {
+        DType::F32 | DType::BF16 => true,
+        #[cfg(gpu)]
+        DType::F16 => crate::gpu::runs(update.parameter),
+        _ => false,
+    };
+    if known { gradient } else { gradient.to_dtype(update.parameter.dtype())? }.contiguous()
+}
+
+/// Numbers that a thread takes at a time; the loops of `cuda/optim.cu` take as many.
+const CHUNK: usize = 1 << 14;
+
+fn step_on_host(settings: &AdamW, updates: &[Update], gradients: &[Tensor]) -> Result<f64> {
+    // In the order of the parameters, whichever thread is done first.
+    let squares = gradients.par_iter().with_max_len(1).map(|gradient| match gradient.dtype() {
+        DType::BF16 => Ok(squares_on_host(&read::<bf16>(gradient)?)),
+        _ => Ok(squares_on_host(&read::<f32>(gradient)?)),
+    });
+    let norm = squares.collect::<Result<Vec<f64>>>()?.iter().sum::<f64>().sqrt();
+    if norm.is_finite() {
+        let scale = settings.gradient_scale(norm) as f32;
+        updates.par_iter().zip(gradients).with_max_len(1).try_for_each(|(update, gradient)| {
+            match gradient.dtype() {
+                DType::BF16 => update_on_host(settings, scale, update, &read::<bf16>(gradient)?),
+                _ => update_on_host(settings, scale, update, &read::<f32>(gradient)?),
+            }
+        })?;
+    }
+    Ok(norm)
+}
+
+/// Σ x²: in `f32` over a few thousand numbers, in `f64` over these sums.
+fn squares_on_host<T: Real>(values: &[T]) -> f64 {
+    const FEW: usize = 4096;
+    let chunk = |values: &[T]| {
         vectorized(
             #[inline(always)]
-            || {
-                for (m, &g) in m.iter_mut().zip(g) {
-                    let g = g * scale;
-                    *m = decay * *m + (1.0 - decay) * if self.squared { g * g } else { g };
-                }
-            },
-        );
-        Ok(())
-    }
+            || values.chunks(FEW).map(|few| f64::from(squares(few))).sum::<f64>(),
+        )
+    };
+    values.par_chunks(CHUNK).map(chunk).collect::<Vec<f64>>().iter().sum()
 }
 
-struct Step {
-    step_size: f32,
+fn update_on_host<T: Real>(settings: &AdamW, scale: f32, update: &Update, gradient: &[T]) -> Result<()> {
+    let (step_size, keep) = update.rates(settings);
+    let rule = Rule {
+        scale,
+        decay1: settings.beta1 as f32,
+        decay2: settings.beta2 as f32,
+        eps: settings.eps as f32,
+        step_size: step_size as f32,
+        keep: keep as f32,
+    };
+    change(update.parameter, |parameter| {
+        change(update.first_moment, |first| {
+            change(update.second_moment, |second| {
+                let moments = first.par_chunks_mut(CHUNK).zip(second.par_chunks_mut(CHUNK));
+                let chunks = parameter.par_chunks_mut(CHUNK).zip(moments).zip(gradient.par_chunks(CHUNK));
+                chunks.for_each(|((parameter, (first, second)), gradient)| {
+                    vectorized(
+                        #[inline(always)]
+                        || rule.apply(parameter, first, second, gradient),
+                    );
+                });
+            })
+        })?
+    })??;
+    Ok(())
+}
+
+struct Rule {
+    scale: f32,
+    decay1: f32,
+    decay2: f32,
     eps: f32,
+    step_size: f32,
     keep: f32,
 }
 
-impl InplaceOp3 for Step {
-    fn name(&self) -> &'static str {
-        "adamw-step"
+impl Rule {
+    #[inline(always)]
+    fn apply<T: Real>(&self, parameter: &mut [f32], first: &mut [f32], second: &mut [f32], gradient: &[T]) {
+        let Self { scale, decay1, decay2, eps, step_size, keep } = *self;
+        for (((p, m), v), g) in parameter.iter_mut().zip(first).zip(second).zip(gradient) {
+            let g = g.widen() * scale;
+            *m = decay1 * *m + (1.0 - decay1) * g;
+            *v = decay2 * *v + (1.0 - decay2) * (g * g);
+            *p = (*p - step_size * *m / (v.sqrt() + eps)) * keep;
+        }
+    }
+}
+
+/// Hands the numbers of a variable on the CPU to `work`, which alone reads and writes them meanwhile.
+fn change<R>(variable: &Var, work: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
+    struct Change<F, R> {
+        work: Cell<Option<F>>,
+        result: Cell<Option<R>>,
+    }
+    impl<R, F: FnOnce(&mut [f32]) -> R> InplaceOp1 for Change<F, R> {
+        fn name(&self) -> &'static str {
+            OP
+        }
+
+        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+            let values = slice_mut(storage, layout)?;
+            self.result.set(self.work.take().map(|work| work(values)));
+            Ok(())
+        }
+    }
+    let change = Change { work: Cell::new(Some(work)), result: Cell::new(None) };
+    variable.inplace_op1(&change)?;
+    change.result.take().ok_or_else(|| candle_core::Error::Msg(format!("{OP}: a variable is not on the CPU")))
+}
+
+/// Σ x² of a tensor, waited for.
+fn sum_of_squares(x: &Tensor) -> Result<f64> {
+    let wide = if x.device().is_cpu() { DType::F64 } else { DType::F32 };
+    x.to_dtype(wide)?.sqr()?.sum_all()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_scalar()
+}
+
+fn step_composed(settings: &AdamW, scale: f64, update: &Update, gradient: &Tensor) -> Result<()> {
+    let AdamW { beta1, beta2, eps, .. } = *settings;
+    let Update { parameter, first_moment, second_moment, .. } = *update;
+    let (step_size, keep) = update.rates(settings);
+    let gradient = (gradient.to_dtype(parameter.dtype())? * scale)?;
+    let first = ((first_moment.as_tensor() * beta1)? + (&gradient * (1.0 - beta1))?)?;
+    let second = ((second_moment.as_tensor() * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
+    let change = ((&first / (second.sqrt()? + eps)?)? * step_size)?;
+    parameter.set(&((parameter.as_tensor() - change)? * keep)?.detach())?;
+    first_moment.set(&first.detach())?;
+    second_moment.set(&second.detach())
+}
+
+#[cfg(gpu)]
+mod on_gpu {
+    use super::*;
+    use crate::gpu::{Arg, Buffer, Grid, Kernel, address_of, address_of_variable, launch};
+    use crate::graph::Fresh;
+
+    const THREADS: u32 = 256;
+
+    fn kernel(name: &'static str) -> Kernel {
+        Kernel { file: "optim", name }
     }
 
-    fn cpu_fwd(
-        &self,
-        p: &mut CpuStorage,
-        p_layout: &Layout,
-        m: &CpuStorage,
-        m_layout: &Layout,
-        v: &CpuStorage,
-        v_layout: &Layout,
-    ) -> Result<()> {
-        let (p, m, v) = (slice_mut(p, p_layout)?, slice(m, m_layout)?, slice(v, v_layout)?);
-        vectorized(
-            #[inline(always)]
-            || {
-                for ((p, &m), &v) in p.iter_mut().zip(m).zip(v) {
-                    *p = (*p - self.step_size * m / (v.sqrt() + self.eps)) * self.keep;
-                }
-            },
-        );
-        Ok(())
+    /// One launch over all parameters: a block for each chunk of a parameter, which finds in two tables where that is.
+    pub(super) fn step(settings: &AdamW, updates: &[Update], gradients: &[Tensor]) -> Result<f64> {
+        let like = updates[0].parameter.as_tensor();
+        let (mut tensors, mut chunks) = (Vec::new(), Vec::new());
+        for (i, (update, gradient)) in updates.iter().zip(gradients).enumerate() {
+            let (step_size, keep) = update.rates(settings);
+            let bits = |rate: f64| i64::from((rate as f32).to_bits());
+            let dtype = match gradient.dtype() {
+                DType::F32 => 0,
+                DType::BF16 => 1,
+                _ => 2,
+            };
+            let count = gradient.elem_count();
+            let addresses = [
+                address_of_variable(update.parameter)?,
+                address_of_variable(update.first_moment)?,
+                address_of_variable(update.second_moment)?,
+                address_of(gradient)?,
+            ];
+            tensors.extend(addresses.map(u64::cast_signed));
+            tensors.extend([count as i64, dtype, bits(step_size), bits(keep)]);
+            chunks.extend((0..count.div_ceil(CHUNK)).flat_map(|chunk| [i as i64, (chunk * CHUNK) as i64]));
+        }
+        let count = chunks.len() / 2;
+        let (tensors, chunks) = (Tensor::new(tensors, like.device())?, Tensor::new(chunks, like.device())?);
+        let (grid, one) = (Grid::line(count, THREADS), Grid::line(1, THREADS));
+        let mut parts = Buffer::new(like, DType::F32, count)?;
+        let arguments = &mut [Arg::In(&tensors), Arg::In(&chunks), Arg::Out(&mut parts)];
+        launch(kernel("squares"), like, DType::F32, grid, arguments)?;
+        let mut norm = Buffer::new(like, DType::F64, 1)?;
+        let arguments = &mut [Arg::Made(&parts), Arg::Out(&mut norm), Arg::size(count)?];
+        launch(kernel("norm"), like, DType::F32, one, arguments)?;
+        let arguments = &mut [
+            Arg::In(&tensors),
+            Arg::In(&chunks),
+            Arg::Made(&norm),
+            Arg::F32(settings.max_norm.unwrap_or(f64::INFINITY) as f32),
+            Arg::F32(settings.beta1 as f32),
+            Arg::F32(settings.beta2 as f32),
+            Arg::F32(settings.eps as f32),
+        ];
+        launch(kernel("adamw"), like, DType::F32, grid, arguments)?;
+        // Waits for the step, so that nobody reads a variable before it is changed.
+        Fresh::from(norm).detached().get(0)?.to_scalar()
     }
 }

@@ -40,6 +40,12 @@ pub(crate) fn dot(x: &[f32], y: &[f32]) -> f32 {
     lane_sum(x.len(), |i| x[i] * y[i])
 }
 
+/// Σ x², widened.
+#[inline(always)]
+pub(crate) fn squares<T: Real>(x: &[T]) -> f32 {
+    lane_sum(x.len(), |i| x[i].widen() * x[i].widen())
+}
+
 /// Mean of a row and the reciprocal of its standard deviation (biased, with `eps` under the root).
 #[inline(always)]
 pub(crate) fn moments(x: &[f32], eps: f32) -> (f32, f32) {

@@ -7,7 +7,7 @@ use serde::Serialize;
 use xvlm_data::annotations::{GroundingItem, read_grounding};
 use xvlm_data::{Picture, TextTensors};
 use xvlm_encoders::{Attention, Concepts, Pass, Task, VisionConfig, Xvlm};
-use xvlm_kernels as kernels;
+use xvlm_kernels::{self as kernels, Cover};
 use xvlm_metrics::boxes::{BoxScores, refer_iou};
 use xvlm_train::Losses;
 
@@ -97,7 +97,7 @@ fn inside(
     let regions = match vision {
         VisionConfig::Swin(_) => {
             let patches = images.0.narrow(1, 1, images.0.dim(1)? - 1)?;
-            kernels::patch_pool(&patches, index, &covered)?
+            kernels::patch_pool(&patches, index, Cover::Mask(&covered))?
         }
         VisionConfig::Vit(_) => images.0.index_select(&Tensor::new(index, model.device())?, 0)?,
     };

@@ -3,9 +3,8 @@
 use std::collections::{HashMap, HashSet};
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Result as CandleResult, Tensor, Var};
-use rayon::prelude::*;
-use xvlm_kernels::{AdamW, adamw_step, squared_norm};
+use candle_core::{DType, Var};
+use xvlm_kernels::{AdamW, Update, adamw_step};
 
 use crate::config::OptimizerConfig;
 use crate::error::TrainError;
@@ -16,7 +15,6 @@ pub struct Optimizer<'a> {
     /// Steps since the run began.
     pub(crate) steps: u64,
     config: OptimizerConfig,
-    on_cpu: bool,
 }
 
 /// A parameter with what the optimizer knows of it.
@@ -62,8 +60,7 @@ impl<'a> Optimizer<'a> {
                 lr_mult: config.lr_mult_of(name),
             });
         }
-        let on_cpu = slots.iter().all(|slot| slot.parameter.device().is_cpu());
-        Ok(Self { slots, steps: 0, config: config.clone(), on_cpu })
+        Ok(Self { slots, steps: 0, config: config.clone() })
     }
 
     /// One step at learning rate `lr`, with the gradient scaled down to the norm `clip` if it is longer. Returns its norm
@@ -74,55 +71,28 @@ impl<'a> Optimizer<'a> {
     /// # Errors
     /// [`TrainError::Tensor`] if a tensor operation fails.
     pub fn step(&mut self, gradients: &GradStore, lr: f64, clip: Option<f32>) -> Result<f64, TrainError> {
-        let norm = self.norm(gradients)?;
-        if !norm.is_finite() {
-            return Ok(norm);
-        }
-        // As `torch.nn.utils.clip_grad_norm_`, with its 1e-6.
-        let gradient_scale = clip.map_or(1.0, |clip| (f64::from(clip) / (norm + 1e-6)).min(1.0));
         let OptimizerConfig { betas: (beta1, beta2), eps, .. } = self.config;
-        let update = |slot: &mut Slot| {
-            let Some(gradient) = gradients.get(slot.parameter) else { return Ok(()) };
-            slot.steps += 1;
-            let (lr, weight_decay, step) = (lr * slot.lr_mult, slot.weight_decay, slot.steps);
-            let settings = AdamW { lr, beta1, beta2, eps, weight_decay, step, gradient_scale };
-            adamw_step(slot.parameter, &slot.first_moment, &slot.second_moment, gradient, settings)
-                .map_err(TrainError::tensor(slot.name))
-        };
-        if self.on_cpu {
-            self.slots.par_iter_mut().with_max_len(1).try_for_each(update)?;
-        } else {
-            self.slots.iter_mut().try_for_each(update)?;
+        let settings = AdamW { beta1, beta2, eps, max_norm: clip.map(f64::from) };
+        let with_gradients = self.slots.iter().filter_map(|slot| Some((slot, gradients.get(slot.parameter)?)));
+        let updates: Vec<Update> = with_gradients
+            .map(|(slot, gradient)| Update {
+                parameter: slot.parameter,
+                first_moment: &slot.first_moment,
+                second_moment: &slot.second_moment,
+                gradient,
+                lr: lr * slot.lr_mult,
+                weight_decay: slot.weight_decay,
+                step: slot.steps + 1,
+            })
+            .collect();
+        let norm = adamw_step(&settings, &updates).map_err(TrainError::tensor("optimizer step"))?;
+        if norm.is_finite() {
+            let moved = self.slots.iter_mut().filter(|slot| gradients.get(slot.parameter).is_some());
+            moved.for_each(|slot| slot.steps += 1);
+            self.steps += 1;
         }
-        self.steps += 1;
         Ok(norm)
     }
-
-    /// The norm of the gradients of all parameters.
-    fn norm(&self, gradients: &GradStore) -> Result<f64, TrainError> {
-        let gradient = |slot: &Slot<'a>| gradients.get(slot.parameter).map(|gradient| (slot.name, gradient.clone()));
-        let squares = if self.on_cpu {
-            // Summed in the parameters' order, whichever thread is done first.
-            let square = |(name, gradient): (&str, Tensor)| squared_norm(&gradient).map_err(TrainError::tensor(name));
-            let squares = self.slots.par_iter().with_max_len(1).filter_map(gradient).map(square);
-            squares.collect::<Result<Vec<f64>, _>>()?.iter().sum()
-        } else {
-            // Summed on the device, so that it is waited for once.
-            let gradients = self.slots.iter().filter_map(gradient);
-            let squares = gradients.map(|(name, g)| sum_of_squares(&g).map_err(TrainError::tensor(name)));
-            let squares = squares.collect::<Result<Vec<Tensor>, _>>()?;
-            if squares.is_empty() { 0.0 } else { sum(&squares).map_err(TrainError::tensor("gradient norm"))? }
-        };
-        Ok(squares.sqrt())
-    }
-}
-
-fn sum_of_squares(x: &Tensor) -> CandleResult<Tensor> {
-    x.detach().to_dtype(DType::F32)?.sqr()?.sum_all()
-}
-
-fn sum(scalars: &[Tensor]) -> CandleResult<f64> {
-    Tensor::stack(scalars, 0)?.sum_all()?.to_scalar::<f32>().map(f64::from)
 }
 
 #[cfg(test)]

@@ -101,6 +101,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 inline float __half2float(__half x) { return float(x.value); }
 inline __half __float2half_rn(float x) { return {_Float16(x)}; }
 
+using std::isfinite;
 using std::max;
 using std::min;
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }

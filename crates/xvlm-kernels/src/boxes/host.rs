@@ -32,8 +32,7 @@ pub(super) fn compare<T: Real>(c: &Comparison, tiles: &Tiles, a: &Tensor, b: &Te
     let values = written(c.shape(), |out: &mut [T]| {
         slopes = Some(written(&tiles.shape()[..], |slopes: &mut [f32]| {
             let outs = out.par_chunks_mut(segment * c.values());
-            let mut parts: Vec<&mut [f32]> =
-                slopes.chunks_mut((segment.div_ceil(TILE) * of_a_tile).max(1)).collect();
+            let mut parts: Vec<&mut [f32]> = slopes.chunks_mut((segment.div_ceil(TILE) * of_a_tile).max(1)).collect();
             parts.resize_with(outs.len(), Default::default);
             outs.zip(parts).enumerate().with_min_len(together).for_each(|(i, (out, slopes))| {
                 let (a, b) = match c.pairs {
@@ -94,8 +93,16 @@ fn compare_segment<T: Real, const CENTRES: bool>(
                 let (own, other) = if side == 0 { (&first, &second) } else { (&second, &first) };
                 let slots = &mut slots[tiles.first_slot(side)..];
                 for k in 0..4 {
-                    fill(&mut slots[k], #[inline(always)] |i| sign(own[k][i] - other[k][i]));
-                    fill(&mut slots[4 + k], #[inline(always)] |i| -by[side][k][i]);
+                    fill(
+                        &mut slots[k],
+                        #[inline(always)]
+                        |i| sign(own[k][i] - other[k][i]),
+                    );
+                    fill(
+                        &mut slots[4 + k],
+                        #[inline(always)]
+                        |i| -by[side][k][i],
+                    );
                 }
             }
         } else {
@@ -184,7 +191,8 @@ fn generalised_iou<const CENTRES: bool>(a: [f32; 4], b: [f32; 4]) -> (f32, [f32;
         for (by, own, other, side) in [(&mut by_a, a, b, side_a), (&mut by_b, b, a, side_b)] {
             let by_side = by_union * open(side[axis]) * positive(side[across]);
             let by_low = by_inner * is_less(other[low], own[low]) + by_side + by_outer * is_less(own[low], other[low]);
-            let by_high = by_inner * is_less(own[high], other[high]) + by_side + by_outer * is_less(other[high], own[high]);
+            let by_high =
+                by_inner * is_less(own[high], other[high]) + by_side + by_outer * is_less(other[high], own[high]);
             (by[low], by[high]) = match CENTRES {
                 true => (by_high - by_low, (by_high + by_low) * 0.5),
                 false => (-by_low, by_high),
@@ -211,8 +219,8 @@ pub(super) fn weighted<T: Real>(
     };
     let boxes = if let Sum::Columns = sum { rows } else { columns };
     Ok(written((boxes, 4), |out: &mut [T]| match sum {
-        Sum::Columns => out.par_chunks_mut(4).enumerate().with_min_len(CHUNK.div_ceil(columns.max(1))).for_each(
-            |(row, out)| {
+        Sum::Columns => {
+            out.par_chunks_mut(4).enumerate().with_min_len(CHUNK.div_ceil(columns.max(1))).for_each(|(row, out)| {
                 vectorized(
                     #[inline(always)]
                     || {
@@ -223,8 +231,8 @@ pub(super) fn weighted<T: Real>(
                         out.iter_mut().zip(&total).for_each(|(out, lanes)| *out = T::narrow(lanes.iter().sum()));
                     },
                 )
-            },
-        ),
+            })
+        }
         Sum::Rows => out.par_chunks_mut(4 * TILE).enumerate().for_each(|(t, out)| {
             vectorized(
                 #[inline(always)]

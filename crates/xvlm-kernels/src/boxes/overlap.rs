@@ -226,7 +226,13 @@ mod on_gpu {
             flag(tiles.sides[0]),
             flag(tiles.sides[1]),
         ];
-        launch(kernel("compare_boxes"), a, a.dtype(), Grid::line(lanes.div_ceil(THREADS as usize), THREADS), arguments)?;
+        launch(
+            kernel("compare_boxes"),
+            a,
+            a.dtype(),
+            Grid::line(lanes.div_ceil(THREADS as usize), THREADS),
+            arguments,
+        )?;
         Ok((values.into(), slopes.into()))
     }
 

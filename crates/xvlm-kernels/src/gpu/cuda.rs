@@ -35,6 +35,7 @@ pub(super) fn allocate(device: &CudaDevice, dtype: DType, len: usize) -> Result<
     // SAFETY: the memory is handed to a kernel that writes it before anything reads it.
     let slice = unsafe {
         match dtype {
+            DType::F64 => CudaStorageSlice::F64(device.alloc::<f64>(len)?),
             DType::F32 => CudaStorageSlice::F32(device.alloc::<f32>(len)?),
             DType::BF16 => CudaStorageSlice::BF16(device.alloc::<bf16>(len)?),
             DType::F16 => CudaStorageSlice::F16(device.alloc::<f16>(len)?),
@@ -45,10 +46,26 @@ pub(super) fn allocate(device: &CudaDevice, dtype: DType, len: usize) -> Result<
     Ok(CudaStorage { slice, device: device.clone() })
 }
 
+/// The address of an element, for a kernel that finds it in a table.
+pub(super) fn listed(storage: &Storage, offset: usize) -> Result<u64> {
+    let Storage::Cuda(near) = storage else { bail!("a kernel needs all its tensors on one GPU") };
+    let stream = near.device.cuda_stream();
+    Ok(address(storage, offset, &stream)?.0)
+}
+
+/// The address of a number of `f32` memory that a kernel is to write and finds in a table.
+pub(super) fn listed_mut(storage: &mut CudaStorage, offset: usize) -> Result<u64> {
+    let stream = storage.device.cuda_stream();
+    let CudaStorageSlice::F32(slice) = &mut storage.slice else { bail!("kernels change variables of f32 only") };
+    let (start, _order) = slice.device_ptr_mut(&stream);
+    Ok(start + (offset * size_of::<f32>()) as u64)
+}
+
 /// The address of an element, and what keeps it in order with other streams until it is dropped.
 fn address<'a>(storage: &'a Storage, offset: usize, stream: &'a CudaStream) -> Result<(u64, SyncOnDrop<'a>)> {
     let Storage::Cuda(storage) = storage else { bail!("a kernel needs all its tensors on one GPU") };
     let ((start, sync), bytes) = match &storage.slice {
+        CudaStorageSlice::F64(slice) => (slice.device_ptr(stream), 8),
         CudaStorageSlice::F32(slice) => (slice.device_ptr(stream), 4),
         CudaStorageSlice::BF16(slice) => (slice.device_ptr(stream), 2),
         CudaStorageSlice::F16(slice) => (slice.device_ptr(stream), 2),
@@ -63,6 +80,7 @@ fn address<'a>(storage: &'a Storage, offset: usize, stream: &'a CudaStream) -> R
 fn address_mut<'a>(storage: &'a mut Storage, stream: &'a CudaStream) -> Result<(u64, SyncOnDrop<'a>)> {
     let Storage::Cuda(storage) = storage else { bail!("a kernel needs all its tensors on one GPU") };
     Ok(match &mut storage.slice {
+        CudaStorageSlice::F64(slice) => slice.device_ptr_mut(stream),
         CudaStorageSlice::F32(slice) => slice.device_ptr_mut(stream),
         CudaStorageSlice::BF16(slice) => slice.device_ptr_mut(stream),
         CudaStorageSlice::F16(slice) => slice.device_ptr_mut(stream),

@@ -32,6 +32,7 @@ pub(super) fn is_on() -> bool {
 /// Memory full of NaN (or of huge integers), so that what a kernel fails to write shows.
 pub(super) fn allocate(dtype: DType, len: usize) -> Result<CpuStorage> {
     Ok(match dtype {
+        DType::F64 => CpuStorage::F64(vec![f64::NAN; len]),
         DType::F32 => CpuStorage::F32(vec![f32::NAN; len]),
         DType::BF16 => CpuStorage::BF16(vec![bf16::NAN; len]),
         DType::F16 => CpuStorage::F16(vec![f16::NAN; len]),
@@ -40,10 +41,11 @@ pub(super) fn allocate(dtype: DType, len: usize) -> Result<CpuStorage> {
     })
 }
 
-fn address(storage: &Storage, offset: usize) -> Result<u64> {
+pub(super) fn address(storage: &Storage, offset: usize) -> Result<u64> {
     let Storage::Cpu(storage) = storage else { bail!("an emulated kernel needs tensors on the CPU") };
     // The kernels write through the addresses of `Arg::Out` only, which are borrowed mutably.
     Ok(match storage {
+        CpuStorage::F64(values) => values[offset..].as_ptr() as u64,
         CpuStorage::F32(values) => values[offset..].as_ptr() as u64,
         CpuStorage::BF16(values) => values[offset..].as_ptr() as u64,
         CpuStorage::F16(values) => values[offset..].as_ptr() as u64,

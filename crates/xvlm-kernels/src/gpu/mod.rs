@@ -4,6 +4,7 @@
 //! compiled as C++ against a small host shim, run over CPU tensors inside [`crate::emulated`]: every launch, its grid and
 //! its arguments can be tested where there is no GPU.
 
+mod address;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(feature = "emulation")]
@@ -13,6 +14,8 @@ use candle_core::{DType, Result, Shape, Storage, Tensor, bail};
 
 #[cfg(feature = "emulation")]
 pub use emulation::emulated;
+
+pub(crate) use address::{address_of, address_of_variable};
 
 use crate::graph::Fresh;
 

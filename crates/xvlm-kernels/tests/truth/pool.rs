@@ -54,7 +54,9 @@ proptest! {
         let c = if packed { 8 * c } else { c };
         let (patches, index) = (Array::random(&[images, l, c], seed), numbers(regions, images, seed ^ 1));
         // A third of the patches; nothing in every fourth region.
-        let covers = |region: usize, patch: usize| region % 4 != 3 && (region * 7 + patch * 5 + seed as usize % 11) % 3 == 0;
+        let covers = |region: usize, patch: usize| {
+            region % 4 != 3 && (region * 7 + patch * 5 + seed as usize % 11).is_multiple_of(3)
+        };
         let mask = (0..regions * l).map(|i| f64::from(u8::from(covers(i / l, i % l)))).collect();
         let mask = Array::new(&[regions, l], mask);
         check([patches], |[patches]| pool(patches, &index, covers), |at, [patches]| {
@@ -126,7 +128,10 @@ fn wrong_arguments_are_named() {
             computer.run(|| kernels::patch_pool(&zeros(patches), index, cover)).unwrap_err().to_string()
         };
         let found = error(&[2, 4, 3], &[0], Cover::Mask(&zeros(&[1, 5])));
-        assert!(found.contains("patch_pool: `mask`") && found.contains("[1, 4]") && found.contains("[1, 5]"), "{found}");
+        assert!(
+            found.contains("patch_pool: `mask`") && found.contains("[1, 4]") && found.contains("[1, 5]"),
+            "{found}"
+        );
         let found = error(&[2, 4, 3], &[0, 2], Cover::Mask(&zeros(&[2, 4])));
         assert!(found.contains("`index`") && found.contains("below 2"), "{found}");
         let found = error(&[2, 4, 3], &[0], Cover::Boxes(&zeros(&[1, 5])));
