@@ -8,6 +8,7 @@ use crate::loss::softmax;
 use crate::path::Path;
 
 mod decode;
+mod glance;
 #[cfg(gpu)]
 mod gpu;
 pub(crate) mod head;
