@@ -53,9 +53,11 @@ impl<'a, T: Real> Source<'a, T> {
     /// `scale` times the rows of these positions, into rows `stride` apart.
     #[inline(always)]
     fn copy(&self, positions: Range<usize>, scale: f32, out: &mut [f32], stride: usize) {
-        for (out, position) in out.chunks_exact_mut(stride).zip(positions) {
-            for (out, x) in out.iter_mut().zip(self.row(position)) {
-                *out = scale * x.widen();
+        let width = self.span.width;
+        for (i, position) in positions.enumerate() {
+            let (out, row) = (&mut out[i * stride..][..width], &self.row(position)[..width]);
+            for j in 0..width {
+                out[j] = scale * row[j].widen();
             }
         }
     }
@@ -87,10 +89,12 @@ impl<'a, T: Real> Target<'a, T> {
     /// Writes the rows of these positions: those of `from`, `stride` apart, times the scale of each.
     #[inline(always)]
     fn write(&mut self, positions: Range<usize>, from: &[f32], stride: usize, scale: impl Fn(usize) -> f32) {
-        for (i, (position, from)) in positions.zip(from.chunks_exact(stride)).enumerate() {
+        let width = self.span.width;
+        for (i, position) in positions.enumerate() {
             let scale = scale(i);
-            for (out, x) in self.row(position).iter_mut().zip(from) {
-                *out = T::narrow(scale * x);
+            let (out, from) = (&mut self.row(position)[..width], &from[i * stride..][..width]);
+            for j in 0..width {
+                out[j] = T::narrow(scale * from[j]);
             }
         }
     }
@@ -118,7 +122,7 @@ pub(crate) struct Extent {
 
 impl Extent {
     pub(crate) fn scale(&self) -> f32 {
-        (self.width as f32).powf(-0.5)
+        1.0 / (self.width as f32).sqrt()
     }
 
     /// The distance between rows of the scratch.
@@ -147,7 +151,7 @@ impl Extent {
     }
 
     /// How many keys, from the first on, any of these queries sees.
-    pub(crate) fn seen(&self, queries: &Range<usize>) -> usize {
+    fn seen(&self, queries: &Range<usize>) -> usize {
         self.causal.map_or(self.keys, |past| self.keys.min(past + queries.end))
     }
 }
@@ -351,19 +355,8 @@ impl<'a> Scratch<'a> {
                 stride: tile,
             });
             let (weights, gradients) = (&mut self.scores[..seen * tile], &mut self.slopes[..seen * tile]);
-            arch.dispatch(SoftmaxBackward { weights, scales: &self.scales[..tile], gradients });
-            if let Some((sums, stride)) = &mut bias_gradient {
-                arch.dispatch(
-                    #[inline(always)]
-                    || {
-                        for (sums, slopes) in
-                            sums.chunks_mut(*stride).zip(self.slopes[..seen * tile].chunks_exact(tile))
-                        {
-                            add_assign(&mut sums[queries.start..][..tile], slopes);
-                        }
-                    },
-                );
-            }
+            let sums = bias_gradient.as_mut().map(|(sums, stride)| (&mut sums[queries.start..], *stride));
+            arch.dispatch(SoftmaxBackward { weights, scales: &self.scales[..tile], gradients, sums });
             let sums = [(&mut *self.dv, &*self.scores, &*self.gradient), (&mut *self.dk, &*self.slopes, &*self.q)];
             for (out, pairs, rows) in sums {
                 arch.dispatch(Product {

@@ -4,11 +4,12 @@ use candle_core::{Result, Tensor};
 use pulp::Arch;
 use rayon::prelude::*;
 
+use super::glance::Glance;
 use super::head::{Bias, Extent, Source, Span, Target, with_scratch};
 use crate::graph::{Fresh, differentiable};
 use crate::host::{Disjoint, read, written};
 use crate::real::Real;
-use crate::simd::{max, softmax_row, vectorized};
+use crate::simd::max;
 
 pub(super) fn self_attention<T: Real>(qkv: &Tensor, key_bias: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
     let packed = Packed::of_self(qkv, heads, causal)?;
@@ -147,8 +148,6 @@ impl Packed {
     }
 
     fn forward<T: Real>(&self, queries: &[T], looked_at: &[T], bias: &[f32]) -> Fresh {
-        /// Up to so many queries the keys are read where they lie: to copy them would cost more than to look at them.
-        const FEW: usize = 2;
         let extent = &self.extent;
         let arch = Arch::new();
         written((self.rows, extent.queries, self.c()), |out: &mut [T]| {
@@ -160,8 +159,9 @@ impl Packed {
                 let bias = self.bias(bias, row);
                 // SAFETY: the rows of an output lie inside `out`, and each belongs to one item.
                 let out = unsafe { Target::new(out, self.outputs(row, head)) };
-                if extent.queries <= FEW {
-                    glance(extent, q, k, v, bias, out);
+                if extent.queries == 1 {
+                    // To copy the keys would cost more than to look at them where they lie.
+                    arch.dispatch(Glance { extent, q, k, v, bias, out });
                 } else {
                     with_scratch(extent, false, |scratch| {
                         scratch.look_at(arch, k, v);
@@ -236,56 +236,4 @@ impl Packed {
             scratch.finish(arch, dk, dv);
         });
     }
-}
-
-/// Attention of a few queries, the keys and values read where they lie.
-fn glance<T: Real>(extent: &Extent, q: Source<T>, k: Source<T>, v: Source<T>, bias: &[f32], mut out: Target<T>) {
-    let mut scores = vec![0f32; extent.keys];
-    let mut mixed = vec![0f32; extent.width];
-    for query in 0..extent.queries {
-        let seen = extent.seen(&(query..query + 1));
-        vectorized(
-            #[inline(always)]
-            || {
-                let scores = &mut scores[..seen];
-                for (key, score) in scores.iter_mut().enumerate() {
-                    *score = extent.scale() * dot(q.row(query), k.row(key)) + bias[key];
-                }
-                softmax_row(scores);
-                mixed.fill(0.0);
-                for (key, &weight) in scores.iter().enumerate() {
-                    for (mixed, v) in mixed.iter_mut().zip(v.row(key)) {
-                        *mixed = weight.mul_add(v.widen(), *mixed);
-                    }
-                }
-                for (out, x) in out.row(query).iter_mut().zip(&mixed) {
-                    *out = T::narrow(*x);
-                }
-            },
-        );
-    }
-}
-
-/// x · y, in lanes that are summed as a tree.
-#[inline(always)]
-fn dot<T: Real>(x: &[T], y: &[T]) -> f32 {
-    const LANES: usize = 16;
-    let mut lanes = [0f32; LANES];
-    let (mut xs, mut ys) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
-    for (x, y) in (&mut xs).zip(&mut ys) {
-        for ((lane, x), y) in lanes.iter_mut().zip(x).zip(y) {
-            *lane = x.widen().mul_add(y.widen(), *lane);
-        }
-    }
-    for ((lane, x), y) in lanes.iter_mut().zip(xs.remainder()).zip(ys.remainder()) {
-        *lane = x.widen().mul_add(y.widen(), *lane);
-    }
-    let mut half = LANES / 2;
-    while half > 0 {
-        for i in 0..half {
-            lanes[i] += lanes[i + half];
-        }
-        half /= 2;
-    }
-    lanes[0]
 }

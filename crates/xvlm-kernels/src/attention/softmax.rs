@@ -1,6 +1,9 @@
 //! The softmax of scores stored key by key, `[keys, queries]`: every lane of a vector is a query of its own, so that nothing
 //! is ever summed across the lanes.
 
+// Counted loops: what an iterator calls is not always inlined, and then its vectors are not kept in registers.
+#![allow(clippy::needless_range_loop)]
+
 use pulp::{Simd, WithSimd};
 
 /// `scores` become e^(score − largest of its column); the softmax is that times `scales`, the reciprocals of the columns'
@@ -16,6 +19,9 @@ pub(crate) struct SoftmaxBackward<'a> {
     pub(crate) weights: &'a mut [f32],
     pub(crate) scales: &'a [f32],
     pub(crate) gradients: &'a mut [f32],
+    /// What the gradients of the scores are added to, with the distance of its rows, a multiple of
+    /// [`crate::simd::product::LANES`].
+    pub(crate) sums: Option<(&'a mut [f32], usize)>,
 }
 
 /// The vectors of `$first..$first + V` for the largest `V` up to four, then the next.
@@ -61,19 +67,22 @@ fn softmax<S: Simd, const V: usize>(simd: S, scores: &mut [S::f32s], scales: &mu
     let width = scales.len();
     let mut top = [simd.splat_f32s(f32::NEG_INFINITY); V];
     for row in scores.chunks_exact_mut(width) {
-        for (top, &mut x) in top.iter_mut().zip(part::<_, V>(row, first)) {
-            *top = simd.max_f32s(*top, x);
+        let row = part::<_, V>(row, first);
+        for v in 0..V {
+            top[v] = simd.max_f32s(top[v], row[v]);
         }
     }
     let mut sum = [simd.splat_f32s(0.0); V];
     for row in scores.chunks_exact_mut(width) {
-        for ((sum, x), top) in sum.iter_mut().zip(part::<_, V>(row, first)).zip(top) {
-            *x = exp(simd, simd.sub_f32s(*x, top));
-            *sum = simd.add_f32s(*sum, *x);
+        let row = part::<_, V>(row, first);
+        for v in 0..V {
+            row[v] = exp(simd, simd.sub_f32s(row[v], top[v]));
+            sum[v] = simd.add_f32s(sum[v], row[v]);
         }
     }
-    for (scale, sum) in part::<_, V>(scales, first).iter_mut().zip(sum) {
-        *scale = simd.div_f32s(simd.splat_f32s(1.0), sum);
+    let scales = part::<_, V>(scales, first);
+    for v in 0..V {
+        scales[v] = simd.div_f32s(simd.splat_f32s(1.0), sum[v]);
     }
 }
 
@@ -87,6 +96,10 @@ impl WithSimd for SoftmaxBackward<'_> {
         let scales = S::as_simd_f32s(self.scales).0;
         let count = scales.len();
         by_vectors!(count, first, V => softmax_backward::<S, V>(simd, weights, scales, gradients, first));
+        if let Some((sums, stride)) = self.sums {
+            let (sums, stride) = (S::as_mut_simd_f32s(sums).0, stride / S::F32_LANES);
+            by_vectors!(count, first, V => add::<S, V>(simd, sums, stride, gradients, count, first));
+        }
     }
 }
 
@@ -99,24 +112,40 @@ fn softmax_backward<S: Simd, const V: usize>(
     first: usize,
 ) {
     let width = scales.len();
-    let rows = weights.chunks_exact_mut(width).zip(gradients.chunks_exact_mut(width));
     let mut mean = [simd.splat_f32s(0.0); V];
-    for (weights, gradients) in rows {
-        let pairs = part::<_, V>(weights, first).iter().zip(part::<_, V>(gradients, first).iter());
-        for (mean, (&p, &g)) in mean.iter_mut().zip(pairs) {
-            *mean = simd.mul_add_e_f32s(p, g, *mean);
+    for (p, g) in weights.chunks_exact_mut(width).zip(gradients.chunks_exact_mut(width)) {
+        let (p, g) = (part::<_, V>(p, first), part::<_, V>(g, first));
+        for v in 0..V {
+            mean[v] = simd.mul_add_e_f32s(p[v], g[v], mean[v]);
         }
     }
     let mut scale = [simd.splat_f32s(0.0); V];
-    for (v, scale) in scale.iter_mut().enumerate() {
-        *scale = scales[first + v];
-        mean[v] = simd.mul_f32s(mean[v], *scale);
+    for v in 0..V {
+        scale[v] = scales[first + v];
+        mean[v] = simd.mul_f32s(mean[v], scale[v]);
     }
-    for (weights, gradients) in weights.chunks_exact_mut(width).zip(gradients.chunks_exact_mut(width)) {
-        let pairs = part::<_, V>(weights, first).iter_mut().zip(part::<_, V>(gradients, first));
-        for ((p, g), (scale, mean)) in pairs.zip(scale.into_iter().zip(mean)) {
-            *p = simd.mul_f32s(*p, scale);
-            *g = simd.mul_f32s(*p, simd.sub_f32s(*g, mean));
+    for (p, g) in weights.chunks_exact_mut(width).zip(gradients.chunks_exact_mut(width)) {
+        let (p, g) = (part::<_, V>(p, first), part::<_, V>(g, first));
+        for v in 0..V {
+            p[v] = simd.mul_f32s(p[v], scale[v]);
+            g[v] = simd.mul_f32s(p[v], simd.sub_f32s(g[v], mean[v]));
+        }
+    }
+}
+
+#[inline(always)]
+fn add<S: Simd, const V: usize>(
+    simd: S,
+    sums: &mut [S::f32s],
+    stride: usize,
+    x: &mut [S::f32s],
+    width: usize,
+    first: usize,
+) {
+    for (sums, x) in sums.chunks_mut(stride).zip(x.chunks_exact_mut(width)) {
+        let (sums, x) = (part::<_, V>(sums, first), part::<_, V>(x, first));
+        for v in 0..V {
+            sums[v] = simd.add_f32s(sums[v], x[v]);
         }
     }
 }
@@ -161,7 +190,17 @@ mod tests {
             let (mut weights, mut scales) = (scores.clone(), vec![0f32; width]);
             simd.vectorize(Softmax { scores: &mut weights, scales: &mut scales });
             let mut slopes = gradients.clone();
-            simd.vectorize(SoftmaxBackward { weights: &mut weights, scales: &scales, gradients: &mut slopes });
+            let (stride, mut sums) = (width + 16, vec![1f32; keys * (width + 16)]);
+            simd.vectorize(SoftmaxBackward {
+                weights: &mut weights,
+                scales: &scales,
+                gradients: &mut slopes,
+                sums: Some((&mut sums[16..], stride)),
+            });
+            for (sums, slopes) in sums.chunks_exact(stride).zip(slopes.chunks_exact(width)) {
+                assert!(sums[..16].iter().all(|&x| x == 1.0));
+                assert!(sums[16..].iter().zip(slopes).all(|(sum, slope)| *sum == 1.0 + slope));
+            }
             for query in 0..width {
                 let column = |x: &[f32]| (0..keys).map(|key| f64::from(x[key * width + query])).collect::<Vec<_>>();
                 let exponentials: Vec<f64> = column(&scores).iter().map(|x| x.exp()).collect();
