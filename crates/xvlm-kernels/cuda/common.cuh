@@ -10,8 +10,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// Starts the definition of a kernel that runs in blocks of at most `threads`.
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// Starts the definition of a kernel that runs in blocks of at most so many threads, and, where that is said too, so many
+// blocks of them at a time on a multiprocessor.
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 // Ends it: where kernels are looked up by name in a table, puts it there.
 #define REGISTER(name)
 // Shared memory of a size that the launch chooses.

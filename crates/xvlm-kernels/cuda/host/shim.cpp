@@ -1,4 +1,11 @@
 // Runs the kernels on the host; see shim.hpp. One file with all of them, so that the linker keeps each.
+
+// Its check of longjmp takes the change of stacks for an error.
+#undef _FORTIFY_SOURCE
+#define _FORTIFY_SOURCE 0
+
+// What several kernels share, outside of their namespaces.
+#include "attention.cuh"
 #include "rows.cuh"
 
 #include <cstdio>
@@ -7,6 +14,7 @@
 #include <mutex>
 #include <vector>
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 namespace shim {
@@ -19,7 +27,10 @@ enum class State { Ready, AtBlock, AtWarp, Done };
 
 struct Fibre {
     static constexpr std::size_t STACK = 256 * 1024;
+    // Where it starts, and where it goes on: contexts alone would do, but each change of them is a system call.
     ucontext_t context;
+    jmp_buf paused;
+    bool started = false;
     std::unique_ptr<char[]> stack{new char[STACK]};
     dim3 index;
     State state = State::Done;
@@ -28,7 +39,7 @@ struct Fibre {
 std::vector<Fibre> fibres;
 std::vector<std::uint64_t> exchanged;
 std::vector<std::max_align_t> shared;
-ucontext_t scheduler;
+jmp_buf scheduler;
 std::size_t running = 0;
 Entry entry;
 const void *const *entry_arguments;
@@ -36,13 +47,21 @@ const void *const *entry_arguments;
 void start() {
     entry.call(entry.kernel, entry_arguments);
     fibres[running].state = State::Done;
-    swapcontext(&fibres[running].context, &scheduler);
+    _longjmp(scheduler, 1);
 }
 
 void wait(State at) {
     Fibre &fibre = fibres[running];
     fibre.state = at;
-    swapcontext(&fibre.context, &scheduler);
+    if (_setjmp(fibre.paused) == 0) _longjmp(scheduler, 1);
+}
+
+// Runs a fibre until it waits or ends.
+void go_on(Fibre &fibre) {
+    if (_setjmp(scheduler) != 0) return;
+    if (fibre.started) _longjmp(fibre.paused, 1);
+    fibre.started = true;
+    setcontext(&fibre.context);
 }
 
 // Lets those go on who have all arrived: the threads from `begin` to `end` that still run.
@@ -66,13 +85,14 @@ void run_block(std::size_t threads, const char *name) {
         fibre.context.uc_link = nullptr;
         makecontext(&fibre.context, start, 0);
         fibre.index = {unsigned(i), 0, 0};
+        fibre.started = false;
         fibre.state = State::Ready;
     }
     for (;;) {
         bool all_done = true, any_ran = false;
         for (running = 0; running < threads; ++running) {
             if (fibres[running].state == State::Ready) {
-                swapcontext(&scheduler, &fibres[running].context);
+                go_on(fibres[running]);
                 any_ran = true;
             }
             all_done &= fibres[running].state == State::Done;
@@ -124,7 +144,9 @@ extern "C" int xvlm_emulate(const char *name, const unsigned *blocks, unsigned t
     block_size = {threads, 1, 1};
     if (fibres.size() < threads) fibres = std::vector<Fibre>(threads);
     exchanged.assign((threads + 31) / 32 * 32, 0);
-    shared.resize(shared_bytes / sizeof(std::max_align_t) + 1);
+    // Behind the memory that the launch asked for is some that no kernel may write.
+    constexpr std::size_t GUARD = 64;
+    shared.resize(shared_bytes / sizeof(std::max_align_t) + GUARD);
     for (unsigned z = 0; z < blocks[2]; ++z)
         for (unsigned y = 0; y < blocks[1]; ++y)
             for (unsigned x = 0; x < blocks[0]; ++x) {
@@ -132,6 +154,12 @@ extern "C" int xvlm_emulate(const char *name, const unsigned *blocks, unsigned t
                 // A pattern that is NaN in every float type: shared memory starts undefined.
                 std::memset(shared.data(), 0xff, shared.size() * sizeof(std::max_align_t));
                 run_block(threads, name);
+                const auto *bytes = reinterpret_cast<const unsigned char *>(shared.data());
+                if (!std::all_of(bytes + shared_bytes, bytes + shared.size() * sizeof(std::max_align_t),
+                                 [](unsigned char byte) { return byte == 0xff; })) {
+                    std::fprintf(stderr, "%s: writes behind its shared memory\n", name);
+                    std::abort();
+                }
             }
     return 0;
 }

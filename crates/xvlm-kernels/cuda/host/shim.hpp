@@ -18,7 +18,7 @@
 #define __forceinline__ inline
 #define __restrict__ __restrict
 #define __shared__ static
-#define KERNEL(threads) static void
+#define KERNEL(...) static void
 #define REGISTER(name) static const bool name##_is_registered = (shim::enroll(#name, name), true);
 #define DYNAMIC_SHARED(type, name) type *name = reinterpret_cast<type *>(shim::dynamic_shared())
 #define threadIdx (shim::thread_index())

@@ -5,6 +5,7 @@
 //! its arguments can be tested where there is no GPU.
 
 mod address;
+pub(crate) mod attention;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(feature = "emulation")]
