@@ -1,11 +1,11 @@
 // Generalised IoU of boxes and the box losses, with their slopes; and the sums of the backward pass. The rules for boxes
 // without area and for edges on edges are those of src/boxes/overlap.rs.
 //
-// Slopes lie in tiles, [rows, tiles across, slots, TILE], so that a warp writes and reads whole lines.
+// Slopes lie in tiles, [rows, tiles across, slots, TILE], so that threads side by side write and read numbers side by side.
 #include "common.cuh"
 
 constexpr u32 THREADS = 256;
-constexpr u32 TILE = 32;
+constexpr u32 TILE = 16;
 
 // An area this small is none.
 constexpr float TINY = 1e-12f;

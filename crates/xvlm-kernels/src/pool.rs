@@ -135,7 +135,9 @@ fn pool_on_host<T: Real>(patches: &Tensor, index: &[u32], shares: &Tensor) -> Re
                             scale = share;
                         }
                     }
-                    mean.iter_mut().zip(&total).for_each(|(mean, &x)| *mean = T::narrow(x * scale));
+                    for (mean, x) in mean.iter_mut().zip(&total) {
+                        *mean = T::narrow(x * scale);
+                    }
                 },
             )
         });
@@ -171,11 +173,14 @@ fn spread_on_host<T: Real>(patches: &Tensor, groups: &Groups, shares: &Tensor, g
                             add_widened(&mut total, token(region, 1 + patch));
                             let share = shares[region as usize * l + patch];
                             if share != 0.0 {
-                                let mean = token(region, 0);
-                                total.iter_mut().zip(mean).for_each(|(total, g)| *total += share * g.widen());
+                                for (total, g) in total.iter_mut().zip(token(region, 0)) {
+                                    *total += share * g.widen();
+                                }
                             }
                         }
-                        out.iter_mut().zip(&total).for_each(|(out, &x)| *out = T::narrow(x));
+                        for (out, &x) in out.iter_mut().zip(&total) {
+                            *out = T::narrow(x);
+                        }
                     }
                 },
             )

@@ -81,7 +81,7 @@ pub(super) struct Comparison {
 }
 
 /// Pairs whose slopes lie together.
-pub(super) const TILE: usize = 32;
+pub(super) const TILE: usize = 16;
 
 /// The slopes of values by the numbers of the boxes, in tiles: `[rows, ⌈columns / TILE⌉, slots, TILE]` in `f32`, the last
 /// tile of a row padded. A slot is a number of a box of a side that is differentiated, for one of the values of a pair:
