@@ -77,8 +77,8 @@ fn compare_segment<T: Real, const CENTRES: bool>(
         let mut by = [[[0.0; TILE]; 4]; 2];
         let at = |quads: &Quads, i: usize| [quads[0][i], quads[1][i], quads[2][i], quads[3][i]];
         if size == 0 {
-            for i in 0..TILE {
-                (giou[i], ..) = generalised_iou::<CENTRES>(at(&first, i), at(&second, i));
+            for (i, giou) in giou.iter_mut().enumerate() {
+                (*giou, ..) = generalised_iou::<CENTRES>(at(&first, i), at(&second, i));
             }
         } else {
             for i in 0..TILE {
