@@ -274,14 +274,14 @@ impl<'a> Scratch<'a> {
             b: Rows { values: self.q_transposed, stride: tile },
             plus: match bias {
                 Bias::Keys(bias) => Plus::Column(bias),
-                Bias::Pairs { table, .. } => Plus::Matrix(table.from_column(queries.start)),
+                Bias::Pairs { table, .. } => Plus::Matrix(table.skip_columns(queries.start)),
             },
             out: self.scores,
             stride: tile,
         });
         let scores = &mut self.scores[..seen * tile];
         if let Bias::Pairs { regions: Some((region_of, apart)), .. } = bias {
-            let apart = apart.from_column(queries.start);
+            let apart = apart.skip_columns(queries.start);
             arch.dispatch(
                 #[inline(always)]
                 || {

@@ -14,6 +14,10 @@ pub fn iou(a: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor)> {
     let n = a.dim(0)?;
     check_shape("iou", "a", a, &[n, 4])?;
     check_shape("iou", "b", b, &[n, 4])?;
+    if n == 0 {
+        let nothing = Tensor::zeros(0, a.dtype(), a.device())?;
+        return Ok((nothing.clone(), nothing));
+    }
     let (intersection, union) = intersection_and_union(a, b)?;
     Ok((ratio(&intersection, &union)?, union))
 }

@@ -69,12 +69,12 @@ fn plain_cross_attention(q: &Array, kv: &Array, index: &[u32], bias: &Array, hea
     let l = kv.shape[1];
     let width = c / heads;
     let mut out = Vec::with_capacity(pairs * t * c);
-    for pair in 0..pairs {
+    for (pair, &image) in index.iter().enumerate() {
         for query in 0..t {
             for head in 0..heads {
                 let q = &q.values[(pair * t + query) * c + head * width..][..width];
                 let part = |row: usize, part: usize| {
-                    let row = index[pair] as usize * l + row;
+                    let row = image as usize * l + row;
                     &kv.values[row * 2 * c + part * c + head * width..][..width]
                 };
                 let bias = |key: usize| bias.values[pair * l + key];
