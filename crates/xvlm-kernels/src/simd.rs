@@ -83,8 +83,10 @@ pub(crate) fn moments(x: &[f32], eps: f32) -> (f32, f32) {
 
 #[inline(always)]
 pub(crate) fn add_assign(x: &mut [f32], y: &[f32]) {
-    for (x, y) in x.iter_mut().zip(y) {
-        *x += y;
+    let len = x.len().min(y.len());
+    let (x, y) = (&mut x[..len], &y[..len]);
+    for i in 0..len {
+        x[i] += y[i];
     }
 }
 

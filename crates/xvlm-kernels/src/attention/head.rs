@@ -53,9 +53,11 @@ impl<'a, T: Real> Source<'a, T> {
     /// `scale` times the rows of these positions, into rows `stride` apart.
     #[inline(always)]
     fn copy(&self, positions: Range<usize>, scale: f32, out: &mut [f32], stride: usize) {
-        for (out, position) in out.chunks_exact_mut(stride).zip(positions) {
-            for (out, x) in out.iter_mut().zip(self.row(position)) {
-                *out = scale * x.widen();
+        let width = self.span.width;
+        for (i, position) in positions.enumerate() {
+            let (out, row) = (&mut out[i * stride..][..width], &self.row(position)[..width]);
+            for j in 0..width {
+                out[j] = scale * row[j].widen();
             }
         }
     }
@@ -87,10 +89,12 @@ impl<'a, T: Real> Target<'a, T> {
     /// Writes the rows of these positions: those of `from`, `stride` apart, times the scale of each.
     #[inline(always)]
     fn write(&mut self, positions: Range<usize>, from: &[f32], stride: usize, scale: impl Fn(usize) -> f32) {
-        for (i, (position, from)) in positions.zip(from.chunks_exact(stride)).enumerate() {
+        let width = self.span.width;
+        for (i, position) in positions.enumerate() {
             let scale = scale(i);
-            for (out, x) in self.row(position).iter_mut().zip(from) {
-                *out = T::narrow(scale * x);
+            let (out, from) = (&mut self.row(position)[..width], &from[i * stride..][..width]);
+            for j in 0..width {
+                out[j] = T::narrow(scale * from[j]);
             }
         }
     }
@@ -147,7 +151,7 @@ impl Extent {
     }
 
     /// How many keys, from the first on, any of these queries sees.
-    pub(crate) fn seen(&self, queries: &Range<usize>) -> usize {
+    fn seen(&self, queries: &Range<usize>) -> usize {
         self.causal.map_or(self.keys, |past| self.keys.min(past + queries.end))
     }
 }

@@ -147,8 +147,6 @@ impl Packed {
     }
 
     fn forward<T: Real>(&self, queries: &[T], looked_at: &[T], bias: &[f32]) -> Fresh {
-        /// Up to so many queries the keys are read where they lie: to copy them would cost more than to look at them.
-        const FEW: usize = 2;
         let extent = &self.extent;
         let arch = Arch::new();
         written((self.rows, extent.queries, self.c()), |out: &mut [T]| {
@@ -160,7 +158,8 @@ impl Packed {
                 let bias = self.bias(bias, row);
                 // SAFETY: the rows of an output lie inside `out`, and each belongs to one item.
                 let out = unsafe { Target::new(out, self.outputs(row, head)) };
-                if extent.queries <= FEW {
+                if extent.queries == 1 {
+                    // To copy the keys would cost more than to look at them where they lie.
                     glance(extent, q, k, v, bias, out);
                 } else {
                     with_scratch(extent, false, |scratch| {
@@ -238,54 +237,55 @@ impl Packed {
     }
 }
 
-/// Attention of a few queries, the keys and values read where they lie.
+/// Attention of one query, the keys and values read where they lie.
 fn glance<T: Real>(extent: &Extent, q: Source<T>, k: Source<T>, v: Source<T>, bias: &[f32], mut out: Target<T>) {
-    let mut scores = vec![0f32; extent.keys];
-    let mut mixed = vec![0f32; extent.width];
-    for query in 0..extent.queries {
-        let seen = extent.seen(&(query..query + 1));
-        vectorized(
-            #[inline(always)]
-            || {
-                let scores = &mut scores[..seen];
-                for (key, score) in scores.iter_mut().enumerate() {
-                    *score = extent.scale() * dot(q.row(query), k.row(key)) + bias[key];
+    let width = extent.width;
+    let (mut scores, mut query, mut mixed) = (bias.to_vec(), vec![0f32; width], vec![0f32; width]);
+    vectorized(
+        #[inline(always)]
+        || {
+            let row = &q.row(0)[..width];
+            for i in 0..width {
+                query[i] = extent.scale() * row[i].widen();
+            }
+            for key in 0..scores.len() {
+                scores[key] += dot(&query, k.row(key));
+            }
+            softmax_row(&mut scores);
+            let mixed = &mut mixed[..width];
+            for key in 0..scores.len() {
+                let (weight, row) = (scores[key], &v.row(key)[..width]);
+                for i in 0..width {
+                    mixed[i] = row[i].widen().mul_add(weight, mixed[i]);
                 }
-                softmax_row(scores);
-                mixed.fill(0.0);
-                for (key, &weight) in scores.iter().enumerate() {
-                    for (mixed, v) in mixed.iter_mut().zip(v.row(key)) {
-                        *mixed = weight.mul_add(v.widen(), *mixed);
-                    }
-                }
-                for (out, x) in out.row(query).iter_mut().zip(&mixed) {
-                    *out = T::narrow(*x);
-                }
-            },
-        );
-    }
+            }
+            let out = &mut out.row(0)[..width];
+            for i in 0..width {
+                out[i] = T::narrow(mixed[i]);
+            }
+        },
+    );
 }
 
 /// x · y, in lanes that are summed as a tree.
 #[inline(always)]
-fn dot<T: Real>(x: &[T], y: &[T]) -> f32 {
+fn dot<T: Real>(x: &[f32], y: &[T]) -> f32 {
     const LANES: usize = 16;
-    let mut lanes = [0f32; LANES];
-    let (mut xs, mut ys) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
-    for (x, y) in (&mut xs).zip(&mut ys) {
-        for ((lane, x), y) in lanes.iter_mut().zip(x).zip(y) {
-            *lane = x.widen().mul_add(y.widen(), *lane);
+    let (len, mut lanes) = (x.len(), [0f32; LANES]);
+    let (x, y) = (&x[..len], &y[..len]);
+    let whole = len - len % LANES;
+    for start in (0..whole).step_by(LANES) {
+        for j in 0..LANES {
+            lanes[j] = y[start + j].widen().mul_add(x[start + j], lanes[j]);
         }
     }
-    for ((lane, x), y) in lanes.iter_mut().zip(xs.remainder()).zip(ys.remainder()) {
-        *lane = x.widen().mul_add(y.widen(), *lane);
+    for i in whole..len {
+        lanes[i - whole] = y[i].widen().mul_add(x[i], lanes[i - whole]);
     }
-    let mut half = LANES / 2;
-    while half > 0 {
-        for i in 0..half {
-            lanes[i] += lanes[i + half];
-        }
-        half /= 2;
+    let mut halves = [0f32; LANES / 2];
+    for i in 0..LANES / 2 {
+        halves[i] = lanes[i] + lanes[i + LANES / 2];
     }
-    lanes[0]
+    let quarters = [halves[0] + halves[4], halves[1] + halves[5], halves[2] + halves[6], halves[3] + halves[7]];
+    (quarters[0] + quarters[2]) + (quarters[1] + quarters[3])
 }

@@ -1,6 +1,9 @@
 //! The softmax of scores stored key by key, `[keys, queries]`: every lane of a vector is a query of its own, so that nothing
 //! is ever summed across the lanes.
 
+// Counted loops: what an iterator calls is not always inlined, and then its vectors are not kept in registers.
+#![allow(clippy::needless_range_loop)]
+
 use pulp::{Simd, WithSimd};
 
 /// `scores` become e^(score − largest of its column); the softmax is that times `scales`, the reciprocals of the columns'
@@ -61,19 +64,22 @@ fn softmax<S: Simd, const V: usize>(simd: S, scores: &mut [S::f32s], scales: &mu
     let width = scales.len();
     let mut top = [simd.splat_f32s(f32::NEG_INFINITY); V];
     for row in scores.chunks_exact_mut(width) {
-        for (top, &mut x) in top.iter_mut().zip(part::<_, V>(row, first)) {
-            *top = simd.max_f32s(*top, x);
+        let row = part::<_, V>(row, first);
+        for v in 0..V {
+            top[v] = simd.max_f32s(top[v], row[v]);
         }
     }
     let mut sum = [simd.splat_f32s(0.0); V];
     for row in scores.chunks_exact_mut(width) {
-        for ((sum, x), top) in sum.iter_mut().zip(part::<_, V>(row, first)).zip(top) {
-            *x = exp(simd, simd.sub_f32s(*x, top));
-            *sum = simd.add_f32s(*sum, *x);
+        let row = part::<_, V>(row, first);
+        for v in 0..V {
+            row[v] = exp(simd, simd.sub_f32s(row[v], top[v]));
+            sum[v] = simd.add_f32s(sum[v], row[v]);
         }
     }
-    for (scale, sum) in part::<_, V>(scales, first).iter_mut().zip(sum) {
-        *scale = simd.div_f32s(simd.splat_f32s(1.0), sum);
+    let scales = part::<_, V>(scales, first);
+    for v in 0..V {
+        scales[v] = simd.div_f32s(simd.splat_f32s(1.0), sum[v]);
     }
 }
 
@@ -99,24 +105,23 @@ fn softmax_backward<S: Simd, const V: usize>(
     first: usize,
 ) {
     let width = scales.len();
-    let rows = weights.chunks_exact_mut(width).zip(gradients.chunks_exact_mut(width));
     let mut mean = [simd.splat_f32s(0.0); V];
-    for (weights, gradients) in rows {
-        let pairs = part::<_, V>(weights, first).iter().zip(part::<_, V>(gradients, first).iter());
-        for (mean, (&p, &g)) in mean.iter_mut().zip(pairs) {
-            *mean = simd.mul_add_e_f32s(p, g, *mean);
+    for (p, g) in weights.chunks_exact_mut(width).zip(gradients.chunks_exact_mut(width)) {
+        let (p, g) = (part::<_, V>(p, first), part::<_, V>(g, first));
+        for v in 0..V {
+            mean[v] = simd.mul_add_e_f32s(p[v], g[v], mean[v]);
         }
     }
     let mut scale = [simd.splat_f32s(0.0); V];
-    for (v, scale) in scale.iter_mut().enumerate() {
-        *scale = scales[first + v];
-        mean[v] = simd.mul_f32s(mean[v], *scale);
+    for v in 0..V {
+        scale[v] = scales[first + v];
+        mean[v] = simd.mul_f32s(mean[v], scale[v]);
     }
-    for (weights, gradients) in weights.chunks_exact_mut(width).zip(gradients.chunks_exact_mut(width)) {
-        let pairs = part::<_, V>(weights, first).iter_mut().zip(part::<_, V>(gradients, first));
-        for ((p, g), (scale, mean)) in pairs.zip(scale.into_iter().zip(mean)) {
-            *p = simd.mul_f32s(*p, scale);
-            *g = simd.mul_f32s(*p, simd.sub_f32s(*g, mean));
+    for (p, g) in weights.chunks_exact_mut(width).zip(gradients.chunks_exact_mut(width)) {
+        let (p, g) = (part::<_, V>(p, first), part::<_, V>(g, first));
+        for v in 0..V {
+            p[v] = simd.mul_f32s(p[v], scale[v]);
+            g[v] = simd.mul_f32s(p[v], simd.sub_f32s(g[v], mean[v]));
         }
     }
 }

@@ -196,30 +196,32 @@ impl Place {
     ///
     /// # Safety
     /// The matrices reach that far.
+    // Counted loops: what an iterator calls is not always inlined, and then the sums are not kept in registers.
+    #[allow(clippy::needless_range_loop)]
     #[inline(always)]
     unsafe fn tile<S: Simd, const T: bool, const R: usize, const V: usize>(self, simd: S) {
         let mut sums = [[simd.splat_f32s(0.0); V]; R];
         let (mut a, mut b) = (self.a, self.b);
         for _ in 0..self.k {
             let mut row = [simd.splat_f32s(0.0); V];
-            for (v, row) in row.iter_mut().enumerate() {
+            for v in 0..V {
                 // SAFETY: inside `b`.
-                *row = unsafe { b.add(v * S::F32_LANES).cast::<S::f32s>().read_unaligned() };
+                row[v] = unsafe { b.add(v * S::F32_LANES).cast::<S::f32s>().read_unaligned() };
             }
-            for (r, sums) in sums.iter_mut().enumerate() {
+            for r in 0..R {
                 // SAFETY: inside `a`.
                 let x = simd.splat_f32s(unsafe { *a.add(if T { r } else { r * self.a_stride }) });
-                for (sum, row) in sums.iter_mut().zip(row) {
-                    *sum = simd.mul_add_e_f32s(x, row, *sum);
+                for v in 0..V {
+                    sums[r][v] = simd.mul_add_e_f32s(x, row[v], sums[r][v]);
                 }
             }
             // The last step leaves them behind their matrices, where nothing is read.
             a = a.wrapping_add(if T { self.a_stride } else { 1 });
             b = b.wrapping_add(self.b_stride);
         }
-        for (r, sums) in sums.iter().enumerate() {
-            for (v, &sum) in sums.iter().enumerate() {
-                let column = v * S::F32_LANES;
+        for r in 0..R {
+            for v in 0..V {
+                let (sum, column) = (sums[r][v], v * S::F32_LANES);
                 // SAFETY: inside `plus` and `out`.
                 unsafe {
                     let sum = match self.plus {
