@@ -122,7 +122,7 @@ pub(crate) struct Extent {
 
 impl Extent {
     pub(crate) fn scale(&self) -> f32 {
-        (self.width as f32).powf(-0.5)
+        1.0 / (self.width as f32).sqrt()
     }
 
     /// The distance between rows of the scratch.
@@ -355,19 +355,8 @@ impl<'a> Scratch<'a> {
                 stride: tile,
             });
             let (weights, gradients) = (&mut self.scores[..seen * tile], &mut self.slopes[..seen * tile]);
-            arch.dispatch(SoftmaxBackward { weights, scales: &self.scales[..tile], gradients });
-            if let Some((sums, stride)) = &mut bias_gradient {
-                arch.dispatch(
-                    #[inline(always)]
-                    || {
-                        for (sums, slopes) in
-                            sums.chunks_mut(*stride).zip(self.slopes[..seen * tile].chunks_exact(tile))
-                        {
-                            add_assign(&mut sums[queries.start..][..tile], slopes);
-                        }
-                    },
-                );
-            }
+            let sums = bias_gradient.as_mut().map(|(sums, stride)| (&mut sums[queries.start..], *stride));
+            arch.dispatch(SoftmaxBackward { weights, scales: &self.scales[..tile], gradients, sums });
             let sums = [(&mut *self.dv, &*self.scores, &*self.gradient), (&mut *self.dk, &*self.slopes, &*self.q)];
             for (out, pairs, rows) in sums {
                 arch.dispatch(Product {

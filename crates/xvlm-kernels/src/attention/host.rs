@@ -4,11 +4,12 @@ use candle_core::{Result, Tensor};
 use pulp::Arch;
 use rayon::prelude::*;
 
+use super::glance::Glance;
 use super::head::{Bias, Extent, Source, Span, Target, with_scratch};
 use crate::graph::{Fresh, differentiable};
 use crate::host::{Disjoint, read, written};
 use crate::real::Real;
-use crate::simd::{max, softmax_row, vectorized};
+use crate::simd::max;
 
 pub(super) fn self_attention<T: Real>(qkv: &Tensor, key_bias: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
     let packed = Packed::of_self(qkv, heads, causal)?;
@@ -160,7 +161,7 @@ impl Packed {
                 let out = unsafe { Target::new(out, self.outputs(row, head)) };
                 if extent.queries == 1 {
                     // To copy the keys would cost more than to look at them where they lie.
-                    glance(extent, q, k, v, bias, out);
+                    arch.dispatch(Glance { extent, q, k, v, bias, out });
                 } else {
                     with_scratch(extent, false, |scratch| {
                         scratch.look_at(arch, k, v);
@@ -235,57 +236,4 @@ impl Packed {
             scratch.finish(arch, dk, dv);
         });
     }
-}
-
-/// Attention of one query, the keys and values read where they lie.
-fn glance<T: Real>(extent: &Extent, q: Source<T>, k: Source<T>, v: Source<T>, bias: &[f32], mut out: Target<T>) {
-    let width = extent.width;
-    let (mut scores, mut query, mut mixed) = (bias.to_vec(), vec![0f32; width], vec![0f32; width]);
-    vectorized(
-        #[inline(always)]
-        || {
-            let row = &q.row(0)[..width];
-            for i in 0..width {
-                query[i] = extent.scale() * row[i].widen();
-            }
-            for key in 0..scores.len() {
-                scores[key] += dot(&query, k.row(key));
-            }
-            softmax_row(&mut scores);
-            let mixed = &mut mixed[..width];
-            for key in 0..scores.len() {
-                let (weight, row) = (scores[key], &v.row(key)[..width]);
-                for i in 0..width {
-                    mixed[i] = row[i].widen().mul_add(weight, mixed[i]);
-                }
-            }
-            let out = &mut out.row(0)[..width];
-            for i in 0..width {
-                out[i] = T::narrow(mixed[i]);
-            }
-        },
-    );
-}
-
-/// x · y, in lanes that are summed as a tree.
-#[inline(always)]
-fn dot<T: Real>(x: &[f32], y: &[T]) -> f32 {
-    const LANES: usize = 16;
-    let (len, mut lanes) = (x.len(), [0f32; LANES]);
-    let (x, y) = (&x[..len], &y[..len]);
-    let whole = len - len % LANES;
-    for start in (0..whole).step_by(LANES) {
-        for j in 0..LANES {
-            lanes[j] = y[start + j].widen().mul_add(x[start + j], lanes[j]);
-        }
-    }
-    for i in whole..len {
-        lanes[i - whole] = y[i].widen().mul_add(x[i], lanes[i - whole]);
-    }
-    let mut halves = [0f32; LANES / 2];
-    for i in 0..LANES / 2 {
-        halves[i] = lanes[i] + lanes[i + LANES / 2];
-    }
-    let quarters = [halves[0] + halves[4], halves[1] + halves[5], halves[2] + halves[6], halves[3] + halves[7]];
-    (quarters[0] + quarters[2]) + (quarters[1] + quarters[3])
 }

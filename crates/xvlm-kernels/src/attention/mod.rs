@@ -8,6 +8,7 @@ use crate::path::Path;
 use crate::softmax::softmax;
 
 mod decode;
+mod glance;
 #[cfg(gpu)]
 mod gpu;
 pub(crate) mod head;

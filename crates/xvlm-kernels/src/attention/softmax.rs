@@ -19,6 +19,9 @@ pub(crate) struct SoftmaxBackward<'a> {
     pub(crate) weights: &'a mut [f32],
     pub(crate) scales: &'a [f32],
     pub(crate) gradients: &'a mut [f32],
+    /// What the gradients of the scores are added to, with the distance of its rows, a multiple of
+    /// [`crate::simd::product::LANES`].
+    pub(crate) sums: Option<(&'a mut [f32], usize)>,
 }
 
 /// The vectors of `$first..$first + V` for the largest `V` up to four, then the next.
@@ -93,6 +96,10 @@ impl WithSimd for SoftmaxBackward<'_> {
         let scales = S::as_simd_f32s(self.scales).0;
         let count = scales.len();
         by_vectors!(count, first, V => softmax_backward::<S, V>(simd, weights, scales, gradients, first));
+        if let Some((sums, stride)) = self.sums {
+            let (sums, stride) = (S::as_mut_simd_f32s(sums).0, stride / S::F32_LANES);
+            by_vectors!(count, first, V => add::<S, V>(simd, sums, stride, gradients, count, first));
+        }
     }
 }
 
@@ -122,6 +129,23 @@ fn softmax_backward<S: Simd, const V: usize>(
         for v in 0..V {
             p[v] = simd.mul_f32s(p[v], scale[v]);
             g[v] = simd.mul_f32s(p[v], simd.sub_f32s(g[v], mean[v]));
+        }
+    }
+}
+
+#[inline(always)]
+fn add<S: Simd, const V: usize>(
+    simd: S,
+    sums: &mut [S::f32s],
+    stride: usize,
+    x: &mut [S::f32s],
+    width: usize,
+    first: usize,
+) {
+    for (sums, x) in sums.chunks_mut(stride).zip(x.chunks_exact_mut(width)) {
+        let (sums, x) = (part::<_, V>(sums, first), part::<_, V>(x, first));
+        for v in 0..V {
+            sums[v] = simd.add_f32s(sums[v], x[v]);
         }
     }
 }
@@ -166,7 +190,17 @@ mod tests {
             let (mut weights, mut scales) = (scores.clone(), vec![0f32; width]);
             simd.vectorize(Softmax { scores: &mut weights, scales: &mut scales });
             let mut slopes = gradients.clone();
-            simd.vectorize(SoftmaxBackward { weights: &mut weights, scales: &scales, gradients: &mut slopes });
+            let (stride, mut sums) = (width + 16, vec![1f32; keys * (width + 16)]);
+            simd.vectorize(SoftmaxBackward {
+                weights: &mut weights,
+                scales: &scales,
+                gradients: &mut slopes,
+                sums: Some((&mut sums[16..], stride)),
+            });
+            for (sums, slopes) in sums.chunks_exact(stride).zip(slopes.chunks_exact(width)) {
+                assert!(sums[..16].iter().all(|&x| x == 1.0));
+                assert!(sums[16..].iter().zip(slopes).all(|(sum, slope)| *sum == 1.0 + slope));
+            }
             for query in 0..width {
                 let column = |x: &[f32]| (0..keys).map(|key| f64::from(x[key * width + query])).collect::<Vec<_>>();
                 let exponentials: Vec<f64> = column(&scores).iter().map(|x| x.exp()).collect();
