@@ -274,14 +274,14 @@ impl<'a> Scratch<'a> {
             b: Rows { values: self.q_transposed, stride: tile },
             plus: match bias {
                 Bias::Keys(bias) => Plus::Column(bias),
-                Bias::Pairs { table, .. } => Plus::Matrix(table.skip_columns(queries.start)),
+                Bias::Pairs { table, .. } => Plus::Matrix(table.columns_from(queries.start)),
             },
             out: self.scores,
             stride: tile,
         });
         let scores = &mut self.scores[..seen * tile];
         if let Bias::Pairs { regions: Some((region_of, apart)), .. } = bias {
-            let apart = apart.skip_columns(queries.start);
+            let apart = apart.columns_from(queries.start);
             arch.dispatch(
                 #[inline(always)]
                 || {

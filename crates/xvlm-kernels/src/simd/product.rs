@@ -17,7 +17,7 @@ pub(crate) struct Rows<'a> {
 
 impl Rows<'_> {
     /// Without its first columns.
-    pub(crate) fn skip_columns(self, column: usize) -> Self {
+    pub(crate) fn columns_from(self, column: usize) -> Self {
         Self { values: &self.values[column..], ..self }
     }
 }
