@@ -14,22 +14,11 @@ struct Quad {
     float at[4];
 };
 
-template <class T> struct alignas(4 * sizeof(T)) Stored {
-    T at[4];
-};
-
 template <class T> __device__ __forceinline__ Quad load(const T *boxes, u32 i) {
-    Stored<T> stored;
     const T *from = boxes + u64(i) * 4;
-    if (reinterpret_cast<u64>(from) % sizeof stored == 0) {
-        stored = *reinterpret_cast<const Stored<T> *>(from);
-    } else {
-#pragma unroll
-        for (u32 k = 0; k < 4; ++k) stored.at[k] = from[k];
-    }
     Quad quad;
 #pragma unroll
-    for (u32 k = 0; k < 4; ++k) quad.at[k] = widen(stored.at[k]);
+    for (u32 k = 0; k < 4; ++k) quad.at[k] = widen(from[k]);
     return quad;
 }
 

@@ -32,6 +32,8 @@ fn module(device: &CudaDevice, file: &'static str) -> Result<Arc<CudaModule>> {
 }
 
 pub(super) fn allocate(device: &CudaDevice, dtype: DType, len: usize) -> Result<CudaStorage> {
+    // The driver has no memory of length 0.
+    let len = len.max(1);
     // SAFETY: the memory is handed to a kernel that writes it before anything reads it.
     let slice = unsafe {
         match dtype {

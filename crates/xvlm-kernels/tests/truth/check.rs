@@ -91,7 +91,7 @@ pub(crate) fn assert_close(found: &Array, wanted: &Array, tolerance: f64, what: 
     assert_eq!(found.shape, wanted.shape, "{what}: shape");
     let largest = wanted.values.iter().fold(0f64, |top, x| top.max(x.abs()));
     for (i, (a, b)) in found.values.iter().zip(&wanted.values).enumerate() {
-        let allowed = tolerance * (b.abs() + largest + 1e-3);
+        let allowed = tolerance * (b.abs() + largest + 0.05);
         assert!((a - b).abs() <= allowed, "{what}: number {i} of {:?} is {a}, wanted {b}", found.shape);
     }
 }
