@@ -1,8 +1,14 @@
 //! Differentiable tensor operations for X-VLM.
 //!
-//! Every operation is one public function over [`candle_core::Tensor`]s. On the CPU in `f32` it runs fused, with a
-//! hand-written backward pass; for every other device or data type (CUDA, `f64`, `bf16`, …) the same function is composed
-//! from candle's own differentiable operations. Neither path ever drops a gradient.
+//! Every operation is one public function over [`candle_core::Tensor`]s, of any strides. By device and float type it takes
+//! one of three ways, each with its own gradients:
+//!
+//! - on the CPU, fused loops over `f32` or `bf16`, with arithmetic in `f32`;
+//! - on NVIDIA GPUs (feature `cuda`), our own kernels over `f32`, `bf16` or `f16`, likewise with arithmetic in `f32`;
+//! - for every other type and device, candle's own differentiable operations.
+//!
+//! None of them ever drops a gradient, and each gives the same bits in every run on one machine: sums have one order, which
+//! the number of threads does not change.
 //!
 //! Errors are [`candle_core::Error`]s; a wrong shape is a [`KernelError`] wrapped in one.
 
