@@ -19,7 +19,7 @@ pub enum Cover<'a> {
     /// `[B, L]`: those where it is not 0.
     Mask(&'a Tensor),
     /// `[B, 4]` in `f32`, `(cx, cy, w, h)` in fractions of an image of `L = side²` patches: those of the
-    /// [`patch_rectangle`] of the box.
+    /// [`patch_rectangle`](crate::patch_rectangle) of the box.
     Boxes(&'a Tensor),
 }
 
