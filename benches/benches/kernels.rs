@@ -60,24 +60,41 @@ impl Bench<'_> {
     }
 
     fn rows(&mut self) -> Result<()> {
-        let wide = self.random(&[1, FIRST, 512])?;
-        let count = wide.elem_count();
         // Backward passes read the input and the gradient and write the input's gradient.
         let floors = |count: usize, bench: &Self| [bench.bytes(2 * count), bench.bytes(5 * count)];
-        self.case("gelu 3136x512", floors(count, self), || kernels::gelu(&wide), || wide.gelu_erf())?;
-        let bias = self.random(&[512])?;
-        let shifted = || wide.broadcast_add(&bias)?.gelu_erf();
-        self.case("bias + gelu 3136x512", floors(count, self), || kernels::bias_gelu(&wide, &bias), shifted)?;
+        // What one image needs stays in the processor's caches; what eight need does not.
+        for rows in [FIRST, 8 * FIRST] {
+            let wide = self.random(&[1, rows, 512])?;
+            let of_wide = floors(wide.elem_count(), self);
+            self.case(&format!("gelu {rows}x512"), of_wide, || kernels::gelu(&wide), || wide.gelu_erf())?;
+            let bias = self.random(&[512])?;
+            let shifted = || wide.broadcast_add(&bias)?.gelu_erf();
+            let name = format!("bias + gelu {rows}x512");
+            self.case(&name, of_wide, || kernels::bias_gelu(&wide, &bias), shifted)?;
 
-        let x = self.random(&[1, FIRST, 128])?;
-        let (weight, bias) = (self.random(&[128])?, self.random(&[128])?);
-        let ours = || kernels::layer_norm(&x, &weight, &bias, 1e-5);
-        let plain = || plain::layer_norm(&x, &weight, &bias, 1e-5);
-        self.case("layer norm 3136x128", floors(x.elem_count(), self), ours, plain)?;
+            for width in [128, 512] {
+                let x = self.random(&[1, rows, width])?;
+                let (weight, bias) = (self.random(&[width])?, self.random(&[width])?);
+                let ours = || kernels::layer_norm(&x, &weight, &bias, 1e-5);
+                let plain = || plain::layer_norm(&x, &weight, &bias, 1e-5);
+                let name = format!("layer norm {rows}x{width}");
+                self.case(&name, floors(x.elem_count(), self), ours, plain)?;
+            }
+        }
+        let texts = self.random(&[TEXTS, WORDS, 768])?;
+        let residual = self.random(&[TEXTS, WORDS, 768])?;
+        let (weight, bias) = (self.random(&[768])?, self.random(&[768])?);
+        let count = texts.elem_count();
+        let ours = || kernels::add_layer_norm(&texts, &residual, &weight, &bias, 1e-12);
+        let plain = || plain::layer_norm(&(texts.as_tensor() + residual.as_tensor())?, &weight, &bias, 1e-12);
+        self.case("residual + layer norm 320x768", [self.bytes(3 * count), self.bytes(7 * count)], ours, plain)?;
 
-        let scores = self.random(&[TEXTS, HEADS, WORDS, 145])?;
-        let ours = || kernels::softmax(&scores, 3);
-        self.case("softmax 3840x145", floors(scores.elem_count(), self), ours, || plain::softmax(&scores))?;
+        for texts in [TEXTS, 8 * TEXTS] {
+            let scores = self.random(&[texts, HEADS, WORDS, 145])?;
+            let name = format!("softmax {}x145", texts * HEADS * WORDS);
+            let ours = || kernels::softmax(&scores, 3);
+            self.case(&name, floors(scores.elem_count(), self), ours, || plain::softmax(&scores))?;
+        }
 
         let logits = self.random(&[64, 30_522])?;
         let labels: Vec<i64> = (0..64).map(|i| i * 401).collect();
