@@ -37,10 +37,10 @@ fn inference(criterion: &mut Criterion) -> Done {
 
     let mut group = criterion.benchmark_group("built-in model");
     group.bench_function("encode a picture", |bencher| bencher.iter(|| done(&device, predictor.look(&picture))));
-    group.bench_function("ground a phrase", |bencher| bencher.iter(|| view.ground(&texts[..1])));
-    group.bench_function("ground 8 phrases", |bencher| bencher.iter(|| view.ground(&texts)));
-    group.bench_function("describe", |bencher| bencher.iter(|| view.caption()));
-    group.bench_function("fill a blank", |bencher| bencher.iter(|| view.fill("a ___ circle", 5)));
+    group.bench_function("ground a phrase", |bencher| bencher.iter(|| done(&device, view.ground(&texts[..1]))));
+    group.bench_function("ground 8 phrases", |bencher| bencher.iter(|| done(&device, view.ground(&texts))));
+    group.bench_function("describe", |bencher| bencher.iter(|| done(&device, view.caption())));
+    group.bench_function("fill a blank", |bencher| bencher.iter(|| done(&device, view.fill("a ___ circle", 5))));
     group.finish();
     Ok(())
 }

@@ -64,8 +64,8 @@ impl<'a> Decoding<'a> {
     /// [`crate::Xvlm::decode`] has it over the whole text.
     ///
     /// # Errors
-    /// If there are not as many continuations as texts, one is empty, or a text gets longer than was planned for or than
-    /// there are positions.
+    /// If there are not as many continuations as texts, one is empty, or a text gets longer than there are positions; then
+    /// nothing has changed. If the texts get longer than was planned for, they cannot be gone on with.
     pub fn extend(&mut self, continuations: &[Vec<u32>]) -> Result<Tensor> {
         let count = self.texts.len();
         if continuations.len() != count || continuations.iter().any(|new| new.is_empty()) {
@@ -75,6 +75,11 @@ impl<'a> Decoding<'a> {
             );
         }
         let config = self.bert.config();
+        let longest = config.longest_text();
+        let length = |(text, new): (&Text, &Vec<u32>)| text.tokens as usize + new.len();
+        if let Some(found) = self.texts.iter().zip(continuations).map(length).find(|length| *length > longest) {
+            candle_core::bail!("text: expected at most {longest} tokens, found {found}");
+        }
         let columns = continuations.iter().map(|new| new.len()).max().unwrap_or(0);
         let first_place = match config.model_type {
             TextModel::Bert => 0,
@@ -82,13 +87,6 @@ impl<'a> Decoding<'a> {
         };
         let (mut ids, mut places, mut last) = (Vec::new(), Vec::new(), Vec::new());
         for (row, (text, new)) in self.texts.iter_mut().zip(continuations).enumerate() {
-            let longest = config.longest_text();
-            if text.tokens as usize + new.len() > longest {
-                candle_core::bail!(
-                    "text: expected at most {longest} tokens, found {}",
-                    text.tokens as usize + new.len()
-                );
-            }
             let padding = columns - new.len();
             ids.extend(new.iter().copied().chain(std::iter::repeat_n(config.pad_token_id, padding)));
             // Where padding stands does not matter: nothing sees it.
@@ -131,7 +129,11 @@ impl<'a> Decoding<'a> {
         for state in &mut self.layers {
             state.own.select(rows)?;
         }
-        self.seen = self.seen.index_select(&Tensor::new(rows, self.seen.device())?, 0)?;
+        self.seen = match rows {
+            // Nor does candle choose none on a GPU.
+            [] => self.seen.narrow(0, 0, 0)?,
+            _ => self.seen.index_select(&Tensor::new(rows, self.seen.device())?, 0)?,
+        };
         self.index = rows.iter().map(|&row| self.index[row as usize]).collect();
         self.texts = rows.iter().map(|&row| self.texts[row as usize].clone()).collect();
         Ok(())

@@ -24,16 +24,25 @@ template <class T, u32 D> constexpr u32 QUERIES_BLOCKS = D == 128 ? 2 : D == 64 
 template <class T, u32 D> constexpr u32 KEYS_BLOCKS = D == 128 ? 1 : D == 64 ? 2 : sizeof(T) == 4 ? 3 : 0;
 
 constexpr float LOG2E = 1.44269504f;
-// Beyond any score that means something; keeps infinities and what is not a number out of the softmax.
+// Beyond any score that means something; keeps infinities out of the softmax.
 constexpr float LARGEST = 1e30f;
 constexpr float MINUS_INFINITY = -__builtin_huge_valf();
 
-__device__ __forceinline__ float bounded(float score) { return fminf(fmaxf(score, -LARGEST), LARGEST); }
+// What is not a number stays none, here and below: fminf and fmaxf would hide it.
+__device__ __forceinline__ float bounded(float score) {
+    return score < -LARGEST ? -LARGEST : score > LARGEST ? LARGEST : score;
+}
+
+// Rounding may take a probability past 1.
+__device__ __forceinline__ float probability(float log2) {
+    const float p = power_of_two(log2);
+    return p > 1.0f ? 1.0f : p;
+}
 
 // The gradient of a score from its probability, the gradient of that, and the row's delta. Where one key has all the weight
 // the difference would be nothing but rounding.
 __device__ __forceinline__ float score_gradient(float p, float gradient, float delta) {
-    return p < 1.0f ? p * (gradient - delta) : 0.0f;
+    return p == 1.0f ? 0.0f : p * (gradient - delta);
 }
 
 // Rows of numbers in global memory: where the first is, and how far the next.
@@ -237,7 +246,7 @@ __device__ __forceinline__ void attend_backward_queries(const Site &site, const 
             const u32 query = first + own + row_of<T>(i), key = begin + scores.first();
             if (!site.sees(query, key + step) || query >= q.count) return 0.0f;
             x = bounded(x * (scale * LOG2E) + site.bias(query, 0, key, step));
-            x = score_gradient(fminf(power_of_two(x - log_sum[i]), 1.0f), g, delta[i]);
+            x = score_gradient(probability(x - log_sum[i]), g, delta[i]);
             keep(query, key, step, x);
             return x;
         });
@@ -307,7 +316,7 @@ template <class T, u32 D, u32 N> struct KeyGradients {
                     const u32 query = begin + scores.first(), key = first + own + row_of<T>(i);
                     if (!site.sees(query + step, key)) return 0.0f;
                     x = bounded(x * (scale * LOG2E) + site.bias(query, step, key, 0));
-                    return fminf(power_of_two(x - log_sum[step]), 1.0f);
+                    return probability(x - log_sum[step]);
                 });
                 dv.template add_product<N>(scores, scratch, g_tile);
             }

@@ -69,7 +69,7 @@ __device__ __forceinline__ void differentiate(Team team, const T *logits, u32 la
                                     T *out, u32 width, float smoothing, float counted) {                               \
         const Team team(blockDim.x);                                                                                   \
         BY_PACKS(T, width, is_packed(logits) && is_packed(out), differentiate, team, logits, labels[team.row],         \
-                 log_sums, *grad,           out, width, smoothing, counted);                                           \
+                 log_sums, *grad, out, width, smoothing, counted);                                           \
     }                                                                                                                  \
     REGISTER(cross_entropy_backward_##suffix)
 FOR_EACH_FLOAT(DEFINE)

@@ -42,18 +42,23 @@ fn on_gpu(x: &Tensor, width: usize) -> Result<Fresh> {
     use crate::gpu::{Arg, Buffer, Grid, Kernel, launch};
     use candle_core::DType;
     const THREADS: u32 = 256;
-    const ROWS: usize = 64;
     let kernel = |name| Kernel { file: "columns", name };
     let rows = x.elem_count() / width.max(1);
-    let parts = rows.div_ceil(ROWS);
+    let rows_per_part = rows_per_part(rows);
+    let parts = rows.div_ceil(rows_per_part);
     let mut partial = Buffer::new(x, DType::F32, (parts, width))?;
     let across = width.div_ceil(THREADS as usize);
     let grid = Grid { blocks: [across, parts, 1], threads: THREADS, shared: 0 };
-    let sizes = [Arg::size(rows)?, Arg::size(width)?, Arg::size(ROWS)?];
-    let [rows, columns, rows_per_part] = sizes;
+    let [rows, columns, rows_per_part] = [Arg::size(rows)?, Arg::size(width)?, Arg::size(rows_per_part)?];
     let arguments = &mut [Arg::In(x), Arg::Out(&mut partial), rows, columns, rows_per_part];
     launch(kernel("column_parts"), x, x.dtype(), grid, arguments)?;
     totals_on_gpu(x, &partial, parts, width)
+}
+
+/// How many rows are summed before the sums are: so that there are not more of these than a thread adds up quickly.
+#[cfg(gpu)]
+pub(crate) fn rows_per_part(rows: usize) -> usize {
+    rows.div_ceil(256).max(64)
 }
 
 /// Sums over the rows of `partial [parts, ..]`, in the type of `like`: the numbers of a row in `shape`.

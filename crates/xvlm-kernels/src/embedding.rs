@@ -137,7 +137,7 @@ mod gpu {
     use candle_core::{Result, Tensor};
 
     use super::Places;
-    use crate::gpu::{Arg, Buffer, Grid, Kernel, launch};
+    use crate::gpu::{Arg, Buffer, Grid, Kernel, launch, upload};
     use crate::graph::Fresh;
 
     /// Of a block; each warp takes a row.
@@ -168,10 +168,7 @@ mod gpu {
 
     pub(super) fn sum(table: &Tensor, places: &Places, gradient: &Tensor) -> Result<Fresh> {
         let (rows, width) = table.dims2()?;
-        let upload = |numbers: &[u32]| Tensor::from_slice(numbers, numbers.len(), table.device());
-        // Never empty: on a GPU there is no memory of no size.
-        let order = upload(if places.order.is_empty() { &[0] } else { &places.order })?;
-        let starts = upload(&places.starts)?;
+        let (order, starts) = (upload(&places.order, table)?, upload(&places.starts, table)?);
         let mut out = Buffer::like(table, table.shape())?;
         let arguments = &mut [
             Arg::In(gradient),

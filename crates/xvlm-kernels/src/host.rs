@@ -2,7 +2,7 @@
 
 use std::ops::Deref;
 
-use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
 
 use crate::graph::Fresh;
 
@@ -37,6 +37,11 @@ impl<G: Deref<Target = Storage>, T: WithDType> Deref for Host<G, T> {
     }
 }
 
+/// In another float type; without numbers too, which candle does not convert on a GPU.
+pub(crate) fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
+    if x.elem_count() == 0 { Tensor::zeros(x.shape(), dtype, x.device()) } else { x.to_dtype(dtype) }
+}
+
 /// A result of `shape` that `fill` writes. What it is handed is not initialised: it writes every number and reads none
 /// that it has not written.
 pub(crate) fn written<T: WithDType>(shape: impl Into<Shape>, fill: impl FnOnce(&mut [T])) -> Fresh {
@@ -44,7 +49,8 @@ pub(crate) fn written<T: WithDType>(shape: impl Into<Shape>, fill: impl FnOnce(&
     let len = shape.elem_count();
     let mut values: Vec<T> = Vec::with_capacity(len);
     let space = values.spare_capacity_mut();
-    // SAFETY: the space is there; every bit pattern is a value of these plain number types; `fill` keeps the promise above.
+    // SAFETY: the space is there, and is written before it is read, as `fill` promises. That a slice of plain numbers covers
+    // memory without a value until then is what spares every result a pass of zeros.
     fill(unsafe { std::slice::from_raw_parts_mut(space.as_mut_ptr().cast::<T>(), len) });
     // SAFETY: the capacity was reserved, and `fill` has written it.
     unsafe { values.set_len(len) };

@@ -7,7 +7,7 @@
 //! - on NVIDIA GPUs (feature `cuda`), our own kernels over `f32`, `bf16` or `f16`, likewise with arithmetic in `f32`;
 //! - for every other type and device, candle's own differentiable operations.
 //!
-//! None of them ever drops a gradient, and each gives the same bits in every run on one machine: sums have one order, which
+//! None of them ever drops a gradient, but for [`cached_attention`], which has none and says so; and each gives the same bits in every run on one machine: sums have one order, which
 //! the number of threads does not change.
 //!
 //! Errors are [`candle_core::Error`]s; a wrong shape is a [`KernelError`] wrapped in one.

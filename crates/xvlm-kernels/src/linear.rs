@@ -5,7 +5,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use crate::columns::column_sums;
-use crate::error::check_shape;
+use crate::error::{KernelError, check_shape};
 use crate::graph::{Fresh, differentiable};
 use crate::host::{read, written};
 use crate::path::{Path, fused};
@@ -15,7 +15,7 @@ use crate::simd::{Matrix, all_threads, multiply, vectorized};
 /// `x · wᵀ + b`: `x [.., K]`, `weight [N, K]`, `bias [N]` → `[.., N]`. Sums are f32 for half types.
 ///
 /// # Errors
-/// If the last dimension of `x` is not `K` or `bias` is not `[N]`.
+/// If the last dimension of `x` is not `K`, one of `K` and `N` is 0, or `bias` is not `[N]`.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     const OP: &str = "linear";
     let shape = check_weight(OP, x, weight)?;
@@ -35,7 +35,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
 /// [`bias_gelu`](crate::bias_gelu).
 ///
 /// # Errors
-/// If the last dimension of `x` is not `K`.
+/// If the last dimension of `x` is not `K`, or one of `K` and `N` is 0.
 pub fn linear_without_bias(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     const OP: &str = "linear_without_bias";
     let shape = check_weight(OP, x, weight)?;
@@ -52,6 +52,10 @@ fn check_weight(op: &'static str, x: &Tensor, weight: &Tensor) -> Result<Vec<usi
     let (outputs, _) = weight.dims2()?;
     let inputs = x.dims().last().copied().unwrap_or(0);
     check_shape(op, "weight", weight, &[outputs, inputs])?;
+    if inputs == 0 || outputs == 0 {
+        let (expected, found) = ("[N, K], both above 0".into(), weight.dims().to_vec());
+        return Err(KernelError::Shape { op, argument: "weight", expected, found }.into());
+    }
     let mut shape = x.dims().to_vec();
     shape.pop();
     shape.push(outputs);

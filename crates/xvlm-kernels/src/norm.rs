@@ -3,7 +3,7 @@
 use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
 
-use crate::error::check_shape;
+use crate::error::{KernelError, check_shape};
 use crate::graph::{Fresh, differentiable};
 use crate::host::{read, written};
 use crate::path::{Path, fused};
@@ -13,7 +13,7 @@ use crate::simd::{add_assign, dot, moments, sum, vectorized};
 /// Layer normalisation over the last dimension: `x [.., C]`, `weight [C]`, `bias [C]`. Statistics are f32 for half types.
 ///
 /// # Errors
-/// If `weight` or `bias` is not `[C]`.
+/// If `x` has no columns, or `weight` or `bias` is not `[C]`.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     const OP: &str = "layer_norm";
     check_parameters(OP, x, weight, bias)?;
@@ -33,7 +33,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
 /// `residual` of the same shape, `weight [C]`, `bias [C]`. The sum is f32 for half types and is not kept.
 ///
 /// # Errors
-/// If `residual` has not the shape of `x`, or `weight` or `bias` is not `[C]`.
+/// If `x` has no columns, `residual` has not its shape, or `weight` or `bias` is not `[C]`.
 pub fn add_layer_norm(x: &Tensor, residual: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     const OP: &str = "add_layer_norm";
     check_shape(OP, "residual", residual, x.dims())?;
@@ -56,7 +56,10 @@ pub fn add_layer_norm(x: &Tensor, residual: &Tensor, weight: &Tensor, bias: &Ten
 }
 
 fn check_parameters(op: &'static str, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<()> {
-    let width = x.dims().last().copied().unwrap_or(0);
+    let Some(&width) = x.dims().last().filter(|width| **width > 0) else {
+        let (expected, found) = ("[.., C] with C above 0".into(), x.dims().to_vec());
+        return Err(KernelError::Shape { op, argument: "x", expected, found }.into());
+    };
     check_shape(op, "weight", weight, &[width])?;
     check_shape(op, "bias", bias, &[width])
 }
@@ -206,7 +209,7 @@ fn backward_on_host<T: Real>(
 mod gpu {
     use candle_core::{DType, Result, Tensor};
 
-    use crate::columns::totals_on_gpu;
+    use crate::columns::{rows_per_part, totals_on_gpu};
     use crate::gpu::{Arg, Buffer, Grid, Kernel, Team, launch};
     use crate::graph::Fresh;
 
@@ -264,8 +267,7 @@ mod gpu {
         ];
         launch(kernel("layer_norm_backward"), x, x.dtype(), team.grid, arguments)?;
 
-        // Not more parts than a thread adds up quickly.
-        let rows_per_part = rows.div_ceil(256).max(64);
+        let rows_per_part = rows_per_part(rows);
         let parts = rows.div_ceil(rows_per_part);
         let mut partial = Buffer::new(x, DType::F32, (parts, 2 * width))?;
         let grid = Grid { blocks: [width.div_ceil(THREADS as usize), parts, 1], threads: THREADS, shared: 0 };

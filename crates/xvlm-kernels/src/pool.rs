@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use crate::boxes::patch_rectangle_mask;
 use crate::error::{KernelError, check_shape};
 use crate::graph::{Fresh, differentiable};
-use crate::host::{read, written};
+use crate::host::{cast, read, written};
 use crate::path::{Path, fused};
 use crate::real::Real;
 use crate::simd::{add_widened, sum, vectorized};
@@ -27,7 +27,7 @@ pub enum Cover<'a> {
 /// patches of its image.
 ///
 /// `patches [N, L, C]`; region `b` lies in image `index[b]`. Returns `[B, 1 + L, C]`. A region that covers nothing, which
-/// only a mask can tell, has a mean of zeros. The gradient of a patch is summed over the regions in their order.
+/// only a mask can tell, has a mean of zeros. Neither masks nor boxes get a gradient. The gradient of a patch is summed over the regions in their order.
 ///
 /// # Errors
 /// On a wrong shape, an index that is not below `N`, boxes that are not `f32` or a grid that is not square, or a cover on
@@ -82,7 +82,7 @@ pub fn patch_pool(patches: &Tensor, index: &[u32], cover: Cover) -> Result<Tenso
 fn shares(patches: &Tensor, cover: Cover) -> Result<Tensor> {
     // Neither is trained.
     let cover = match cover {
-        Cover::Mask(mask) => Cover::Mask(&mask.detach().to_dtype(DType::F32)?.contiguous()?),
+        Cover::Mask(mask) => Cover::Mask(&cast(&mask.detach(), DType::F32)?.contiguous()?),
         Cover::Boxes(boxes) => Cover::Boxes(&boxes.detach().contiguous()?),
     };
     #[cfg(gpu)]
@@ -211,7 +211,7 @@ impl Groups {
 #[cfg(gpu)]
 mod on_gpu {
     use super::*;
-    use crate::gpu::{Arg, Buffer, Grid, Kernel, launch};
+    use crate::gpu::{Arg, Buffer, Grid, Kernel, launch, upload};
 
     /// As in `cuda/pool.cu`: a block works on so many patches, and on so many packs of sixteen bytes of each.
     const ROWS: usize = 32;
@@ -226,10 +226,6 @@ mod on_gpu {
     fn grid(rows: usize, patches: &Tensor, channels: usize) -> Grid {
         let per_block = PACKS * 16 / patches.dtype().size_in_bytes();
         Grid { blocks: [rows, channels.div_ceil(per_block), 1], threads: THREADS, shared: 0 }
-    }
-
-    fn upload(values: &[u32], like: &Tensor) -> Result<Tensor> {
-        Tensor::from_slice(values, values.len(), like.device())
     }
 
     pub(super) fn shares(patches: &Tensor, cover: Cover) -> Result<Tensor> {

@@ -120,7 +120,7 @@ fn search_texts(
     let mut texts = TextSearch::new(prompts.iter().cloned(), search, end);
     let mut decoding = model.begin_texts(looks, longest + search.max_tokens)?;
     let mut new = prompts.to_vec();
-    while texts.live().next().is_some() {
+    while !texts.is_over() {
         let states = decoding.extend(&new)?;
         let logits = model.next_token_logits(&states)?.to_vec2::<f32>()?;
         texts.advance(logits.iter().map(Vec::as_slice));

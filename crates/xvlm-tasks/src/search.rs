@@ -88,6 +88,11 @@ impl TextSearch {
         groups.flat_map(|(number, group)| group.live.iter().map(move |live| (number, live.ids.as_slice())))
     }
 
+    /// Whether no text is to be continued.
+    pub fn is_over(&self) -> bool {
+        self.groups.iter().all(|group| group.live.is_empty())
+    }
+
     /// For each live text, the place of the one it continues among those that were live before the last step.
     pub fn parents(&self) -> impl Iterator<Item = u32> {
         self.groups.iter().flat_map(|group| group.live.iter().map(|live| live.parent as u32))

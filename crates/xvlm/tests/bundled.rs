@@ -97,3 +97,33 @@ fn questions_without_words_and_devices_that_are_not_there_are_refused() {
     let missing = Predictor::from_folder("no/such/model", &Device::Cpu).err().unwrap().to_string();
     assert!(missing.contains("no/such/model"), "{missing}");
 }
+
+/// The GPU if the tests are built for one and it is there. Says so loudly if it is not.
+#[cfg(feature = "cuda")]
+fn gpu() -> Option<Device> {
+    match Device::new_cuda(0) {
+        Ok(device) => Some(device),
+        Err(error) if std::env::var_os("XVLM_REQUIRE_GPU").is_some() => panic!("expected a GPU: {error}"),
+        Err(error) => {
+            eprintln!("\n*** NO GPU: WHAT IT SAYS ABOUT A PICTURE IS NOT TESTED ({error}) ***\n");
+            None
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn a_gpu_says_the_same() {
+    let Some(gpu) = gpu() else { return };
+    let picture = example();
+    let [here, there] = [Device::Cpu, gpu].map(|device| {
+        let predictor = Predictor::bundled(&device).unwrap();
+        let view = predictor.look(&picture).unwrap();
+        let found = view.ground(&["the red circle", "the shape on the left"]).unwrap();
+        let edges = |b: &xvlm::PixelBox| [b.xmin, b.ymin, b.xmax, b.ymax];
+        let edges: Vec<f32> = found.iter().flat_map(|found| edges(&found.bounds)).collect();
+        (view.caption().unwrap().text, view.fill("a ___ circle", 3).unwrap()[0].text.clone(), edges)
+    });
+    assert_eq!((here.0, here.1), (there.0, there.1));
+    assert!(here.2.iter().zip(&there.2).all(|(a, b)| (a - b).abs() < 0.1), "{:?} {:?}", here.2, there.2);
+}

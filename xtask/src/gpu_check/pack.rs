@@ -7,12 +7,9 @@ use std::process::Command;
 use super::Program;
 use crate::Done;
 
-/// The crates that compute on a GPU. Their tests read no files, so that they run wherever they lie; those of the other
+/// The crates that compute on a GPU and whose tests read no files, so that they run wherever they lie; the tests of other
 /// crates look for theirs in the sources.
 const PACKAGES: [&str; 6] = ["xvlm-kernels", "xvlm-encoders", "xvlm-losses", "xvlm-tasks", "xvlm", "benches"];
-
-/// What a machine for GPUs takes in, in MiB.
-const LARGEST: u64 = 64;
 
 pub(super) fn pack(programs: &[Program], folder: &Path) -> Done {
     let entries = fs::read_dir(folder).map(Iterator::count).unwrap_or(0);
@@ -69,8 +66,5 @@ fn compress(folder: &Path) -> Done {
     fs::rename(&aside, &archive)?;
     let size = fs::metadata(&archive)?.len() as f64 / f64::from(1 << 20);
     println!("{}: {size:.1} MiB", archive.display());
-    if size > LARGEST as f64 {
-        println!("*** MORE THAN {LARGEST} MiB: machines that are sent it may refuse it ***");
-    }
     Ok(())
 }

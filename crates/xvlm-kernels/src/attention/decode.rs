@@ -49,8 +49,7 @@ impl KeyValueCache {
             let (expected, found) = (format!("numbers below {batch}"), format!("{rows:?}"));
             return Err(KernelError::Value { op: "KeyValueCache::select", argument: "rows", expected, found }.into());
         }
-        let index = Tensor::from_slice(rows, rows.len(), self.rows.device())?;
-        self.rows = self.rows.index_select(&index, 0)?;
+        self.rows = select_rows(&self.rows, rows)?;
         Ok(())
     }
 }
@@ -62,8 +61,8 @@ impl KeyValueCache {
 /// rows of what [`crate::self_attention`] makes of the whole sequence.
 ///
 /// # Errors
-/// On a wrong shape, another type or device than the cache's, or if the cache has no room for `S` more. The cache is then as
-/// it was.
+/// On a wrong shape, another type or device than the cache's, if the cache has no room for `S` more, or, on a GPU, if a head
+/// has more than 128 numbers. No position counts as cached then.
 pub fn cached_attention(qkv: &Tensor, cache: &mut KeyValueCache, key_bias: &Tensor, heads: usize) -> Result<Tensor> {
     const OP: &str = "cached_attention";
     let (_, new, packed) = qkv.dims3()?;
@@ -96,4 +95,12 @@ pub fn cached_attention(qkv: &Tensor, cache: &mut KeyValueCache, key_bias: &Tens
     };
     cache.len += new;
     Ok(result)
+}
+
+/// Rows of a tensor by number, of which there may be none: candle chooses none on a GPU only by a view.
+fn select_rows(x: &Tensor, rows: &[u32]) -> Result<Tensor> {
+    if rows.is_empty() {
+        return x.narrow(0, 0, 0);
+    }
+    x.index_select(&Tensor::from_slice(rows, rows.len(), x.device())?, 0)
 }

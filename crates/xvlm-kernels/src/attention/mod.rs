@@ -4,6 +4,7 @@ use candle_core::{D, DType, Result, Tensor};
 use half::bf16;
 
 use crate::error::{KernelError, check_shape};
+use crate::host::cast;
 use crate::path::Path;
 use crate::softmax::softmax;
 
@@ -28,7 +29,7 @@ pub type Dropped<'a> = &'a dyn Fn(&Tensor) -> Result<Tensor>;
 /// softmax(q·kᵀ / √width + bias) · v of each head (Vaswani et al. 2017, §3.2). The bias gets no gradient.
 ///
 /// # Errors
-/// On a wrong shape, or if `C` is not a multiple of `heads`.
+/// On a wrong shape, if `C` is not a multiple of `heads`, or, on a GPU, if a head has more than 128 numbers.
 pub fn self_attention(
     qkv: &Tensor,
     key_bias: &Tensor,
@@ -64,7 +65,8 @@ pub fn self_attention(
 /// through `key_bias [P, L]`, which gets no gradient. Returns `[P, T, C]`.
 ///
 /// # Errors
-/// On a wrong shape, no keys, an index that is not below `N`, or if `C` is not a multiple of `heads`.
+/// On a wrong shape, no keys, an index that is not below `N`, if `C` is not a multiple of `heads`, or, on a GPU, if a head has
+/// more than 128 numbers.
 pub fn cross_attention(
     q: &Tensor,
     kv: &Tensor,
@@ -107,7 +109,7 @@ pub fn cross_attention(
 
 /// As the kernels take it.
 fn as_bias(key_bias: &Tensor) -> Result<Tensor> {
-    key_bias.detach().to_dtype(DType::F32)?.contiguous()
+    cast(&key_bias.detach(), DType::F32)?.contiguous()
 }
 
 /// Numbers of a head, in rows of `parts` times all heads.

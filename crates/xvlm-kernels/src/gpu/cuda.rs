@@ -5,7 +5,7 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaModule, CudaStream, DevicePtr, DevicePtrMut, LaunchConfig, PushKernelArg, SyncOnDrop,
+    CudaFunction, CudaModule, CudaStream, DevicePtr, DevicePtrMut, LaunchConfig, PushKernelArg, SyncOnDrop,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaStorageSlice, DeviceId, WrapErr};
@@ -91,6 +91,25 @@ fn address_mut<'a>(storage: &'a mut Storage, stream: &'a CudaStream) -> Result<(
     })
 }
 
+/// Lets a kernel have so much dynamic shared memory, if that is more than every kernel may have.
+fn allow(device: &CudaDevice, name: &str, function: &CudaFunction, shared: usize) -> Result<()> {
+    /// 48 KiB, less what a kernel has of fixed size.
+    const ALL_MAY_HAVE: usize = 46 * 1024;
+    static ALLOWED: LazyLock<Mutex<HashMap<(DeviceId, String), usize>>> = LazyLock::new(Mutex::default);
+    if shared <= ALL_MAY_HAVE {
+        return Ok(());
+    }
+    let mut allowed = ALLOWED.lock().unwrap_or_else(PoisonError::into_inner);
+    let allowed = allowed.entry((device.id(), name.to_owned())).or_default();
+    // Never less than before: another thread may be about to launch with that.
+    if shared > *allowed {
+        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(attribute, shared as i32).w()?;
+        *allowed = shared;
+    }
+    Ok(())
+}
+
 pub(super) fn launch(
     device: &CudaDevice,
     file: &'static str,
@@ -99,11 +118,7 @@ pub(super) fn launch(
     arguments: &mut [Arg],
 ) -> Result<()> {
     let function = module(device, file)?.load_function(name).w()?;
-    // More than this is only for kernels that ask for it.
-    if grid.shared > 48 * 1024 {
-        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        function.set_attribute(attribute, grid.shared as i32).w()?;
-    }
+    allow(device, name, &function, grid.shared)?;
     let stream = device.cuda_stream();
     let guards: Vec<_> =
         arguments.iter().map(|a| if let Arg::In(t) = a { Some(t.storage_and_layout().0) } else { None }).collect();

@@ -43,7 +43,6 @@ pub(super) fn allocate(dtype: DType, len: usize) -> Result<CpuStorage> {
 
 pub(super) fn address(storage: &Storage, offset: usize) -> Result<u64> {
     let Storage::Cpu(storage) = storage else { bail!("an emulated kernel needs tensors on the CPU") };
-    // The kernels write through the addresses of `Arg::Out` only, which are borrowed mutably.
     Ok(match storage {
         CpuStorage::F64(values) => values[offset..].as_ptr() as u64,
         CpuStorage::F32(values) => values[offset..].as_ptr() as u64,
@@ -52,6 +51,19 @@ pub(super) fn address(storage: &Storage, offset: usize) -> Result<u64> {
         CpuStorage::U32(values) => values[offset..].as_ptr() as u64,
         CpuStorage::I64(values) => values[offset..].as_ptr() as u64,
         _ => bail!("kernels read no such type"),
+    })
+}
+
+/// The address of memory that is written.
+fn address_mut(storage: &mut Storage) -> Result<u64> {
+    let Storage::Cpu(storage) = storage else { bail!("an emulated kernel needs tensors on the CPU") };
+    Ok(match storage {
+        CpuStorage::F64(values) => values.as_mut_ptr() as u64,
+        CpuStorage::F32(values) => values.as_mut_ptr() as u64,
+        CpuStorage::BF16(values) => values.as_mut_ptr() as u64,
+        CpuStorage::F16(values) => values.as_mut_ptr() as u64,
+        CpuStorage::U32(values) => values.as_mut_ptr() as u64,
+        _ => bail!("kernels write no such type"),
     })
 }
 
@@ -72,11 +84,11 @@ pub(super) fn launch(file: &str, name: &str, grid: Grid, arguments: &mut [Arg]) 
     let mut values = Vec::with_capacity(arguments.len());
     let guards: Vec<_> =
         arguments.iter().map(|a| if let Arg::In(t) = a { Some(t.storage_and_layout().0) } else { None }).collect();
-    for (argument, guard) in arguments.iter().zip(&guards) {
+    for (argument, guard) in arguments.iter_mut().zip(&guards) {
         values.push(match (argument, guard) {
             (Arg::In(tensor), Some(storage)) => address(storage, offset(tensor)?)?,
             (Arg::Made(buffer), _) => address(&buffer.storage, 0)?,
-            (Arg::Out(buffer), _) => address(&buffer.storage, 0)?,
+            (Arg::Out(buffer), _) => address_mut(&mut buffer.storage)?,
             (Arg::U32(value), _) => u64::from(*value),
             (Arg::F32(value), _) => u64::from(value.to_bits()),
             (Arg::Absent | Arg::In(_), _) => 0,

@@ -123,9 +123,10 @@ pub(crate) enum Arg<'a> {
 impl Arg<'_> {
     /// A size, which kernels take as 32 bits.
     pub(crate) fn size(n: usize) -> Result<Self> {
+        // Half of what fits, so that no index of a kernel wraps when it goes a step too far.
         match u32::try_from(n) {
-            Ok(n) => Ok(Self::U32(n)),
-            Err(_) => bail!("a size of {n} is too large for a kernel"),
+            Ok(size) if size <= u32::MAX / 2 => Ok(Self::U32(size)),
+            _ => bail!("a size of {n} is too large for a kernel"),
         }
     }
 }
@@ -134,6 +135,10 @@ impl Arg<'_> {
 pub(crate) fn launch(kernel: Kernel, like: &Tensor, dtype: DType, grid: Grid, arguments: &mut [Arg]) -> Result<()> {
     if grid.blocks.contains(&0) {
         return Ok(());
+    }
+    let [x, y, z] = grid.blocks;
+    if x > i32::MAX as usize || y.max(z) > usize::from(u16::MAX) {
+        bail!("a grid of {x} × {y} × {z} blocks is too large for a kernel");
     }
     let suffix = match dtype {
         DType::F32 => "f32",
@@ -149,6 +154,12 @@ pub(crate) fn launch(kernel: Kernel, like: &Tensor, dtype: DType, grid: Grid, ar
         Storage::Cpu(_) => emulation::launch(kernel.file, &name, grid, arguments),
         _ => bail!("no kernels for {:?}", like.device().location()),
     }
+}
+
+/// Numbers for a kernel, on the device of `like`. Never none: on a GPU there is no memory of no size.
+pub(crate) fn upload(values: &[u32], like: &Tensor) -> Result<Tensor> {
+    let values = if values.is_empty() { &[0] } else { values };
+    Tensor::from_slice(values, values.len(), like.device())
 }
 
 /// The start of a contiguous tensor in its storage, in elements.

@@ -128,8 +128,9 @@ impl Place {
         // SAFETY: the caller stays inside the matrices.
         unsafe {
             Self {
-                a: self.a.add(if T { row } else { row * self.a_stride }),
-                b: self.b.add(column),
+                // Without a summed dimension there is nothing of these two.
+                a: self.a.wrapping_add(if T { row } else { row * self.a_stride }),
+                b: self.b.wrapping_add(column),
                 plus: match self.plus {
                     RawPlus::Nothing => RawPlus::Nothing,
                     RawPlus::Matrix(plus, stride) => RawPlus::Matrix(plus.add(row * stride + column), stride),
@@ -163,6 +164,7 @@ impl Place {
                     _ => (4, 6),
                 }
             };
+            assert!(vectors * S::F32_LANES <= n - column, "no tile passes the last column");
             let tiles = m.div_ceil(most).max(1);
             let mut row = 0;
             for tile in 0..tiles {

@@ -3,9 +3,10 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::WindowShape;
+use crate::columns::totals_on_gpu;
 use crate::error::KernelError;
 use crate::gpu::attention::{kernels, scale};
-use crate::gpu::{Arg, Buffer, Grid, Kernel, launch};
+use crate::gpu::{Arg, Buffer, launch};
 use crate::graph::{Fresh, differentiable};
 
 /// The most tokens of a window; AREA of window.cu.
@@ -85,22 +86,10 @@ impl Call {
         launch(kernels.keys, qkv, qkv.dtype(), grid, &mut arguments)?;
 
         let d_bias = match &partial {
-            Some(partial) => Some(total(partial, groups, bias)?),
+            Some(partial) => Some(totals_on_gpu(bias, partial, groups, bias.shape())?.detached()),
             // Without images nothing depends on the bias.
             None => bias.track_op().then(|| bias.zeros_like()).transpose()?,
         };
         Ok((Fresh::from(d_qkv).detached(), d_bias))
     }
-}
-
-/// The sum of the groups' gradients of the bias, in their order.
-fn total(partial: &Buffer, groups: usize, bias: &Tensor) -> Result<Tensor> {
-    const THREADS: u32 = 256;
-    let count = bias.elem_count();
-    let mut total = Buffer::like(bias, bias.shape())?;
-    let kernel = Kernel { file: "columns", name: "column_totals" };
-    let grid = Grid::line(count.div_ceil(THREADS as usize), THREADS);
-    let arguments = &mut [Arg::Made(partial), Arg::Out(&mut total), Arg::size(groups)?, Arg::size(count)?];
-    launch(kernel, bias, bias.dtype(), grid, arguments)?;
-    Ok(Fresh::from(total).detached())
 }

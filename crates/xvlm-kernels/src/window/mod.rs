@@ -93,7 +93,8 @@ impl WindowShape {
 /// Returns `[N, H·W, C]`.
 ///
 /// # Errors
-/// On a wrong shape, or a window that does not divide the grid.
+/// On a wrong shape, a window that does not divide the grid, or, on a GPU, if a head has more than 128 numbers or a window more
+/// than 256 tokens.
 pub fn window_attention(qkv: &Tensor, bias: &Tensor, shape: WindowShape) -> Result<Tensor> {
     shape.check()?;
     let (heads, ..) = bias.dims3()?;
