@@ -182,7 +182,9 @@ impl Comparison {
                 let ratio = |time: Duration| time.as_secs_f64() / times[0].as_secs_f64();
                 format!(" {:.1?} | {:.1} | {:.0} % |", times[0], ratio(times[1]), 100.0 * ratio(times[2]))
             });
-            self.rows.push(format!("| {name} |{}", columns.collect::<String>()));
+            let columns: String = columns.collect();
+            let missing = " | | |".repeat(2 - ways.len());
+            self.rows.push(format!("| {name} |{columns}{missing}"));
         }
         Ok(())
     }

@@ -21,6 +21,14 @@ pub fn log_softmax(x: &Tensor) -> Result<Tensor> {
     shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)
 }
 
+/// `x · σ(1.702 x)`.
+///
+/// # Errors
+/// If candle fails.
+pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
+    x / ((x * -1.702)?.exp()? + 1.0)?
+}
+
 /// Layer normalisation over the last dimension.
 ///
 /// # Errors

@@ -2,7 +2,7 @@
 //! the least it could cost on this machine.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use xvlm::kernels::{self, AdamW, BoxFormat, Cover, Update, WindowShape};
+use xvlm::kernels::{self, AdamW, BoxFormat, Cover, KeyValueCache, Update, WindowShape};
 use xvlm_benches::{Case, Comparison, Floor, device, plain, random_at};
 
 /// Tokens of the first and the last stage of Swin-B, of the texts, and of the image they look at.
@@ -67,6 +67,8 @@ impl Bench<'_> {
             let wide = self.random(&[1, rows, 512])?;
             let of_wide = floors(wide.elem_count(), self);
             self.case(&format!("gelu {rows}x512"), of_wide, || kernels::gelu(&wide), || wide.gelu_erf())?;
+            let quick = || kernels::quick_gelu(&wide);
+            self.case(&format!("quick gelu {rows}x512"), of_wide, quick, || plain::quick_gelu(&wide))?;
             let bias = self.random(&[512])?;
             let shifted = || wide.broadcast_add(&bias)?.gelu_erf();
             let name = format!("bias + gelu {rows}x512");
@@ -91,9 +93,12 @@ impl Bench<'_> {
 
         for texts in [TEXTS, 8 * TEXTS] {
             let scores = self.random(&[texts, HEADS, WORDS, 145])?;
-            let name = format!("softmax {}x145", texts * HEADS * WORDS);
+            let rows = texts * HEADS * WORDS;
+            let floors = floors(scores.elem_count(), self);
             let ours = || kernels::softmax(&scores, 3);
-            self.case(&name, floors(scores.elem_count(), self), ours, || plain::softmax(&scores))?;
+            self.case(&format!("softmax {rows}x145"), floors, ours, || plain::softmax(&scores))?;
+            let ours = || kernels::log_softmax(&scores, 3);
+            self.case(&format!("log softmax {rows}x145"), floors, ours, || plain::log_softmax(&scores))?;
         }
 
         let logits = self.random(&[64, 30_522])?;
@@ -164,7 +169,12 @@ impl Bench<'_> {
         let (read, written) = (IMAGES * LAST * 1024, REGIONS * (1 + LAST) * 1024);
         let floors = [self.bytes(read + written), self.bytes(2 * (read + written))];
         let ours = || kernels::patch_pool(&patches, &index, Cover::Mask(&covered));
-        self.case("patch pool 32 of 8x49x1024", floors, ours, || plain::patch_pool(&patches, &ids, &covered))
+        self.case("patch pool 32 of 8x49x1024", floors, ours, || plain::patch_pool(&patches, &ids, &covered))?;
+        let boxes: Vec<f32> = (0..REGIONS).flat_map(|region| [0.2 + 0.02 * region as f32, 0.5, 0.3, 0.4]).collect();
+        let boxes = Tensor::from_vec(boxes, (REGIONS, 4), &self.device)?;
+        let ours = || kernels::patch_pool(&patches, &index, Cover::Boxes(&boxes));
+        let name = "patch pool by boxes 32 of 8x49x1024";
+        self.case(name, floors, ours, || plain::patch_pool(&patches, &ids, &covered))
     }
 
     fn boxes(&mut self) -> Result<()> {
@@ -173,6 +183,11 @@ impl Bench<'_> {
         let floors = [self.bytes(10 * 1024), self.bytes(24 * 1024)];
         let ours = || kernels::box_losses(&boxes, &targets);
         self.case("box losses 1024", floors, ours, || plain::box_losses(&boxes, &targets))?;
+
+        let floors = [self.bytes(9 * 1024), self.bytes(21 * 1024)];
+        let ours = || kernels::giou(&boxes, &targets, BoxFormat::Cxcywh);
+        let plain = || plain::giou(&plain::corners(&boxes)?, &plain::corners(&targets)?);
+        self.case("giou 1024", floors, ours, plain)?;
 
         let others = targets.narrow(0, 0, 64)?;
         let pairs = 1024 * 64;
@@ -227,10 +242,36 @@ fn optimizer(comparison: &mut Comparison, device: &Device) -> Result<()> {
     )
 }
 
+/// Twenty tokens of three beams, one after the other: with the keys and values of those before, and from the start each time.
+fn decoding(comparison: &mut Comparison, device: &Device) -> Result<()> {
+    const BEAMS: usize = 3;
+    const TOKENS: usize = 20;
+    let qkv = random_at(&[BEAMS, TOKENS, 3 * 768], DType::F32, device)?.detach();
+    let seen = Tensor::zeros((BEAMS, TOKENS), DType::F32, device)?;
+    let steps = (0..TOKENS)
+        .map(|token| Ok((qkv.narrow(1, token, 1)?.contiguous()?, seen.narrow(1, 0, token + 1)?.contiguous()?)))
+        .collect::<Result<Vec<_>>>()?;
+    let bias = plain::score_bias(&seen, DType::F32)?.broadcast_add(&plain::causal_bias(TOKENS, &seen)?)?;
+    let cached = || {
+        let mut cache = KeyValueCache::new(BEAMS, TOKENS, 768, DType::F32, device)?;
+        steps.iter().try_for_each(|(new, seen)| kernels::cached_attention(new, &mut cache, seen, HEADS).map(drop))
+    };
+    let again = || {
+        (1..=TOKENS).try_for_each(|tokens| {
+            let bias = bias.narrow(2, 0, tokens)?.narrow(3, 0, tokens)?;
+            plain::self_attention(&qkv.narrow(1, 0, tokens)?, &bias, HEADS).map(drop)
+        })
+    };
+    // Each step reads what is cached and its own row, and writes its keys, its values and its result.
+    let numbers = (1..=TOKENS).map(|tokens| (2 * tokens + 6) * BEAMS * 768).sum::<usize>();
+    comparison.measure_step("cached attention, 20 tokens of 3 beams", Floor::Bytes(4 * numbers), &cached, &again)
+}
+
 fn main() {
     xvlm_benches::run(|comparison| {
         let device = device();
         optimizer(comparison, &device)?;
+        decoding(comparison, &device)?;
         let dtypes: &[DType] =
             if device.is_cpu() { &[DType::F32, DType::BF16] } else { &[DType::F32, DType::BF16, DType::F16] };
         for &dtype in dtypes {
