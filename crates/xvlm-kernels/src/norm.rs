@@ -1,6 +1,9 @@
 //! Layer normalisation (Ba, Kiros and Hinton 2016).
 
+use std::ops::Range;
+
 use candle_core::{D, DType, Result, Tensor};
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::error::{KernelError, check_shape};
@@ -8,7 +11,8 @@ use crate::graph::{Fresh, differentiable};
 use crate::host::{read, written};
 use crate::path::{Path, fused};
 use crate::real::Real;
-use crate::simd::{add_assign, dot, moments, sum, vectorized};
+use crate::simd::add_assign;
+use crate::simd::row::{SUMS, each, load, rows_together, store, total};
 
 /// Layer normalisation over the last dimension: `x [.., C]`, `weight [C]`, `bias [C]`. Statistics are f32 for half types.
 ///
@@ -97,20 +101,38 @@ fn rows_at_a_time(width: usize) -> usize {
     ((1 << 14) / width.max(1)).max(32)
 }
 
-/// `x + residual` of one row.
-#[inline(always)]
-fn load<T: Real>(row: &mut [f32], x: &[T], residual: Option<&[T]>) {
-    match residual {
-        Some(residual) => {
-            for ((sum, x), residual) in row.iter_mut().zip(x).zip(residual) {
-                *sum = x.widen() + residual.widen();
-            }
+/// Rows of `x`, or of the sum of `x` and a residual.
+#[derive(Clone, Copy)]
+struct Rows<'a, T> {
+    x: &'a [T],
+    residual: Option<&'a [T]>,
+}
+
+impl<'a, T: Real> Rows<'a, T> {
+    #[inline(always)]
+    fn slice(self, range: Range<usize>) -> Self {
+        Self {
+            x: &self.x[range.clone()],
+            residual: self.residual.map(
+                #[inline(always)]
+                |residual| &residual[range],
+            ),
         }
-        None => {
-            for (sum, x) in row.iter_mut().zip(x) {
-                *sum = x.widen();
-            }
+    }
+
+    #[inline(always)]
+    fn load<S: Simd>(self, simd: S, at: Range<usize>, pad: f32) -> S::f32s {
+        let x = load(simd, &self.x[at.clone()], pad);
+        match self.residual {
+            Some(residual) => simd.add_f32s(x, load(simd, &residual[at], 0.0)),
+            None => x,
         }
+    }
+
+    /// x − mean, and 0 where there is no number.
+    #[inline(always)]
+    fn centred<S: Simd>(self, simd: S, at: Range<usize>, mean: f32) -> S::f32s {
+        simd.sub_f32s(self.load(simd, at, mean), simd.splat_f32s(mean))
     }
 }
 
@@ -122,33 +144,84 @@ fn forward_on_host<T: Real>(
     let (width, shape) = (weight.elem_count().max(1), x.shape());
     let (x, weight, bias) = (&*read::<T>(x)?, &*read::<T>(weight)?, &*read::<T>(bias)?);
     let residual = residual.map(read::<T>).transpose()?;
-    let residual = residual.as_deref();
-    let rows = rows_at_a_time(width);
+    let rows = Rows { x, residual: residual.as_deref() };
+    let chunk = rows_at_a_time(width);
     let mut statistics = vec![0f32; x.len() / width * 2];
     let y = written(shape, |out: &mut [T]| {
-        let parts = out.par_chunks_mut(rows * width).zip(statistics.par_chunks_mut(rows * 2)).enumerate();
+        let parts = out.par_chunks_mut(chunk * width).zip(statistics.par_chunks_mut(chunk * 2)).enumerate();
         parts.for_each(|(part, (out, statistics))| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    let mut row = vec![0f32; width];
-                    let outputs = out.chunks_exact_mut(width).zip(statistics.chunks_exact_mut(2)).enumerate();
-                    for (i, (out, statistics)) in outputs {
-                        let start = (part * rows + i) * width;
-                        let here = start..start + width;
-                        load(&mut row, &x[here.clone()], residual.map(|residual| &residual[here]));
-                        let (mean, scale) = moments(&row, eps);
-                        statistics.copy_from_slice(&[mean, scale]);
-                        for (((out, x), w), b) in out.iter_mut().zip(&row).zip(weight).zip(bias) {
-                            *out = T::narrow(((x - mean) * scale).mul_add(w.widen(), b.widen()));
-                        }
-                    }
-                },
-            )
+            let start = part * chunk * width;
+            let rows = rows.slice(start..start + out.len());
+            pulp::Arch::new().dispatch(Forward { rows, weight, bias, eps, out, statistics })
         });
     });
     let statistics = Tensor::from_vec(statistics, (x.len() / width, 2), &candle_core::Device::Cpu)?;
     Ok((y, statistics))
+}
+
+struct Forward<'a, T> {
+    rows: Rows<'a, T>,
+    weight: &'a [T],
+    bias: &'a [T],
+    eps: f32,
+    out: &'a mut [T],
+    /// Of each row the mean and the reciprocal of the standard deviation.
+    statistics: &'a mut [f32],
+}
+
+impl<T: Real> WithSimd for Forward<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { rows, weight, bias, eps, out, statistics } = self;
+        let width = weight.len();
+        let together = rows_together(width);
+        let parts = out.chunks_mut(together * width).zip(statistics.chunks_mut(together * 2)).enumerate();
+        for (part, (out, statistics)) in parts {
+            let start = part * together * width;
+            let rows = rows.slice(start..start + out.len());
+            for (i, statistics) in statistics.chunks_exact_mut(2).enumerate() {
+                let row = rows.slice(i * width..(i + 1) * width);
+                let mut sums = [simd.splat_f32s(0.0); SUMS];
+                each(
+                    simd,
+                    width,
+                    #[inline(always)]
+                    |at, i| sums[i] = simd.add_f32s(sums[i], row.load(simd, at, 0.0)),
+                );
+                statistics[0] = total(simd, sums) / width as f32;
+            }
+            for (i, statistics) in statistics.chunks_exact_mut(2).enumerate() {
+                let row = rows.slice(i * width..(i + 1) * width);
+                let mut squares = [simd.splat_f32s(0.0); SUMS];
+                each(
+                    simd,
+                    width,
+                    #[inline(always)]
+                    |at, i| {
+                        let centred = row.centred(simd, at, statistics[0]);
+                        squares[i] = simd.mul_add_e_f32s(centred, centred, squares[i]);
+                    },
+                );
+                statistics[1] = 1.0 / (total(simd, squares) / width as f32 + eps).sqrt();
+            }
+            for (i, (out, statistics)) in out.chunks_exact_mut(width).zip(statistics.chunks_exact(2)).enumerate() {
+                let row = rows.slice(i * width..(i + 1) * width);
+                let scale = simd.splat_f32s(statistics[1]);
+                each(
+                    simd,
+                    width,
+                    #[inline(always)]
+                    |at, _| {
+                        let normal = simd.mul_f32s(row.centred(simd, at.clone(), statistics[0]), scale);
+                        let (weight, bias) = (load(simd, &weight[at.clone()], 0.0), load(simd, &bias[at.clone()], 0.0));
+                        store(simd, simd.mul_add_e_f32s(normal, weight, bias), &mut out[at]);
+                    },
+                );
+            }
+        }
+    }
 }
 
 fn backward_on_host<T: Real>(
@@ -160,40 +233,15 @@ fn backward_on_host<T: Real>(
     let (width, shape) = (weight.elem_count().max(1), x.shape());
     let (x, weight, gradient) = (&*read::<T>(x)?, &*read::<T>(weight)?, &*read::<T>(gradient)?);
     let residual = residual.map(read::<T>).transpose()?;
-    let (residual, statistics) = (residual.as_deref(), &*read::<f32>(moments)?);
-    let rows = rows_at_a_time(width);
+    let (rows, statistics) = (Rows { x, residual: residual.as_deref() }, &*read::<f32>(moments)?);
+    let chunk = rows_at_a_time(width);
     let mut sums: Vec<Vec<f32>> = Vec::new();
     let dx = written(shape, |dx: &mut [T]| {
-        let parts = dx.par_chunks_mut(rows * width).enumerate();
-        let parts = parts.map(|(part, dx)| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    let mut parameters = vec![0f32; 2 * width];
-                    let (dw, db) = parameters.split_at_mut(width);
-                    let (mut normal, mut scaled) = (vec![0f32; width], vec![0f32; width]);
-                    for (i, dx) in dx.chunks_exact_mut(width).enumerate() {
-                        let row = part * rows + i;
-                        let here = row * width..(row + 1) * width;
-                        let (mean, scale) = (statistics[2 * row], statistics[2 * row + 1]);
-                        load(&mut normal, &x[here.clone()], residual.map(|residual| &residual[here.clone()]));
-                        let outputs = normal.iter_mut().zip(&mut scaled).zip(dw.iter_mut()).zip(db.iter_mut());
-                        for ((((normal, scaled), dw), db), (g, w)) in outputs.zip(gradient[here].iter().zip(weight)) {
-                            let g = g.widen();
-                            *normal = (*normal - mean) * scale;
-                            *scaled = g * w.widen();
-                            *dw = g.mul_add(*normal, *dw);
-                            *db += g;
-                        }
-                        let shift = sum(&scaled) / width as f32;
-                        let slope = dot(&scaled, &normal) / width as f32;
-                        for ((dx, scaled), normal) in dx.iter_mut().zip(&scaled).zip(&normal) {
-                            *dx = T::narrow(scale * (scaled - shift - normal * slope));
-                        }
-                    }
-                    parameters
-                },
-            )
+        let parts = dx.par_chunks_mut(chunk * width).zip(statistics.par_chunks(chunk * 2)).enumerate();
+        let parts = parts.map(|(part, (dx, statistics))| {
+            let here = part * chunk * width..part * chunk * width + dx.len();
+            let (rows, gradient) = (rows.slice(here.clone()), &gradient[here]);
+            pulp::Arch::new().dispatch(Backward { rows, weight, statistics, gradient, dx })
         });
         sums = parts.collect();
     });
@@ -203,6 +251,63 @@ fn backward_on_host<T: Real>(
         out.iter_mut().zip(&total).for_each(|(out, &x)| *out = T::narrow(x));
     });
     Ok((dx, parameters))
+}
+
+struct Backward<'a, T> {
+    rows: Rows<'a, T>,
+    weight: &'a [T],
+    statistics: &'a [f32],
+    gradient: &'a [T],
+    dx: &'a mut [T],
+}
+
+impl<T: Real> WithSimd for Backward<'_, T> {
+    /// The gradients of weight and bias, summed over these rows.
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> Vec<f32> {
+        let Self { rows, weight, statistics, gradient, dx } = self;
+        let width = weight.len();
+        let mut parameters = vec![0f32; 2 * width];
+        let (dw, db) = parameters.split_at_mut(width);
+        let inputs = gradient.chunks_exact(width).zip(statistics.chunks_exact(2));
+        for (i, (dx, (gradient, statistics))) in dx.chunks_exact_mut(width).zip(inputs).enumerate() {
+            let row = rows.slice(i * width..(i + 1) * width);
+            let (mean, scale) = (statistics[0], simd.splat_f32s(statistics[1]));
+            let (mut shifts, mut slopes) = ([simd.splat_f32s(0.0); SUMS], [simd.splat_f32s(0.0); SUMS]);
+            each(
+                simd,
+                width,
+                #[inline(always)]
+                |at, i| {
+                    let normal = simd.mul_f32s(row.centred(simd, at.clone(), mean), scale);
+                    let g = load(simd, &gradient[at.clone()], 0.0);
+                    let scaled = simd.mul_f32s(g, load(simd, &weight[at.clone()], 0.0));
+                    shifts[i] = simd.add_f32s(shifts[i], scaled);
+                    slopes[i] = simd.mul_add_e_f32s(scaled, normal, slopes[i]);
+                    let (dw, db) = (&mut dw[at.clone()], &mut db[at]);
+                    store(simd, simd.mul_add_e_f32s(g, normal, load(simd, dw, 0.0)), dw);
+                    store(simd, simd.add_f32s(g, load(simd, db, 0.0)), db);
+                },
+            );
+            let shift = simd.splat_f32s(total(simd, shifts) / width as f32);
+            let slope = simd.splat_f32s(total(simd, slopes) / width as f32);
+            each(
+                simd,
+                width,
+                #[inline(always)]
+                |at, _| {
+                    let normal = simd.mul_f32s(row.centred(simd, at.clone(), mean), scale);
+                    let g = load(simd, &gradient[at.clone()], 0.0);
+                    let scaled = simd.mul_f32s(g, load(simd, &weight[at.clone()], 0.0));
+                    let rest = simd.mul_add_e_f32s(normal, slope, shift);
+                    store(simd, simd.mul_f32s(scale, simd.sub_f32s(scaled, rest)), &mut dx[at]);
+                },
+            );
+        }
+        parameters
+    }
 }
 
 #[cfg(gpu)]

@@ -3,11 +3,17 @@
 use candle_core::WithDType;
 use half::bf16;
 use half::vec::HalfBitsVecExt;
+use pulp::Simd;
+use pulp::bytemuck::{cast_slice, cast_slice_mut};
 
 /// A float type of storage; arithmetic is always `f32`.
 pub(crate) trait Real: WithDType {
     fn widen(self) -> f32;
     fn narrow(x: f32) -> Self;
+    /// Less than a vector, widened, with zeros behind.
+    fn partial_load<S: Simd>(simd: S, from: &[Self]) -> S::f32s;
+    /// The first numbers of a vector, narrowed.
+    fn partial_store<S: Simd>(simd: S, vector: S::f32s, to: &mut [Self]);
     /// Memory that the system hands out as zeros, which costs nothing before it is used.
     fn zeros(len: usize) -> Vec<Self>;
 }
@@ -21,6 +27,16 @@ impl Real for f32 {
     #[inline(always)]
     fn narrow(x: f32) -> Self {
         x
+    }
+
+    #[inline(always)]
+    fn partial_load<S: Simd>(simd: S, from: &[Self]) -> S::f32s {
+        simd.partial_load_f32s(from)
+    }
+
+    #[inline(always)]
+    fn partial_store<S: Simd>(simd: S, vector: S::f32s, to: &mut [Self]) {
+        simd.partial_store_f32s(to, vector);
     }
 
     fn zeros(len: usize) -> Vec<Self> {
@@ -41,6 +57,22 @@ impl Real for bf16 {
         let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
         let quiet = (bits >> 16) | 0x40;
         bf16::from_bits(if x.is_nan() { quiet } else { rounded } as u16)
+    }
+
+    #[inline(always)]
+    fn partial_load<S: Simd>(simd: S, from: &[Self]) -> S::f32s {
+        let mut vector = [simd.splat_f32s(0.0)];
+        for (lane, x) in cast_slice_mut::<S::f32s, f32>(&mut vector).iter_mut().zip(from) {
+            *lane = x.widen();
+        }
+        vector[0]
+    }
+
+    #[inline(always)]
+    fn partial_store<S: Simd>(_: S, vector: S::f32s, to: &mut [Self]) {
+        for (to, lane) in to.iter_mut().zip(cast_slice::<S::f32s, f32>(&[vector])) {
+            *to = Self::narrow(*lane);
+        }
     }
 
     fn zeros(len: usize) -> Vec<Self> {

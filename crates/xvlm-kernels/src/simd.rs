@@ -5,6 +5,7 @@ use gemm::Parallelism;
 use crate::real::Real;
 
 pub(crate) mod product;
+pub(crate) mod row;
 pub(crate) mod transpose;
 
 /// Runs `work` compiled for the best instruction set of this CPU. Whatever `work` calls must be `#[inline(always)]` to
@@ -60,25 +61,10 @@ pub(crate) fn sum(x: &[f32]) -> f32 {
     fold(x, x, 0.0, |total, x, _| total + x, |a, b| a + b)
 }
 
-#[inline(always)]
-pub(crate) fn dot(x: &[f32], y: &[f32]) -> f32 {
-    fold(x, y, 0.0, |total, x, y| x.mul_add(y, total), |a, b| a + b)
-}
-
 /// Σ x², widened.
 #[inline(always)]
 pub(crate) fn squares<T: Real>(x: &[T]) -> f32 {
     fold(x, x, 0.0, |total, x: T, _| x.widen().mul_add(x.widen(), total), |a, b| a + b)
-}
-
-/// Mean of a row and the reciprocal of its standard deviation (biased, with `eps` under the root).
-#[inline(always)]
-pub(crate) fn moments(x: &[f32], eps: f32) -> (f32, f32) {
-    let width = x.len() as f32;
-    let mean = sum(x) / width;
-    let square = |total: f32, x: f32, _| (x - mean).mul_add(x - mean, total);
-    let variance = fold(x, x, 0.0, square, |a, b| a + b) / width;
-    (mean, 1.0 / (variance + eps).sqrt())
 }
 
 #[inline(always)]
@@ -104,25 +90,32 @@ pub(crate) fn max<T: Real>(x: &[T]) -> f32 {
     fold(x, x, f32::NEG_INFINITY, |top, x, _| larger(top, x.widen()), larger)
 }
 
+/// 1.5 · 2²³: adding and subtracting it rounds to an integer.
+const ROUND: f32 = 12_582_912.0;
+/// ln 2 split in two, so that a small integer times the first is exact (Cody and Waite).
+const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
+/// (eˣ − 1 − x) / x² near 0, the highest power first.
+const EXP: [f32; 6] = [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 0.5];
+/// Below it eˣ is taken for 0.
+const EXP_LEAST: f32 = -87.3;
+
 /// eˣ with a relative error below 2e-7; 0 far below −87, finite above 88.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 · 2²³: adding and subtracting it rounds to an integer
-    let clamped = x.clamp(-87.3, 88.3);
+    let clamped = x.clamp(EXP_LEAST, 88.3);
     let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
-    // ln 2 split in two, so that n · high is exact (Cody and Waite).
-    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, clamped));
-    let p = 1.987_569_1e-4_f32;
-    let p = p.mul_add(r, 1.398_199_9e-3);
-    let p = p.mul_add(r, 8.333_452e-3);
-    let p = p.mul_add(r, 4.166_579_6e-2);
-    let p = p.mul_add(r, 1.666_666_6e-1);
-    let p = p.mul_add(r, 0.5);
+    let r = n.mul_add(-LN_2[1], n.mul_add(-LN_2[0], clamped));
+    let [highest, rest @ ..] = EXP;
+    let p = rest.iter().fold(
+        highest,
+        #[inline(always)]
+        |p, c| p.mul_add(r, *c),
+    );
     let y = p.mul_add(r * r, r) + 1.0;
     // The low bits of `shifted` are n, those above them leave the number to the left.
     let scaled = y * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
-    if x < -87.3 { 0.0 } else { scaled }
+    if x < EXP_LEAST { 0.0 } else { scaled }
 }
 
 /// The error function by a rational approximation on [−4, 4], within 3e-7; exactly ±1 where it is within 1e-7 of it.

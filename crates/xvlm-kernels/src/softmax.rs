@@ -1,14 +1,18 @@
 //! Softmax and its logarithm.
 
+use std::marker::PhantomData;
+
 use candle_core::shape::Dim;
 use candle_core::{D, DType, Result, Tensor};
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::graph::{Fresh, differentiable};
 use crate::host::{read, written};
 use crate::path::{Path, fused};
 use crate::real::Real;
-use crate::simd::{exp, fold, max, sum, vectorized};
+use crate::simd::row::{ROWS, SUMS, each, exp, load, max, rows_together, store, total};
+use crate::simd::{self, fold};
 
 /// Softmax along a dimension, in the type of `x`; sums are f32 for half types. A row that is −∞ throughout has none: NaN.
 pub fn softmax<I: Dim>(x: &Tensor, dim: I) -> Result<Tensor> {
@@ -54,23 +58,24 @@ fn along<I: Dim>(op: &'static str, kind: Kind, x: &Tensor, dim: I) -> Result<Ten
     }
     let x = &x.contiguous()?;
     let y = fused!(x, T => match kind {
-        Kind::Softmax => softmax_on_host::<T>(x),
-        Kind::Logarithm => logarithm_on_host::<T>(x),
+        Kind::Softmax => map_rows::<Softmax, T, T, T>((x, x)),
+        Kind::Logarithm => map_rows::<Logarithm, T, T, f32>((x, x)),
     }; gpu::forward(kind, x))?;
     differentiable(op, [x], y, move |[x], y, gradient| {
         let dx: Fresh = fused!(x, T => match kind {
-            Kind::Softmax => softmax_backward_on_host::<T>(y, gradient),
-            Kind::Logarithm => logarithm_backward_on_host::<T>(y, gradient),
+            Kind::Softmax => map_rows::<SoftmaxBackward, T, T, T>((y, gradient)),
+            Kind::Logarithm => map_rows::<LogarithmBackward, f32, f32, T>((y, gradient)),
         }; gpu::backward(kind, x, y, gradient))?;
         Ok([Some(dx.detached())])
     })
 }
 
-/// Computes rows of `Out` from rows of an `A` and of a `B`; `scratch` has the width of a row.
-fn map_rows<A: Real, B: Real, Out: Real>(
-    (a, b): (&Tensor, &Tensor),
-    row: impl Fn(&mut [Out], &[A], &[B], &mut [f32]) + Sync,
-) -> Result<Fresh> {
+/// Computes at most [`ROWS`] rows of `Out` from as many of `A` and `B`; `scratch` has their size.
+trait Compute<A, B, Out> {
+    fn rows<S: Simd>(simd: S, width: usize, out: &mut [Out], inputs: (&[A], &[B]), scratch: &mut [f32]);
+}
+
+fn map_rows<C: Compute<A, B, Out>, A: Real, B: Real, Out: Real>((a, b): (&Tensor, &Tensor)) -> Result<Fresh> {
     /// Numbers a thread takes at a time, about.
     const CHUNK: usize = 1 << 14;
     let shape = a.shape();
@@ -80,75 +85,176 @@ fn map_rows<A: Real, B: Real, Out: Real>(
     Ok(written(shape, |out: &mut [Out]| {
         let parts = out.par_chunks_mut(chunk).zip(a.par_chunks(chunk)).zip(b.par_chunks(chunk));
         parts.for_each(|((out, a), b)| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    let mut scratch = vec![0f32; width];
-                    let rows = out.chunks_exact_mut(width).zip(a.chunks_exact(width)).zip(b.chunks_exact(width));
-                    for ((out, a), b) in rows {
-                        row(out, a, b, &mut scratch);
-                    }
-                },
-            );
+            pulp::Arch::new().dispatch(Part { width, out, a, b, compute: PhantomData::<C> });
         });
     }))
 }
 
-fn softmax_on_host<T: Real>(x: &Tensor) -> Result<Fresh> {
-    map_rows(
-        (x, x),
-        #[inline(always)]
-        |out: &mut [T], x: &[T], _: &[T], powers| {
-            let top = max(x);
-            for (power, x) in powers.iter_mut().zip(x) {
-                *power = exp(x.widen() - top);
-            }
-            let scale = 1.0 / sum(powers);
-            for (out, power) in out.iter_mut().zip(&*powers) {
-                *out = T::narrow(power * scale);
-            }
-        },
-    )
+/// The rows of one thread.
+struct Part<'a, C, A, B, Out> {
+    width: usize,
+    out: &'a mut [Out],
+    a: &'a [A],
+    b: &'a [B],
+    compute: PhantomData<C>,
 }
 
-fn logarithm_on_host<T: Real>(x: &Tensor) -> Result<Fresh> {
-    map_rows(
-        (x, x),
-        #[inline(always)]
-        |out: &mut [f32], x: &[T], _: &[T], _| {
-            let (top, log_total) = log_sum_exp(x);
-            for (out, x) in out.iter_mut().zip(x) {
-                *out = x.widen() - top - log_total;
-            }
-        },
-    )
+impl<C: Compute<A, B, Out>, A, B, Out> WithSimd for Part<'_, C, A, B, Out> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { width, out, a, b, .. } = self;
+        let size = rows_together(width) * width;
+        let mut scratch = vec![0f32; size];
+        for ((out, a), b) in out.chunks_mut(size).zip(a.chunks(size)).zip(b.chunks(size)) {
+            C::rows(simd, width, out, (a, b), &mut scratch);
+        }
+    }
 }
 
-fn softmax_backward_on_host<T: Real>(y: &Tensor, gradient: &Tensor) -> Result<Fresh> {
-    map_rows(
-        (y, gradient),
-        #[inline(always)]
-        |out: &mut [T], y: &[T], g: &[T], _| {
-            let projected = |total: f32, y: T, g: T| y.widen().mul_add(g.widen(), total);
-            let mean = fold(y, g, 0.0, projected, |a, b| a + b);
-            for ((out, y), g) in out.iter_mut().zip(y).zip(g) {
-                *out = T::narrow(y.widen() * (g.widen() - mean));
-            }
-        },
-    )
+struct Softmax;
+
+impl<T: Real> Compute<T, T, T> for Softmax {
+    #[inline(always)]
+    fn rows<S: Simd>(simd: S, width: usize, out: &mut [T], (x, _): (&[T], &[T]), powers: &mut [f32]) {
+        let (mut tops, mut totals) = ([0f32; ROWS], [0f32; ROWS]);
+        for (top, x) in tops.iter_mut().zip(x.chunks_exact(width)) {
+            *top = max(simd, x);
+        }
+        let rows = x.chunks_exact(width).zip(powers.chunks_exact_mut(width));
+        for ((x, powers), (top, sum)) in rows.zip(tops.iter().zip(&mut totals)) {
+            let top = simd.splat_f32s(*top);
+            let mut sums = [simd.splat_f32s(0.0); SUMS];
+            each(
+                simd,
+                width,
+                #[inline(always)]
+                |at, i| {
+                    let power = exp(simd, simd.sub_f32s(load(simd, &x[at.clone()], f32::NEG_INFINITY), top));
+                    sums[i] = simd.add_f32s(sums[i], power);
+                    store(simd, power, &mut powers[at]);
+                },
+            );
+            *sum = total(simd, sums);
+        }
+        let rows = out.chunks_exact_mut(width).zip(powers.chunks_exact(width));
+        for ((out, powers), total) in rows.zip(totals) {
+            let scale = simd.splat_f32s(1.0 / total);
+            each(
+                simd,
+                width,
+                #[inline(always)]
+                |at, _| store(simd, simd.mul_f32s(load(simd, &powers[at.clone()], 0.0), scale), &mut out[at]),
+            );
+        }
+    }
 }
 
-fn logarithm_backward_on_host<T: Real>(y: &Tensor, gradient: &Tensor) -> Result<Fresh> {
-    map_rows(
-        (y, gradient),
-        #[inline(always)]
-        |out: &mut [T], y: &[f32], g: &[f32], _| {
-            let total = sum(g);
-            for ((out, y), g) in out.iter_mut().zip(y).zip(g) {
-                *out = T::narrow(g - exp(*y) * total);
-            }
-        },
-    )
+struct Logarithm;
+
+impl<T: Real> Compute<T, T, f32> for Logarithm {
+    #[inline(always)]
+    fn rows<S: Simd>(simd: S, width: usize, out: &mut [f32], (x, _): (&[T], &[T]), _: &mut [f32]) {
+        let (mut tops, mut totals) = ([0f32; ROWS], [0f32; ROWS]);
+        for (top, x) in tops.iter_mut().zip(x.chunks_exact(width)) {
+            *top = max(simd, x);
+        }
+        for ((top, sum), x) in tops.iter().zip(&mut totals).zip(x.chunks_exact(width)) {
+            let top = simd.splat_f32s(*top);
+            let mut sums = [simd.splat_f32s(0.0); SUMS];
+            each(
+                simd,
+                width,
+                #[inline(always)]
+                |at, i| {
+                    let power = exp(simd, simd.sub_f32s(load(simd, &x[at], f32::NEG_INFINITY), top));
+                    sums[i] = simd.add_f32s(sums[i], power);
+                },
+            );
+            *sum = total(simd, sums);
+        }
+        let rows = out.chunks_exact_mut(width).zip(x.chunks_exact(width));
+        for ((out, x), (top, total)) in rows.zip(tops.into_iter().zip(totals)) {
+            let (top, log_total) = (simd.splat_f32s(top), simd.splat_f32s(total.ln()));
+            each(
+                simd,
+                width,
+                #[inline(always)]
+                |at, _| {
+                    let shifted = simd.sub_f32s(load(simd, &x[at.clone()], 0.0), top);
+                    store(simd, simd.sub_f32s(shifted, log_total), &mut out[at]);
+                },
+            );
+        }
+    }
+}
+
+struct SoftmaxBackward;
+
+impl<T: Real> Compute<T, T, T> for SoftmaxBackward {
+    #[inline(always)]
+    fn rows<S: Simd>(simd: S, width: usize, out: &mut [T], (y, g): (&[T], &[T]), _: &mut [f32]) {
+        let mut means = [0f32; ROWS];
+        for ((mean, y), g) in means.iter_mut().zip(y.chunks_exact(width)).zip(g.chunks_exact(width)) {
+            let mut sums = [simd.splat_f32s(0.0); SUMS];
+            each(
+                simd,
+                width,
+                #[inline(always)]
+                |at, i| {
+                    let (y, g) = (load(simd, &y[at.clone()], 0.0), load(simd, &g[at], 0.0));
+                    sums[i] = simd.mul_add_e_f32s(y, g, sums[i]);
+                },
+            );
+            *mean = total(simd, sums);
+        }
+        let inputs = y.chunks_exact(width).zip(g.chunks_exact(width));
+        for ((out, (y, g)), mean) in out.chunks_exact_mut(width).zip(inputs).zip(means) {
+            let mean = simd.splat_f32s(mean);
+            each(
+                simd,
+                width,
+                #[inline(always)]
+                |at, _| {
+                    let (y, g) = (load(simd, &y[at.clone()], 0.0), load(simd, &g[at.clone()], 0.0));
+                    store(simd, simd.mul_f32s(y, simd.sub_f32s(g, mean)), &mut out[at]);
+                },
+            );
+        }
+    }
+}
+
+struct LogarithmBackward;
+
+impl<T: Real> Compute<f32, f32, T> for LogarithmBackward {
+    #[inline(always)]
+    fn rows<S: Simd>(simd: S, width: usize, out: &mut [T], (y, g): (&[f32], &[f32]), _: &mut [f32]) {
+        let mut totals = [0f32; ROWS];
+        for (sum, g) in totals.iter_mut().zip(g.chunks_exact(width)) {
+            let mut sums = [simd.splat_f32s(0.0); SUMS];
+            each(
+                simd,
+                width,
+                #[inline(always)]
+                |at, i| sums[i] = simd.add_f32s(sums[i], load(simd, &g[at], 0.0)),
+            );
+            *sum = total(simd, sums);
+        }
+        let inputs = y.chunks_exact(width).zip(g.chunks_exact(width));
+        for ((out, (y, g)), total) in out.chunks_exact_mut(width).zip(inputs).zip(totals) {
+            let total = simd.splat_f32s(total);
+            each(
+                simd,
+                width,
+                #[inline(always)]
+                |at, _| {
+                    let (power, g) = (exp(simd, load(simd, &y[at.clone()], 0.0)), load(simd, &g[at.clone()], 0.0));
+                    store(simd, simd.sub_f32s(g, simd.mul_f32s(power, total)), &mut out[at]);
+                },
+            );
+        }
+    }
 }
 
 /// ln Σ eˣ in two parts: the largest number, and what to add to it. Reads the numbers from memory once.
@@ -158,11 +264,11 @@ pub(crate) fn log_sum_exp<T: Real>(x: &[T]) -> (f32, f32) {
     const BLOCK: usize = 2048;
     let (mut top, mut total) = (f32::NEG_INFINITY, 0f32);
     for block in x.chunks(BLOCK) {
-        let new_top = top.max(max(block));
+        let new_top = top.max(simd::max(block));
         // As long as all are −∞ their powers are 0 whatever is subtracted, while ∞ − ∞ is none.
         let shift = if new_top == f32::NEG_INFINITY { 0.0 } else { new_top };
-        let power = |total: f32, x: T, _| total + exp(x.widen() - shift);
-        total = total * exp(top - shift) + fold(block, block, 0.0, power, |a, b| a + b);
+        let power = |total: f32, x: T, _| total + simd::exp(x.widen() - shift);
+        total = total * simd::exp(top - shift) + fold(block, block, 0.0, power, |a, b| a + b);
         top = new_top;
     }
     (top, total.ln())
