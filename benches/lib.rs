@@ -107,7 +107,7 @@ impl Default for Comparison {
         Self {
             criterion: criterion(),
             device: device(),
-            filter: arguments.iter().find(|argument| !argument.starts_with('-')).cloned(),
+            filter: name_among(&arguments).cloned(),
             is_bench: arguments.iter().any(|argument| argument == "--bench"),
             rows: Vec::new(),
         }
@@ -206,6 +206,14 @@ impl Comparison {
             self.rows.iter().for_each(|row| println!("{row}"));
         }
     }
+}
+
+/// The name to measure among criterion's arguments: what is neither an option nor the value of one.
+fn name_among(arguments: &[String]) -> Option<&String> {
+    let is_option = |argument: &str| argument.starts_with("--") && argument != "--bench";
+    let before = std::iter::once("").chain(arguments.iter().map(String::as_str));
+    let named = before.zip(arguments).find(|(before, name)| !name.starts_with('-') && !is_option(before));
+    named.map(|(_, name)| name)
 }
 
 /// A way to measure: its name, ours, the plain one, and the floor.
