@@ -1,5 +1,6 @@
 //! Chores of development: `cargo xtask COMMAND`.
 
+mod bench_data;
 mod compare_scores;
 mod convert_weights;
 mod gpu_check;
@@ -32,6 +33,7 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    BenchData(bench_data::BenchData),
     CompareScores(compare_scores::CompareScores),
     ConvertWeights(Box<convert_weights::ConvertWeights>),
     GpuCheck(gpu_check::GpuCheck),
@@ -68,6 +70,7 @@ fn main() -> ExitCode {
             let command = ["bench", "-p", "xvlm-benches", "--"].map(str::to_owned);
             cargo(command.into_iter().chain(arguments))
         }
+        Chore::BenchData(chore) => chore.run(),
         Chore::CompareScores(chore) => chore.run(),
         Chore::ConvertWeights(chore) => chore.run(),
         Chore::GpuCheck(chore) => chore.run(),

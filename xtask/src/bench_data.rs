@@ -1,0 +1,302 @@
+//! `cargo xtask bench-data`: the data streams of pre-training beside PyTorch's DataLoader.
+//!
+//! Both read the same shards, with the same number of workers, and do the same work; `benches/peers` says what that is
+//! and sets the peer up. Passes alternate, so that whatever else the machine does meets both.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use candle_core::Tensor;
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use xvlm::Device;
+use xvlm::data::{
+    BatchBuilder, BatchConfig, CaptionBatch, DataError, ImageCache, Loader, LoaderConfig, RegionBatch, TextTokenizer,
+};
+
+use crate::Done;
+
+/// Measure how many pictures a second the data streams give, beside PyTorch's DataLoader
+///
+/// The first run downloads PyTorch (some GB) and makes the pictures; both stay in the folder of `--peers`.
+#[derive(Args)]
+pub(crate) struct BenchData {
+    /// Folder for the peer's Python environment and the shards
+    #[arg(long, value_name = "DIR", default_value = "target/peers")]
+    peers: PathBuf,
+    /// Measure without the peer
+    #[arg(long)]
+    alone: bool,
+    /// Threads here, processes there
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    workers: usize,
+    /// Pictures in a pass
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    images: usize,
+    /// Passes of each
+    #[arg(long, value_name = "N", default_value_t = 7)]
+    passes: usize,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// The two streams of pre-training, by the peer's names for them.
+#[derive(Clone, Copy)]
+enum Stream {
+    ImageText,
+    Regions,
+}
+
+impl Stream {
+    const ALL: [Self; 2] = [Self::ImageText, Self::Regions];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::ImageText => "image-text",
+            Self::Regions => "region",
+        }
+    }
+}
+
+/// One pass over some pictures.
+#[derive(Clone, Copy, Deserialize)]
+struct Pass {
+    images: usize,
+    seconds: f64,
+    /// Of all threads and processes.
+    cpu_seconds: f64,
+}
+
+#[derive(Clone, Copy, Serialize)]
+struct Rate {
+    images_per_second: f64,
+    images_per_cpu_second: f64,
+}
+
+impl Rate {
+    /// Medians over passes.
+    fn of(passes: &[Pass]) -> Self {
+        let median = |rate: fn(&Pass) -> f64| {
+            let mut rates: Vec<f64> = passes.iter().map(rate).collect();
+            rates.sort_by(f64::total_cmp);
+            rates[rates.len() / 2]
+        };
+        Self {
+            images_per_second: median(|pass| pass.images as f64 / pass.seconds),
+            images_per_cpu_second: median(|pass| pass.images as f64 / pass.cpu_seconds),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Row {
+    stream: &'static str,
+    ours: Rate,
+    peer: Option<Rate>,
+}
+
+#[derive(Serialize)]
+struct Report {
+    workers: usize,
+    passes: usize,
+    /// Of the peer's parts.
+    versions: Option<serde_json::Value>,
+    rows: Vec<Row>,
+}
+
+impl BenchData {
+    pub(crate) fn run(self) -> Done {
+        if self.passes == 0 || self.images == 0 {
+            return Err("--passes, --images: expected at least 1, found 0".into());
+        }
+        let shards = self.set_up()?;
+        let mut peer = if self.alone { None } else { Some(Peer::start(&self.peers, &shards, self.workers, self.images)?) };
+        let ours = Ours::new(&shards, self.workers)?;
+        let mut rows = Vec::new();
+        for stream in Stream::ALL {
+            ours.pass(stream, self.images)?;
+            let (mut of_ours, mut of_peer) = (Vec::new(), Vec::new());
+            for _ in 0..self.passes {
+                of_ours.push(ours.pass(stream, self.images)?);
+                if let Some(peer) = &mut peer {
+                    of_peer.push(peer.pass(stream)?);
+                }
+            }
+            let peer = peer.is_some().then(|| Rate::of(&of_peer));
+            rows.push(Row { stream: stream.name(), ours: Rate::of(&of_ours), peer });
+        }
+        let versions = peer.map(|peer| peer.versions.clone());
+        let report = Report { workers: self.workers, passes: self.passes, versions, rows };
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&report)?);
+        } else {
+            print(&report);
+        }
+        Ok(())
+    }
+
+    /// Makes what is not there yet; gives the folder of the shards.
+    fn set_up(&self) -> Result<PathBuf, Box<dyn std::error::Error>> {
+        let scripts = scripts();
+        if !self.peers.join("env/bin/python").is_file() {
+            succeed(Command::new("sh").arg(scripts.join("setup.sh")).arg(&self.peers))?;
+        }
+        let shards = self.peers.join("shards");
+        if !shards.join("vocab.txt").is_file() {
+            succeed(Command::new(python(&self.peers)).arg(scripts.join("make_jpegs.py")).arg(&shards))?;
+        }
+        Ok(shards)
+    }
+}
+
+fn scripts() -> PathBuf {
+    crate::root().join("benches/peers")
+}
+
+fn python(peers: &Path) -> PathBuf {
+    peers.join("env/bin/python")
+}
+
+fn succeed(command: &mut Command) -> Done {
+    // Its results would mix with the report.
+    match command.stdout(Stdio::null()).status()? {
+        status if status.success() => Ok(()),
+        status => Err(format!("{command:?}: {status}").into()),
+    }
+}
+
+/// PyTorch's DataLoader, waiting for the names of streams on its stdin.
+struct Peer {
+    child: Child,
+    questions: ChildStdin,
+    answers: BufReader<ChildStdout>,
+    versions: serde_json::Value,
+}
+
+impl Peer {
+    /// Starts it; it has warmed up when this returns.
+    fn start(peers: &Path, shards: &Path, workers: usize, images: usize) -> Result<Self, Box<dyn std::error::Error>> {
+        let mut command = Command::new(python(peers));
+        command.arg(scripts().join("data_loader.py")).arg(shards).arg("--serve");
+        command.args(["--workers", &workers.to_string(), "--images", &images.to_string()]);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let (questions, answers) = (child.stdin.take(), child.stdout.take());
+        let (questions, answers) = questions.zip(answers).ok_or("the peer's pipes are closed")?;
+        let mut peer = Self { child, questions, answers: BufReader::new(answers), versions: serde_json::Value::Null };
+        peer.versions = peer.answer()?["versions"].take();
+        Ok(peer)
+    }
+
+    fn answer(&mut self) -> Result<serde_json::Value, Box<dyn std::error::Error>> {
+        let mut line = String::new();
+        if self.answers.read_line(&mut line)? == 0 {
+            return Err(format!("the peer ended: {}", self.child.wait()?).into());
+        }
+        let answer: serde_json::Value = serde_json::from_str(&line)?;
+        match answer.get("error") {
+            Some(error) => Err(format!("the peer: {error}").into()),
+            None => Ok(answer),
+        }
+    }
+
+    fn pass(&mut self, stream: Stream) -> Result<Pass, Box<dyn std::error::Error>> {
+        writeln!(self.questions, "{}", stream.name())?;
+        Ok(serde_json::from_value(self.answer()?)?)
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The streams of this workspace.
+struct Ours {
+    builder: Arc<BatchBuilder>,
+    workers: usize,
+}
+
+impl Ours {
+    fn new(shards: &Path, workers: usize) -> Result<Self, Box<dyn std::error::Error>> {
+        let tokenizer = TextTokenizer::from_file(shards.join("vocab.txt"))?;
+        // Nothing is kept: each picture is decoded each time, as over there.
+        let cache = Arc::new(ImageCache::new(0));
+        let dataset = todo!();
+        let builder = BatchBuilder::new(dataset, Arc::new(tokenizer), BatchConfig::default(), cache)?;
+        Ok(Self { builder: Arc::new(builder), workers })
+    }
+
+    /// Builds as many batches as hold so many pictures, and not one more: no work of a pass is outside of it.
+    fn pass(&self, stream: Stream, images: usize) -> Result<Pass, Box<dyn std::error::Error>> {
+        let in_batch = match stream {
+            Stream::ImageText => self.builder.config().batch_size,
+            Stream::Regions => self.builder.config().max_images,
+        };
+        let steps = images.div_ceil(in_batch) as u64;
+        let builder = Arc::clone(&self.builder);
+        let build = move |step| match stream {
+            _ if step >= steps => Ok(None),
+            Stream::ImageText => builder.captions(step).map(Batch::Captions).map(Some),
+            Stream::Regions => builder.regions(step).map(Batch::Regions).map(Some),
+        };
+        let (cpu, wall) = (cpu_time()?, Instant::now());
+        let mut loader = Loader::new(LoaderConfig { workers: self.workers, ahead: 2 * self.workers }, build)?;
+        let mut images = 0;
+        while let Some(batch) = loader.next()? {
+            images += batch.into_tensors()?.dim(0)?;
+        }
+        let seconds = wall.elapsed().as_secs_f64();
+        Ok(Pass { images, seconds, cpu_seconds: (cpu_time()? - cpu).as_secs_f64() })
+    }
+}
+
+enum Batch {
+    Captions(CaptionBatch),
+    Regions(RegionBatch),
+}
+
+impl Batch {
+    /// The pixels, when all of the batch is tensors.
+    fn into_tensors(self) -> Result<Tensor, DataError> {
+        Ok(match self {
+            Self::Captions(batch) => batch.to_tensors(&Device::Cpu)?.pixels,
+            Self::Regions(batch) => batch.to_tensors(&Device::Cpu)?.pixels,
+        })
+    }
+}
+
+/// CPU time that this process has used in all its threads (proc_pid_stat(5), fields 14 and 15).
+fn cpu_time() -> Result<Duration, Box<dyn std::error::Error>> {
+    /// Ticks a second: fixed for every Linux that programs see.
+    const TICKS: u32 = 100;
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    // The name of the program, in parentheses, may hold spaces.
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+    let ticks: u32 = fields.skip(11).take(2).map(str::parse::<u32>).sum::<Result<_, _>>()?;
+    Ok(Duration::from_secs(ticks.into()) / TICKS)
+}
+
+fn print(report: &Report) {
+    println!("{} workers each, medians of {} passes, taken in turn", report.workers, report.passes);
+    if let Some(versions) = &report.versions {
+        println!("peer: {versions}");
+    }
+    println!("| stream | images/s | peer | ratio | images per CPU second | peer | ratio |\n|---|---|---|---|---|---|---|");
+    for Row { stream, ours, peer } in &report.rows {
+        let columns = [
+            (ours.images_per_second, peer.map(|peer| peer.images_per_second)),
+            (ours.images_per_cpu_second, peer.map(|peer| peer.images_per_cpu_second)),
+        ];
+        let cells = columns.map(|(ours, peer)| match peer {
+            Some(peer) => format!("{ours:.0} | {peer:.0} | {:.2}", ours / peer),
+            None => format!("{ours:.0} | | "),
+        });
+        println!("| {stream} | {} |", cells.join(" | "));
+    }
+}
