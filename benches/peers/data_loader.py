@@ -10,7 +10,7 @@ with a mask over the 7x7 patches; 48 images make a batch of 128 texts.
 Prints one JSON object a line. CPU seconds are those of the main process and of all workers.
 
     data_loader.py SHARDS                 both streams, --passes timed passes each after a pass to warm up
-    data_loader.py SHARDS --profile       milliseconds an image for each step, in this one process
+    data_loader.py SHARDS --profile       CPU milliseconds an image for each step, in this one process
     data_loader.py SHARDS --serve         one timed pass for each line "image-text" or "region" read from stdin, to
                                           alternate with another program's passes; {"ready": ...} is printed first
 """
@@ -62,16 +62,16 @@ STREAMS = ("image-text", "region")
 
 
 class Steps:
-    """Seconds spent in each step since the last lap."""
+    """CPU seconds of this thread spent in each step since the last lap."""
 
     def __init__(self):
-        self.seconds, self.last = {}, time.perf_counter()
+        self.seconds, self.last = {}, time.thread_time()
 
     def start(self):
-        self.last = time.perf_counter()
+        self.last = time.thread_time()
 
     def lap(self, name):
-        now = time.perf_counter()
+        now = time.thread_time()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         self.last = now
 
@@ -400,8 +400,8 @@ def profile(stream, arguments):
         "profile": stream,
         "images": images,
         "ms_per_image": milliseconds,
-        "total_ms": round(1000 * wall / images, 4),
         "cpu_ms": round(1000 * cpu / images, 4),
+        "wall_ms": round(1000 * wall / images, 4),
         "load_before": round(load, 2),
     }
     print(json.dumps(result), flush=True)

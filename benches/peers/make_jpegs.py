@@ -77,7 +77,8 @@ def layers(rng, width, height, boxes):
     smooth = colour(rng) * (1.0 - blend) + colour(rng) * blend
     for _ in range(3):
         cx, cy, radius = rng.uniform(0, 1), rng.uniform(0, 1), rng.uniform(0.2, 0.7)
-        smooth += (rng.uniform(-60, 60) + rng.normal(0, 12, 3)) * np.exp(-((u - cx) ** 2 + (v - cy) ** 2) / radius**2)[..., None]
+        light = rng.uniform(-60, 60) + rng.normal(0, 12, 3)
+        smooth += light * np.exp(-((u - cx) ** 2 + (v - cy) ** 2) / radius**2)[..., None]
     smooth += 18.0 * noise(rng, width, height, 1.6)[..., None]
     smooth += 9.0 * np.stack([noise(rng, width, height, 1.8) for _ in range(3)], axis=-1)
     # Part of a photograph is out of focus: its detail fades.
@@ -166,7 +167,8 @@ def record(seed, index):
     data = picture(rng, width, height, boxes)
     elems = []
     for box in boxes:
-        text = choose(rng, THINGS) if rng.random() < 0.5 else f"{choose(rng, THINGS)} {choose(rng, ACTIONS)} a {thing(rng)}"
+        alone = rng.random() < 0.5
+        text = choose(rng, THINGS) if alone else f"{choose(rng, THINGS)} {choose(rng, ACTIONS)} a {thing(rng)}"
         attributes = [str(name) for name in rng.choice(COLOURS, rng.integers(1, 4), replace=False)]
         elems.append({"bb": list(box), "caption": text, "attributes": attributes})
     fields = {
