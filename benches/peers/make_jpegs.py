@@ -46,7 +46,7 @@ TAILS = [
     "on a sunny day", "in the background", "with people watching", "near some trees", "under a cloudy sky",
     "at night", "during the winter", "while it's raining", "in black-and-white", "by the water",
 ]
-PIECES = ["##s", "##ed", "##ing", "##er", "##y", "##board", "##cycle", "##side", "##walk"]
+PIECES = ["##ed", "##ing", "##er", "##board", "##cycle", "##side", "##walk"]
 # Words that take several pieces, as one word of seven or so does with BERT's vocabulary.
 SPLIT = {"skateboarder", "snowboard", "surfboard", "motorcycle", "hillside", "crosswalk", "elephants", "bananas"}
 VOCABULARY = 30522
