@@ -1,0 +1,99 @@
+//! Looking through a whole data set before anything is trained on it.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use crate::broken::Tally;
+use crate::dataset::Dataset;
+use crate::error::DataError;
+use crate::image::source_key;
+use crate::records::Record;
+use crate::tokens::pre_caption;
+use crate::transform::clip_box;
+use crate::{BrokenRecord, Picture};
+
+/// Records that are looked at together, on all cores.
+const CHUNK: usize = 256;
+
+/// What a check finds.
+#[derive(Debug, Clone, Default)]
+pub struct Findings {
+    /// Records that are whole.
+    pub records: u64,
+    /// Texts of whole images in them.
+    pub captions: u64,
+    /// Boxes with texts in them.
+    pub elems: u64,
+    /// Questions in them.
+    pub questions: u64,
+    /// Whole records whose image occurred in an earlier one. That is no mistake in itself: captions and regions of an image
+    /// may stand apart.
+    pub repeated_images: u64,
+    /// What is broken.
+    pub broken: Tally,
+}
+
+/// How closely to look.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CheckConfig {
+    /// Whether to decode the images, which takes nearly all of the time. Without, of an image file its presence is checked,
+    /// and boxes are not held against the image. Default true.
+    pub images: bool,
+    /// Most words of a text, as in [`BatchConfig`](crate::BatchConfig). Default 40.
+    pub max_words: usize,
+}
+
+impl Default for CheckConfig {
+    fn default() -> Self {
+        Self { images: true, max_words: 40 }
+    }
+}
+
+/// Reads every record of a data set as training would, whichever part of it a step may draw: the image is decoded, every
+/// box has to be inside of it, every text has to have a word. Each broken record goes to `broken`, with the first thing that
+/// is wrong with it, and after every few hundred records their number to `progress`.
+pub fn check(
+    dataset: &Dataset,
+    config: &CheckConfig,
+    broken: &mut dyn FnMut(&BrokenRecord),
+    progress: &mut dyn FnMut(u64),
+) -> Findings {
+    let mut findings = Findings::default();
+    let mut images = HashSet::new();
+    let mut chunk: Vec<Result<Arc<Record>, DataError>> = Vec::with_capacity(CHUNK);
+    let mut seen = 0;
+    let mut look = |chunk: &mut Vec<Result<Arc<Record>, DataError>>| {
+        let checked: Vec<_> = chunk.par_drain(..).map(|read| check_record(read, config)).collect();
+        seen += checked.len() as u64;
+        for result in checked {
+            match result {
+                Ok(record) => {
+                    findings.records += 1;
+                    findings.captions += record.captions.len() as u64;
+                    findings.elems += record.elems.len() as u64;
+                    findings.questions += record.questions.len() as u64;
+                    findings.repeated_images += u64::from(!images.insert(source_key(&record.image)));
+                }
+                Err((error, origin)) => {
+                    let record = findings.broken.note(error, origin);
+                    broken(&record);
+                }
+            }
+        }
+        progress(seen);
+    };
+    let visited: Result<(), std::convert::Infallible> = dataset.visit(|read| {
+        chunk.push(read);
+        if chunk.len() == CHUNK {
+            look(&mut chunk);
+        }
+        Ok(())
+    });
+    let Ok(()) = visited;
+    look(&mut chunk);
+    findings
+}
