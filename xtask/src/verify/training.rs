@@ -76,6 +76,7 @@ impl Case<'_> {
             boxes: self.input("in.target_bbox")?,
             region_mask: self.mask("in.image_atts")?,
             is_image: self.integers("in.is_image")?.into_iter().map(|whole| whole == 1).collect(),
+            row_weights: vec![1.0; rows],
         }))
     }
 }
