@@ -57,6 +57,8 @@ pub struct BatchConfig {
     pub hflip: bool,
     /// Whether images whose texts say left or right are not mirrored. Default true.
     pub careful_hflip: bool,
+    /// Which texts that are. Default `record`.
+    pub hflip_texts: FlipTexts,
     /// Rows for a text decoder beside each caption batch. Default none.
     pub generation: Option<GenerationConfig>,
     /// Share of broken records past which the run stops. Default 0.01.
@@ -86,6 +88,7 @@ impl Default for BatchConfig {
             min_perc_in_image: 0.5,
             hflip: true,
             careful_hflip: true,
+            hflip_texts: FlipTexts::Record,
             generation: None,
             max_bad_fraction: 0.01,
         }
@@ -166,6 +169,17 @@ pub enum Padding {
     /// The same, but the contrastive loss leaves repeats out, and they are not drawn as negatives. The other losses keep
     /// them: there they only weigh some rows twice.
     Masked,
+}
+
+/// The texts that decide whether an image may be mirrored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FlipTexts {
+    /// All of the record ([`Record::texts`](crate::Record::texts)), as in X-VLM (`left_or_right_in_caption`).
+    #[default]
+    Record,
+    /// Those that are in the batch: no text becomes wrong, and more images are mirrored.
+    Batch,
 }
 
 /// Which of a record's captions a decoder learns to say.

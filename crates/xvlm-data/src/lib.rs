@@ -27,7 +27,7 @@ pub mod transform;
 pub mod vocabulary;
 
 pub use batch::{BatchBuilder, CaptionBatch, GenerationBatch, ItemBatches, ItemConfig, RegionBatch, TextBatch};
-pub use config::{BatchConfig, GenerationConfig, Padding, Target};
+pub use config::{BatchConfig, FlipTexts, GenerationConfig, Padding, Target};
 pub use error::{DataError, Place};
 pub use image::{ImageCache, Picture};
 pub use loader::{Loader, LoaderConfig};

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use xvlm_data::{
-    BatchBuilder, BatchConfig, DataError, GenerationConfig, ImageCache, Padding, Picture, Record, RegionBatch, Target,
-    TextTokenizer, read_jsonl,
+    BatchBuilder, BatchConfig, DataError, FlipTexts, GenerationConfig, ImageCache, Padding, Picture, Record,
+    RegionBatch, Target, TextTokenizer, read_jsonl,
 };
 
 const WORDS: [&str; 14] =
@@ -51,7 +51,8 @@ fn builder(records: Vec<Record>, config: BatchConfig) -> BatchBuilder {
 }
 
 fn config() -> BatchConfig {
-    let sizes = BatchConfig { resolution: 64, final_stride: 16, batch_size: 5, max_images: 6, ..BatchConfig::default() };
+    let sizes =
+        BatchConfig { resolution: 64, final_stride: 16, batch_size: 5, max_images: 6, ..BatchConfig::default() };
     BatchConfig { padding: Padding::None, max_bad_fraction: 0.05, ..sizes }
 }
 
@@ -263,9 +264,9 @@ fn any_text_of_a_record_that_says_left_keeps_its_image() {
     let path = dir.path().join("records.jsonl");
     fs::write(dir.path().join("box.png"), picture(100, 80, [10, 20, 30, 40])).unwrap();
     let elem = json!({ "bb": [10, 20, 30, 40], "caption": "a box" });
-    let mirrored = |record: Value| {
+    let mirrored_by = |hflip_texts: FlipTexts, record: Value| {
         fs::write(&path, record.to_string()).unwrap();
-        let config = BatchConfig { random_crop: false, batch_size: 1, max_images: 1, ..config() };
+        let config = BatchConfig { random_crop: false, batch_size: 1, max_images: 1, hflip_texts, ..config() };
         let builder = builder(read_jsonl(&path).unwrap(), config);
         let upright = builder.captions(0).unwrap().pixels;
         let captions = (0..40).any(|step| builder.captions(step).unwrap().pixels != upright);
@@ -273,6 +274,7 @@ fn any_text_of_a_record_that_says_left_keeps_its_image() {
         assert_eq!(captions, regions, "{record}");
         captions
     };
+    let mirrored = |record: Value| mirrored_by(FlipTexts::Record, record);
     let record = |captions: Value, elem: &Value, questions: Value| {
         let elems = [json!({ "bb": [10, 20, 30, 40], "caption": "a box" }), elem.clone()];
         json!({ "image_rpath": "box.png", "caption": captions, "elems": elems, "questions": questions })
@@ -286,6 +288,9 @@ fn any_text_of_a_record_that_says_left_keeps_its_image() {
     assert!(!mirrored(record(json!("a box"), &attribute, json!([]))));
     assert!(!mirrored(record(json!("a box"), &elem, json!([["what is on the left", "a box"]]))));
     assert!(!mirrored(record(json!("a box"), &elem, json!([["where is it", "right"]]))));
+    // With those in the batch alone: questions are not, a caption always is.
+    assert!(mirrored_by(FlipTexts::Batch, record(json!("a box"), &elem, json!([["where is it", "right"]]))));
+    assert!(!mirrored_by(FlipTexts::Batch, record(json!("a box right here"), &elem, json!([]))));
 }
 
 #[test]

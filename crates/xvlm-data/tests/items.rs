@@ -8,12 +8,14 @@ use candle_core::Device;
 use tempfile::TempDir;
 use xvlm_data::annotations::{CaptionItem, RetrievalItem, VqaItem};
 use xvlm_data::batch::{
-    Described, Grounding, IGNORE, ImageText, Images, ItemKind, Nlvr, Pairs, Phrase, Question, References, Statement, Vqa,
+    Described, Grounding, IGNORE, ImageText, Images, ItemKind, Nlvr, Pairs, Phrase, Question, References, Statement,
+    Vqa,
 };
 use xvlm_data::{DataError, ImageCache, ImageSource, ItemBatches, ItemConfig, Picture, TextTokenizer};
 
-const WORDS: [&str; 15] =
-    ["a", "white", "box", "on", "black", "left", "right", "what", "colour", "is", "it", "picture", "of", "two", "boxes"];
+const WORDS: [&str; 15] = [
+    "a", "white", "box", "on", "black", "left", "right", "what", "colour", "is", "it", "picture", "of", "two", "boxes",
+];
 const SIDE: usize = 32;
 
 fn tokenizer() -> Arc<TextTokenizer> {
@@ -143,7 +145,10 @@ fn answers_are_weighted_by_their_share() {
             assert!(ids[end + 1..].iter().all(|&id| id == tokenizer.pad_id()));
         }
         for (row, number) in numbers.iter().enumerate() {
-            assert_eq!(batch.questions.texts[row], ["what colour is it", "is it left", "is it left"][usize::from(*number)]);
+            assert_eq!(
+                batch.questions.texts[row],
+                ["what colour is it", "is it left", "is it left"][usize::from(*number)]
+            );
         }
     }
     assert!((4..=26).contains(&mirrored[0]) && mirrored[1..] == [0, 0], "only where nothing says left: {mirrored:?}");
@@ -219,7 +224,10 @@ fn statements_have_their_first_images_before_their_second() {
     let batch = nlvr.evaluation(0).unwrap().1;
     let numbers: Vec<u8> = seen(&batch.pixels).iter().map(|(number, _)| *number).collect();
     assert_eq!(numbers, [0, 2, 4, 6, 8, 1, 3, 5, 7, 9]);
-    assert_eq!((batch.is_true.as_slice(), batch.text.texts[1].as_str()), (&[true, false, true, false, true][..], "1 boxes"));
+    assert_eq!(
+        (batch.is_true.as_slice(), batch.text.texts[1].as_str()),
+        (&[true, false, true, false, true][..], "1 boxes")
+    );
     let tensors = batch.to_tensors(&Device::Cpu).unwrap();
     assert_eq!(tensors.pixels.dims(), [10, 3, SIDE, SIDE]);
     let (mut mirrored, mut apart) = (0, 0);
@@ -264,7 +272,10 @@ fn boxes_of_phrases_stay_on_what_they_are_about() {
     };
     let agree = |bounds: [f32; 4], pixels: &[f32]| {
         let ([cx, cy, w, h], (x, y, area)) = (bounds, white(pixels));
-        assert!((cx - x).abs() < 0.02 && (cy - y).abs() < 0.02 && (w * h - area).abs() < 0.03, "{bounds:?} {x} {y} {area}");
+        assert!(
+            (cx - x).abs() < 0.02 && (cy - y).abs() < 0.02 && (w * h - area).abs() < 0.03,
+            "{bounds:?} {x} {y} {area}"
+        );
     };
     let both = batches(Grounding, vec![phrase("a white box"), phrase("the box right of it")], config());
     let size = 3 * SIDE * SIDE;
@@ -295,7 +306,8 @@ fn boxes_of_phrases_stay_on_what_they_are_about() {
     assert_eq!(batch.to_tensors(&Device::Cpu).unwrap().boxes.dims(), [2, 4]);
 
     for bad in [[40.0, 12.0, 60.0, 30.0], [f32::NAN, 0.0, 5.0, 5.0], [3.0, 3.0, 0.0, 5.0]] {
-        let error = batches(Grounding, vec![Phrase { bbox: bad, ..phrase("a box") }], config()).training(0).unwrap_err();
+        let error =
+            batches(Grounding, vec![Phrase { bbox: bad, ..phrase("a box") }], config()).training(0).unwrap_err();
         assert!(matches!(&error, DataError::TooManyBroken { .. }), "{error}");
         assert!(error.to_string().contains("box.png") && error.to_string().contains("90x60"), "{error}");
     }

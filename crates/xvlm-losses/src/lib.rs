@@ -313,7 +313,9 @@ mod tests {
         let mut expected = 0.0;
         for i in there {
             let equal: Vec<usize> = there.into_iter().filter(|&j| keys[i] == keys[j]).collect();
-            for direction in [|s: &[Vec<f64>], i: usize, j: usize| s[i][j], |s: &[Vec<f64>], i: usize, j: usize| s[j][i]] {
+            for direction in
+                [|s: &[Vec<f64>], i: usize, j: usize| s[i][j], |s: &[Vec<f64>], i: usize, j: usize| s[j][i]]
+            {
                 let total: f64 = there.iter().map(|&j| direction(&s, i, j).exp()).sum();
                 let mean = equal.iter().map(|&j| total.ln() - direction(&s, i, j)).sum::<f64>() / equal.len() as f64;
                 expected += f64::from(weights[i]) * mean / (2.0 * 3.75);

@@ -87,7 +87,8 @@ impl Pretraining {
     /// Image stream: ITC, ITM and MLM of each image with its text, and the texts that are to be generated.
     fn captions(&self, batch: &CaptionTensors, pass: &Pass, negatives: Negatives) -> Result<Named> {
         let images = self.model.encode_image(&batch.pixels, pass)?;
-        let mut named = self.alignment(pass, None).losses(&batch.text, Some(&Source::whole(&images)?), None, negatives)?;
+        let mut named =
+            self.alignment(pass, None).losses(&batch.text, Some(&Source::whole(&images)?), None, negatives)?;
         if let Some(generation) = batch.generation.as_ref().filter(|_| self.has(Objective::Generation)) {
             named.push(("generation", writing_loss(&self.model, generation, &images, LABEL_SMOOTHING, pass)?));
         }

@@ -5,8 +5,8 @@ use rand_chacha::ChaCha8Rng;
 
 use super::pixels::{Shown, render};
 use super::texts::{GenerationBatch, Row, Text, TextBatch, TextMaker};
-use super::{BatchBuilder, missing, texts_of};
-use crate::config::Target;
+use super::{BatchBuilder, missing};
+use crate::config::{FlipTexts, Target};
 use crate::error::DataError;
 use crate::records::Record;
 
@@ -63,11 +63,10 @@ impl BatchBuilder {
     }
 
     fn captioned(&self, record: &Record, rng: &mut ChaCha8Rng) -> Result<Captioned, DataError> {
-        let shown = self.framer().whole(&record.image, &record.origin, texts_of(record), rng)?;
         let texts = self.texts();
         let caption = record.captions.choose(rng).ok_or_else(|| missing(record, "a caption"))?;
         let text = texts.text(caption, rng)?;
-        let mut rows = Vec::new();
+        let (mut rows, mut said) = (Vec::new(), vec![caption]);
         if let Some(config) = &self.config.generation {
             let caption = match config.target {
                 Target::First => record.captions.first(),
@@ -75,11 +74,19 @@ impl BatchBuilder {
             };
             let caption = caption.ok_or_else(|| missing(record, "a caption"))?;
             rows.push(texts.caption_row(&config.prompt, caption)?);
+            said.push(caption);
             let questions = record.questions.choose_multiple(rng, config.questions_per_image);
             for (question, answer) in questions {
                 rows.push(texts.answer_row(question, answer)?);
+                said.extend([question, answer]);
             }
         }
+        let said = said.into_iter().map(String::as_str);
+        let framer = self.framer();
+        let shown = match self.config.hflip_texts {
+            FlipTexts::Record => framer.whole(&record.image, &record.origin, record.texts(), rng)?,
+            FlipTexts::Batch => framer.whole(&record.image, &record.origin, said, rng)?,
+        };
         Ok(Captioned { shown, text, rows })
     }
 }

@@ -69,10 +69,11 @@ impl ItemKind for Grounding {
             height,
         };
         let shown = if maker.training {
-            let image = framer.open(&item.image, &name)?;
-            let (width, height) = (image.width, image.height);
-            let keep = clip_box(item.bbox, width, height).ok_or_else(|| outside(width, height))?;
-            framer.around(image, keep, [item.text.as_str()], rng)
+            let keep =
+                |width, height, _: &mut _| clip_box(item.bbox, width, height).ok_or_else(|| outside(width, height));
+            let mut shown = framer.around(&item.image, &name, keep, rng)?;
+            framer.flip(&mut shown, [item.text.as_str()], rng);
+            shown
         } else {
             framer.as_is(&item.image, &name)?
         };

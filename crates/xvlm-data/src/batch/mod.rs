@@ -184,12 +184,13 @@ impl BatchBuilder {
     }
 }
 
-/// Every text of a record: an image is mirrored only if none of them tells left from right, whichever of them are drawn (as
-/// X-VLM's `left_or_right_in_caption`).
-fn texts_of(record: &Record) -> impl Iterator<Item = &str> {
-    let of_elems = record.elems.iter().flat_map(|elem| elem.texts.iter().chain(&elem.attributes).chain(&elem.labels));
-    let of_questions = record.questions.iter().flat_map(|(question, answer)| [question, answer]);
-    record.captions.iter().chain(of_elems).chain(of_questions).map(String::as_str)
+impl Record {
+    /// Every text: captions, what elements are called, their attributes and labels, questions and their answers.
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        let of_elems = self.elems.iter().flat_map(|elem| elem.texts.iter().chain(&elem.attributes).chain(&elem.labels));
+        let of_questions = self.questions.iter().flat_map(|(question, answer)| [question, answer]);
+        self.captions.iter().chain(of_elems).chain(of_questions).map(String::as_str)
+    }
 }
 
 fn missing(record: &Record, expected: &'static str) -> DataError {

@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::sync::Arc;
 
-use rand::Rng;
+use rand_chacha::ChaCha8Rng;
 
 use crate::error::DataError;
 use crate::image::{Decoded, ImageCache};
@@ -40,31 +40,33 @@ impl Framer<'_> {
         source: &ImageSource,
         name: &dyn Display,
         texts: impl IntoIterator<Item = &'a str>,
-        rng: &mut impl Rng,
+        rng: &mut ChaCha8Rng,
     ) -> Result<Shown, DataError> {
         let mut shown = self.as_is(source, name)?;
-        shown.view.flip = self.transform.flip(texts, rng);
+        self.flip(&mut shown, texts, rng);
         Ok(shown)
     }
 
-    /// The image with its size, for [`Self::around`]: a crop needs the pixels as stored.
-    pub(super) fn open(&self, source: &ImageSource, name: &dyn Display) -> Result<Arc<Decoded>, DataError> {
+    /// A part of the image for training that holds all of `keep`, not mirrored yet: a box `(x, y, w, h)` inside the image,
+    /// chosen knowing its width and height.
+    pub(super) fn around(
+        &self,
+        source: &ImageSource,
+        name: &dyn Display,
+        keep: impl FnOnce(u32, u32, &mut ChaCha8Rng) -> Result<[f32; 4], DataError>,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Shown, DataError> {
+        // A crop needs the pixels as stored.
         let resolution = (!self.transform.random_crop).then_some(self.resolution);
-        self.cache.get(source, resolution, name)
+        let image = self.cache.get(source, resolution, name)?;
+        let keep = keep(image.width, image.height, rng)?;
+        let crop = self.transform.crop(keep, image.width, image.height, rng);
+        Ok(Shown { image, view: View { crop, flip: false } })
     }
 
-    /// A part of the image for training that holds all of `keep`, a box `(x, y, w, h)` inside it; `texts` decide whether
-    /// it may be mirrored.
-    pub(super) fn around<'a>(
-        &self,
-        image: Arc<Decoded>,
-        keep: [f32; 4],
-        texts: impl IntoIterator<Item = &'a str>,
-        rng: &mut impl Rng,
-    ) -> Shown {
-        let crop = self.transform.crop(keep, image.width, image.height, rng);
-        let flip = self.transform.flip(texts, rng);
-        Shown { image, view: View { crop, flip } }
+    /// Perhaps mirrors what is shown, if `texts` allow it.
+    pub(super) fn flip<'a>(&self, shown: &mut Shown, texts: impl IntoIterator<Item = &'a str>, rng: &mut ChaCha8Rng) {
+        shown.view.flip = self.transform.flip(texts, rng);
     }
 }
 

@@ -6,8 +6,8 @@ use rand_chacha::ChaCha8Rng;
 
 use super::pixels::{Shown, render};
 use super::texts::{Text, TextBatch};
-use super::{BatchBuilder, missing, texts_of};
-use crate::config::Padding;
+use super::{BatchBuilder, missing};
+use crate::config::{FlipTexts, Padding};
 use crate::error::DataError;
 use crate::order::generator;
 use crate::records::{Element, Record};
@@ -87,36 +87,44 @@ impl BatchBuilder {
         rng: &mut ChaCha8Rng,
     ) -> Result<Regions, DataError> {
         let framer = self.framer();
-        let image = framer.open(&record.image, &record.origin)?;
-        let (width, height) = (image.width, image.height);
         let mut elems = Vec::with_capacity(record.elems.len());
-        for (i, elem) in record.elems.iter().enumerate() {
-            let bbox = clip_box(elem.bbox, width, height).ok_or_else(|| DataError::BoxOutside {
-                origin: record.origin.to_string(),
-                field: format!("elems[{i}].bb"),
-                bbox: elem.bbox,
-                width,
-                height,
-            })?;
-            elems.push((elem, bbox));
-        }
-        let &(_, kept) = elems.choose(rng).ok_or_else(|| missing(record, "an element"))?;
-        let shown = framer.around(image, kept, texts_of(record), rng);
+        let choose = |width, height, rng: &mut ChaCha8Rng| {
+            for (i, elem) in record.elems.iter().enumerate() {
+                let bbox = clip_box(elem.bbox, width, height).ok_or_else(|| DataError::BoxOutside {
+                    origin: record.origin.to_string(),
+                    field: format!("elems[{i}].bb"),
+                    bbox: elem.bbox,
+                    width,
+                    height,
+                })?;
+                elems.push((elem, bbox));
+            }
+            elems.choose(rng).map(|(_, bbox)| *bbox).ok_or_else(|| missing(record, "an element"))
+        };
+        let mut shown = framer.around(&record.image, &record.origin, choose, rng)?;
         elems.shuffle(rng);
 
         // As in X-VLM, the text of the whole image is one of the texts that an image may have.
-        let mut concepts = Vec::new();
+        let mut chosen = Vec::new();
         if let Some(caption) = record.captions.choose(rng).filter(|_| self.config.whole_image_text) {
-            concepts.push(Concept { text: self.texts().text(caption, rng)?, place: None });
+            chosen.push((self.texts().text(caption, rng)?, None));
         }
+        let least = self.config.min_perc_in_image;
         for (elem, bbox) in elems {
-            if concepts.len() >= most {
+            if chosen.len() >= most {
                 break;
             }
-            if let Some(place) = shown.view.place(bbox, self.config.min_perc_in_image) {
-                concepts.push(Concept { text: self.element_text(elem, record, way, rng)?, place: Some(place) });
+            if shown.view.place(bbox, least).is_some() {
+                chosen.push((self.element_text(elem, record, way, rng)?, Some(bbox)));
             }
         }
+        match self.config.hflip_texts {
+            FlipTexts::Record => framer.flip(&mut shown, record.texts(), rng),
+            FlipTexts::Batch => framer.flip(&mut shown, chosen.iter().map(|(text, _)| text.text.as_str()), rng),
+        }
+        let view = shown.view;
+        let place = |bbox: Option<[f32; 4]>| bbox.and_then(|bbox| view.place(bbox, least));
+        let concepts = chosen.into_iter().map(|(text, bbox)| Concept { text, place: place(bbox) }).collect();
         Ok(Regions { shown, concepts })
     }
 
@@ -144,7 +152,8 @@ impl BatchBuilder {
         let grid = self.config.grid();
         let images = samples.len();
         let pixels = render(samples.iter().map(|sample| &sample.shown), self.config.resolution);
-        let concepts = (0u32..).zip(samples).flat_map(|(image, sample)| sample.concepts.into_iter().map(move |c| (image, c)));
+        let concepts =
+            (0u32..).zip(samples).flat_map(|(image, sample)| sample.concepts.into_iter().map(move |c| (image, c)));
         let concepts: Vec<(u32, Concept)> = concepts.collect();
         let (rows, real) = match self.config.padding {
             Padding::None => ((0..concepts.len()).collect(), concepts.len()),

@@ -114,8 +114,12 @@ impl ItemKind for Vqa {
             }
         }
         let question_index = (0u32..).zip(&counts).flat_map(|(i, &count)| std::iter::repeat_n(i, count)).collect();
-        let answers = (!answers.is_empty())
-            .then(|| AnswerBatch { text: maker.texts.collate(answers), question_index, weights, counts });
+        let answers = (!answers.is_empty()).then(|| AnswerBatch {
+            text: maker.texts.collate(answers),
+            question_index,
+            weights,
+            counts,
+        });
         QuestionBatch { pixels, images, questions: maker.texts.collate(questions), answers }
     }
 }

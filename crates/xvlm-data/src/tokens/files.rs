@@ -20,7 +20,8 @@ impl TextTokenizer {
         if path.is_dir() {
             const NAMES: [&str; 3] = ["tokenizer.json", "vocab.txt", "vocab.json"];
             let file = NAMES.map(|name| path.join(name)).into_iter().find(|file| file.is_file());
-            let file = file.ok_or_else(|| wrong(&path.display(), &format!("one of {NAMES:?} in it"), "none of them"))?;
+            let file =
+                file.ok_or_else(|| wrong(&path.display(), &format!("one of {NAMES:?} in it"), "none of them"))?;
             return Self::from_file(file);
         }
         if let Some((vocabulary, merges)) = byte_level_files(path) {
