@@ -11,7 +11,9 @@ use xvlm_data::batch::{
     Described, Grounding, IGNORE, ImageText, Images, ItemKind, Nlvr, Pairs, Phrase, Question, References, Statement,
     Vqa,
 };
-use xvlm_data::{DataError, ImageCache, ImageSource, ItemBatches, ItemConfig, Picture, TextTokenizer};
+use xvlm_data::{
+    DataError, ImageCache, ImageSource, ItemBatches, ItemConfig, Loader, LoaderConfig, Picture, TextTokenizer,
+};
 
 const WORDS: [&str; 15] = [
     "a", "white", "box", "on", "black", "left", "right", "what", "colour", "is", "it", "picture", "of", "two", "boxes",
@@ -102,6 +104,18 @@ fn each_epoch_of_all_processes_has_every_item_once() {
         assert!(epochs.windows(2).all(|two| two[0] != two[1]), "epochs are shuffled anew");
         assert_eq!(of(1, 0).training(5).unwrap(), all[0].training(5).unwrap(), "from seed and step alone");
         assert_ne!(of(2, 0).training(5).unwrap(), all[0].training(5).unwrap());
+    }
+}
+
+#[test]
+fn workers_build_the_same_batches() {
+    let dir = tempfile::tempdir().unwrap();
+    let of = || batches(Images, pictures(&dir, 9), config());
+    let (alone, shared) = (of(), of());
+    let loader = LoaderConfig { workers: 3, ahead: 5 };
+    let mut loader = Loader::starting_at(2, loader, move |step| shared.training(step)).unwrap();
+    for step in 2..12 {
+        assert_eq!(loader.next().unwrap(), alone.training(step).unwrap(), "step {step}");
     }
 }
 

@@ -80,6 +80,8 @@ fn files_of_tokenizers_are_found_and_checked() {
         std::fs::rename(at(name), at(&format!("roberta-base-{name}"))).unwrap();
     }
     assert_eq!(from(at("roberta-base-vocab.json")).unwrap(), bytes);
+    std::fs::copy(at("tokenizer.json"), at("my-vocab.json")).unwrap();
+    assert_eq!(from(at("my-vocab.json")).unwrap(), from(at("tokenizer.json")).unwrap());
 
     let error = refused(at("merges.txt"));
     assert!(error.contains("vocab.json") && error.contains("No such file"), "{error}");

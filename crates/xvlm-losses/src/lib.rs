@@ -87,19 +87,20 @@ pub struct Pair {
 }
 
 /// The weights that hard negatives are drawn with, from `similarities [B, B]` (row-major): the softmax of each row plus
-/// 1e-5, and 0 for every column whose key equals the row's (`XVLM.get_matching_loss`). Columns that are not `candidates` are
-/// not part of the softmax either.
-pub fn negative_weights(similarities: &[f32], keys: &[i64], candidates: impl Fn(usize) -> bool) -> Vec<f32> {
+/// 1e-5, and 0 for every column whose key equals the row's (`XVLM.get_matching_loss`). Columns whose row weight is 0 are not
+/// part of the softmax either.
+pub fn negative_weights(similarities: &[f32], keys: &[i64], weights: Option<&[f32]>) -> Vec<f32> {
     let b = keys.len();
-    let candidates: Vec<bool> = (0..b).map(candidates).collect();
+    let is_candidate = |row: usize| weights.and_then(|weights| weights.get(row)).is_none_or(|weight| *weight > 0.0);
+    let candidates: Vec<bool> = (0..b).map(is_candidate).collect();
     let mut weights = similarities.to_vec();
     for (row, key) in weights.chunks_exact_mut(b.max(1)).zip(keys) {
-        let there = |row: &[f32]| row.iter().zip(&candidates).filter(|(_, there)| **there).map(|(w, _)| *w).collect();
-        let seen: Vec<f32> = there(row);
-        let top = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let total: f32 = seen.iter().map(|w| (*w - top).exp()).sum();
+        row.iter_mut().zip(&candidates).filter(|(_, there)| !**there).for_each(|(w, _)| *w = f32::NEG_INFINITY);
+        let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        row.iter_mut().for_each(|w| *w = (*w - top).exp());
+        let total: f32 = row.iter().sum();
         for ((w, other), there) in row.iter_mut().zip(keys).zip(&candidates) {
-            *w = if other == key || !there { 0.0 } else { (*w - top).exp() / total + 1e-5 };
+            *w = if other == key || !there { 0.0 } else { *w / total + 1e-5 };
         }
     }
     weights
@@ -118,10 +119,9 @@ pub fn hard_negatives(
     rng: &mut impl Rng,
 ) -> Result<Vec<Pair>> {
     kept_rows(keys.len(), weights)?;
-    let is_candidate = |row: usize| weights.is_none_or(|weights| weights[row] > 0.0);
     let by_concept = similarities.detach().to_dtype(DType::F32)?;
     let mut draw = |rows: &Tensor| -> Result<Vec<(u32, u32)>> {
-        let weights = negative_weights(&rows.flatten_all()?.to_vec1()?, keys, is_candidate);
+        let weights = negative_weights(&rows.flatten_all()?.to_vec1()?, keys, weights);
         let rows = weights.chunks_exact(keys.len().max(1)).enumerate();
         Ok(rows.filter_map(|(row, weights)| Some((row as u32, pick(weights, rng)?))).collect())
     };
@@ -338,9 +338,9 @@ mod tests {
         // Row 3 repeats row 1, which would be everybody's hardest negative twice over.
         let similarities = rows(&[0., 9., 1., 9., 9., 0., 1., 0., 1., 9., 0., 9., 9., 0., 1., 0.], 4);
         let (keys, weights) = ([1, 2, 3, 2], [1.0, 1.0, 1.0, 0.0]);
-        let without = negative_weights(&[0., 9., 1., 9., 0., 1., 1., 9., 0.], &[1, 2, 3], |_| true);
+        let without = negative_weights(&[0., 9., 1., 9., 0., 1., 1., 9., 0.], &[1, 2, 3], None);
         let with = similarities.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        let with = negative_weights(&with, &keys, |row| weights[row] > 0.0);
+        let with = negative_weights(&with, &keys, Some(&weights));
         for row in 0..3 {
             assert_eq!(with[4 * row..][..3], without[3 * row..][..3], "row {row}");
             assert_eq!(with[4 * row + 3], 0.0);

@@ -50,7 +50,7 @@ impl Case<'_> {
         |similarities: &Tensor, keys: &[i64]| {
             let wrap = |error: Box<dyn std::error::Error>| candle_core::Error::Msg(error.to_string());
             let check = |name: &str, similarities: &Tensor| -> candle_core::Result<()> {
-                let weights = negative_weights(&similarities.flatten_all()?.to_vec1()?, keys);
+                let weights = negative_weights(&similarities.flatten_all()?.to_vec1()?, keys, None);
                 let weights = Tensor::from_vec(weights, similarities.shape(), &Device::Cpu)?;
                 self.check(name, &weights).map_err(wrap)
             };

@@ -140,13 +140,14 @@ fn added_token(token: &str, id: &Value, lstrip: bool) -> Value {
     })
 }
 
-/// `vocab.json` and `merges.txt`, if the file is one of them (perhaps with a prefix, such as `roberta-base-`).
+/// `vocab.json` and `merges.txt`, if the file is one of them; with a prefix, such as `roberta-base-`, if both are there.
 fn byte_level_files(path: &Path) -> Option<(PathBuf, PathBuf)> {
     const NAMES: [&str; 2] = ["vocab.json", "merges.txt"];
     let name = path.file_name()?.to_str()?;
     let prefix = NAMES.iter().find_map(|end| name.strip_suffix(end))?;
     let [vocabulary, merges] = NAMES.map(|end| path.with_file_name(format!("{prefix}{end}")));
-    Some((vocabulary, merges))
+    let meant = prefix.is_empty() || (vocabulary.is_file() && merges.is_file());
+    meant.then_some((vocabulary, merges))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, DataError> {
