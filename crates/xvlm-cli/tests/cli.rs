@@ -251,7 +251,7 @@ fn a_run_goes_on_as_it_began() {
     let config = json!({
         "train_file": ["data/pretrain.jsonl"],
         "model": sizes(0),
-        "data": { "batch_size": 30, "max_images": 4, "max_regions": 8, "max_broken_share": 0.2 },
+        "data": { "batch_size": 30, "max_images": 4, "max_regions": 8, "max_bad_fraction": 0.2 },
         "train": { "iterations": 1 },
     });
     fs::write(dir.join("tiny.yaml"), config.to_string()).unwrap();
@@ -266,7 +266,7 @@ fn a_run_goes_on_as_it_began() {
     assert_eq!(json(dir, &format!("{resume} --set train.iterations=2"))["iterations"], 2);
     refused(
         dir,
-        "pretrain --config tiny.yaml --out other --set data.max_broken_share=0.001",
+        "pretrain --config tiny.yaml --out other --set data.max_bad_fraction=0.001",
         &["data/pretrain.jsonl:31", "1 of 31"],
     );
     // Captions alone are enough, if no regions are asked for.

@@ -23,10 +23,12 @@ pub struct BatchConfig {
     pub batch_size: usize,
     /// Most images in a region batch. Default 48.
     pub max_images: usize,
-    /// Most texts in a region batch, those of whole images included. Default 128.
+    /// Texts in a region batch, those of whole images included. Default 128.
     pub max_regions: usize,
-    /// Most elements of one image in a region batch. Default 5.
+    /// Most texts of one image in a region batch, that of the whole image included. Default 5.
     pub regions_per_image: usize,
+    /// What a region batch does when its images have more or fewer texts than `max_regions`. Default `repeats`.
+    pub padding: Padding,
     /// Whether region batches hold captions of whole images too. Default true.
     pub whole_image_text: bool,
     /// Share of region batches that call their elements by a label instead of one of their texts: objects, the finest
@@ -41,6 +43,9 @@ pub struct BatchConfig {
     pub max_tokens: usize,
     /// Whether `[SEP]` ends texts (generation rows always have it). Default false.
     pub append_sep: bool,
+    /// Whether texts are tokens of the vocabulary already, with single spaces between them: they are looked up as they are.
+    /// Default false.
+    pub tokenized: bool,
     /// Blanks for masked language modelling.
     pub masking: MaskingGenerator,
     /// Whether region batches see a random part of each image. Default true.
@@ -52,10 +57,12 @@ pub struct BatchConfig {
     pub hflip: bool,
     /// Whether images whose texts say left or right are not mirrored. Default true.
     pub careful_hflip: bool,
+    /// Which texts that are. Default `record`.
+    pub hflip_texts: FlipTexts,
     /// Rows for a text decoder beside each caption batch. Default none.
     pub generation: Option<GenerationConfig>,
-    /// Share of broken records that stops the run. Default 0.05.
-    pub max_broken_share: f64,
+    /// Share of broken records past which the run stops. Default 0.01.
+    pub max_bad_fraction: f64,
 }
 
 impl Default for BatchConfig {
@@ -68,19 +75,22 @@ impl Default for BatchConfig {
             max_images: 48,
             max_regions: 128,
             regions_per_image: 5,
+            padding: Padding::Repeats,
             whole_image_text: true,
             label_share: 0.0,
             attribute_probability: 1.0,
             max_words: 40,
             max_tokens: 40,
             append_sep: false,
+            tokenized: false,
             masking: MaskingGenerator::default(),
             random_crop: true,
             min_perc_in_image: 0.5,
             hflip: true,
             careful_hflip: true,
+            hflip_texts: FlipTexts::Record,
             generation: None,
-            max_broken_share: 0.05,
+            max_bad_fraction: 0.01,
         }
     }
 }
@@ -127,7 +137,7 @@ impl BatchConfig {
         for (field, value) in [
             ("label_share", self.label_share),
             ("attribute_probability", self.attribute_probability),
-            ("max_broken_share", self.max_broken_share),
+            ("max_bad_fraction", self.max_bad_fraction),
             ("masking.mask_prob", self.masking.mask_prob),
             ("masking.skipgram_prb", self.masking.skipgram_prb),
         ] {
@@ -144,6 +154,32 @@ impl BatchConfig {
         }
         Ok(())
     }
+}
+
+/// What a region batch does when the `max_images` images it reads have more or fewer texts than `max_regions`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Padding {
+    /// It is as large as it gets: images are read until `max_regions` texts are together, or `max_images` images.
+    None,
+    /// It has exactly `max_regions` texts: a random choice of those of `max_images` images, filled up by repeats of some of
+    /// them. As X-VLM does; the contrastive loss takes repeats for texts and regions of their own.
+    #[default]
+    Repeats,
+    /// The same, but the contrastive loss leaves repeats out, and they are not drawn as negatives. The other losses keep
+    /// them: there they only weigh some rows twice.
+    Masked,
+}
+
+/// The texts that decide whether an image may be mirrored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FlipTexts {
+    /// All of the record ([`Record::texts`](crate::Record::texts)), as in X-VLM (`left_or_right_in_caption`).
+    #[default]
+    Record,
+    /// Those that are in the batch: no text becomes wrong, and more images are mirrored.
+    Batch,
 }
 
 /// Which of a record's captions a decoder learns to say.

@@ -5,7 +5,7 @@
 //! a JSON-lines file becomes a [`Record`]) → [`image`] (decode, cache) → [`transform`] (crop, flip,
 //! resize, and what that does to boxes) → [`tokens`] and [`masking`] (text) → [`batch`] (collate) →
 //! [`tensors`] (the one place that knows a tensor library). [`loader`] runs it ahead of the training
-//! loop on worker threads; [`annotations`] reads the files that evaluation uses.
+//! loop on worker threads; [`annotations`] reads the files that evaluation uses; [`vocabulary`] learns word pieces from texts.
 //!
 //! *Architecture invariant:* everything random takes a generator from its caller, so a batch is a
 //! function of (records, configuration, seed, step).
@@ -24,9 +24,10 @@ pub mod scenes;
 pub mod tensors;
 pub mod tokens;
 pub mod transform;
+pub mod vocabulary;
 
-pub use batch::{BatchBuilder, CaptionBatch, GenerationBatch, RegionBatch, TextBatch};
-pub use config::{BatchConfig, GenerationConfig, Target};
+pub use batch::{BatchBuilder, CaptionBatch, GenerationBatch, ItemBatches, ItemConfig, RegionBatch, TextBatch};
+pub use config::{BatchConfig, FlipTexts, GenerationConfig, Padding, Target};
 pub use error::{DataError, Place};
 pub use image::{ImageCache, Picture};
 pub use loader::{Loader, LoaderConfig};

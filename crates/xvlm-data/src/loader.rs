@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +33,7 @@ impl Default for LoaderConfig {
 pub struct Loader<T> {
     shared: Arc<Shared<T>>,
     workers: Vec<JoinHandle<()>>,
+    waited: Duration,
 }
 
 #[derive(Debug)]
@@ -119,7 +121,7 @@ impl<T: Send + 'static> Loader<T> {
             Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), ahead: config.ahead.max(1) as u64 });
         let build = Arc::new(build);
         // Made first: dropped on an error, it stops the workers that did start.
-        let mut loader = Self { shared, workers: Vec::new() };
+        let mut loader = Self { shared, workers: Vec::new(), waited: Duration::ZERO };
         for worker in 0..config.workers.max(1) {
             let (shared, build) = (Arc::clone(&loader.shared), Arc::clone(&build));
             let thread = std::thread::Builder::new().name(format!("loader {worker}"));
@@ -150,8 +152,16 @@ impl<T> Loader<T> {
                 self.shared.changed.notify_all();
                 return built;
             }
+            let start = Instant::now();
             state = self.shared.wait_while(state, |state| !state.ready.contains_key(&due));
+            self.waited += start.elapsed();
         }
+    }
+
+    /// How long [`Self::next`] has waited in all for batches that were not built yet: what a training loop loses to its data.
+    #[must_use]
+    pub fn waited(&self) -> Duration {
+        self.waited
     }
 }
 

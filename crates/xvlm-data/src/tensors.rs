@@ -4,7 +4,10 @@
 
 use candle_core::{Device, Result, Tensor};
 
-use crate::batch::{CaptionBatch, GenerationBatch, RegionBatch, TextBatch};
+use crate::batch::{
+    CaptionBatch, GenerationBatch, ImageBatch, PhraseBatch, QuestionBatch, ReferenceBatch, RegionBatch, StatementBatch,
+    TextBatch,
+};
 
 /// Texts on a device; see [`TextBatch`].
 #[derive(Debug, Clone)]
@@ -62,6 +65,61 @@ pub struct RegionTensors {
     pub region_mask: Tensor,
     /// `[B]`: whether the text tells the whole image.
     pub is_image: Vec<bool>,
+    /// `[B]`: 0 at rows that the contrastive loss leaves out, 1 at all others.
+    pub row_weights: Vec<f32>,
+}
+
+/// Questions on a device; see [`QuestionBatch`].
+#[derive(Debug, Clone)]
+pub struct QuestionTensors {
+    /// `[N, 3, R, R]` f32.
+    pub pixels: Tensor,
+    /// `N` questions.
+    pub questions: TextTensors,
+    /// The answers of all questions.
+    pub answers: Option<AnswerTensors>,
+}
+
+/// Answers on a device; see [`AnswerBatch`](crate::batch::AnswerBatch).
+#[derive(Debug, Clone)]
+pub struct AnswerTensors {
+    /// `A` answers.
+    pub text: TextTensors,
+    /// `[A]`: the question of each.
+    pub question_index: Vec<u32>,
+    /// `[A]` f32: how much each counts.
+    pub weights: Tensor,
+}
+
+/// Statements about two images each on a device; see [`StatementBatch`].
+#[derive(Debug, Clone)]
+pub struct StatementTensors {
+    /// `[2·B, 3, R, R]` f32: the first images of all statements, then the second ones of all.
+    pub pixels: Tensor,
+    /// `B` statements.
+    pub text: TextTensors,
+    /// `[B]`: whether each is true.
+    pub is_true: Vec<bool>,
+}
+
+/// Phrases with their boxes on a device; see [`PhraseBatch`].
+#[derive(Debug, Clone)]
+pub struct PhraseTensors {
+    /// `[N, 3, R, R]` f32.
+    pub pixels: Tensor,
+    /// `N` phrases.
+    pub text: TextTensors,
+    /// `[N, 4]` f32: `(cx, cy, w, h)` in fractions of what is shown of the image.
+    pub boxes: Tensor,
+}
+
+/// Images with reference captions on a device; see [`ReferenceBatch`].
+#[derive(Debug, Clone)]
+pub struct ReferenceTensors {
+    /// `[N, 3, R, R]` f32.
+    pub pixels: Tensor,
+    /// `[N]`: the cleaned captions of each.
+    pub references: Vec<Vec<String>>,
 }
 
 impl TextBatch {
@@ -132,7 +190,83 @@ impl RegionBatch {
             boxes: Tensor::from_vec(self.boxes.concat(), (rows, 4), device)?,
             region_mask: Tensor::from_vec(self.region_mask, (rows, columns), device)?,
             is_image: self.is_image,
+            row_weights: self.row_weights,
         })
+    }
+}
+
+impl QuestionBatch {
+    /// The batch on a device.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    pub fn to_tensors(self, device: &Device) -> Result<QuestionTensors> {
+        let answers = self.answers.map(|answers| {
+            let count = answers.weights.len();
+            Ok::<_, candle_core::Error>(AnswerTensors {
+                text: answers.text.to_tensors(device)?,
+                question_index: answers.question_index,
+                weights: Tensor::from_vec(answers.weights, count, device)?,
+            })
+        });
+        Ok(QuestionTensors {
+            pixels: images(self.pixels, self.images, device)?,
+            questions: self.questions.to_tensors(device)?,
+            answers: answers.transpose()?,
+        })
+    }
+}
+
+impl StatementBatch {
+    /// The batch on a device.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    pub fn to_tensors(self, device: &Device) -> Result<StatementTensors> {
+        Ok(StatementTensors {
+            pixels: images(self.pixels, 2 * self.is_true.len(), device)?,
+            text: self.text.to_tensors(device)?,
+            is_true: self.is_true,
+        })
+    }
+}
+
+impl PhraseBatch {
+    /// The batch on a device.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    pub fn to_tensors(self, device: &Device) -> Result<PhraseTensors> {
+        Ok(PhraseTensors {
+            pixels: images(self.pixels, self.images, device)?,
+            text: self.text.to_tensors(device)?,
+            boxes: Tensor::from_vec(self.boxes.concat(), (self.images, 4), device)?,
+        })
+    }
+}
+
+impl ReferenceBatch {
+    /// The batch on a device.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    pub fn to_tensors(self, device: &Device) -> Result<ReferenceTensors> {
+        Ok(ReferenceTensors { pixels: images(self.pixels, self.images, device)?, references: self.references })
+    }
+}
+
+impl ImageBatch {
+    /// `[N, 3, R, R]` f32 on a device.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    pub fn to_tensors(self, device: &Device) -> Result<Tensor> {
+        images(self.pixels, self.images, device)
     }
 }
 

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use xvlm_data::{
-    BatchBuilder, BatchConfig, DataError, GenerationConfig, ImageCache, Picture, Record, Target, TextTokenizer,
-    read_jsonl,
+    BatchBuilder, BatchConfig, DataError, FlipTexts, GenerationConfig, ImageCache, Padding, Picture, Record,
+    RegionBatch, Target, TextTokenizer, read_jsonl,
 };
 
 const WORDS: [&str; 14] =
@@ -51,7 +51,9 @@ fn builder(records: Vec<Record>, config: BatchConfig) -> BatchBuilder {
 }
 
 fn config() -> BatchConfig {
-    BatchConfig { resolution: 64, final_stride: 16, batch_size: 5, max_images: 6, ..BatchConfig::default() }
+    let sizes =
+        BatchConfig { resolution: 64, final_stride: 16, batch_size: 5, max_images: 6, ..BatchConfig::default() };
+    BatchConfig { padding: Padding::None, max_bad_fraction: 0.05, ..sizes }
 }
 
 fn folder() -> TempDir {
@@ -189,6 +191,127 @@ fn a_region_batch_is_no_larger_than_told() {
     }
 }
 
+/// Records of one picture each with several boxes.
+fn write_crowds(dir: &Path, records: usize, elems: usize) -> Vec<Record> {
+    fs::write(dir.join("crowd.png"), picture(96, 96, [30, 30, 20, 20])).unwrap();
+    let elem = |i: usize| json!({ "bb": [4 * i, 3 * i, 20, 20], "caption": format!("thing {i}") });
+    let lines = (0..records).map(|record| {
+        let elems: Vec<Value> = (0..elems).map(elem).collect();
+        json!({ "image_rpath": "crowd.png", "caption": format!("picture {record}"), "elems": elems }).to_string()
+    });
+    let path = dir.join("crowds.jsonl");
+    fs::write(&path, lines.collect::<Vec<_>>().join("\n")).unwrap();
+    read_jsonl(path).unwrap()
+}
+
+/// What a row is about: its image, its text and its box.
+fn row(batch: &RegionBatch, row: usize) -> (u32, &str, [f32; 4], &[f32]) {
+    let columns = 1 + batch.patches;
+    let mask = &batch.region_mask[row * columns..][..columns];
+    (batch.image_index[row], &batch.text.texts[row], batch.boxes[row], mask)
+}
+
+#[test]
+fn a_region_batch_of_fixed_size_leaves_texts_out_or_repeats_some() {
+    let dir = folder();
+    // Without crops all boxes stay, so each of 6 images has a caption and 3 boxes: 4 is the most that is allowed.
+    let records = write_crowds(dir.path(), 6, 7);
+    let plain = BatchConfig { regions_per_image: 4, random_crop: false, hflip: false, ..config() };
+    let whole = builder(records.clone(), BatchConfig { max_regions: 100, ..plain.clone() }).regions(3).unwrap();
+    assert_eq!((whole.images, whole.text.rows), (6, 24));
+    assert_eq!(whole.is_image.iter().filter(|is_image| **is_image).count(), 6);
+    assert_eq!(whole.row_weights, [1.0; 24]);
+    for (max_regions, padding) in [
+        (9, Padding::Repeats),
+        (24, Padding::Repeats),
+        (31, Padding::Repeats),
+        (31, Padding::Masked),
+        (48, Padding::Masked),
+        (70, Padding::Repeats),
+        (70, Padding::Masked),
+    ] {
+        let config = BatchConfig { max_regions, padding, ..plain.clone() };
+        let batch = builder(records.clone(), config.clone()).regions(3).unwrap();
+        assert_eq!(batch, builder(records.clone(), config).regions(3).unwrap());
+        let case = format!("{max_regions} {padding:?}");
+        assert_eq!((batch.images, batch.text.rows, batch.boxes.len()), (6, max_regions, max_regions), "{case}");
+        assert_eq!(batch.text.ids.len(), batch.text.rows * batch.text.len, "{case}");
+        assert_eq!(batch.pixels, whole.pixels, "{case}: all images are read, whatever is left out");
+        // Every row is one of those that there are; those that come first are different.
+        let known: Vec<_> = (0..24).map(|i| row(&whole, i)).collect();
+        let which: Vec<usize> =
+            (0..max_regions).map(|i| known.iter().position(|k| *k == row(&batch, i)).unwrap()).collect();
+        let real = max_regions.min(24);
+        assert!(which[..real].is_sorted_by(|a, b| a < b), "{case}: {which:?}");
+        let repeats = max_regions - real;
+        let most = which[real..].iter().map(|w| which[real..].iter().filter(|other| *other == w).count()).max();
+        assert_eq!(most.unwrap_or(0), repeats.div_ceil(24), "{case}: no row is repeated again before all the others");
+        let weight = if padding == Padding::Masked { 0.0 } else { 1.0 };
+        assert_eq!(batch.row_weights[..real], vec![1.0; real], "{case}");
+        assert_eq!(batch.row_weights[real..], vec![weight; repeats], "{case}");
+    }
+    // Which texts are left out differs from step to step, and no text is preferred.
+    let small = builder(records, BatchConfig { max_regions: 9, padding: Padding::Repeats, ..plain });
+    let captions: usize =
+        (0..60).map(|step| small.regions(step).unwrap().is_image.iter().filter(|is_image| **is_image).count()).sum();
+    // A quarter of 540 texts; hypergeometric, with a variance of 60 · 9 · 1/4 · 3/4 · 15/23.
+    assert!((captions as f64 - 135.0).abs() < 4.0 * 66f64.sqrt(), "{captions}");
+}
+
+#[test]
+fn any_text_of_a_record_that_says_left_keeps_its_image() {
+    let dir = folder();
+    let path = dir.path().join("records.jsonl");
+    fs::write(dir.path().join("box.png"), picture(100, 80, [10, 20, 30, 40])).unwrap();
+    let elem = json!({ "bb": [10, 20, 30, 40], "caption": "a box" });
+    let mirrored_by = |hflip_texts: FlipTexts, record: Value| {
+        fs::write(&path, record.to_string()).unwrap();
+        let config = BatchConfig { random_crop: false, batch_size: 1, max_images: 1, hflip_texts, ..config() };
+        let builder = builder(read_jsonl(&path).unwrap(), config);
+        let upright = builder.captions(0).unwrap().pixels;
+        let captions = (0..40).any(|step| builder.captions(step).unwrap().pixels != upright);
+        let regions = (0..40).any(|step| builder.regions(step).unwrap().boxes.iter().any(|[cx, ..]| *cx > 0.6));
+        assert_eq!(captions, regions, "{record}");
+        captions
+    };
+    let mirrored = |record: Value| mirrored_by(FlipTexts::Record, record);
+    let record = |captions: Value, elem: &Value, questions: Value| {
+        let elems = [json!({ "bb": [10, 20, 30, 40], "caption": "a box" }), elem.clone()];
+        json!({ "image_rpath": "box.png", "caption": captions, "elems": elems, "questions": questions })
+    };
+    assert!(mirrored(record(json!("a box"), &elem, json!([["what is it", "a box"]]))));
+    // Only one of many captions, one text of an element, an attribute, a question or its answer.
+    assert!(!mirrored(record(json!(["a box", "a box", "a box", "a thing on the Left"]), &elem, json!([]))));
+    let texts = json!({ "bb": [10, 20, 30, 40], "caption": ["a box", "a box", "the rightmost box"] });
+    assert!(!mirrored(record(json!("a box"), &texts, json!([]))));
+    let attribute = json!({ "bb": [10, 20, 30, 40], "caption": "a box", "attributes": ["white", "left"] });
+    assert!(!mirrored(record(json!("a box"), &attribute, json!([]))));
+    assert!(!mirrored(record(json!("a box"), &elem, json!([["what is on the left", "a box"]]))));
+    assert!(!mirrored(record(json!("a box"), &elem, json!([["where is it", "right"]]))));
+    // With those in the batch alone: questions are not, a caption always is.
+    assert!(mirrored_by(FlipTexts::Batch, record(json!("a box"), &elem, json!([["where is it", "right"]]))));
+    assert!(!mirrored_by(FlipTexts::Batch, record(json!("a box right here"), &elem, json!([]))));
+}
+
+#[test]
+fn texts_may_be_tokens_already() {
+    let dir = folder();
+    let path = dir.path().join("records.jsonl");
+    fs::write(dir.path().join("box.png"), picture(100, 80, [10, 20, 30, 40])).unwrap();
+    let record = json!({ "image_rpath": "box.png", "caption": " a white ##x,  [MASK] Box\n" });
+    fs::write(&path, record.to_string()).unwrap();
+    let of = |tokenized| {
+        let config = BatchConfig { tokenized, batch_size: 1, append_sep: true, max_tokens: 8, ..config() };
+        builder(read_jsonl(&path).unwrap(), config).captions(0).unwrap().text
+    };
+    let tokenizer = tokenizer();
+    let ids = |tokens: &str| tokens.split(' ').map(|t| tokenizer.token_to_id(t).unwrap()).collect::<Vec<_>>();
+    // Nothing is cleaned: a comma and a capital make it unknown, and so does nothing between two spaces.
+    assert_eq!(of(true).ids, ids("[CLS] a white [UNK] [UNK] [MASK] [UNK] [SEP]"));
+    assert_eq!(of(true).texts, ["a white ##x,  [MASK] Box"]);
+    assert_eq!(of(false).ids, ids("[CLS] a white x [ m ##a [SEP]"));
+}
+
 #[test]
 fn generation_rows_predict_the_caption_and_the_answer() {
     let dir = folder();
@@ -217,7 +340,7 @@ fn broken_records_are_named_and_replaced_until_there_are_too_many() {
     let dir = folder();
     let records = write_records(dir.path(), &["a box"]);
     fs::write(dir.path().join("3.png"), "no picture").unwrap();
-    let lenient = builder(records.clone(), BatchConfig { batch_size: 12, max_broken_share: 0.5, ..config() });
+    let lenient = builder(records.clone(), BatchConfig { batch_size: 12, max_bad_fraction: 0.5, ..config() });
     assert_eq!(lenient.captions(0).unwrap().images, 12);
     let broken = lenient.broken();
     assert!(broken.len() == 1 && broken[0].to_string().contains("3.png"), "{broken:?}");
@@ -225,24 +348,25 @@ fn broken_records_are_named_and_replaced_until_there_are_too_many() {
     let (seen, met) = lenient.counts();
     assert!(met >= 1 && seen == 12 + met, "{seen} {met}");
 
-    let strict = builder(records.clone(), BatchConfig { batch_size: 12, max_broken_share: 0.01, ..config() });
+    let strict = builder(records.clone(), BatchConfig { batch_size: 12, max_bad_fraction: 0.01, ..config() });
     let error = (0..4).find_map(|step| strict.captions(step).err()).expect("one in twelve is too many");
     assert!(matches!(&error, DataError::TooManyBroken { .. }) && error.to_string().contains("3.png"), "{error}");
 
     (0..12).for_each(|i| fs::remove_file(dir.path().join(format!("{i}.png"))).unwrap());
-    let hopeless = builder(records, BatchConfig { max_broken_share: 1.0, ..config() });
+    let hopeless = builder(records, BatchConfig { max_bad_fraction: 1.0, ..config() });
     assert!(matches!(hopeless.captions(0), Err(DataError::TooManyBroken { .. })));
 }
 
 #[test]
 fn values_that_make_no_sense_are_refused() {
-    let wrong: [(&str, Value); 7] = [
+    let wrong: [(&str, Value); 8] = [
+        ("regions_per_image", json!(0)),
         ("batch_size", json!(0)),
         ("max_tokens", json!(1)),
         ("attribute_probability", json!(1.5)),
         ("label_share", json!(2)),
         ("min_perc_in_image", json!(1.0)),
-        ("max_broken_share", json!(-0.1)),
+        ("max_bad_fraction", json!(-0.1)),
         ("generation", json!({ "prompt": " " })),
     ];
     for (field, value) in wrong {

@@ -18,9 +18,19 @@ use xvlm_kernels as kernels;
 /// does with `idx`): two regions that are both "a red circle" must not be pushed apart. Returns the loss, the mean of both
 /// directions, and the similarities over the temperature `[B, B]`, a row for each concept.
 ///
+/// With `weights`, one a row, the mean is a weighted one, and rows of weight 0 are not there at all: neither have they a
+/// target, nor is anything compared with them. So a batch that was filled up to a fixed size by repeats of weight 0 has the
+/// loss it would have without them. The similarities are those of all rows. If no row has a weight, the loss is 0.
+///
 /// # Errors
-/// If shapes differ or there is not one key a row.
-pub fn contrastive(concepts: &Tensor, texts: &Tensor, temperature: &Tensor, keys: &[i64]) -> Result<(Tensor, Tensor)> {
+/// If shapes differ, there is not one key and one weight a row, or a weight is negative or no number.
+pub fn contrastive(
+    concepts: &Tensor,
+    texts: &Tensor,
+    temperature: &Tensor,
+    keys: &[i64],
+    weights: Option<&[f32]>,
+) -> Result<(Tensor, Tensor)> {
     let (b, _) = concepts.dims2()?;
     if texts.dims() != concepts.dims() || keys.len() != b {
         candle_core::bail!(
@@ -31,20 +41,40 @@ pub fn contrastive(concepts: &Tensor, texts: &Tensor, temperature: &Tensor, keys
         );
     }
     let similarities = concepts.matmul(&texts.t()?)?.broadcast_div(temperature)?;
-    let targets: Vec<f32> = keys
+    let kept = kept_rows(keys.len(), weights)?;
+    let total: f32 = kept.iter().map(|(_, weight)| weight).sum();
+    let compared = if kept.len() == b {
+        similarities.clone()
+    } else if kept.is_empty() {
+        return Ok(((similarities.sum_all()? * 0.0)?, similarities));
+    } else {
+        let rows = Tensor::from_iter(kept.iter().map(|(row, _)| *row as u32), similarities.device())?;
+        similarities.index_select(&rows, 0)?.index_select(&rows, 1)?
+    };
+    let targets: Vec<f32> = kept
         .iter()
-        .flat_map(|key| {
-            let share = 1.0 / keys.iter().filter(|other| *other == key).count() as f32;
-            keys.iter().map(move |other| if other == key { share } else { 0.0 })
+        .flat_map(|&(row, weight)| {
+            let belongs = move |other: usize| keys[other] == keys[row];
+            let share = weight / total / kept.iter().filter(|(other, _)| belongs(*other)).count() as f32;
+            kept.iter().map(move |&(other, _)| if belongs(other) { share } else { 0.0 })
         })
         .collect();
-    let targets = Tensor::from_vec(targets, (b, b), concepts.device())?;
+    let targets = Tensor::from_vec(targets, compared.dims(), concepts.device())?;
     let direction = |logits: &Tensor| {
         let log_probabilities = kernels::log_softmax(logits, D::Minus1)?;
         log_probabilities.mul(&targets.to_dtype(log_probabilities.dtype())?)?.sum_all()
     };
-    let both = (direction(&similarities)? + direction(&similarities.t()?.contiguous()?)?)?;
-    Ok(((both / (-2.0 * b as f64))?, similarities))
+    let both = (direction(&compared)? + direction(&compared.t()?.contiguous()?)?)?;
+    Ok(((both / -2.0)?, similarities))
+}
+
+/// The rows of a weight above 0, with it; all rows, with 1, if there are no weights.
+fn kept_rows(rows: usize, weights: Option<&[f32]>) -> Result<Vec<(usize, f32)>> {
+    let Some(weights) = weights else { return Ok((0..rows).map(|row| (row, 1.0)).collect()) };
+    if weights.len() != rows || !weights.iter().all(|weight| (0.0..f32::INFINITY).contains(weight)) {
+        candle_core::bail!("row weights: expected {rows} numbers from 0 on, found {weights:?}");
+    }
+    Ok(weights.iter().copied().enumerate().filter(|(_, weight)| *weight > 0.0).collect())
 }
 
 /// A text and a concept, as rows of the batch.
@@ -57,16 +87,20 @@ pub struct Pair {
 }
 
 /// The weights that hard negatives are drawn with, from `similarities [B, B]` (row-major): the softmax of each row plus
-/// 1e-5, and 0 for every column whose key equals the row's (`XVLM.get_matching_loss`).
-pub fn negative_weights(similarities: &[f32], keys: &[i64]) -> Vec<f32> {
+/// 1e-5, and 0 for every column whose key equals the row's (`XVLM.get_matching_loss`). Columns whose row weight is 0 are not
+/// part of the softmax either.
+pub fn negative_weights(similarities: &[f32], keys: &[i64], weights: Option<&[f32]>) -> Vec<f32> {
     let b = keys.len();
+    let is_candidate = |row: usize| weights.and_then(|weights| weights.get(row)).is_none_or(|weight| *weight > 0.0);
+    let candidates: Vec<bool> = (0..b).map(is_candidate).collect();
     let mut weights = similarities.to_vec();
     for (row, key) in weights.chunks_exact_mut(b.max(1)).zip(keys) {
+        row.iter_mut().zip(&candidates).filter(|(_, there)| !**there).for_each(|(w, _)| *w = f32::NEG_INFINITY);
         let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         row.iter_mut().for_each(|w| *w = (*w - top).exp());
         let total: f32 = row.iter().sum();
-        for (w, other) in row.iter_mut().zip(keys) {
-            *w = if other == key { 0.0 } else { *w / total + 1e-5 };
+        for ((w, other), there) in row.iter_mut().zip(keys).zip(&candidates) {
+            *w = if other == key || !there { 0.0 } else { *w / total + 1e-5 };
         }
     }
     weights
@@ -74,14 +108,20 @@ pub fn negative_weights(similarities: &[f32], keys: &[i64]) -> Vec<f32> {
 
 /// Hard negatives for ITM: for each text a concept that is not its own, then for each concept a text that is not its own,
 /// drawn in proportion to [`negative_weights`]. `similarities [B, B]` has a row for each concept. A row that the batch
-/// has no negative for is left out, so there are at most `2·B` pairs.
+/// has no negative for is left out, so there are at most `2·B` pairs. Rows of weight 0 have negatives, but are none.
 ///
 /// # Errors
-/// If `similarities` is not `[B, B]`.
-pub fn hard_negatives(similarities: &Tensor, keys: &[i64], rng: &mut impl Rng) -> Result<Vec<Pair>> {
+/// If `similarities` is not `[B, B]`, or there is not one weight a row.
+pub fn hard_negatives(
+    similarities: &Tensor,
+    keys: &[i64],
+    weights: Option<&[f32]>,
+    rng: &mut impl Rng,
+) -> Result<Vec<Pair>> {
+    kept_rows(keys.len(), weights)?;
     let by_concept = similarities.detach().to_dtype(DType::F32)?;
     let mut draw = |rows: &Tensor| -> Result<Vec<(u32, u32)>> {
-        let weights = negative_weights(&rows.flatten_all()?.to_vec1()?, keys);
+        let weights = negative_weights(&rows.flatten_all()?.to_vec1()?, keys, weights);
         let rows = weights.chunks_exact(keys.len().max(1)).enumerate();
         Ok(rows.filter_map(|(row, weights)| Some((row as u32, pick(weights, rng)?))).collect())
     };
@@ -209,13 +249,108 @@ mod tests {
     fn contrastive_of_two_pairs_by_hand() {
         let concepts = rows(&[1.0, 0.0, 0.0, 1.0], 2);
         let temperature = Tensor::new(0.5f32, &Device::Cpu).unwrap();
-        let (loss, _) = contrastive(&concepts, &concepts, &temperature, &[1, 2]).unwrap();
+        let (loss, _) = contrastive(&concepts, &concepts, &temperature, &[1, 2], None).unwrap();
         // Each row is softmax(2, 0): −ln(e² / (e² + 1)).
         let expected = (1.0 + (-2f32).exp()).ln();
         assert!((loss.to_scalar::<f32>().unwrap() - expected).abs() < 1e-6);
-        let (loss, _) = contrastive(&concepts, &concepts, &temperature, &[7, 7]).unwrap();
+        let (loss, _) = contrastive(&concepts, &concepts, &temperature, &[7, 7], None).unwrap();
         assert!((loss.to_scalar::<f32>().unwrap() - (expected + 1.0)).abs() < 1e-6, "equal keys share the target");
-        assert!(contrastive(&concepts, &concepts, &temperature, &[1]).is_err());
+        assert!(contrastive(&concepts, &concepts, &temperature, &[1], None).is_err());
+    }
+
+    /// Unit vectors that nothing is special about.
+    fn features(rows: usize, seed: u64) -> Tensor {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let numbers: Vec<f64> = (0..rows * 5).map(|_| rng.random::<f64>() - 0.5).collect();
+        let numbers = Tensor::from_vec(numbers, (rows, 5), &Device::Cpu).unwrap();
+        let length = numbers.sqr().unwrap().sum_keepdim(1).unwrap().sqrt().unwrap();
+        numbers.broadcast_div(&length).unwrap()
+    }
+
+    #[test]
+    fn rows_of_weight_0_are_not_there() {
+        let temperature = Tensor::new(0.2f64, &Device::Cpu).unwrap();
+        let itc = |concepts: &Tensor, texts: &Tensor, keys: &[i64], weights: Option<&[f32]>| {
+            contrastive(concepts, texts, &temperature, keys, weights).unwrap()
+        };
+        let scalar = |loss: &Tensor| loss.to_scalar::<f64>().unwrap();
+        let (concepts, texts, keys) = (features(4, 1), features(4, 2), [1, 2, 1, 3]);
+        let (alone, _) = itc(&concepts, &texts, &keys, None);
+        // Filled up by repeats, between and after the others.
+        let order = [0u32, 1, 1, 2, 3, 0, 0];
+        let weights = [1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0];
+        let rows = Tensor::new(&order, &Device::Cpu).unwrap();
+        let padded = |x: &Tensor| candle_core::Var::from_tensor(&x.index_select(&rows, 0).unwrap()).unwrap();
+        let padded_keys = order.map(|row| keys[row as usize]);
+        let (more_concepts, more_texts) = (padded(&concepts), padded(&texts));
+        let (loss, similarities) = itc(&more_concepts, &more_texts, &padded_keys, Some(&weights));
+        assert_eq!(scalar(&loss), scalar(&alone));
+        assert_eq!(similarities.dims(), [7, 7]);
+        let (spoilt, _) = itc(&more_concepts, &more_texts, &padded_keys, None);
+        assert!((scalar(&spoilt) - scalar(&alone)).abs() > 1e-2);
+        // The gradient is that without repeats, and 0 at repeats.
+        let gradients = loss.backward().unwrap();
+        let var = candle_core::Var::from_tensor(&concepts).unwrap();
+        let expected = itc(&var, &texts, &keys, None).0.backward().unwrap();
+        let rows = |gradient: &Tensor| gradient.to_vec2::<f64>().unwrap();
+        let (found, expected) = (rows(gradients.get(&more_concepts).unwrap()), rows(expected.get(&var).unwrap()));
+        for (i, found) in found.iter().enumerate() {
+            let expected = if weights[i] > 0.0 { &expected[order[i] as usize] } else { &vec![0.0; 5] };
+            assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12), "{i}: {found:?}, {expected:?}");
+        }
+        assert!(gradients.get(&more_texts).is_some());
+    }
+
+    #[test]
+    fn the_contrastive_mean_is_weighted() {
+        let temperature = Tensor::new(0.3f64, &Device::Cpu).unwrap();
+        let (concepts, texts, keys) = (features(5, 3), features(5, 4), [4, 9, 4, 7, 9]);
+        let weights = [0.5, 2.0, 0.0, 1.0, 0.25];
+        let (loss, similarities) = contrastive(&concepts, &texts, &temperature, &keys, Some(&weights)).unwrap();
+        // Pair by pair.
+        let s = similarities.to_vec2::<f64>().unwrap();
+        let there = [0usize, 1, 3, 4];
+        let mut expected = 0.0;
+        for i in there {
+            let equal: Vec<usize> = there.into_iter().filter(|&j| keys[i] == keys[j]).collect();
+            for direction in
+                [|s: &[Vec<f64>], i: usize, j: usize| s[i][j], |s: &[Vec<f64>], i: usize, j: usize| s[j][i]]
+            {
+                let total: f64 = there.iter().map(|&j| direction(&s, i, j).exp()).sum();
+                let mean = equal.iter().map(|&j| total.ln() - direction(&s, i, j)).sum::<f64>() / equal.len() as f64;
+                expected += f64::from(weights[i]) * mean / (2.0 * 3.75);
+            }
+        }
+        let found = loss.to_scalar::<f64>().unwrap();
+        // Shares are f32.
+        assert!((found - expected).abs() < 1e-6, "{found} {expected}");
+        let (none, _) = contrastive(&concepts, &texts, &temperature, &keys, Some(&[0.0; 5])).unwrap();
+        assert_eq!(none.to_scalar::<f64>().unwrap(), 0.0);
+        for wrong in [&[1.0; 4][..], &[1.0, 1.0, -1.0, 1.0, 1.0], &[1.0, f32::NAN, 1.0, 1.0, 1.0]] {
+            let error = contrastive(&concepts, &texts, &temperature, &keys, Some(wrong)).unwrap_err().to_string();
+            assert!(error.contains("row weights: expected 5"), "{error}");
+        }
+    }
+
+    #[test]
+    fn rows_of_weight_0_are_no_negatives() {
+        let mut rng = ChaCha8Rng::seed_from_u64(5);
+        // Row 3 repeats row 1, which would be everybody's hardest negative twice over.
+        let similarities = rows(&[0., 9., 1., 9., 9., 0., 1., 0., 1., 9., 0., 9., 9., 0., 1., 0.], 4);
+        let (keys, weights) = ([1, 2, 3, 2], [1.0, 1.0, 1.0, 0.0]);
+        let without = negative_weights(&[0., 9., 1., 9., 0., 1., 1., 9., 0.], &[1, 2, 3], None);
+        let with = similarities.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let with = negative_weights(&with, &keys, Some(&weights));
+        for row in 0..3 {
+            assert_eq!(with[4 * row..][..3], without[3 * row..][..3], "row {row}");
+            assert_eq!(with[4 * row + 3], 0.0);
+        }
+        for _ in 0..200 {
+            let pairs = hard_negatives(&similarities, &keys, Some(&weights), &mut rng).unwrap();
+            assert_eq!(pairs.len(), 8, "repeats have negatives");
+            assert!(pairs[..4].iter().all(|pair| pair.concept != 3) && pairs[4..].iter().all(|pair| pair.text != 3));
+        }
+        assert!(hard_negatives(&similarities, &keys, Some(&[1.0]), &mut rng).is_err());
     }
 
     #[test]
@@ -225,7 +360,7 @@ mod tests {
         let similarities = rows(&[9., 0., 9., 2., 0., 9., 0., 1., 9., 0., 9., 2., 0., 3., 0., 9.], 4);
         let mut hard = 0u32;
         for _ in 0..500 {
-            let pairs = hard_negatives(&similarities, &keys, &mut rng).unwrap();
+            let pairs = hard_negatives(&similarities, &keys, None, &mut rng).unwrap();
             assert_eq!(pairs.len(), 8);
             assert!(pairs.iter().all(|p| keys[p.text as usize] != keys[p.concept as usize]));
             assert!(pairs[..4].iter().enumerate().all(|(i, p)| p.text == i as u32));
@@ -243,7 +378,7 @@ mod tests {
     fn a_batch_of_equal_texts_has_no_negatives() {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let similarities = rows(&[1.0; 9], 3);
-        assert_eq!(hard_negatives(&similarities, &[5, 5, 5], &mut rng).unwrap(), []);
+        assert_eq!(hard_negatives(&similarities, &[5, 5, 5], None, &mut rng).unwrap(), []);
     }
 
     #[test]

@@ -45,6 +45,8 @@ pub(crate) struct Alignment<'a> {
     pub(crate) model: &'a Xvlm,
     pub(crate) objectives: &'a [Objective],
     pub(crate) pass: &'a Pass,
+    /// How much each text counts in ITC, if not all the same; see [`losses::contrastive`].
+    pub(crate) weights: Option<&'a [f32]>,
 }
 
 impl Alignment<'_> {
@@ -58,7 +60,7 @@ impl Alignment<'_> {
         targets: Option<BoxTargets>,
         negatives: Negatives,
     ) -> Result<Named> {
-        let Self { model, objectives, pass } = self;
+        let Self { model, objectives, pass, weights } = self;
         let has = |objective| objectives.contains(&objective);
         let (b, t) = text.ids.dims2()?;
         let (rows, device) = (0..b as u32, text.ids.device());
@@ -81,7 +83,7 @@ impl Alignment<'_> {
                 let image_features = model.project_image(concepts)?;
                 let text_features = model.project_text(&encoded.narrow(0, 0, b)?)?;
                 let (itc, similarities) =
-                    losses::contrastive(&image_features, &text_features, model.temperature()?, &text.keys)?;
+                    losses::contrastive(&image_features, &text_features, model.temperature()?, &text.keys, *weights)?;
                 if has(Objective::Itc) {
                     named.push(("itc", itc));
                 }

@@ -177,10 +177,13 @@ pub fn pretrain_config(config: &Value, path: &Path) -> Result<PretrainConfig, Co
     optimizer.expect_text("opt", "adamW")?;
     schedule.expect_text("sched", "linear")?;
     accelerator.expect("GRAD_ACCUMULATE_STEPS", 1)?;
-    for (section, field) in [(&root, "calc_image_bbox_loss"), (&images, "tokenized"), (&regions, "tokenized")] {
-        if section.flag_or(field, false)? {
-            return Err(section.problem(field, "false", "true"));
-        }
+    if root.flag_or("calc_image_bbox_loss", false)? {
+        return Err(root.problem("calc_image_bbox_loss", "false", "true"));
+    }
+    let tokenized = images.flag_or("tokenized", false)?;
+    if regions.flag_or("tokenized", false)? != tokenized {
+        let expected = format!("{tokenized}, as in images");
+        return Err(regions.problem("tokenized", &expected, &(!tokenized).to_string()));
     }
     let model = from_official(config, path, Task::Pretrain)?;
     let batch_size = images.size("batch_size")?;
@@ -192,7 +195,7 @@ pub fn pretrain_config(config: &Value, path: &Path) -> Result<PretrainConfig, Co
     train_file.extend(root.texts("train_file_regions")?);
     Ok(PretrainConfig {
         train_file: train_file.into_iter().map(PathBuf::from).collect(),
-        tokenizer: Some(PathBuf::from(root.text_or("text_encoder", "data/bert-base-uncased")?).join("vocab.txt")),
+        tokenizer: Some(tokenizer(&root, model.model.text_config.model_type)?),
         init_from: None,
         model: model.model,
         objectives: crate::Objective::ALL.to_vec(),
@@ -206,6 +209,7 @@ pub fn pretrain_config(config: &Value, path: &Path) -> Result<PretrainConfig, Co
             min_perc_in_image: regions.number("min_perc_in_image")?,
             max_tokens: model.max_tokens,
             max_words: model.max_words,
+            tokenized,
             masking: MaskingGenerator {
                 mask_prob: root.number_or("mask_prob", default.masking.mask_prob)?,
                 max_masks: root.size_or("max_masks", default.masking.max_masks)?,
@@ -239,6 +243,15 @@ pub fn pretrain_config(config: &Value, path: &Path) -> Result<PretrainConfig, Co
         },
         stored: xvlm_weights::StoredType::F32,
     })
+}
+
+/// The vocabulary in the folder that the original's `BertTokenizer` or `RobertaTokenizer` is read from.
+fn tokenizer(root: &Section, model: TextModel) -> Result<PathBuf, ConfigProblem> {
+    let (folder, file) = match model {
+        TextModel::Bert => ("data/bert-base-uncased", "vocab.txt"),
+        TextModel::Roberta => ("data/roberta-base", "vocab.json"),
+    };
+    Ok(PathBuf::from(root.text_or("text_encoder", folder)?).join(file))
 }
 
 fn vision(root: &Section) -> Result<VisionConfig, ConfigProblem> {

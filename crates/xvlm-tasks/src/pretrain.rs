@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use xvlm_data::{
@@ -87,7 +87,8 @@ impl Pretraining {
     /// Image stream: ITC, ITM and MLM of each image with its text, and the texts that are to be generated.
     fn captions(&self, batch: &CaptionTensors, pass: &Pass, negatives: Negatives) -> Result<Named> {
         let images = self.model.encode_image(&batch.pixels, pass)?;
-        let mut named = self.alignment(pass).losses(&batch.text, Some(&Source::whole(&images)?), None, negatives)?;
+        let mut named =
+            self.alignment(pass, None).losses(&batch.text, Some(&Source::whole(&images)?), None, negatives)?;
         if let Some(generation) = batch.generation.as_ref().filter(|_| self.has(Objective::Generation)) {
             named.push(("generation", writing_loss(&self.model, generation, &images, LABEL_SMOOTHING, pass)?));
         }
@@ -101,11 +102,11 @@ impl Pretraining {
         let concepts = Source { tokens: concepts, mask: batch.region_mask.clone() };
         let targets =
             BoxTargets { images: &images, index: &batch.image_index, boxes: &batch.boxes, is_image: &batch.is_image };
-        self.alignment(pass).losses(&batch.text, Some(&concepts), Some(targets), negatives)
+        self.alignment(pass, Some(&batch.row_weights)).losses(&batch.text, Some(&concepts), Some(targets), negatives)
     }
 
-    fn alignment<'a>(&'a self, pass: &'a Pass) -> Alignment<'a> {
-        Alignment { model: &self.model, objectives: &self.objectives, pass }
+    fn alignment<'a>(&'a self, pass: &'a Pass, weights: Option<&'a [f32]>) -> Alignment<'a> {
+        Alignment { model: &self.model, objectives: &self.objectives, pass, weights }
     }
 }
 
@@ -128,7 +129,12 @@ impl Trainable for Pretraining {
 
     fn losses(&self, batch: &Batch, rng: &mut ChaCha8Rng) -> std::result::Result<Losses, BoxError> {
         let pass = Pass::training(rng);
-        let mut losses = self.losses_of(batch, &pass, &mut |scores, keys| losses::hard_negatives(scores, keys, rng))?;
+        let weights = match batch {
+            Batch::Captions(_) => None,
+            Batch::Regions(batch) => Some(batch.row_weights.as_slice()),
+        };
+        let mut negatives = |scores: &Tensor, keys: &[i64]| losses::hard_negatives(scores, keys, weights, rng);
+        let mut losses = self.losses_of(batch, &pass, &mut negatives)?;
         if let Batch::Regions(_) = batch {
             losses.0.iter_mut().for_each(|(name, _)| *name = of_regions(name));
         }
@@ -261,7 +267,7 @@ fn read_records(config: &PretrainConfig, progress: &mut dyn Progress) -> std::re
         records.extend(read);
         broken.extend(unreadable);
     }
-    let (all, limit) = (records.len() + broken.len(), config.data.max_broken_share);
+    let (all, limit) = (records.len() + broken.len(), config.data.max_bad_fraction);
     if broken.len() as f64 > limit * all as f64 {
         return Err(DataError::too_many_broken(broken.len() as u64, all as u64, limit, &broken).into());
     }

@@ -9,13 +9,19 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 use tempfile::TempDir;
 use xvlm_data::scenes::{self, Split, SynthOptions};
-use xvlm_data::{BatchBuilder, BatchConfig, GenerationConfig, ImageCache, TextTokenizer, read_jsonl};
+use xvlm_data::{BatchBuilder, BatchConfig, GenerationConfig, ImageCache, Padding, TextTokenizer, read_jsonl};
+use xvlm_encoders::Pass;
 use xvlm_tasks::Objective;
 use xvlm_tasks::pretrain::{Batch, Pretraining};
 use xvlm_train::Trainable;
 
 /// A tiny model and a batch of each stream.
 fn world() -> (Pretraining, [Batch; 2]) {
+    world_with(BatchConfig { padding: Padding::None, ..BatchConfig::default() })
+}
+
+/// The same of batches of another kind.
+fn world_with(config: BatchConfig) -> (Pretraining, [Batch; 2]) {
     let dir = TempDir::new().unwrap();
     let options = SynthOptions { scenes: 6, seed: 3, split: Split::Seen, embed_images: true };
     let out = dir.path().join("world");
@@ -40,7 +46,7 @@ fn world() -> (Pretraining, [Batch; 2]) {
         batch_size: 4,
         max_images: 3,
         generation: Some(GenerationConfig { questions_per_image: 1, ..GenerationConfig::default() }),
-        ..BatchConfig::default()
+        ..config
     };
     let builder = BatchBuilder::new(records, tokenizer, config, Arc::new(ImageCache::new(1 << 24))).unwrap();
     let captions = Batch::Captions(builder.captions(0).unwrap().to_tensors(&Device::Cpu).unwrap());
@@ -69,6 +75,38 @@ fn each_objective_has_its_losses() {
         assert_eq!(names(&pretraining, &captions), of_captions, "{objective:?}");
         assert_eq!(names(&pretraining, &regions), of_regions, "{objective:?}");
     }
+}
+
+#[test]
+fn masked_repeats_leave_the_contrastive_loss_as_it_is() {
+    let of = |padding| {
+        let sizes = BatchConfig { max_regions: 40, random_crop: false, ..BatchConfig::default() };
+        let (pretraining, [_, regions]) = world_with(BatchConfig { padding, ..sizes });
+        let mut candidates = BTreeSet::new();
+        for seed in 0..20 {
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            let Batch::Regions(batch) = &regions else { unreachable!() };
+            let mut negatives = |scores: &candle_core::Tensor, keys: &[i64]| {
+                let pairs = xvlm_losses::hard_negatives(scores, keys, Some(&batch.row_weights), &mut rng)?;
+                let (first, second) = pairs.split_at(pairs.len() / 2);
+                candidates.extend(first.iter().map(|pair| pair.concept).chain(second.iter().map(|pair| pair.text)));
+                Ok(pairs)
+            };
+            pretraining.losses_of(&regions, &Pass::inference(), &mut negatives).unwrap();
+        }
+        let pretraining = pretraining.with_objectives(&[Objective::Itc]);
+        let loss = pretraining.losses_of(&regions, &Pass::inference(), &mut |_, _| Ok(Vec::new())).unwrap().0;
+        let Batch::Regions(batch) = regions else { unreachable!() };
+        (batch.row_weights, loss[0].1.to_scalar::<f32>().unwrap(), candidates)
+    };
+    let ((alone, expected, _), (masked, found, candidates)) = (of(Padding::None), of(Padding::Masked));
+    let real = alone.len();
+    assert!(real < 40 && masked.len() == 40, "{real} texts are to be filled up");
+    assert!(masked[..real].iter().all(|&weight| weight == 1.0) && masked[real..].iter().all(|&weight| weight == 0.0));
+    assert!((found - expected).abs() < 1e-5, "{found} for {expected}");
+    assert!(candidates.iter().all(|&row| (row as usize) < real) && candidates.len() > real / 2, "{candidates:?}");
+    let (repeated, spoilt, _) = of(Padding::Repeats);
+    assert!(repeated == [1.0; 40] && (spoilt - expected).abs() > 1e-3, "{spoilt} for {expected}");
 }
 
 #[test]

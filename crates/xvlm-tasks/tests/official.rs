@@ -5,6 +5,7 @@ use std::path::Path;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use xvlm_data::Padding;
 use xvlm_encoders::{Activation, SwinConfig, Task, TextModel, VisionConfig, VitConfig, XvlmConfig};
 use xvlm_tasks::{PretrainConfig, official};
 use xvlm_train::Warmup;
@@ -133,6 +134,7 @@ fn a_pre_training_run_is_read_whole() {
     assert_eq!(config.regions.iter_perc, 0.25);
     let data = &config.data;
     assert_eq!((data.batch_size, data.max_regions, data.max_images, data.regions_per_image), (64, 96, 30, 7));
+    assert_eq!((data.padding, data.tokenized), (Padding::Repeats, false));
     assert_eq!((data.max_words, data.max_tokens, data.seed), (30, 33, 7));
     assert_eq!((data.masking.mask_prob, data.masking.max_masks, data.masking.skipgram_size), (0.2, 6, 2));
     assert_eq!(config.train.iterations, 3 * 16);
@@ -140,6 +142,32 @@ fn a_pre_training_run_is_read_whole() {
     assert_eq!(config.train.schedule.warmup, Warmup::Fraction(0.1));
     assert_eq!((config.train.clip, config.train.log_every), (Some(2.0), 5));
     assert_eq!(config.model, XvlmConfig::base(384));
+}
+
+#[test]
+fn tokens_and_the_vocabulary_of_roberta_are_understood() {
+    let open = |text: &str| {
+        let folder = repository(text);
+        PretrainConfig::open(&folder.path().join("configs/run.yaml"), &[]).map_err(|error| error.to_string())
+    };
+    let both =
+        PRETRAIN.replace("tokenized: False, ", "tokenized: True, ").replace("iter_perc", "tokenized: True, iter_perc");
+    assert!(open(&both).unwrap().data.tokenized);
+    let error = open(&PRETRAIN.replace("tokenized: False, ", "tokenized: True, ")).unwrap_err();
+    assert!(error.contains("regions.tokenized: expected true, as in images, found false"), "{error}");
+    let clip = "use_clip_vit: True\nuse_swin: False";
+    let roberta = PRETRAIN
+        .replace("use_clip_vit: False\nuse_swin: True", clip)
+        .replace("swin.json", "clip.json")
+        .replace("patch_size: 32", "patch_size: 16")
+        .replace("use_roberta: False", "use_roberta: True")
+        .replace("bert.json", "roberta.json");
+    let tokenizer = |text: &str| open(text).unwrap().tokenizer.unwrap();
+    assert_eq!(tokenizer(&roberta.replace("data/bert'", "data/roberta'")), Path::new("data/roberta/vocab.json"));
+    assert_eq!(
+        tokenizer(&roberta.replace("text_encoder: 'data/bert'\n", "")),
+        Path::new("data/roberta-base/vocab.json")
+    );
 }
 
 #[test]

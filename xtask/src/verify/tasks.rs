@@ -36,7 +36,7 @@ pub(super) fn retrieval(case: &Case) -> Outcome {
 
     let own: Vec<i64> = (0..rows as i64).collect();
     let contrast = |keys: &[i64]| -> candle_core::Result<Tensor> {
-        Ok(xvlm::losses::contrastive(&image_features, &text_features, model.temperature()?, keys)?.0)
+        Ok(xvlm::losses::contrastive(&image_features, &text_features, model.temperature()?, keys, None)?.0)
     };
     case.check("out.loss_itc_without_idx", &contrast(&own)?)?;
     let losses = retrieval::losses(&model, &images, &text, &pass, &mut case.negatives())?.0;

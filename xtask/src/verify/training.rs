@@ -50,7 +50,7 @@ impl Case<'_> {
         |similarities: &Tensor, keys: &[i64]| {
             let wrap = |error: Box<dyn std::error::Error>| candle_core::Error::Msg(error.to_string());
             let check = |name: &str, similarities: &Tensor| -> candle_core::Result<()> {
-                let weights = negative_weights(&similarities.flatten_all()?.to_vec1()?, keys);
+                let weights = negative_weights(&similarities.flatten_all()?.to_vec1()?, keys, None);
                 let weights = Tensor::from_vec(weights, similarities.shape(), &Device::Cpu)?;
                 self.check(name, &weights).map_err(wrap)
             };
@@ -76,6 +76,7 @@ impl Case<'_> {
             boxes: self.input("in.target_bbox")?,
             region_mask: self.mask("in.image_atts")?,
             is_image: self.integers("in.is_image")?.into_iter().map(|whole| whole == 1).collect(),
+            row_weights: vec![1.0; rows],
         }))
     }
 }

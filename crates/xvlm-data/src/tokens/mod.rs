@@ -1,20 +1,25 @@
 //! Text: cleaning it, cutting it into word pieces, and putting pieces together again.
 
-use std::path::Path;
-
-use serde_json::json;
 use tokenizers::{ModelWrapper, Tokenizer};
 
 use crate::error::{DataError, excerpt};
 
+mod cleaning;
+mod files;
+
+use cleaning::is_space;
+pub use cleaning::{pre_caption, pre_question, text_key};
+
 /// The special tokens of BERT, in the order [`TextTokenizer::from_vocabulary`] numbers them.
-const BERT_SPECIALS: [&str; 5] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];
+pub(crate) const BERT_SPECIALS: [&str; 5] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];
 /// What RoBERTa calls the same.
 const ROBERTA_SPECIALS: [&str; 5] = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"];
 /// Marks a piece that continues a word (WordPiece).
-const CONTINUES: &str = "##";
+pub(crate) const CONTINUES: &str = "##";
 /// Marks a piece that begins a word (byte-level BPE: a space before it).
 const BEGINS: char = 'Ġ';
+/// More than any vocabulary has: a file should not claim memory for a table of as many entries as it likes.
+const MOST_IDS: usize = 1 << 24;
 
 /// A tokenizer file with the special tokens X-VLM needs: WordPiece (BERT) or byte-level BPE (RoBERTa).
 #[derive(Debug, Clone)]
@@ -28,24 +33,6 @@ pub struct TextTokenizer {
 }
 
 impl TextTokenizer {
-    /// Reads a `tokenizer.json`, or a `vocab.txt` with one word piece a line.
-    ///
-    /// # Errors
-    ///
-    /// [`DataError::Io`]; [`DataError::Tokenizer`] when it is no tokenizer or lacks a special token.
-    pub fn from_file(path: impl AsRef<Path>) -> Result<Self, DataError> {
-        let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(|source| crate::json::io_error(path, source))?;
-        let name = path.display().to_string();
-        if path.extension().is_some_and(|extension| extension == "txt") {
-            let text = String::from_utf8_lossy(&bytes);
-            let pieces: Vec<&str> = text.lines().map(str::trim_end).collect();
-            Self::from_pieces(&name, &pieces)
-        } else {
-            Self::from_bytes(&name, &bytes)
-        }
-    }
-
     /// Reads the content of a `tokenizer.json`; `name` is for messages.
     ///
     /// # Errors
@@ -78,60 +65,15 @@ impl TextTokenizer {
 
         let bytes_level = matches!(inner.get_model(), ModelWrapper::BPE(_));
         let size = vocabulary.values().max().map_or(0, |&id| id as usize + 1);
+        if size > MOST_IDS {
+            return Err(wrong(&format!("identifiers below {MOST_IDS}"), (size - 1).to_string()));
+        }
         let mut continues = vec![false; size];
         for (token, &id) in &vocabulary {
             continues[id as usize] = !specials.contains(&id)
                 && if bytes_level { !token.starts_with(BEGINS) } else { token.starts_with(CONTINUES) };
         }
         Ok(Self { inner, name: name.to_owned(), specials, continues })
-    }
-
-    /// A lower-casing BERT tokenizer of exactly these pieces, numbered in their order.
-    ///
-    /// # Errors
-    ///
-    /// [`DataError::Tokenizer`] when a special token is missing or a piece stands there twice.
-    pub fn from_pieces(name: &str, pieces: &[impl AsRef<str>]) -> Result<Self, DataError> {
-        let mut vocabulary = serde_json::Map::new();
-        for (id, piece) in pieces.iter().enumerate() {
-            let piece = piece.as_ref();
-            if vocabulary.insert(piece.to_owned(), json!(id)).is_some() {
-                return Err(DataError::Tokenizer {
-                    name: name.to_owned(),
-                    expected: "each word piece once".to_owned(),
-                    found: format!("{piece:?} again at {id}"),
-                });
-            }
-        }
-        let special = |token: &str| {
-            let id = vocabulary.get(token)?;
-            Some(json!({
-                "id": id, "content": token, "special": true, "normalized": false,
-                "single_word": false, "lstrip": false, "rstrip": false,
-            }))
-        };
-        let id = |token: &str| vocabulary.get(token).cloned().unwrap_or(json!(0));
-        let file = json!({
-            "version": "1.0",
-            "truncation": null,
-            "padding": null,
-            "added_tokens": BERT_SPECIALS.iter().filter_map(|token| special(token)).collect::<Vec<_>>(),
-            "normalizer": {
-                "type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true,
-                "strip_accents": null, "lowercase": true,
-            },
-            "pre_tokenizer": { "type": "BertPreTokenizer" },
-            "post_processor": {
-                "type": "BertProcessing",
-                "sep": ["[SEP]", id("[SEP]")], "cls": ["[CLS]", id("[CLS]")],
-            },
-            "decoder": { "type": "WordPiece", "prefix": CONTINUES, "cleanup": true },
-            "model": {
-                "type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": CONTINUES,
-                "max_input_chars_per_word": 100, "vocab": vocabulary,
-            },
-        });
-        Self::from_bytes(name, file.to_string().as_bytes())
     }
 
     /// A small BERT tokenizer: the special tokens, each of `words` (in lower case, in this order),
@@ -230,13 +172,27 @@ impl TextTokenizer {
     ///
     /// See [`Self::tokens`].
     pub fn encode(&self, text: &str, max_tokens: usize, sep: bool) -> Result<Vec<u32>, DataError> {
+        Ok(self.with_specials(&self.tokens(text)?, max_tokens, sep))
+    }
+
+    /// `[CLS] pieces`, and `[SEP]` after them if `sep`; pieces beyond `max_tokens` in all are cut.
+    #[must_use]
+    pub fn with_specials(&self, pieces: &[u32], max_tokens: usize, sep: bool) -> Vec<u32> {
+        let room = max_tokens.saturating_sub(1 + usize::from(sep));
         let mut ids = vec![self.cls_id()];
-        ids.extend(self.tokens(text)?);
-        ids.truncate(max_tokens.saturating_sub(usize::from(sep)).max(1));
+        ids.extend(&pieces[..pieces.len().min(room)]);
         if sep {
             ids.push(self.sep_id());
         }
-        Ok(ids)
+        ids
+    }
+
+    /// The identifiers of a text that is tokens already, with single spaces between them; what is no token is unknown.
+    #[must_use]
+    pub fn token_ids(&self, text: &str) -> Vec<u32> {
+        let text = text.trim_matches(is_space);
+        let tokens = text.split(' ').filter(|_| !text.is_empty());
+        tokens.map(|token| self.token_to_id(token).unwrap_or(self.unk_id())).collect()
     }
 
     /// The text of pieces, special tokens left out.
@@ -257,70 +213,6 @@ impl TextTokenizer {
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
-}
-
-/// Lower case, without `,.'!?"()*#:;~`; hyphens and slashes become spaces.
-fn clean(text: &str) -> String {
-    text.to_lowercase()
-        .chars()
-        .filter(|c| !",.'!?\"()*#:;~".contains(*c))
-        .map(|c| if matches!(c, '-' | '/') { ' ' } else { c })
-        .collect()
-}
-
-/// At most `max_words` of the parts between single spaces.
-fn first_words(text: &str, max_words: usize) -> String {
-    text.split(' ').take(max_words).collect::<Vec<_>>().join(" ")
-}
-
-/// What Python's `\s` matches.
-fn is_space(c: char) -> bool {
-    c.is_whitespace() || matches!(c, '\x1c'..='\x1f')
-}
-
-/// Each run of two or more white-space characters becomes one space.
-fn squeeze(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    let mut chars = text.chars().peekable();
-    while let Some(c) = chars.next() {
-        if is_space(c) && chars.peek().is_some_and(|&next| is_space(next)) {
-            while chars.next_if(|&next| is_space(next)).is_some() {}
-            out.push(' ');
-        } else {
-            out.push(c);
-        }
-    }
-    out
-}
-
-/// Cleans a caption as X-VLM does (`dataset/utils.py`, `pre_caption`): lower case, no punctuation,
-/// single spaces, `<person>` as a word, at most `max_words` words.
-///
-/// # Errors
-///
-/// [`DataError::EmptyText`] when nothing is left.
-pub fn pre_caption(text: &str, max_words: usize) -> Result<String, DataError> {
-    let cleaned = squeeze(&clean(text).replace("<person>", "person"));
-    let cleaned = first_words(cleaned.trim_end_matches('\n').trim_matches(' '), max_words);
-    if cleaned.is_empty() {
-        return Err(DataError::EmptyText { text: excerpt(text) });
-    }
-    Ok(cleaned)
-}
-
-/// Cleans a question as X-VLM does (`dataset/utils.py`, `pre_question`): lower case, no punctuation,
-/// at most `max_words` words; spaces inside are kept.
-#[must_use]
-pub fn pre_question(text: &str, max_words: usize) -> String {
-    first_words(clean(text).trim_end_matches(' '), max_words)
-}
-
-/// A number that texts equal after cleaning share; stable between runs and machines.
-#[must_use]
-pub fn text_key(text: &str) -> u64 {
-    let cleaned = clean(text).replace("<person>", "person");
-    let words: Vec<&str> = cleaned.split_whitespace().collect();
-    hash_bytes(words.join(" ").as_bytes())
 }
 
 /// A 64-bit hash, stable between runs and machines; not for adversaries.

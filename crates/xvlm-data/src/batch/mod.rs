@@ -1,0 +1,199 @@
+//! Batches on the host: which records, which texts of them, and how they are put together.
+//!
+//! A batch is a function of (records, configuration, seed, step): workers may build batches in any
+//! order, and a run resumed at a step sees the same data. Pre-training has two streams: *captions* go with
+//! whole images, *regions* with boxes inside them (X-VLM trains on both in turn). Fine-tuning and
+//! evaluation go through lists of annotated items, see [`ItemBatches`].
+//!
+//! All kinds share one way for texts (`texts`) and one for pixels (`pixels`).
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rand_chacha::ChaCha8Rng;
+
+use crate::config::BatchConfig;
+use crate::error::DataError;
+use crate::image::ImageCache;
+use crate::order::{Broken, BrokenRecord, Shuffled, generator};
+use crate::records::Record;
+use crate::tokens::TextTokenizer;
+
+mod captions;
+mod grounding;
+mod images;
+mod items;
+mod nlvr;
+mod pixels;
+mod regions;
+mod texts;
+mod vqa;
+
+pub use captions::CaptionBatch;
+pub use grounding::{Grounding, Phrase, PhraseBatch};
+pub use images::{Described, ImageBatch, ImageText, Images, Pairs, ReferenceBatch, References};
+pub use items::{BrokenItem, ItemBatches, ItemConfig, ItemKind, Maker};
+pub use nlvr::{Nlvr, Statement, StatementBatch};
+pub use regions::RegionBatch;
+pub use texts::{GenerationBatch, IGNORE, TextBatch};
+pub use vqa::{AnswerBatch, Question, QuestionBatch, Vqa};
+
+use pixels::Framer;
+use texts::TextMaker;
+
+/// Makes batches of records.
+#[derive(Debug)]
+pub struct BatchBuilder {
+    records: Arc<Vec<Record>>,
+    tokenizer: Arc<TextTokenizer>,
+    config: BatchConfig,
+    cache: Arc<ImageCache>,
+    captions: Shuffled,
+    regions: Shuffled,
+    broken: Mutex<Broken>,
+    rank: u64,
+    ranks: u64,
+}
+
+impl BatchBuilder {
+    /// A builder for one process. Records without captions take no part in [`Self::captions`], those
+    /// without elements none in [`Self::regions`].
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::Config`] naming a value that makes no sense.
+    pub fn new(
+        records: Arc<Vec<Record>>,
+        tokenizer: Arc<TextTokenizer>,
+        config: BatchConfig,
+        cache: Arc<ImageCache>,
+    ) -> Result<Self, DataError> {
+        config.check()?;
+        Ok(Self {
+            captions: Shuffled::new(config.seed, 0, &records, |r| !r.captions.is_empty()),
+            regions: Shuffled::new(config.seed, 1, &records, |r| !r.elems.is_empty()),
+            records,
+            tokenizer,
+            config,
+            cache,
+            broken: Mutex::default(),
+            rank: 0,
+            ranks: 1,
+        })
+    }
+
+    /// The same for process `rank` of `ranks`: their batches of a step are neighbours in the shuffled
+    /// order, so together they go through the records once an epoch.
+    #[must_use]
+    pub fn for_rank(self, rank: usize, ranks: usize) -> Self {
+        Self { rank: rank as u64, ranks: ranks.max(1) as u64, ..self }
+    }
+
+    /// The configuration.
+    #[must_use]
+    pub fn config(&self) -> &BatchConfig {
+        &self.config
+    }
+
+    /// The tokenizer.
+    #[must_use]
+    pub fn tokenizer(&self) -> &Arc<TextTokenizer> {
+        &self.tokenizer
+    }
+
+    /// Caption batches of all processes that make an epoch, rounded up.
+    #[must_use]
+    pub fn caption_steps(&self) -> u64 {
+        let step = self.config.batch_size as u64 * self.ranks;
+        (self.captions.len() as u64).div_ceil(step)
+    }
+
+    /// Broken records met so far, in the order of their indices.
+    #[must_use]
+    pub fn broken(&self) -> Vec<BrokenRecord> {
+        self.lock_broken().records.values().cloned().collect()
+    }
+
+    /// How often a record was taken so far, and how often it was broken.
+    #[must_use]
+    pub fn counts(&self) -> (u64, u64) {
+        let broken = self.lock_broken();
+        (broken.seen, broken.met)
+    }
+
+    /// Number of this process' batch of a step among those of all processes and steps.
+    fn batch(&self, step: u64) -> u64 {
+        step.wrapping_mul(self.ranks).wrapping_add(self.rank)
+    }
+
+    /// Takes records in the order of `order` until there are `count` samples or they are `full`; a
+    /// broken record is noted and the next takes its place.
+    fn draw<S>(
+        &self,
+        order: &Shuffled,
+        step: u64,
+        count: usize,
+        full: impl Fn(&[S]) -> bool,
+        sample: impl Fn(&Record, &mut ChaCha8Rng, &[S]) -> Result<S, DataError>,
+    ) -> Result<Vec<S>, DataError> {
+        let batch = self.batch(step);
+        let first = batch.wrapping_mul(count as u64);
+        let mut samples = Vec::with_capacity(count);
+        let mut failures = 0;
+        for attempt in 0u64.. {
+            if samples.len() >= count || full(&samples) {
+                break;
+            }
+            let index = order.record(first.wrapping_add(attempt))?;
+            let record = &self.records[index];
+            let mut rng = generator(self.config.seed, order.stream, batch, attempt + 1);
+            match sample(record, &mut rng, &samples) {
+                Ok(sample) => {
+                    self.lock_broken().seen += 1;
+                    samples.push(sample);
+                    failures = 0;
+                }
+                Err(error) => {
+                    failures += 1;
+                    // Twice as many failures in a row as there are records: nothing works at all.
+                    let hopeless = failures >= 2 * order.len();
+                    let limit = self.config.max_bad_fraction;
+                    self.lock_broken().note(index, record, error, limit, hopeless)?;
+                }
+            }
+        }
+        Ok(samples)
+    }
+
+    fn lock_broken(&self) -> MutexGuard<'_, Broken> {
+        self.broken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn framer(&self) -> Framer<'_> {
+        Framer { cache: &self.cache, transform: self.config.transform(), resolution: self.config.resolution }
+    }
+
+    fn texts(&self) -> TextMaker<'_> {
+        TextMaker {
+            tokenizer: &self.tokenizer,
+            max_words: self.config.max_words,
+            max_tokens: self.config.max_tokens,
+            append_sep: self.config.append_sep,
+            tokenized: self.config.tokenized,
+            masking: Some(&self.config.masking),
+        }
+    }
+}
+
+impl Record {
+    /// Every text: captions, what elements are called, their attributes and labels, questions and their answers.
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        let of_elems = self.elems.iter().flat_map(|elem| elem.texts.iter().chain(&elem.attributes).chain(&elem.labels));
+        let of_questions = self.questions.iter().flat_map(|(question, answer)| [question, answer]);
+        self.captions.iter().chain(of_elems).chain(of_questions).map(String::as_str)
+    }
+}
+
+fn missing(record: &Record, expected: &'static str) -> DataError {
+    let origin = record.origin.to_string();
+    DataError::MissingText { origin, expected }
+}
