@@ -10,6 +10,7 @@
 //! *Architecture invariant:* everything random takes a generator from its caller, so a batch is a
 //! function of (records, configuration, seed, step).
 pub mod annotations;
+pub mod augment;
 pub mod batch;
 mod config;
 pub mod error;
@@ -25,10 +26,11 @@ pub mod tensors;
 pub mod tokens;
 pub mod transform;
 
+pub use augment::{Operation, RandAugment};
 pub use batch::{BatchBuilder, CaptionBatch, GenerationBatch, RegionBatch, TextBatch};
 pub use config::{BatchConfig, GenerationConfig, Target};
 pub use error::{DataError, Place};
-pub use image::{ImageCache, Picture};
+pub use image::{DecodeOptions, Encoded, ImageCache, Picture};
 pub use loader::{Loader, LoaderConfig};
 pub use masking::{Masked, MaskingGenerator};
 pub use order::BrokenRecord;
