@@ -39,7 +39,7 @@ impl Look {
     fn ask<T>(&self, ask: impl Fn(&View) -> Result<Vec<T>, xvlm::Error>) -> Result<Vec<About<T>>, CliError> {
         let predictor = self.model.open()?;
         let about = |image: &PathBuf| {
-            let picture = Picture::open(image)?;
+            let picture = Picture::open_upright(image)?;
             let results = ask(&predictor.look(&picture)?)?;
             Ok(About { image: image.clone(), width: picture.width(), height: picture.height(), results, picture })
         };

@@ -104,6 +104,18 @@ pub enum DataError {
         /// What the decoder said.
         message: String,
     },
+    /// An image whose header claims no pixels, or more than are allowed.
+    #[error("image {name}: expected 1 to {limit} pixels, found {width}x{height}")]
+    ImageSize {
+        /// The image's file, or the record that carries it.
+        name: String,
+        /// The most pixels allowed.
+        limit: u64,
+        /// Width in pixels as the header has it.
+        width: u32,
+        /// Height in pixels as the header has it.
+        height: u32,
+    },
     /// A box that reaches outside its image by more than a pixel.
     #[error("{origin}: {field}: expected a box (x, y, w, h) inside the {width}x{height} image, found {bbox:?}")]
     BoxOutside {

@@ -11,6 +11,7 @@
 //! *Architecture invariant:* everything random takes a generator from its caller, so a batch is a
 //! function of (records, configuration, seed, step).
 pub mod annotations;
+pub mod augment;
 pub mod batch;
 mod broken;
 mod config;
@@ -31,12 +32,13 @@ pub mod tokens;
 pub mod transform;
 pub mod vocabulary;
 
+pub use augment::{Operation, RandAugment};
 pub use batch::{BatchBuilder, CaptionBatch, GenerationBatch, ItemBatches, ItemConfig, RegionBatch, TextBatch};
 pub use broken::{BrokenRecord, Tally};
 pub use config::{BatchConfig, FlipTexts, GenerationConfig, Padding, Target};
 pub use dataset::{Dataset, DatasetConfig, SourceConfig};
 pub use error::{DataError, Place};
-pub use image::{ImageCache, Picture};
+pub use image::{DecodeOptions, Encoded, ImageCache, Picture};
 pub use loader::{Loader, LoaderConfig};
 pub use masking::{Masked, MaskingGenerator};
 pub use order::Order;

@@ -25,6 +25,13 @@ impl Rect {
     pub fn whole(width: u32, height: u32) -> Self {
         Self { x: 0, y: 0, width, height }
     }
+
+    /// Whether it has pixels and all of them are in an image of `width` × `height`.
+    #[must_use]
+    pub fn is_inside(&self, width: u32, height: u32) -> bool {
+        let along = |from: u32, size: u32, side: u32| size > 0 && from < side && size <= side - from;
+        along(self.x, self.width, width) && along(self.y, self.height, height)
+    }
 }
 
 /// The part of a box `(x, y, w, h)` that is inside an image of `width` × `height` pixels; `None` if

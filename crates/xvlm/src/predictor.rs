@@ -120,7 +120,7 @@ impl Predictor {
     /// # Errors
     /// If the file is no image.
     pub fn open(&self, path: impl AsRef<Path>) -> Result<View<'_>, Error> {
-        self.look(&Picture::open(path.as_ref())?)
+        self.look(&Picture::open_upright(path.as_ref())?)
     }
 
     /// Embeddings of texts, of unit length.

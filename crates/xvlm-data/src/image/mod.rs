@@ -1,14 +1,19 @@
 //! Pictures: decoding, resizing, normalising, and a cache of what was decoded.
 
-use std::collections::HashMap;
+mod cache;
+mod encoded;
+mod huffman;
+mod idct;
+mod jpeg;
+
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, LazyLock, PoisonError, RwLock};
+use std::sync::LazyLock;
+
+pub use cache::{Decoded, ImageCache};
+pub use encoded::{DecodeOptions, Encoded, MAX_PIXELS};
 
 use crate::error::DataError;
-use crate::records::ImageSource;
 use crate::resize::resize_bicubic;
-use crate::tokens::hash_bytes;
 use crate::transform::Rect;
 
 /// Mean of each channel that pixels are normalised with (CLIP's; X-VLM `dataset/__init__.py`).
@@ -33,43 +38,31 @@ impl Picture {
         fits.then_some(Self { width, height, rgb })
     }
 
-    /// Decodes an image file; transparency is dropped, of an animation the first frame is taken.
+    /// Decodes an image file, its pixels as stored: see [`Encoded`].
     ///
     /// # Errors
     ///
-    /// [`DataError::Image`] naming the file, or `name` for bytes in memory.
-    pub fn decode(source: &ImageSource, name: &dyn std::fmt::Display) -> Result<Self, DataError> {
-        match source {
-            ImageSource::Path(path) => Self::open(path),
-            ImageSource::Bytes(bytes) => Self::from_bytes(bytes, name),
-        }
-    }
-
-    /// Reads and decodes an image file; see [`Self::decode`].
-    ///
-    /// # Errors
-    ///
-    /// [`DataError::Image`] naming the file.
+    /// [`DataError::Image`] or [`DataError::ImageSize`] naming the file.
     pub fn open(path: &Path) -> Result<Self, DataError> {
-        let bytes = std::fs::read(path)
-            .map_err(|error| DataError::Image { name: path.display().to_string(), message: error.to_string() })?;
-        Self::from_bytes(&bytes, &path.display())
+        Encoded::open(path, DecodeOptions::default())?.decode()
     }
 
-    /// Decodes the content of an image file; see [`Self::decode`].
+    /// Decodes an image file and turns it as its EXIF orientation says: for pictures that come without boxes.
     ///
     /// # Errors
     ///
-    /// [`DataError::Image`] naming `name`.
+    /// [`DataError::Image`] or [`DataError::ImageSize`] naming the file.
+    pub fn open_upright(path: &Path) -> Result<Self, DataError> {
+        Encoded::open(path, DecodeOptions::upright())?.decode()
+    }
+
+    /// Decodes the content of an image file, its pixels as stored.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::Image`] or [`DataError::ImageSize`] naming `name`.
     pub fn from_bytes(bytes: &[u8], name: &dyn std::fmt::Display) -> Result<Self, DataError> {
-        let image = image::load_from_memory(bytes)
-            .map_err(|error| DataError::Image { name: name.to_string(), message: error.to_string() })?;
-        let image = image.into_rgb8();
-        let (width, height) = image.dimensions();
-        Self::from_rgb(width, height, image.into_raw()).ok_or_else(|| DataError::Image {
-            name: name.to_string(),
-            message: format!("an image of {width}x{height} pixels"),
-        })
+        Encoded::new(bytes, name, DecodeOptions::default())?.decode()
     }
 
     /// Width in pixels.
@@ -99,6 +92,20 @@ impl Picture {
     #[must_use]
     pub fn rect(&self) -> Rect {
         Rect::whole(self.width, self.height)
+    }
+
+    /// The part `rect` alone.
+    ///
+    /// # Panics
+    ///
+    /// If the rectangle is empty or not inside the picture.
+    #[must_use]
+    pub fn part(&self, rect: Rect) -> Self {
+        assert!(rect.is_inside(self.width, self.height), "{rect:?} in {}x{}", self.width, self.height);
+        let (x, width) = (rect.x as usize * 3, rect.width as usize * 3);
+        let rows = self.rgb.chunks_exact(self.width as usize * 3).skip(rect.y as usize).take(rect.height as usize);
+        let rgb = rows.flat_map(|row| &row[x..x + width]).copied().collect();
+        Self { width: rect.width, height: rect.height, rgb }
     }
 
     /// The part `rect`, resized to `width` × `height` as Pillow's bicubic filter does it.
@@ -193,101 +200,5 @@ impl Picture {
             },
         )?;
         Ok(png)
-    }
-}
-
-/// A decoded image, perhaps already resized, and the size it had in its file.
-#[derive(Debug)]
-pub struct Decoded {
-    /// The pixels.
-    pub picture: Picture,
-    /// Width as stored; boxes in files refer to this.
-    pub width: u32,
-    /// Height as stored.
-    pub height: u32,
-}
-
-/// Decoded images in memory up to a limit, shared by the workers of a loader.
-///
-/// Without random crops an image is the same in each epoch but for its mirroring, so it is kept at
-/// the model's resolution; with them it is kept as decoded. What does not fit is decoded each time.
-#[derive(Debug)]
-pub struct ImageCache {
-    limit: usize,
-    used: AtomicUsize,
-    images: RwLock<HashMap<(u64, usize), Arc<Decoded>>>,
-}
-
-impl ImageCache {
-    /// A cache of at most `limit` bytes of pixels.
-    #[must_use]
-    pub fn new(limit: usize) -> Self {
-        Self { limit, used: AtomicUsize::new(0), images: RwLock::default() }
-    }
-
-    /// Bytes of pixels held.
-    #[must_use]
-    pub fn used(&self) -> usize {
-        self.used.load(Ordering::Relaxed)
-    }
-
-    /// Number of images held.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.images.read().unwrap_or_else(PoisonError::into_inner).len()
-    }
-
-    /// Whether it holds nothing.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The image, from memory or decoded; resized to a square of `resolution` if that is given.
-    ///
-    /// # Errors
-    ///
-    /// [`DataError::Image`]; see [`Picture::decode`].
-    pub fn get(
-        &self,
-        source: &ImageSource,
-        resolution: Option<usize>,
-        name: &dyn std::fmt::Display,
-    ) -> Result<Arc<Decoded>, DataError> {
-        let key = (source_key(source), resolution.unwrap_or(0));
-        let found = self.images.read().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
-        if let Some(decoded) = found {
-            return Ok(decoded);
-        }
-        let decoded = Arc::new(decode(source, resolution, name)?);
-        let size = decoded.picture.rgb.len();
-        let mut images = self.images.write().unwrap_or_else(PoisonError::into_inner);
-        if self.used() + size <= self.limit && images.insert(key, Arc::clone(&decoded)).is_none() {
-            self.used.fetch_add(size, Ordering::Relaxed);
-        }
-        Ok(decoded)
-    }
-}
-
-/// Decodes an image and resizes it to a square of `resolution` if that is given.
-pub(crate) fn decode(
-    source: &ImageSource,
-    resolution: Option<usize>,
-    name: &dyn std::fmt::Display,
-) -> Result<Decoded, DataError> {
-    let picture = Picture::decode(source, name)?;
-    let (width, height) = (picture.width, picture.height);
-    let side = |r: usize| (width as usize, height as usize) != (r, r);
-    let picture = match resolution {
-        Some(resolution) if side(resolution) => picture.resized_square(resolution),
-        _ => picture,
-    };
-    Ok(Decoded { picture, width, height })
-}
-
-fn source_key(source: &ImageSource) -> u64 {
-    match source {
-        ImageSource::Path(path) => hash_bytes(path.as_os_str().as_encoded_bytes()),
-        ImageSource::Bytes(bytes) => !hash_bytes(bytes),
     }
 }
