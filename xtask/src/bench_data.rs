@@ -114,7 +114,8 @@ impl BenchData {
             return Err("--passes, --images: expected at least 1, found 0".into());
         }
         let shards = self.set_up()?;
-        let mut peer = if self.alone { None } else { Some(Peer::start(&self.peers, &shards, self.workers, self.images)?) };
+        let mut peer =
+            if self.alone { None } else { Some(Peer::start(&self.peers, &shards, self.workers, self.images)?) };
         let ours = Ours::new(&shards, self.workers)?;
         let mut rows = Vec::new();
         for stream in Stream::ALL {
@@ -287,7 +288,9 @@ fn print(report: &Report) {
     if let Some(versions) = &report.versions {
         println!("peer: {versions}");
     }
-    println!("| stream | images/s | peer | ratio | images per CPU second | peer | ratio |\n|---|---|---|---|---|---|---|");
+    println!(
+        "| stream | images/s | peer | ratio | images per CPU second | peer | ratio |\n|---|---|---|---|---|---|---|"
+    );
     for Row { stream, ours, peer } in &report.rows {
         let columns = [
             (ours.images_per_second, peer.map(|peer| peer.images_per_second)),

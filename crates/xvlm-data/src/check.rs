@@ -9,11 +9,10 @@ use serde::{Deserialize, Serialize};
 use crate::broken::Tally;
 use crate::dataset::Dataset;
 use crate::error::DataError;
-use crate::image::source_key;
-use crate::records::Record;
+use crate::image::{DecodeOptions, Encoded, source_key};
+use crate::json::io_error;
+use crate::records::{ImageSource, Origin, Record};
 use crate::tokens::pre_caption;
-use crate::transform::clip_box;
-use crate::{BrokenRecord, Picture};
 
 /// Records that are looked at together, on all cores.
 const CHUNK: usize = 256;
@@ -54,12 +53,12 @@ impl Default for CheckConfig {
 }
 
 /// Reads every record of a data set as training would, whichever part of it a step may draw: the image is decoded, every
-/// box has to be inside of it, every text has to have a word. Each broken record goes to `broken`, with the first thing that
-/// is wrong with it, and after every few hundred records their number to `progress`.
+/// box has to be inside of it, every text has to have a word. What is first found wrong with each
+/// broken record goes to `broken`, and after every few hundred records their number to `progress`.
 pub fn check(
     dataset: &Dataset,
     config: &CheckConfig,
-    broken: &mut dyn FnMut(&BrokenRecord),
+    broken: &mut dyn FnMut(&DataError, Option<&Origin>),
     progress: &mut dyn FnMut(u64),
 ) -> Findings {
     let mut findings = Findings::default();
@@ -67,7 +66,7 @@ pub fn check(
     let mut chunk: Vec<Result<Arc<Record>, DataError>> = Vec::with_capacity(CHUNK);
     let mut seen = 0;
     let mut look = |chunk: &mut Vec<Result<Arc<Record>, DataError>>| {
-        let checked: Vec<_> = chunk.par_drain(..).map(|read| check_record(read, config)).collect();
+        let checked: Vec<_> = chunk.par_drain(..).map(|read| whole(read, config)).collect();
         seen += checked.len() as u64;
         for result in checked {
             match result {
@@ -79,21 +78,47 @@ pub fn check(
                     findings.repeated_images += u64::from(!images.insert(source_key(&record.image)));
                 }
                 Err((error, origin)) => {
-                    let record = findings.broken.note(error, origin);
-                    broken(&record);
+                    broken(&error, origin.as_ref());
+                    findings.broken.add(1, error, origin.as_ref());
                 }
             }
         }
         progress(seen);
     };
-    let visited: Result<(), std::convert::Infallible> = dataset.visit(|read| {
+    let Ok(()) = dataset.visit(|read| {
         chunk.push(read);
         if chunk.len() == CHUNK {
             look(&mut chunk);
         }
-        Ok(())
+        Ok::<_, std::convert::Infallible>(())
     });
-    let Ok(()) = visited;
     look(&mut chunk);
     findings
+}
+
+/// The record, if nothing is wrong with it.
+fn whole(
+    read: Result<Arc<Record>, DataError>,
+    config: &CheckConfig,
+) -> Result<Arc<Record>, (DataError, Option<Origin>)> {
+    let record = read.map_err(|error| {
+        let origin = error.origin();
+        (error, origin)
+    })?;
+    match check_record(&record, config) {
+        Ok(()) => Ok(record),
+        Err(error) => Err((error, Some(record.origin.clone()))),
+    }
+}
+
+fn check_record(record: &Record, config: &CheckConfig) -> Result<(), DataError> {
+    record.texts().try_for_each(|text| pre_caption(text, config.max_words).map(drop))?;
+    if !config.images {
+        return match &record.image {
+            ImageSource::Path(path) => path.metadata().map(drop).map_err(|source| io_error(path, source)),
+            ImageSource::Bytes(_) => Ok(()),
+        };
+    }
+    let picture = Encoded::of(&record.image, &record.origin, DecodeOptions::default())?.decode()?;
+    record.boxes_inside(picture.width(), picture.height()).map(drop)
 }

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::augment::RandAugment;
 use crate::error::DataError;
 use crate::masking::MaskingGenerator;
 use crate::transform::Transform;
@@ -48,6 +49,14 @@ pub struct BatchConfig {
     pub tokenized: bool,
     /// Blanks for masked language modelling.
     pub masking: MaskingGenerator,
+    /// Range of the share of its area that the image stream sees of an image ([`Transform::resized_crop`]). Null: all of
+    /// it, always. Default 0.2 to 1.
+    pub crop_scale: Option<[f64; 2]>,
+    /// What changes the pictures of the image stream. Null: nothing. Default [`RandAugment::pretraining`].
+    pub augment: Option<RandAugment>,
+    /// What changes those of the region stream; it must leave things where they are. Null: nothing. Default
+    /// [`RandAugment::boxes`].
+    pub region_augment: Option<RandAugment>,
     /// Whether region batches see a random part of each image. Default true.
     pub random_crop: bool,
     /// Elements of which no more than this share of the area is in that part are left out.
@@ -84,6 +93,9 @@ impl Default for BatchConfig {
             append_sep: false,
             tokenized: false,
             masking: MaskingGenerator::default(),
+            crop_scale: Some([0.2, 1.0]),
+            augment: Some(RandAugment::pretraining()),
+            region_augment: Some(RandAugment::boxes()),
             random_crop: true,
             min_perc_in_image: 0.5,
             hflip: true,
@@ -103,7 +115,8 @@ impl BatchConfig {
     }
 
     pub(crate) fn transform(&self) -> Transform {
-        Transform { random_crop: self.random_crop, hflip: self.hflip, careful_hflip: self.careful_hflip }
+        let Self { crop_scale, random_crop, hflip, careful_hflip, .. } = *self;
+        Transform { crop_scale, random_crop, hflip, careful_hflip }
     }
 
     /// Checks that every value makes sense.
@@ -145,6 +158,7 @@ impl BatchConfig {
                 return wrong(field, "a share from 0 to 1", value.to_string());
             }
         }
+        check_views(self.crop_scale, self.augment.as_ref(), self.region_augment.as_ref())?;
         if self.generation.as_ref().is_some_and(|generation| generation.prompt.trim().is_empty()) {
             return wrong("generation.prompt", "at least one word", "none".to_owned());
         }
@@ -154,6 +168,27 @@ impl BatchConfig {
         }
         Ok(())
     }
+}
+
+/// Checks what changes pictures.
+pub(crate) fn check_views(
+    crop_scale: Option<[f64; 2]>,
+    augment: Option<&RandAugment>,
+    region_augment: Option<&RandAugment>,
+) -> Result<(), DataError> {
+    let wrong = |field, expected: &str, found| Err(DataError::Config { field, expected: expected.to_owned(), found });
+    if let Some([least, most]) = crop_scale
+        && !(0.0 < least && least <= most && most <= 1.0)
+    {
+        return wrong("crop_scale", "two shares above 0, the smaller first", format!("[{least}, {most}]"));
+    }
+    augment.map_or(Ok(()), RandAugment::check)?;
+    region_augment.map_or(Ok(()), RandAugment::check)?;
+    if region_augment.is_some_and(|augment| !augment.keeps_places()) {
+        let expected = "operations that leave things where their boxes are";
+        return wrong("region_augment", expected, format!("{:?}", region_augment.map(|augment| &augment.operations)));
+    }
+    Ok(())
 }
 
 /// What a region batch does when the `max_images` images it reads have more or fewer texts than `max_regions`.

@@ -14,6 +14,7 @@ pub mod annotations;
 pub mod augment;
 pub mod batch;
 mod broken;
+pub mod check;
 mod config;
 pub mod dataset;
 pub mod error;

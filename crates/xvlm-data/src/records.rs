@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use crate::error::{DataError, Place};
 use crate::json::{folder, io_error};
+use crate::transform::clip_box;
 
 mod paths;
 mod read;
@@ -77,6 +78,33 @@ pub struct Record {
     pub questions: Vec<(String, String)>,
     /// Where the record comes from, for messages.
     pub origin: Origin,
+}
+
+impl Record {
+    /// Every text: captions, what elements are called, their attributes and labels, questions and their answers.
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        let of_elems = self.elems.iter().flat_map(|elem| elem.texts.iter().chain(&elem.attributes).chain(&elem.labels));
+        let of_questions = self.questions.iter().flat_map(|(question, answer)| [question, answer]);
+        self.captions.iter().chain(of_elems).chain(of_questions).map(String::as_str)
+    }
+
+    /// The box of each element, as far as it is inside an image of these sizes ([`clip_box`]).
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::BoxOutside`] about the first that is not.
+    pub fn boxes_inside(&self, width: u32, height: u32) -> Result<Vec<[f32; 4]>, DataError> {
+        let inside = |(i, elem): (usize, &Element)| {
+            clip_box(elem.bbox, width, height).ok_or_else(|| DataError::BoxOutside {
+                origin: self.origin.to_string(),
+                field: format!("elems[{i}].bb"),
+                bbox: elem.bbox,
+                width,
+                height,
+            })
+        };
+        self.elems.iter().enumerate().map(inside).collect()
+    }
 }
 
 /// Reads every record of a JSON-lines file; empty lines are skipped.

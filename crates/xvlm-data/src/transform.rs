@@ -4,8 +4,6 @@ use std::ops::Range;
 
 use rand::Rng;
 
-use crate::image::Decoded;
-
 /// A rectangle of whole pixels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rect {
@@ -122,30 +120,14 @@ impl View {
         let kept = new_w * new_h > min_share * w * h;
         kept.then_some(Placed { bbox: [left, top, new_w, new_h], size: [width, height] })
     }
-
-    /// Writes the view's normalised pixels, `[3][R][R]`. The image may have been resized to that
-    /// square already if the view is the whole of it.
-    ///
-    /// # Panics
-    ///
-    /// If `out` is not of `3 · resolution²` numbers, or the crop is not inside the image.
-    pub fn render(&self, image: &Decoded, resolution: usize, out: &mut [f32]) {
-        let picture = &image.picture;
-        let side = resolution as u32;
-        let whole = self.crop == Rect::whole(image.width, image.height);
-        if whole && (picture.width(), picture.height()) == (side, side) {
-            picture.normalise_into(self.flip, out);
-        } else {
-            let crop = if whole { picture.rect() } else { self.crop };
-            picture.resized(crop, side, side).normalise_into(self.flip, out);
-        }
-    }
 }
 
 /// How views are drawn.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Transform {
-    /// Whether to cut out a part at random.
+    /// Range of the share of an image's area that is cut out at random where texts tell the whole of it; none: all of it.
+    pub crop_scale: Option<[f64; 2]>,
+    /// Whether to cut out a part at random where texts tell parts of it.
     pub random_crop: bool,
     /// Whether to mirror half of the pictures.
     pub hflip: bool,
@@ -154,6 +136,30 @@ pub struct Transform {
 }
 
 impl Transform {
+    /// A part of an image of `width` × `height` of random area and shape, as torchvision's `RandomResizedCrop` draws it: a
+    /// share of the area between the bounds of `crop_scale`, a ratio of the sides between 3/4 and 4/3 (uniform in its
+    /// logarithm); if ten draws do not fit, the largest part in the middle whose shape is allowed. The whole without
+    /// `crop_scale`.
+    pub fn resized_crop(&self, width: u32, height: u32, rng: &mut impl Rng) -> Rect {
+        const RATIOS: [f64; 2] = [3.0 / 4.0, 4.0 / 3.0];
+        const DRAWS: usize = 10;
+        let Some([least, most]) = self.crop_scale else { return Rect::whole(width, height) };
+        let (w, h) = (f64::from(width), f64::from(height));
+        for _ in 0..DRAWS {
+            let area = w * h * rng.random_range(least..=most);
+            let ratio = rng.random_range(RATIOS[0].ln()..=RATIOS[1].ln()).exp();
+            let (part_w, part_h) = ((area * ratio).sqrt().round() as u32, (area / ratio).sqrt().round() as u32);
+            if (1..=width).contains(&part_w) && (1..=height).contains(&part_h) {
+                let y = rng.random_range(0..=height - part_h);
+                let x = rng.random_range(0..=width - part_w);
+                return Rect { x, y, width: part_w, height: part_h };
+            }
+        }
+        let part_w = w.min((h * RATIOS[1]).round()).max(1.0) as u32;
+        let part_h = h.min((w / RATIOS[0]).round()).max(1.0) as u32;
+        Rect { x: (width - part_w) / 2, y: (height - part_h) / 2, width: part_w, height: part_h }
+    }
+
     /// A part of an image of `width` × `height` that holds all of `keep`, a box `(x, y, w, h)` inside
     /// it; each edge is uniform between the image's and the box's. The whole without `random_crop`.
     pub fn crop(&self, keep: [f32; 4], width: u32, height: u32, rng: &mut impl Rng) -> Rect {

@@ -68,18 +68,20 @@ impl ItemKind for Grounding {
             width,
             height,
         };
-        let shown = if maker.training {
-            let keep =
-                |width, height, _: &mut _| clip_box(item.bbox, width, height).ok_or_else(|| outside(width, height));
-            let mut shown = framer.around(&item.image, &name, keep, rng)?;
-            framer.flip(&mut shown, [item.text.as_str()], rng);
-            shown
+        let clipped = |(width, height)| clip_box(item.bbox, width, height).ok_or_else(|| outside(width, height));
+        let (shown, view, bbox) = if maker.training {
+            let opened = framer.parts(&item.image, &name)?;
+            let bbox = clipped(opened.size())?;
+            let mut view = framer.around(&opened, bbox, rng);
+            view.flip = framer.transform.flip([item.text.as_str()], rng);
+            (framer.show_parts(&opened, view, rng)?, view, bbox)
         } else {
-            framer.as_is(&item.image, &name)?
+            let (shown, view) = framer.as_is(&item.image, &name)?;
+            (shown, view, clipped((view.crop.width, view.crop.height))?)
         };
-        let (width, height) = (shown.image.width, shown.image.height);
-        let placed = clip_box(item.bbox, width, height).and_then(|bbox| shown.view.place(bbox, 0.0));
-        let bbox = placed.ok_or_else(|| outside(width, height))?.centered();
+        // A part that holds all of the box leaves all of it.
+        let placed = view.place(bbox, 0.0).ok_or_else(|| outside(view.crop.width, view.crop.height))?;
+        let bbox = placed.centered();
         Ok(PhraseSample { shown, text, bbox })
     }
 

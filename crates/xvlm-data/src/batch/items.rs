@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use super::pixels::{Framer, Shown};
 use super::texts::TextMaker;
+use crate::augment::RandAugment;
+use crate::config::check_views;
 use crate::error::DataError;
 use crate::image::ImageCache;
 use crate::order::generator;
@@ -37,6 +39,14 @@ pub struct ItemConfig {
     pub max_tokens: usize,
     /// Whether `[SEP]` ends texts that a decoder does not write (what it writes always has it). Default false.
     pub append_sep: bool,
+    /// Range of the share of its area that training sees of an image ([`Transform::resized_crop`]). Null: all of it,
+    /// always. Default 0.5 to 1.
+    pub crop_scale: Option<[f64; 2]>,
+    /// What changes the pictures in training. Null: nothing. Default [`RandAugment::pretraining`], as the original.
+    pub augment: Option<RandAugment>,
+    /// What changes them in training for grounding; it must leave things where they are. Null: nothing. Default
+    /// [`RandAugment::boxes`].
+    pub region_augment: Option<RandAugment>,
     /// Whether training for grounding sees a random part of each image, around the box. Default true.
     pub random_crop: bool,
     /// Whether training mirrors half of the images. Default true.
@@ -56,6 +66,9 @@ impl Default for ItemConfig {
             max_words: 30,
             max_tokens: 40,
             append_sep: false,
+            crop_scale: Some([0.5, 1.0]),
+            augment: Some(RandAugment::pretraining()),
+            region_augment: Some(RandAugment::boxes()),
             random_crop: true,
             hflip: true,
             careful_hflip: true,
@@ -85,7 +98,7 @@ impl ItemConfig {
         if !(0.0..=1.0).contains(&self.max_bad_fraction) {
             return wrong("max_bad_fraction", "a share from 0 to 1".to_owned(), self.max_bad_fraction.to_string());
         }
-        Ok(())
+        check_views(self.crop_scale, self.augment.as_ref(), self.region_augment.as_ref())
     }
 }
 
@@ -127,7 +140,11 @@ impl Maker<'_> {
         rng: &mut ChaCha8Rng,
     ) -> Result<Shown, DataError> {
         let name = name(source);
-        if self.training { self.framer.whole(source, &name, texts, rng) } else { self.framer.as_is(source, &name) }
+        if self.training {
+            self.framer.whole(source, &name, texts, rng)
+        } else {
+            Ok(self.framer.as_is(source, &name)?.0)
+        }
     }
 }
 
@@ -353,11 +370,13 @@ impl<K: ItemKind> ItemBatches<K> {
 
     fn maker(&self, training: bool) -> Maker<'_> {
         let Self { config, tokenizer, cache, .. } = self;
-        let (random_crop, hflip, careful_hflip) = (config.random_crop, config.hflip, config.careful_hflip);
+        let ItemConfig { crop_scale, random_crop, hflip, careful_hflip, .. } = *config;
         Maker {
             framer: Framer {
                 cache,
-                transform: Transform { random_crop, hflip, careful_hflip },
+                transform: Transform { crop_scale, random_crop, hflip, careful_hflip },
+                augment: config.augment.as_ref(),
+                region_augment: config.region_augment.as_ref(),
                 resolution: config.resolution,
             },
             texts: TextMaker {

@@ -173,7 +173,13 @@ impl BatchBuilder {
     }
 
     fn framer(&self) -> Framer<'_> {
-        Framer { cache: &self.cache, transform: self.config.transform(), resolution: self.config.resolution }
+        Framer {
+            cache: &self.cache,
+            transform: self.config.transform(),
+            augment: self.config.augment.as_ref(),
+            region_augment: self.config.region_augment.as_ref(),
+            resolution: self.config.resolution,
+        }
     }
 
     fn texts(&self) -> TextMaker<'_> {
@@ -185,15 +191,6 @@ impl BatchBuilder {
             tokenized: self.config.tokenized,
             masking: Some(&self.config.masking),
         }
-    }
-}
-
-impl Record {
-    /// Every text: captions, what elements are called, their attributes and labels, questions and their answers.
-    pub fn texts(&self) -> impl Iterator<Item = &str> {
-        let of_elems = self.elems.iter().flat_map(|elem| elem.texts.iter().chain(&elem.attributes).chain(&elem.labels));
-        let of_questions = self.questions.iter().flat_map(|(question, answer)| [question, answer]);
-        self.captions.iter().chain(of_elems).chain(of_questions).map(String::as_str)
     }
 }
 

@@ -11,7 +11,7 @@ use crate::config::{FlipTexts, Padding};
 use crate::error::DataError;
 use crate::order::generator;
 use crate::records::{Element, Record};
-use crate::transform::{Placed, clip_box};
+use crate::transform::Placed;
 
 /// The stream that ways of classing are drawn from; 0 and 1 are those of the orders of captions and regions.
 const WAYS: u64 = 2;
@@ -87,21 +87,11 @@ impl BatchBuilder {
         rng: &mut ChaCha8Rng,
     ) -> Result<Regions, DataError> {
         let framer = self.framer();
-        let mut elems = Vec::with_capacity(record.elems.len());
-        let choose = |width, height, rng: &mut ChaCha8Rng| {
-            for (i, elem) in record.elems.iter().enumerate() {
-                let bbox = clip_box(elem.bbox, width, height).ok_or_else(|| DataError::BoxOutside {
-                    origin: record.origin.to_string(),
-                    field: format!("elems[{i}].bb"),
-                    bbox: elem.bbox,
-                    width,
-                    height,
-                })?;
-                elems.push((elem, bbox));
-            }
-            elems.choose(rng).map(|(_, bbox)| *bbox).ok_or_else(|| missing(record, "an element"))
-        };
-        let mut shown = framer.around(&record.image, &record.origin, choose, rng)?;
+        let opened = framer.parts(&record.image, &record.origin)?;
+        let (width, height) = opened.size();
+        let mut elems: Vec<_> = record.elems.iter().zip(record.boxes_inside(width, height)?).collect();
+        let &(_, kept) = elems.choose(rng).ok_or_else(|| missing(record, "an element"))?;
+        let mut view = framer.around(&opened, kept, rng);
         elems.shuffle(rng);
 
         // As in X-VLM, the text of the whole image is one of the texts that an image may have.
@@ -114,18 +104,17 @@ impl BatchBuilder {
             if chosen.len() >= most {
                 break;
             }
-            if shown.view.place(bbox, least).is_some() {
+            if view.place(bbox, least).is_some() {
                 chosen.push((self.element_text(elem, record, way, rng)?, Some(bbox)));
             }
         }
-        match self.config.hflip_texts {
-            FlipTexts::Record => framer.flip(&mut shown, record.texts(), rng),
-            FlipTexts::Batch => framer.flip(&mut shown, chosen.iter().map(|(text, _)| text.text.as_str()), rng),
-        }
-        let view = shown.view;
+        view.flip = match self.config.hflip_texts {
+            FlipTexts::Record => framer.transform.flip(record.texts(), rng),
+            FlipTexts::Batch => framer.transform.flip(chosen.iter().map(|(text, _)| text.text.as_str()), rng),
+        };
         let place = |bbox: Option<[f32; 4]>| bbox.and_then(|bbox| view.place(bbox, least));
         let concepts = chosen.into_iter().map(|(text, bbox)| Concept { text, place: place(bbox) }).collect();
-        Ok(Regions { shown, concepts })
+        Ok(Regions { shown: framer.show_parts(&opened, view, rng)?, concepts })
     }
 
     /// `way` says which of the labels, if it is to be one.

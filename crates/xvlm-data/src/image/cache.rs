@@ -9,21 +9,21 @@ use crate::error::DataError;
 use crate::records::ImageSource;
 use crate::tokens::hash_bytes;
 
-/// A decoded image, perhaps already resized, and the size it had in its file.
+/// A whole image as the model sees it, and the size it had in its file.
 #[derive(Debug)]
 pub struct Decoded {
-    /// The pixels.
-    pub picture: Picture,
+    /// The pixels, resized to a square.
+    pub picture: Arc<Picture>,
     /// Width as stored; boxes in files refer to this.
     pub width: u32,
     /// Height as stored.
     pub height: u32,
 }
 
-/// Decoded images in memory up to a limit, shared by the workers of a loader.
+/// Images in memory up to a limit, shared by the workers of a loader.
 ///
 /// Without random crops an image is the same in each epoch but for its mirroring, so it is kept at
-/// the model's resolution; with them it is kept as decoded. What does not fit is decoded each time.
+/// the model's resolution. What does not fit is decoded each time.
 #[derive(Debug)]
 pub struct ImageCache {
     limit: usize,
@@ -56,7 +56,7 @@ impl ImageCache {
         self.len() == 0
     }
 
-    /// The image, from memory or decoded; resized to a square of `resolution` if that is given.
+    /// The image, from memory or decoded, resized to a square of `resolution` pixels a side.
     ///
     /// # Errors
     ///
@@ -64,10 +64,10 @@ impl ImageCache {
     pub fn get(
         &self,
         source: &ImageSource,
-        resolution: Option<usize>,
+        resolution: usize,
         name: &dyn std::fmt::Display,
     ) -> Result<Arc<Decoded>, DataError> {
-        let key = (source_key(source), resolution.unwrap_or(0));
+        let key = (source_key(source), resolution);
         let found = self.images.read().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
         if let Some(decoded) = found {
             return Ok(decoded);
@@ -82,23 +82,14 @@ impl ImageCache {
     }
 }
 
-/// Decodes an image and resizes it to a square of `resolution` if that is given.
-fn decode(
-    source: &ImageSource,
-    resolution: Option<usize>,
-    name: &dyn std::fmt::Display,
-) -> Result<Decoded, DataError> {
+fn decode(source: &ImageSource, resolution: usize, name: &dyn std::fmt::Display) -> Result<Decoded, DataError> {
     let picture = Encoded::of(source, name, DecodeOptions::default())?.decode()?;
     let (width, height) = (picture.width, picture.height);
-    let side = |r: usize| (width as usize, height as usize) != (r, r);
-    let picture = match resolution {
-        Some(resolution) if side(resolution) => picture.resized_square(resolution),
-        _ => picture,
-    };
-    Ok(Decoded { picture, width, height })
+    Ok(Decoded { picture: Arc::new(picture.resized_square(resolution)), width, height })
 }
 
-fn source_key(source: &ImageSource) -> u64 {
+/// A number that equal sources share; stable between runs.
+pub(crate) fn source_key(source: &ImageSource) -> u64 {
     match source {
         ImageSource::Path(path) => hash_bytes(path.as_os_str().as_encoded_bytes()),
         ImageSource::Bytes(bytes) => !hash_bytes(bytes),

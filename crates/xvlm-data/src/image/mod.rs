@@ -9,6 +9,7 @@ mod jpeg;
 use std::path::Path;
 use std::sync::LazyLock;
 
+pub(crate) use cache::source_key;
 pub use cache::{Decoded, ImageCache};
 pub use encoded::{DecodeOptions, Encoded, MAX_PIXELS};
 
@@ -126,6 +127,13 @@ impl Picture {
     pub fn resized_square(&self, resolution: usize) -> Self {
         let side = resolution as u32;
         if (self.width, self.height) == (side, side) { self.clone() } else { self.resized(self.rect(), side, side) }
+    }
+
+    /// Mirrors it left to right.
+    pub fn mirror(&mut self) {
+        for row in self.rgb.chunks_exact_mut(self.width as usize * 3) {
+            row.as_chunks_mut::<3>().0.reverse();
+        }
     }
 
     /// Writes the normalised pixels, `[3][height][width]`, mirrored left to right if `flip`.
