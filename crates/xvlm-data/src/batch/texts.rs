@@ -4,7 +4,7 @@ use rand::Rng;
 
 use crate::error::DataError;
 use crate::masking::{Masked, MaskingGenerator};
-use crate::tokens::{TextTokenizer, pre_caption, pre_question, text_key};
+use crate::tokens::{TextTokenizer, is_space, pre_caption, pre_question, text_key};
 
 /// Label of a position at which nothing is to be predicted.
 pub const IGNORE: i64 = -100;
@@ -96,7 +96,7 @@ impl TextMaker<'_> {
 
     /// A question; what cleaning leaves nothing of is `[CLS]` alone.
     pub(super) fn question(&self, text: &str, rng: &mut impl Rng) -> Result<Text, DataError> {
-        let cleaned = if self.tokenized { text.trim().to_owned() } else { pre_question(text, self.max_words) };
+        let cleaned = self.clean_question(text);
         let (pieces, key) = (self.pieces(&cleaned)?, text_key(&cleaned).cast_signed());
         Ok(self.finish(cleaned, pieces, key, self.append_sep, rng))
     }
@@ -120,7 +120,11 @@ impl TextMaker<'_> {
     }
 
     fn clean(&self, text: &str) -> Result<String, DataError> {
-        if self.tokenized { Ok(text.trim().to_owned()) } else { pre_caption(text, self.max_words) }
+        if self.tokenized { Ok(strip(text)) } else { pre_caption(text, self.max_words) }
+    }
+
+    fn clean_question(&self, text: &str) -> String {
+        if self.tokenized { strip(text) } else { pre_question(text, self.max_words) }
     }
 
     fn pieces(&self, cleaned: &str) -> Result<Vec<u32>, DataError> {
@@ -142,8 +146,7 @@ impl TextMaker<'_> {
 
     /// `[CLS] question answer [SEP]`. The question is what gets cut.
     pub(super) fn answer_row(&self, question: &str, answer: &str) -> Result<Row, DataError> {
-        let question = if self.tokenized { question.trim().to_owned() } else { pre_question(question, self.max_words) };
-        let prompt = self.pieces(&question)?;
+        let prompt = self.pieces(&self.clean_question(question))?;
         let target = self.pieces_after(&self.clean(answer)?)?;
         let room = self.max_tokens.saturating_sub(2).max(1);
         let target = &target[..target.len().min(room)];
@@ -188,6 +191,10 @@ impl TextMaker<'_> {
         }
         batch
     }
+}
+
+fn strip(text: &str) -> String {
+    text.trim_matches(is_space).to_owned()
 }
 
 /// Appends `values` and as much padding as makes them `len`.

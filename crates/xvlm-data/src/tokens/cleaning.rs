@@ -17,8 +17,8 @@ fn first_words(text: &str, max_words: usize) -> String {
     text.split(' ').take(max_words).collect::<Vec<_>>().join(" ")
 }
 
-/// What Python's `\s` matches.
-pub(super) fn is_space(c: char) -> bool {
+/// What Python's `\s` matches and its `strip` takes away.
+pub(crate) fn is_space(c: char) -> bool {
     c.is_whitespace() || matches!(c, '\x1c'..='\x1f')
 }
 

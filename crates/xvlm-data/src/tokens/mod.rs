@@ -7,7 +7,7 @@ use crate::error::{DataError, excerpt};
 mod cleaning;
 mod files;
 
-use cleaning::is_space;
+pub(crate) use cleaning::is_space;
 pub use cleaning::{pre_caption, pre_question, text_key};
 
 /// The special tokens of BERT, in the order [`TextTokenizer::from_vocabulary`] numbers them.
