@@ -37,4 +37,4 @@ pub use order::BrokenRecord;
 pub use records::{Element, ImageSource, Origin, Record, read_jsonl, read_jsonl_lenient};
 pub use tensors::{CaptionTensors, GenerationTensors, RegionTensors, TextTensors};
 pub use tokens::{TextTokenizer, pre_caption, pre_question, text_key};
-pub use transform::{Rect, Transform, View};
+pub use transform::{RandomResizedCrop, Rect, Transform, View};

@@ -3,8 +3,11 @@
 use std::ops::Range;
 
 use rand::Rng;
+use serde::{Deserialize, Serialize};
 
-use crate::image::Decoded;
+use crate::error::DataError;
+use crate::image::{Decoded, Encoded, Picture};
+use crate::records::Record;
 
 /// A rectangle of whole pixels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,22 +126,124 @@ impl View {
         kept.then_some(Placed { bbox: [left, top, new_w, new_h], size: [width, height] })
     }
 
-    /// Writes the view's normalised pixels, `[3][R][R]`. The image may have been resized to that
-    /// square already if the view is the whole of it.
+    /// The view as a square picture of `resolution`: of an image in memory, which may have been resized to that square already if
+    /// the view is the whole of it.
+    ///
+    /// # Panics
+    ///
+    /// If the crop is not inside the image, or `resolution` is 0.
+    #[must_use]
+    pub fn picture(&self, image: &Decoded, resolution: usize) -> Picture {
+        let whole = self.crop == Rect::whole(image.width, image.height);
+        let crop = if whole { image.picture.rect() } else { self.crop };
+        self.mirrored(image.picture.resized_part(crop, resolution))
+    }
+
+    /// The view as a square picture of `resolution`, decoding no more of the file than it needs.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::Image`] if nothing can be decoded.
+    ///
+    /// # Panics
+    ///
+    /// If the crop is not inside the image, or `resolution` is 0.
+    pub fn decode(&self, image: &Encoded<'_>, resolution: usize) -> Result<Picture, DataError> {
+        let part = image.decode_part(self.crop)?;
+        Ok(self.mirrored(part.resized_part(part.rect(), resolution)))
+    }
+
+    fn mirrored(&self, mut picture: Picture) -> Picture {
+        if self.flip {
+            picture.mirror();
+        }
+        picture
+    }
+
+    /// Writes the normalised pixels of [`Self::picture`], `[3][R][R]`.
     ///
     /// # Panics
     ///
     /// If `out` is not of `3 · resolution²` numbers, or the crop is not inside the image.
     pub fn render(&self, image: &Decoded, resolution: usize, out: &mut [f32]) {
-        let picture = &image.picture;
-        let side = resolution as u32;
-        let whole = self.crop == Rect::whole(image.width, image.height);
-        if whole && (picture.width(), picture.height()) == (side, side) {
-            picture.normalise_into(self.flip, out);
-        } else {
-            let crop = if whole { picture.rect() } else { self.crop };
-            picture.resized(crop, side, side).normalise_into(self.flip, out);
+        let unflipped = Self { flip: false, ..*self };
+        unflipped.picture(image, resolution).normalise_into(self.flip, out);
+    }
+}
+
+/// A part of an image of random size, shape and place: torchvision's `RandomResizedCrop`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RandomResizedCrop {
+    /// Least and largest share of the image's area.
+    pub scale: [f64; 2],
+    /// Least and largest ratio of width to height.
+    #[serde(default = "RandomResizedCrop::usual_ratio")]
+    pub ratio: [f64; 2],
+}
+
+impl RandomResizedCrop {
+    /// Shapes are drawn so often, in the hope of one that fits into the image.
+    const ATTEMPTS: usize = 10;
+
+    fn usual_ratio() -> [f64; 2] {
+        [3.0 / 4.0, 4.0 / 3.0]
+    }
+
+    /// A fifth to all of an image (X-VLM `pretrain_transform`).
+    #[must_use]
+    pub fn pretraining() -> Self {
+        Self { scale: [0.2, 1.0], ratio: Self::usual_ratio() }
+    }
+
+    /// A half to all of an image (X-VLM `train_transform`).
+    #[must_use]
+    pub fn finetuning() -> Self {
+        Self { scale: [0.5, 1.0], ratio: Self::usual_ratio() }
+    }
+
+    /// # Errors
+    ///
+    /// [`DataError::Config`] if a bound is not positive or the lower is above the upper, or if more than the image is asked for.
+    pub fn check(&self) -> Result<(), DataError> {
+        let ordered = |[low, high]: [f64; 2], most: f64| low > 0.0 && low <= high && high <= most;
+        let wrong = |field, expected: &str, found: [f64; 2]| {
+            Err(DataError::Config { field, expected: expected.to_owned(), found: format!("{found:?}") })
+        };
+        if !ordered(self.scale, 1.0) {
+            return wrong("crop.scale", "[least, largest] share of the area, above 0 and at most 1", self.scale);
         }
+        if !ordered(self.ratio, f64::MAX) {
+            return wrong("crop.ratio", "[least, largest] ratio of width to height, above 0", self.ratio);
+        }
+        Ok(())
+    }
+
+    /// A part of an image of `width` × `height` pixels, neither 0. If no shape that is drawn fits, the largest central part whose ratio
+    /// is allowed.
+    pub fn draw(&self, width: u32, height: u32, rng: &mut impl Rng) -> Rect {
+        let area = f64::from(width) * f64::from(height);
+        let [narrow, wide] = self.ratio.map(f64::ln);
+        let side = |length: f64| length.round_ties_even() as u32;
+        for _ in 0..Self::ATTEMPTS {
+            let target = area * rng.random_range(self.scale[0]..=self.scale[1]);
+            let ratio = rng.random_range(narrow..=wide).exp();
+            let (w, h) = (side((target * ratio).sqrt()), side((target / ratio).sqrt()));
+            if (1..=width).contains(&w) && (1..=height).contains(&h) {
+                let y = rng.random_range(0..=height - h);
+                let x = rng.random_range(0..=width - w);
+                return Rect { x, y, width: w, height: h };
+            }
+        }
+        let ratio = f64::from(width) / f64::from(height);
+        let (w, h) = if ratio < self.ratio[0] {
+            (width, side(f64::from(width) / self.ratio[0]).clamp(1, height))
+        } else if ratio > self.ratio[1] {
+            (side(f64::from(height) * self.ratio[1]).clamp(1, width), height)
+        } else {
+            (width, height)
+        };
+        Rect { x: (width - w) / 2, y: (height - h) / 2, width: w, height: h }
     }
 }
 
@@ -176,6 +281,14 @@ impl Transform {
         let wanted = self.hflip && rng.random_bool(0.5);
         wanted && !(self.careful_hflip && texts.into_iter().any(tells_sides))
     }
+}
+
+/// Whether mirroring would make any text of a record wrong: those of the image, and those of its parts with their attributes (X-VLM looks
+/// at all of them, whichever are drawn).
+#[must_use]
+pub fn record_tells_sides(record: &Record) -> bool {
+    let parts = record.elems.iter().flat_map(|elem| elem.texts.iter().chain(&elem.attributes));
+    record.captions.iter().chain(parts).any(|text| tells_sides(text))
 }
 
 /// Whether mirroring would make a text wrong. Like X-VLM (`left_or_right_in_caption`) this looks for
