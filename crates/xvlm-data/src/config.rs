@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::augment::RandAugment;
 use crate::error::DataError;
 use crate::masking::MaskingGenerator;
-use crate::transform::Transform;
+use crate::transform::{RandomResizedCrop, Transform};
 
 /// What batches are made of. Defaults are those of X-VLM's base model (`Pretrain_XVLM_base_4m.yaml`),
 /// for one process.
@@ -49,9 +49,8 @@ pub struct BatchConfig {
     pub tokenized: bool,
     /// Blanks for masked language modelling.
     pub masking: MaskingGenerator,
-    /// Range of the share of its area that the image stream sees of an image ([`Transform::resized_crop`]). Null: all of
-    /// it, always. Default 0.2 to 1.
-    pub crop_scale: Option<[f64; 2]>,
+    /// The part that the image stream sees of an image. Null: all of it, always. Default [`RandomResizedCrop::pretraining`].
+    pub crop: Option<RandomResizedCrop>,
     /// What changes the pictures of the image stream. Null: nothing. Default [`RandAugment::pretraining`].
     pub augment: Option<RandAugment>,
     /// What changes those of the region stream; it must leave things where they are. Null: nothing. Default
@@ -93,7 +92,7 @@ impl Default for BatchConfig {
             append_sep: false,
             tokenized: false,
             masking: MaskingGenerator::default(),
-            crop_scale: Some([0.2, 1.0]),
+            crop: Some(RandomResizedCrop::pretraining()),
             augment: Some(RandAugment::pretraining()),
             region_augment: Some(RandAugment::boxes()),
             random_crop: true,
@@ -115,8 +114,8 @@ impl BatchConfig {
     }
 
     pub(crate) fn transform(&self) -> Transform {
-        let Self { crop_scale, random_crop, hflip, careful_hflip, .. } = *self;
-        Transform { crop_scale, random_crop, hflip, careful_hflip }
+        let Self { crop, random_crop, hflip, careful_hflip, .. } = *self;
+        Transform { crop, random_crop, hflip, careful_hflip }
     }
 
     /// Checks that every value makes sense.
@@ -158,7 +157,7 @@ impl BatchConfig {
                 return wrong(field, "a share from 0 to 1", value.to_string());
             }
         }
-        check_views(self.crop_scale, self.augment.as_ref(), self.region_augment.as_ref())?;
+        check_views(self.crop.as_ref(), self.augment.as_ref(), self.region_augment.as_ref())?;
         if self.generation.as_ref().is_some_and(|generation| generation.prompt.trim().is_empty()) {
             return wrong("generation.prompt", "at least one word", "none".to_owned());
         }
@@ -172,16 +171,12 @@ impl BatchConfig {
 
 /// Checks what changes pictures.
 pub(crate) fn check_views(
-    crop_scale: Option<[f64; 2]>,
+    crop: Option<&RandomResizedCrop>,
     augment: Option<&RandAugment>,
     region_augment: Option<&RandAugment>,
 ) -> Result<(), DataError> {
     let wrong = |field, expected: &str, found| Err(DataError::Config { field, expected: expected.to_owned(), found });
-    if let Some([least, most]) = crop_scale
-        && !(0.0 < least && least <= most && most <= 1.0)
-    {
-        return wrong("crop_scale", "two shares above 0, the smaller first", format!("[{least}, {most}]"));
-    }
+    crop.map_or(Ok(()), RandomResizedCrop::check)?;
     augment.map_or(Ok(()), RandAugment::check)?;
     region_augment.map_or(Ok(()), RandAugment::check)?;
     if region_augment.is_some_and(|augment| !augment.keeps_places()) {

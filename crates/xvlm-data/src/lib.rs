@@ -48,4 +48,4 @@ pub use shards::{Form, Index, Need, ShardLimits, ShardWriter};
 pub use storage::{Location, StorageOptions};
 pub use tensors::{CaptionTensors, GenerationTensors, RegionTensors, TextTensors};
 pub use tokens::{TextTokenizer, pre_caption, pre_question, text_key};
-pub use transform::{Rect, Transform, View};
+pub use transform::{RandomResizedCrop, Rect, Transform, View};

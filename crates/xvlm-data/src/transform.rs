@@ -3,6 +3,10 @@
 use std::ops::Range;
 
 use rand::Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::error::DataError;
+use crate::image::{Encoded, Picture};
 
 /// A rectangle of whole pixels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -120,13 +124,106 @@ impl View {
         let kept = new_w * new_h > min_share * w * h;
         kept.then_some(Placed { bbox: [left, top, new_w, new_h], size: [width, height] })
     }
+
+    /// The view as a square picture of `resolution`, decoding no more of the file than it needs.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::Image`] if nothing can be decoded.
+    ///
+    /// # Panics
+    ///
+    /// If the crop is not inside the image, or `resolution` is 0.
+    pub fn decode(&self, image: &Encoded<'_>, resolution: usize) -> Result<Picture, DataError> {
+        let mut picture = image.decode_part(self.crop)?.resized_square(resolution);
+        if self.flip {
+            picture.mirror();
+        }
+        Ok(picture)
+    }
+}
+
+/// A part of an image of random size, shape and place: torchvision's `RandomResizedCrop`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RandomResizedCrop {
+    /// Least and largest share of the image's area.
+    pub scale: [f64; 2],
+    /// Least and largest ratio of width to height.
+    #[serde(default = "RandomResizedCrop::usual_ratio")]
+    pub ratio: [f64; 2],
+}
+
+impl RandomResizedCrop {
+    /// Shapes are drawn so often, in the hope of one that fits into the image.
+    const ATTEMPTS: usize = 10;
+
+    fn usual_ratio() -> [f64; 2] {
+        [3.0 / 4.0, 4.0 / 3.0]
+    }
+
+    /// A fifth to all of an image (X-VLM `pretrain_transform`).
+    #[must_use]
+    pub fn pretraining() -> Self {
+        Self { scale: [0.2, 1.0], ratio: Self::usual_ratio() }
+    }
+
+    /// A half to all of an image (X-VLM `train_transform`).
+    #[must_use]
+    pub fn finetuning() -> Self {
+        Self { scale: [0.5, 1.0], ratio: Self::usual_ratio() }
+    }
+
+    /// # Errors
+    ///
+    /// [`DataError::Config`] if a bound is not positive or the lower is above the upper, or if more than the image is asked for.
+    pub fn check(&self) -> Result<(), DataError> {
+        let ordered = |[low, high]: [f64; 2], most: f64| low > 0.0 && low <= high && high <= most;
+        let wrong = |field, expected: &str, found: [f64; 2]| {
+            Err(DataError::Config { field, expected: expected.to_owned(), found: format!("{found:?}") })
+        };
+        if !ordered(self.scale, 1.0) {
+            return wrong("crop.scale", "[least, largest] share of the area, above 0 and at most 1", self.scale);
+        }
+        if !ordered(self.ratio, f64::MAX) {
+            return wrong("crop.ratio", "[least, largest] ratio of width to height, above 0", self.ratio);
+        }
+        Ok(())
+    }
+
+    /// A part of an image of `width` × `height` pixels, neither 0. If no shape that is drawn fits, the largest central part whose ratio
+    /// is allowed.
+    pub fn draw(&self, width: u32, height: u32, rng: &mut impl Rng) -> Rect {
+        let area = f64::from(width) * f64::from(height);
+        let [narrow, wide] = self.ratio.map(f64::ln);
+        let side = |length: f64| length.round_ties_even() as u32;
+        for _ in 0..Self::ATTEMPTS {
+            let target = area * rng.random_range(self.scale[0]..=self.scale[1]);
+            let ratio = rng.random_range(narrow..=wide).exp();
+            let (w, h) = (side((target * ratio).sqrt()), side((target / ratio).sqrt()));
+            if (1..=width).contains(&w) && (1..=height).contains(&h) {
+                let y = rng.random_range(0..=height - h);
+                let x = rng.random_range(0..=width - w);
+                return Rect { x, y, width: w, height: h };
+            }
+        }
+        let ratio = f64::from(width) / f64::from(height);
+        let (w, h) = if ratio < self.ratio[0] {
+            (width, side(f64::from(width) / self.ratio[0]).clamp(1, height))
+        } else if ratio > self.ratio[1] {
+            (side(f64::from(height) * self.ratio[1]).clamp(1, width), height)
+        } else {
+            (width, height)
+        };
+        Rect { x: (width - w) / 2, y: (height - h) / 2, width: w, height: h }
+    }
 }
 
 /// How views are drawn.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Transform {
-    /// Range of the share of an image's area that is cut out at random where texts tell the whole of it; none: all of it.
-    pub crop_scale: Option<[f64; 2]>,
+    /// The part that is cut out at random where texts tell the whole image; none: all of it.
+    pub crop: Option<RandomResizedCrop>,
     /// Whether to cut out a part at random where texts tell parts of it.
     pub random_crop: bool,
     /// Whether to mirror half of the pictures.
@@ -136,33 +233,9 @@ pub struct Transform {
 }
 
 impl Transform {
-    /// A part of an image of `width` × `height` of random area and shape, as torchvision's `RandomResizedCrop` draws it: a
-    /// share of the area between the bounds of `crop_scale`, a ratio of the sides between 3/4 and 4/3 (uniform in its
-    /// logarithm); if ten draws do not fit, the largest part in the middle whose shape is allowed. The whole without
-    /// `crop_scale`.
-    pub fn resized_crop(&self, width: u32, height: u32, rng: &mut impl Rng) -> Rect {
-        const RATIOS: [f64; 2] = [3.0 / 4.0, 4.0 / 3.0];
-        const DRAWS: usize = 10;
-        let Some([least, most]) = self.crop_scale else { return Rect::whole(width, height) };
-        let (w, h) = (f64::from(width), f64::from(height));
-        for _ in 0..DRAWS {
-            let area = w * h * rng.random_range(least..=most);
-            let ratio = rng.random_range(RATIOS[0].ln()..=RATIOS[1].ln()).exp();
-            let (part_w, part_h) = ((area * ratio).sqrt().round() as u32, (area / ratio).sqrt().round() as u32);
-            if (1..=width).contains(&part_w) && (1..=height).contains(&part_h) {
-                let y = rng.random_range(0..=height - part_h);
-                let x = rng.random_range(0..=width - part_w);
-                return Rect { x, y, width: part_w, height: part_h };
-            }
-        }
-        let part_w = w.min((h * RATIOS[1]).round()).max(1.0) as u32;
-        let part_h = h.min((w / RATIOS[0]).round()).max(1.0) as u32;
-        Rect { x: (width - part_w) / 2, y: (height - part_h) / 2, width: part_w, height: part_h }
-    }
-
     /// A part of an image of `width` × `height` that holds all of `keep`, a box `(x, y, w, h)` inside
     /// it; each edge is uniform between the image's and the box's. The whole without `random_crop`.
-    pub fn crop(&self, keep: [f32; 4], width: u32, height: u32, rng: &mut impl Rng) -> Rect {
+    pub fn crop_around(&self, keep: [f32; 4], width: u32, height: u32, rng: &mut impl Rng) -> Rect {
         if !self.random_crop {
             return Rect::whole(width, height);
         }

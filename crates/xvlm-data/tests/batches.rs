@@ -54,7 +54,8 @@ fn builder(records: Vec<Record>, config: BatchConfig) -> BatchBuilder {
 fn config() -> BatchConfig {
     let sizes =
         BatchConfig { resolution: 64, final_stride: 16, batch_size: 5, max_images: 6, ..BatchConfig::default() };
-    BatchConfig { padding: Padding::None, max_bad_fraction: 0.05, ..sizes }
+    let plain = BatchConfig { crop: None, augment: None, region_augment: None, ..sizes };
+    BatchConfig { padding: Padding::None, max_bad_fraction: 0.05, ..plain }
 }
 
 fn folder() -> TempDir {

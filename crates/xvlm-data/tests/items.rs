@@ -30,7 +30,8 @@ fn batches<K: ItemKind>(kind: K, items: Vec<K::Item>, config: ItemConfig) -> Ite
 }
 
 fn config() -> ItemConfig {
-    ItemConfig { resolution: SIDE, batch_size: 4, ..ItemConfig::default() }
+    let plain = ItemConfig { crop: None, augment: None, region_augment: None, ..ItemConfig::default() };
+    ItemConfig { resolution: SIDE, batch_size: 4, ..plain }
 }
 
 /// A grey picture whose brightness tells its number; its left half is darker.

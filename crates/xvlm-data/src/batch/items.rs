@@ -17,7 +17,7 @@ use crate::image::ImageCache;
 use crate::order::generator;
 use crate::records::ImageSource;
 use crate::tokens::TextTokenizer;
-use crate::transform::Transform;
+use crate::transform::{RandomResizedCrop, Transform};
 
 /// The stream of orders and samples of training; pre-training has those below.
 const TRAINING: u64 = 16;
@@ -39,9 +39,8 @@ pub struct ItemConfig {
     pub max_tokens: usize,
     /// Whether `[SEP]` ends texts that a decoder does not write (what it writes always has it). Default false.
     pub append_sep: bool,
-    /// Range of the share of its area that training sees of an image ([`Transform::resized_crop`]). Null: all of it,
-    /// always. Default 0.5 to 1.
-    pub crop_scale: Option<[f64; 2]>,
+    /// The part that training sees of an image. Null: all of it, always. Default [`RandomResizedCrop::finetuning`].
+    pub crop: Option<RandomResizedCrop>,
     /// What changes the pictures in training. Null: nothing. Default [`RandAugment::pretraining`], as the original.
     pub augment: Option<RandAugment>,
     /// What changes them in training for grounding; it must leave things where they are. Null: nothing. Default
@@ -66,7 +65,7 @@ impl Default for ItemConfig {
             max_words: 30,
             max_tokens: 40,
             append_sep: false,
-            crop_scale: Some([0.5, 1.0]),
+            crop: Some(RandomResizedCrop::finetuning()),
             augment: Some(RandAugment::pretraining()),
             region_augment: Some(RandAugment::boxes()),
             random_crop: true,
@@ -98,7 +97,7 @@ impl ItemConfig {
         if !(0.0..=1.0).contains(&self.max_bad_fraction) {
             return wrong("max_bad_fraction", "a share from 0 to 1".to_owned(), self.max_bad_fraction.to_string());
         }
-        check_views(self.crop_scale, self.augment.as_ref(), self.region_augment.as_ref())
+        check_views(self.crop.as_ref(), self.augment.as_ref(), self.region_augment.as_ref())
     }
 }
 
@@ -370,11 +369,11 @@ impl<K: ItemKind> ItemBatches<K> {
 
     fn maker(&self, training: bool) -> Maker<'_> {
         let Self { config, tokenizer, cache, .. } = self;
-        let ItemConfig { crop_scale, random_crop, hflip, careful_hflip, .. } = *config;
+        let ItemConfig { crop, random_crop, hflip, careful_hflip, .. } = *config;
         Maker {
             framer: Framer {
                 cache,
-                transform: Transform { crop_scale, random_crop, hflip, careful_hflip },
+                transform: Transform { crop, random_crop, hflip, careful_hflip },
                 augment: config.augment.as_ref(),
                 region_augment: config.region_augment.as_ref(),
                 resolution: config.resolution,

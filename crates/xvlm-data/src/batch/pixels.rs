@@ -12,7 +12,7 @@ use crate::augment::RandAugment;
 use crate::error::DataError;
 use crate::image::{DecodeOptions, Decoded, Encoded, ImageCache, Picture};
 use crate::records::ImageSource;
-use crate::transform::{Transform, View};
+use crate::transform::{Rect, Transform, View};
 
 /// What is shown of an image: resized to the square that the model sees.
 #[derive(Debug)]
@@ -75,9 +75,10 @@ impl Framer<'_> {
         texts: impl IntoIterator<Item = &'a str>,
         rng: &mut ChaCha8Rng,
     ) -> Result<Shown, DataError> {
-        let opened = self.open(source, name, self.transform.crop_scale.is_some())?;
+        let opened = self.open(source, name, self.transform.crop.is_some())?;
         let (width, height) = opened.size();
-        let crop = self.transform.resized_crop(width, height, rng);
+        let whole = Rect::whole(width, height);
+        let crop = self.transform.crop.map_or(whole, |crop| crop.draw(width, height, rng));
         let view = View { crop, flip: self.transform.flip(texts, rng) };
         self.show(&opened, view, self.augment, rng)
     }
@@ -90,7 +91,7 @@ impl Framer<'_> {
     /// A view of it that holds all of `keep`, a box `(x, y, w, h)` inside the image, not mirrored yet.
     pub(super) fn around(&self, opened: &Opened, keep: [f32; 4], rng: &mut ChaCha8Rng) -> View {
         let (width, height) = opened.size();
-        View { crop: self.transform.crop(keep, width, height, rng), flip: false }
+        View { crop: self.transform.crop_around(keep, width, height, rng), flip: false }
     }
 
     /// What is shown of it.
@@ -125,11 +126,10 @@ impl Framer<'_> {
     }
 
     fn resized(&self, opened: &Opened, view: View) -> Result<Shown, DataError> {
-        let picture = match opened {
-            Opened::Square(decoded) => Arc::clone(&decoded.picture),
-            Opened::File(encoded) => Arc::new(encoded.decode_part(view.crop)?.resized_square(self.resolution)),
-        };
-        Ok(Shown { picture, flip: view.flip })
+        Ok(match opened {
+            Opened::Square(decoded) => Shown { picture: Arc::clone(&decoded.picture), flip: view.flip },
+            Opened::File(encoded) => Shown { picture: Arc::new(view.decode(encoded, self.resolution)?), flip: false },
+        })
     }
 }
 

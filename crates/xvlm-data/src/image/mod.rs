@@ -125,8 +125,19 @@ impl Picture {
     /// The whole, resized to a square.
     #[must_use]
     pub fn resized_square(&self, resolution: usize) -> Self {
+        self.resized_part(self.rect(), resolution)
+    }
+
+    /// The part `rect`, resized to a square.
+    ///
+    /// # Panics
+    ///
+    /// As [`Self::resized`].
+    #[must_use]
+    pub fn resized_part(&self, rect: Rect, resolution: usize) -> Self {
         let side = resolution as u32;
-        if (self.width, self.height) == (side, side) { self.clone() } else { self.resized(self.rect(), side, side) }
+        let fits = (rect, self.width, self.height) == (Rect::whole(side, side), side, side);
+        if fits { self.clone() } else { self.resized(rect, side, side) }
     }
 
     /// Mirrors it left to right.
