@@ -142,7 +142,7 @@ impl Dataset {
         let part = Part { index: OnceLock::from(Arc::new(index)), ..part };
         Self {
             parts: vec![part],
-            sources: vec![Source { weight: 1.0, entries: vec![0..1] }],
+            sources: vec![Source { weight: 1.0, entries: std::iter::once(0..1).collect() }],
             config: DatasetConfig::default(),
             storage: StorageOptions::default(),
             pool: Mutex::new(Pool::new(0)),
