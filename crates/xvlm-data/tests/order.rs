@@ -156,9 +156,9 @@ fn a_window_is_finished_before_the_next() {
 fn only_records_that_have_what_is_needed_take_part() {
     let record = |n: usize| Record {
         image: ImageSource::Bytes(Arc::default()),
-        captions: (n % 2 == 0).then(|| format!("text {n}")).into_iter().collect(),
+        captions: n.is_multiple_of(2).then(|| format!("text {n}")).into_iter().collect(),
         elems: Vec::new(),
-        questions: (n % 3 == 0).then(|| (format!("q {n}"), "a".to_owned())).into_iter().collect(),
+        questions: n.is_multiple_of(3).then(|| (format!("q {n}"), "a".to_owned())).into_iter().collect(),
         origin: Origin { file: Path::new("memory").into(), place: Place::Item(n) },
     };
     let dataset = Arc::new(Dataset::from_records((0..30).map(record).collect()));
