@@ -14,7 +14,8 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use xvlm::Device;
 use xvlm::data::{
-    BatchBuilder, BatchConfig, CaptionBatch, DataError, ImageCache, Loader, LoaderConfig, RegionBatch, TextTokenizer,
+    BatchBuilder, BatchConfig, CaptionBatch, DataError, Dataset, DatasetConfig, ImageCache, Loader, LoaderConfig,
+    RegionBatch, SourceConfig, StorageOptions, TextTokenizer,
 };
 
 use crate::Done;
@@ -228,8 +229,9 @@ impl Ours {
         let tokenizer = TextTokenizer::from_file(shards.join("vocab.txt"))?;
         // Nothing is kept: each picture is decoded each time, as over there.
         let cache = Arc::new(ImageCache::new(0));
-        let dataset = todo!();
-        let builder = BatchBuilder::new(dataset, Arc::new(tokenizer), BatchConfig::default(), cache)?;
+        let source = SourceConfig::files([shards.display().to_string()]);
+        let dataset = Dataset::open(&[source], &DatasetConfig::default(), &StorageOptions::default())?;
+        let builder = BatchBuilder::new(Arc::new(dataset), Arc::new(tokenizer), BatchConfig::default(), cache)?;
         Ok(Self { builder: Arc::new(builder), workers })
     }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_norway::Value;
-use xvlm_data::{BatchConfig, DataError, LoaderConfig};
+use xvlm_data::{BatchConfig, DataError, DatasetConfig, LoaderConfig, SourceConfig};
 use xvlm_encoders::{Task, XvlmConfig};
 use xvlm_train::{TrainConfig, TrainError};
 use xvlm_weights::StoredType;
@@ -16,8 +16,15 @@ use crate::official;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PretrainConfig {
-    /// JSON-lines files of records.
-    pub train_file: Vec<PathBuf>,
+    /// Where records come from: files, folders, patterns and URLs of shards, or objects that say more. Those with captions
+    /// make the image stream.
+    pub train_file: Vec<SourceConfig>,
+    /// Where those of the region stream come from; if left out, `train_file`.
+    #[serde(default)]
+    pub train_file_regions: Vec<SourceConfig>,
+    /// How shards are read and mixed.
+    #[serde(default)]
+    pub dataset: DatasetConfig,
     /// `tokenizer.json` or `vocab.txt`; if left out, the vocabulary of the built-in world.
     #[serde(default)]
     pub tokenizer: Option<PathBuf>,
@@ -267,7 +274,7 @@ mod tests {
         let set = ["train.optimizer.lr=0.5".to_owned(), "train_file=[a.jsonl, b.jsonl]".to_owned()];
         let config = PretrainConfig::preset("scenes", &set).unwrap();
         assert_eq!(config.train.optimizer.lr, 0.5);
-        assert_eq!(config.train_file, [PathBuf::from("a.jsonl"), PathBuf::from("b.jsonl")]);
+        assert_eq!(config.train_file, ["a.jsonl", "b.jsonl"].map(|file| SourceConfig::files([file])));
     }
 
     #[test]
@@ -278,7 +285,10 @@ mod tests {
         let set = ["train_file=[a.jsonl]".to_owned()];
         let whole = PretrainConfig::preset_text("scenes").unwrap().replace("train_file: []\n", "");
         assert!(PretrainConfig::from_yaml("a.yaml", &whole, &[]).is_err());
-        assert_eq!(PretrainConfig::from_yaml("a.yaml", &whole, &set).unwrap().train_file, [PathBuf::from("a.jsonl")]);
+        assert_eq!(
+            PretrainConfig::from_yaml("a.yaml", &whole, &set).unwrap().train_file,
+            [SourceConfig::files(["a.jsonl"])]
+        );
     }
 
     #[test]

@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
-use xvlm_data::{BatchConfig, MaskingGenerator};
+use xvlm_data::{BatchConfig, MaskingGenerator, SourceConfig};
 use xvlm_encoders::{
     Activation, BertConfig, SwinConfig, Task, TextModel, VisionConfig, VitConfig, VitFamily, XvlmConfig,
 };
@@ -191,10 +191,13 @@ pub fn pretrain_config(config: &Value, path: &Path) -> Result<PretrainConfig, Co
     let records = root.size("train_dataset_size")?;
     let seed = accelerator.size_or("RNG_SEED", 42)? as u64;
     let default = BatchConfig::default();
-    let mut train_file = root.texts("train_file")?;
-    train_file.extend(root.texts("train_file_regions")?);
+    let sources = |field: &str| -> Result<Vec<SourceConfig>, ConfigProblem> {
+        Ok(root.texts(field)?.into_iter().map(|file| SourceConfig::files([file])).collect())
+    };
     Ok(PretrainConfig {
-        train_file: train_file.into_iter().map(PathBuf::from).collect(),
+        train_file: sources("train_file")?,
+        train_file_regions: sources("train_file_regions")?,
+        dataset: Default::default(),
         tokenizer: Some(tokenizer(&root, model.model.text_config.model_type)?),
         init_from: None,
         model: model.model,

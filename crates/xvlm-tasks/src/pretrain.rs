@@ -208,26 +208,12 @@ pub fn run(
     progress: &mut dyn Progress,
 ) -> std::result::Result<Summary, TaskError> {
     let mut config = config.clone();
-    let tokenizer = Arc::new(match &config.tokenizer {
-        Some(path) => TextTokenizer::from_file(path)?,
-        None => TextTokenizer::from_vocabulary(&scenes::vocabulary())?,
-    });
-    if config.model.text_config.vocab_size == 0 {
-        config.model.text_config.vocab_size = tokenizer.vocab_size();
-    }
-    config.data.resolution = config.model.vision_config.image_res();
-    config.data.final_stride = config.model.vision_config.stride();
-    let problem = |message| ConfigProblem { file: "configuration".to_owned(), message };
-    config.check_values().map_err(problem)?;
-    check_texts(&config.model, config.data.max_tokens, &tokenizer).map_err(problem)?;
-    let dataset = Arc::new(open_dataset(&config, progress)?);
+    let builder = Arc::new(open_batches(&mut config, progress)?);
     let pretraining = Pretraining::new(&config.model, config.train.seed, device)?.with_objectives(&config.objectives);
     if let Some(dir) = &config.init_from {
         let files = ModelFolder::open(dir)?;
         xvlm_weights::assign(&files.name, &files.tensors, &pretraining.parameters, &LoadRules::default())?;
     }
-    let cache = Arc::new(ImageCache::new(config.image_cache_mib << 20));
-    let builder = Arc::new(BatchBuilder::new(dataset, Arc::clone(&tokenizer), config.data.clone(), cache)?);
     let batches = |start| -> std::result::Result<Box<dyn Batches<Batch>>, BoxError> {
         let (iter_perc, workers) = (config.regions.iter_perc, config.loader.clone());
         Ok(Box::new(PretrainBatches::new(Arc::clone(&builder), iter_perc, start, workers, device)?))
@@ -247,33 +233,73 @@ pub fn run(
         prompt: config.data.generation.clone().unwrap_or_default().prompt,
         search: Search::default(),
     };
-    Model::write(&out.join("model"), &model, &pretraining.parameters, &tokenizer, config.stored)?;
+    Model::write(&out.join("model"), &model, &pretraining.parameters, builder.tokenizer(), config.stored)?;
     Ok(summary)
 }
 
-/// Opens the data; records that are seen to be broken are told, and refused if they are too many.
-fn open_dataset(config: &PretrainConfig, progress: &mut dyn Progress) -> std::result::Result<Dataset, TaskError> {
-    let problem = |field: &str, message: String| {
-        let file = config.train_file.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
-        let file = if file.is_empty() { "configuration".to_owned() } else { file };
-        TaskError::from(ConfigProblem { file, message: format!("{field}: {message}") })
-    };
-    if config.train_file.is_empty() {
-        return Err(problem("train_file", "expected at least one file, found none".to_owned()));
+/// Opens the data of a run: what builds its batches. Values of the configuration that follow from others are filled in.
+///
+/// # Errors
+/// If a value makes no sense, a file cannot be read, or too many records are seen to be broken.
+pub fn open_batches(
+    config: &mut PretrainConfig,
+    progress: &mut dyn Progress,
+) -> std::result::Result<BatchBuilder, TaskError> {
+    let tokenizer = Arc::new(match &config.tokenizer {
+        Some(path) => TextTokenizer::from_file(path)?,
+        None => TextTokenizer::from_vocabulary(&scenes::vocabulary())?,
+    });
+    if config.model.text_config.vocab_size == 0 {
+        config.model.text_config.vocab_size = tokenizer.vocab_size();
     }
-    let source = SourceConfig::files(config.train_file.iter().map(|path| path.to_string_lossy()));
-    let dataset = Dataset::open(&[source], &DatasetConfig::default(), &StorageOptions::default())?;
+    config.data.resolution = config.model.vision_config.image_res();
+    config.data.final_stride = config.model.vision_config.stride();
+    let problem = |message| ConfigProblem { file: "configuration".to_owned(), message };
+    config.check_values().map_err(problem)?;
+    check_texts(&config.model, config.data.max_tokens, &tokenizer).map_err(problem)?;
+    let dataset = open_dataset("train_file", &config.train_file, config, Need::Captions, progress)?;
+    let has_regions = config.regions.iter_perc > 0.0;
+    let regions = match config.train_file_regions.as_slice() {
+        [] if has_regions => {
+            check_count("train_file", &dataset, Need::Elems)?;
+            Arc::clone(&dataset)
+        }
+        sources if has_regions => open_dataset("train_file_regions", sources, config, Need::Elems, progress)?,
+        _ => Arc::clone(&dataset),
+    };
+    let cache = Arc::new(ImageCache::new(config.image_cache_mib << 20));
+    Ok(BatchBuilder::new(dataset, tokenizer, config.data.clone(), cache)?.with_regions_of(regions)?)
+}
+
+/// Opens one stream's data; records that are seen to be broken are told, and refused if they are too many.
+fn open_dataset(
+    field: &str,
+    sources: &[SourceConfig],
+    config: &PretrainConfig,
+    need: Need,
+    progress: &mut dyn Progress,
+) -> std::result::Result<Arc<Dataset>, TaskError> {
+    if sources.is_empty() {
+        let message = format!("{field}: expected at least one file, found none");
+        return Err(ConfigProblem { file: "configuration".to_owned(), message }.into());
+    }
+    let dataset = Dataset::open(sources, &config.dataset, &StorageOptions::default())?;
     dataset.check_broken(config.data.max_bad_fraction)?;
     dataset.broken().examples().iter().for_each(|error| progress.warning(&format!("left out: {error}")));
-    if dataset.count(Need::Captions) == Some(0) {
-        return Err(problem("caption", "expected a record with a caption, found none".to_owned()));
+    check_count(field, &dataset, need)?;
+    Ok(Arc::new(dataset))
+}
+
+/// Refuses data of which it is known that they have nothing of what is needed.
+fn check_count(field: &str, dataset: &Dataset, need: Need) -> std::result::Result<(), TaskError> {
+    if dataset.count(need) != Some(0) {
+        return Ok(());
     }
-    let iter_perc = config.regions.iter_perc;
-    if iter_perc > 0.0 && dataset.count(Need::Elems) == Some(0) {
-        let message = format!("expected a record with elems, or regions.iter_perc 0, found none and {iter_perc}");
-        return Err(problem("elems", message));
-    }
-    Ok(dataset)
+    let message = match need {
+        Need::Elems => format!("{field}: expected a record with elems, or regions.iter_perc 0, found none"),
+        _ => format!("{field}: expected a record with a caption, found none"),
+    };
+    Err(ConfigProblem { file: "configuration".to_owned(), message }.into())
 }
 
 /// Writes `config.yaml` into the folder of the run; a run that is resumed must be configured as it was, but for what only

@@ -17,6 +17,8 @@ pub struct CaptionBatch {
     pub pixels: Vec<f32>,
     /// Number of images, `N`.
     pub images: usize,
+    /// `[N]`: where each image's record is, for messages.
+    pub origins: Vec<String>,
     /// One text an image.
     pub text: TextBatch,
     /// Rows for a decoder, if asked for.
@@ -27,6 +29,7 @@ pub struct CaptionBatch {
 #[derive(Debug)]
 pub struct Captioned {
     pub(super) shown: Shown,
+    pub(super) origin: String,
     pub(super) text: Text,
     /// Rows for a decoder.
     pub(super) rows: Vec<Row>,
@@ -43,6 +46,7 @@ impl CaptionBatch {
         Self {
             pixels: render(samples.iter().map(|sample| &sample.shown), side),
             images: samples.len(),
+            origins: samples.iter().map(|sample| sample.origin.clone()).collect(),
             text: texts.collate(samples.into_iter().map(|sample| sample.text).collect()),
             generation,
         }
@@ -87,6 +91,6 @@ impl BatchBuilder {
             FlipTexts::Record => framer.whole(&record.image, &record.origin, record.texts(), rng)?,
             FlipTexts::Batch => framer.whole(&record.image, &record.origin, said, rng)?,
         };
-        Ok(Captioned { shown, text, rows })
+        Ok(Captioned { shown, origin: record.origin.to_string(), text, rows })
     }
 }

@@ -60,7 +60,7 @@ impl ItemKind for Pairs {
         let mut text = maker.texts.text(&item.text, rng)?;
         text.key = hash_bytes(item.image_id.as_bytes()).cast_signed();
         let rows = self.prompt.iter().map(|prompt| maker.texts.caption_row(prompt, &item.text));
-        Ok(Captioned { shown, text, rows: rows.collect::<Result<_, _>>()? })
+        Ok(Captioned { shown, origin: name(&item.image), text, rows: rows.collect::<Result<_, _>>()? })
     }
 
     fn collate(&self, samples: Vec<Captioned>, maker: &Maker) -> CaptionBatch {

@@ -82,6 +82,16 @@ impl BatchBuilder {
         })
     }
 
+    /// The same with the region stream's records from another data set.
+    ///
+    /// # Errors
+    ///
+    /// As [`Order::new`].
+    pub fn with_regions_of(self, dataset: Arc<Dataset>) -> Result<Self, DataError> {
+        let regions = Order::new(dataset, Need::Elems, self.config.seed)?;
+        Ok(Self { regions: regions.for_rank(self.rank as usize, self.ranks as usize), ..self })
+    }
+
     /// The same for process `rank` of `ranks`: together they go through the records once an epoch ([`Order`]).
     #[must_use]
     pub fn for_rank(self, rank: usize, ranks: usize) -> Self {

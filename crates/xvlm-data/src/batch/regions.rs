@@ -25,6 +25,8 @@ pub struct RegionBatch {
     pub pixels: Vec<f32>,
     /// Number of images, `N`.
     pub images: usize,
+    /// `[N]`: where each image's record is, for messages.
+    pub origins: Vec<String>,
     /// `B` texts.
     pub text: TextBatch,
     /// `[B]`: the image of each text.
@@ -45,6 +47,7 @@ pub struct RegionBatch {
 #[derive(Debug)]
 struct Regions {
     shown: Shown,
+    origin: String,
     concepts: Vec<Concept>,
 }
 
@@ -114,7 +117,7 @@ impl BatchBuilder {
         };
         let place = |bbox: Option<[f32; 4]>| bbox.and_then(|bbox| view.place(bbox, least));
         let concepts = chosen.into_iter().map(|(text, bbox)| Concept { text, place: place(bbox) }).collect();
-        Ok(Regions { shown: framer.show_parts(&opened, view, rng)?, concepts })
+        Ok(Regions { shown: framer.show_parts(&opened, view, rng)?, concepts, origin: record.origin.to_string() })
     }
 
     /// `way` says which of the labels, if it is to be one.
@@ -141,6 +144,7 @@ impl BatchBuilder {
         let grid = self.config.grid();
         let images = samples.len();
         let pixels = render(samples.iter().map(|sample| &sample.shown), self.config.resolution);
+        let origins = samples.iter().map(|sample| sample.origin.clone()).collect();
         let concepts =
             (0u32..).zip(samples).flat_map(|(image, sample)| sample.concepts.into_iter().map(move |c| (image, c)));
         let concepts: Vec<(u32, Concept)> = concepts.collect();
@@ -152,6 +156,7 @@ impl BatchBuilder {
         let mut batch = RegionBatch {
             pixels,
             images,
+            origins,
             text: self.texts().collate(rows.iter().map(|&row| concepts[row].1.text.clone()).collect()),
             image_index: rows.iter().map(|&row| concepts[row].0).collect(),
             boxes: Vec::with_capacity(rows.len()),
