@@ -12,6 +12,7 @@
 pub mod annotations;
 pub mod batch;
 mod config;
+pub mod convert;
 pub mod error;
 pub mod image;
 mod json;
