@@ -29,8 +29,10 @@ fn set(folder: &Folder, count: u32) -> (Job, Coco) {
         (0..count).map(|i| json!({"id": i, "image_id": i, "caption": format!("caption {i}")})).collect();
     let boxes: Vec<Value> = (0..count)
         .flat_map(|i| {
-            let whole = json!({"id": 2 * i, "image_id": i, "category_id": 1, "bbox": [0.5, 1.25, 20, 10], "iscrowd": 0});
-            let corner = json!({"id": 2 * i + 1, "image_id": i, "category_id": 2, "bbox": [35, 25, 100, 100], "iscrowd": 0});
+            let whole =
+                json!({"id": 2 * i, "image_id": i, "category_id": 1, "bbox": [0.5, 1.25, 20, 10], "iscrowd": 0});
+            let corner =
+                json!({"id": 2 * i + 1, "image_id": i, "category_id": 2, "bbox": [35, 25, 100, 100], "iscrowd": 0});
             [whole, corner]
         })
         .collect();
@@ -128,7 +130,8 @@ fn every_form_reads_back_as_it_was() {
     for form in [Form::JsonPaths, Form::JsonImages, Form::Tar] {
         for compression in [Compression::None, Compression::Gzip, Compression::Zstd] {
             let out = folder.path(&format!("{form:?}{compression:?}"));
-            let options = ConvertOptions { form, compression, records_per_shard: 5, workers: 2, ..ConvertOptions::new(&out) };
+            let options =
+                ConvertOptions { form, compression, records_per_shard: 5, workers: 2, ..ConvertOptions::new(&out) };
             let manifest = run(&job, &set, &options).unwrap();
             assert!(manifest.complete);
             assert_eq!((manifest.records(), manifest.total), (21, Some(5)));
@@ -157,7 +160,8 @@ fn shuffling_mixes_all_shards_by_the_seed() {
     let folder = Folder::new();
     let (job, set) = set(&folder, 40);
     let with = |name: &str, shuffle, workers| {
-        let options = ConvertOptions { records_per_shard: 10, shuffle, workers, ..ConvertOptions::new(folder.path(name)) };
+        let options =
+            ConvertOptions { records_per_shard: 10, shuffle, workers, ..ConvertOptions::new(folder.path(name)) };
         run(&job, &set, &options).unwrap();
         folder.path(name)
     };
@@ -182,13 +186,16 @@ fn images_are_made_smaller_with_their_boxes() {
     let folder = Folder::new();
     folder.image("images/000000000001.png", 400, 200);
     folder.image("images/000000000002.png", 50, 100);
-    let path = folder.json("instances.json", &json!({
+    let path = folder.json(
+        "instances.json",
+        &json!({
         "images": [{"id": 1, "file_name": "000000000001.png", "width": 400, "height": 200},
                    {"id": 2, "file_name": "000000000002.png", "width": 50, "height": 100}],
         "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [40, 20, 200, 100]},
                         {"id": 2, "image_id": 1, "category_id": 1, "bbox": [10, 20, 3, 100]},
                         {"id": 3, "image_id": 2, "category_id": 1, "bbox": [10.5, 20, 3, 70]}],
-        "categories": [{"id": 1, "name": "cup"}]}));
+        "categories": [{"id": 1, "name": "cup"}]}),
+    );
     let job = Job { name: "small".to_owned(), inputs: vec![path.clone()], settings: Value::Null };
     let set = Coco { annotations: vec![path], images: folder.path("images"), crowds: false };
     let options = ConvertOptions { max_side: Some(100), quality: 80, ..ConvertOptions::new(folder.path("out")) };
@@ -242,7 +249,6 @@ fn nothing_left_is_an_error() {
     assert!(error.to_string().contains("2: missing images"), "{error}");
     // With the images there, it goes on.
     folder.image("nowhere/0.jpg", 5, 5);
-    std::fs::remove_dir_all(&out).unwrap();
     assert_eq!(convert(&job, || set.open(), &ConvertOptions::new(&out), &mut ()).unwrap().records(), 1);
 }
 
@@ -274,7 +280,11 @@ fn an_interrupted_conversion_goes_on() {
     let stopped = convert(&job, || set.open(), &options("parts"), &mut StopAt(15, 0)).unwrap_err();
     assert!(matches!(stopped, DataError::Stopped));
     let manifest = Manifest::read(&out).unwrap().unwrap();
-    assert!(!manifest.complete && manifest.shards.len() >= 3 && manifest.shards.len() < 12, "{}", manifest.shards.len());
+    assert!(
+        !manifest.complete && manifest.shards.len() >= 3 && manifest.shards.len() < 12,
+        "{}",
+        manifest.shards.len()
+    );
 
     // What a crash leaves: half of a file aside, a shard that is not noted, a noted one that is cut.
     folder.write("parts/.unfinished-abc", "half");

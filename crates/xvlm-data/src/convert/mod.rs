@@ -207,6 +207,9 @@ pub fn convert(
     let mut manifest = work.manifest.into_inner().unwrap_or_else(PoisonError::into_inner);
     if manifest.records() == 0 {
         let reasons = manifest.left_out().to_string();
+        // Nothing to keep: the next try looks at the images again.
+        manifest.shards.clear();
+        manifest.write(&options.out)?;
         return Err(DataError::NothingLeft { name: job.name.clone(), reasons });
     }
     manifest.complete = true;
@@ -288,7 +291,7 @@ fn read(
     const SOME: usize = 1 << 10;
     let mut spool = SpoolWriter::new(&options.out.join(SPOOL))?;
     let of = records.images();
-    while let Some(annotated) = records.next() {
+    for annotated in records.by_ref() {
         spool.add(&Spooled::new(annotated?))?;
         if spool.len() % SOME == 0 {
             progress.reading(spool.len() as u64, of);

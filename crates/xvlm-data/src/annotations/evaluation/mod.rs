@@ -1,20 +1,23 @@
 //! Reading the files of fine-tuning and evaluation sets, in X-VLM's own form or as published.
 
+mod grounding;
+mod vqa;
+
 use std::collections::{HashMap, HashSet};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::coco::numbers;
+pub use self::grounding::read_proposals;
+use self::grounding::{Refer, grounding_item};
+use self::vqa::{Published, vqa_item};
 use super::items::{CaptionItem, FillItem, GroundingItem, NlvrItem, RetrievalItem, VqaItem, VqaSource};
 use super::karpathy::sentences;
-use super::refer::{Instances, Reference, read_instances, read_references_lenient};
 use super::report::{Reason, Report};
 use super::stream::{JsonItems, Lines, open_plain, parse_item};
 use crate::error::{DataError, Place, excerpt};
-use crate::json::{Context, Object, folder, io_error, read_value};
-use crate::transform::clip_box;
+use crate::json::{Context, Object, folder, io_error};
 
 /// Items, and what was left out.
 #[derive(Debug, Clone, PartialEq)]
@@ -129,21 +132,17 @@ impl Run<'_> {
 
     /// Whether an identifier is an item's own, and its images are there.
     fn accept(&mut self, context: Context<'_>, id: Option<(&str, &str)>, images: &[&Path]) -> Result<bool, DataError> {
-        if let Some((field, id)) = id {
-            if self.ids.contains(id) {
-                self.refuse(
-                    Reason::DuplicateId,
-                    context.error(field, "an identifier of its own", format!("{id:?} again")),
-                )?;
-                return Ok(false);
-            }
+        let known = id.filter(|(_, id)| self.ids.contains(*id));
+        if let Some((field, id)) = known {
+            let found = format!("{id:?} again");
+            self.refuse(Reason::DuplicateId, context.error(field, "an identifier of its own", found))?;
+            return Ok(false);
         }
-        if self.reading.check_images {
-            if let Some(missing) = images.iter().find(|image| !image.is_file()) {
-                let found = format!("{}, which is no file", missing.display());
-                self.refuse(Reason::MissingImage, context.error("image", "an image file", found))?;
-                return Ok(false);
-            }
+        let missing = images.iter().find(|image| self.reading.check_images && !image.is_file());
+        if let Some(missing) = missing {
+            let found = format!("{}, which is no file", missing.display());
+            self.refuse(Reason::MissingImage, context.error("image", "an image file", found))?;
+            return Ok(false);
         }
         if let Some((_, id)) = id {
             self.ids.insert(id.to_owned());
@@ -489,149 +488,6 @@ impl Run<'_> {
     }
 }
 
-fn vqa_item(run: &Run<'_>, object: &Object<'_>, path: &Path, number: usize) -> Result<VqaItem, DataError> {
-    let source = match optional_text(object, "dataset")?.as_deref() {
-        None | Some("vqa") => VqaSource::Vqa,
-        Some("vg") => VqaSource::VisualGenome,
-        Some("gqa") => VqaSource::Gqa,
-        Some(other) => {
-            return Err(object.context.error(object.name("dataset"), "vqa, vg or gqa", format!("{other:?}")));
-        }
-    };
-    let root = match source {
-        VqaSource::Vqa => None,
-        VqaSource::VisualGenome => run.reading.vg_images.clone(),
-        VqaSource::Gqa => run.reading.gqa_images.clone(),
-    };
-    let question_id = match object.get("question_id") {
-        Some(_) => object.id("question_id")?,
-        // X-VLM's `vg_qa.json` has none.
-        None if source != VqaSource::Vqa => {
-            format!("{}#{number}", path.file_stem().unwrap_or_default().to_string_lossy())
-        }
-        None => return Err(object.missing("question_id", "a number or a string")),
-    };
-    Ok(VqaItem {
-        question_id,
-        image: root.unwrap_or_else(|| run.root(path)).join(object.text("image")?),
-        question: object.text("question")?,
-        answers: object.texts("answer")?,
-        kind: optional_text(object, "kind")?.unwrap_or_default(),
-        source,
-    })
-}
-
-/// VQA v2 as published: questions and annotations are matched when all files are read.
-#[derive(Default)]
-struct Published {
-    questions: Vec<Question>,
-    annotations: HashMap<String, Answered>,
-    order: Vec<String>,
-    annotated: bool,
-}
-
-struct Question {
-    id: String,
-    image_id: u64,
-    question: String,
-    file: PathBuf,
-    number: usize,
-    subset: String,
-}
-
-struct Answered {
-    image_id: u64,
-    answers: Vec<String>,
-    kind: String,
-    file: PathBuf,
-    number: usize,
-}
-
-impl Published {
-    fn read(&mut self, run: &mut Run<'_>, path: &Path) -> Result<(), DataError> {
-        let first = self.questions.len();
-        let mut subset = None;
-        let count = run.each(path, &["questions", "annotations", "data_subtype"], |run, section, number, value| {
-            let context = Context { path, place: Place::Item(number) };
-            if section == 2 {
-                subset = value.as_str().map(str::to_owned);
-                return Ok(());
-            }
-            let object = context.object(value, "record")?;
-            let id = object.id("question_id")?;
-            let image_id = object.get("image_id").and_then(Value::as_u64);
-            let image_id = image_id.ok_or_else(|| object.missing("image_id", "the number of an image"))?;
-            if section == 0 {
-                let (question, file, subset) = (object.text("question")?, path.to_owned(), String::new());
-                self.questions.push(Question { id, image_id, question, file, number, subset });
-                return Ok(());
-            }
-            let answer = |(i, value)| {
-                let name = format!("answers[{i}]");
-                object.context.object(value, &name)?.text("answer")
-            };
-            let answers = object.list("answers")?.iter().enumerate().map(answer).collect::<Result<_, _>>()?;
-            let kind = optional_text(&object, "answer_type")?.unwrap_or_default();
-            if self.annotations.contains_key(&id) {
-                let error = context.error("question_id", "an identifier of its own", format!("{id:?} again"));
-                return run.refuse(Reason::DuplicateId, error);
-            }
-            self.order.push(id.clone());
-            self.annotations.insert(id, Answered { image_id, answers, kind, file: path.to_owned(), number });
-            Ok(())
-        })?;
-        let context = Context { path, place: Place::Whole };
-        if count == 0 {
-            return Err(context.error("questions", "a list of questions, or `annotations`", "neither"));
-        }
-        if self.questions.len() == first {
-            self.annotated = true;
-            return Ok(());
-        }
-        // "test-dev2015" is a part of "test2015".
-        let subset = subset.ok_or_else(|| context.error("data_subtype", "a subset such as train2014", "nothing"))?;
-        let subset = if subset == "test-dev2015" { "test2015".to_owned() } else { subset };
-        self.questions[first..].iter_mut().for_each(|question| subset.clone_into(&mut question.subset));
-        Ok(())
-    }
-
-    fn items(mut self, run: &mut Run<'_>) -> Result<Vec<VqaItem>, DataError> {
-        let mut found = Vec::with_capacity(self.questions.len());
-        for Question { id, image_id, question, file, number, subset } in self.questions {
-            let context = Context { path: &file, place: Place::Item(number) };
-            let image = run.root(&file).join(&subset).join(format!("COCO_{subset}_{image_id:012}.jpg"));
-            let answered = self.annotations.remove(&id);
-            let (answers, kind) = match answered {
-                Some(answered) if answered.image_id != image_id => {
-                    let context = Context { path: &answered.file, place: Place::Item(answered.number) };
-                    let found = format!("image {}", answered.image_id);
-                    let error = context.error("image_id", format!("image {image_id}, as question {id}"), found);
-                    run.refuse(Reason::OtherImage, error)?;
-                    continue;
-                }
-                Some(answered) => (answered.answers, answered.kind),
-                None if self.annotated => {
-                    let error = context.error("question_id", "a question with an annotation", format!("{id:?}"));
-                    run.refuse(Reason::QuestionWithoutAnnotation, error)?;
-                    continue;
-                }
-                None => (Vec::new(), String::new()),
-            };
-            if run.accept(context, Some(("question_id", &id)), &[&image])? {
-                found.push(VqaItem { question_id: id, image, question, answers, kind, source: VqaSource::Vqa });
-            }
-        }
-        for id in self.order {
-            if let Some(Answered { file, number, .. }) = self.annotations.remove(&id) {
-                let context = Context { path: &file, place: Place::Item(number) };
-                let error = context.error("question_id", "a question that is asked", format!("{id:?}"));
-                run.refuse(Reason::AnnotationWithoutQuestion, error)?;
-            }
-        }
-        Ok(found)
-    }
-}
-
 fn nlvr_item(object: &Object<'_>, root: &Path, number: usize) -> Result<NlvrItem, DataError> {
     let label = match object.get("label") {
         Some(Value::Bool(label)) => *label,
@@ -669,183 +525,4 @@ fn nlvr_item(object: &Object<'_>, root: &Path, number: usize) -> Result<NlvrItem
     };
     let image = |side| root.join(&folder).join(format!("{pair}-img{side}.png"));
     Ok(NlvrItem { images: [image(0), image(1)], id, sentence, label })
-}
-
-/// RefCOCO's published files.
-#[derive(Default)]
-struct Refer {
-    references: Vec<(Reference, usize, PathBuf)>,
-    by_id: HashMap<String, usize>,
-    instances: Vec<Instances>,
-}
-
-impl Refer {
-    fn read(&mut self, run: &mut Run<'_>, path: &Path) -> Result<(), DataError> {
-        let (references, report) = read_references_lenient(path)?;
-        let instances = folder(path).join("instances.json");
-        let mut of_instances = Report::default();
-        self.instances.push(read_instances(&instances, &mut of_instances)?);
-        for (reason, skipped) in report.iter().chain(of_instances.iter()) {
-            let found = skipped.examples.first().cloned().unwrap_or_default();
-            if run.reading.strict {
-                return Err(Context { path, place: Place::Whole }.error("file", format!("no {reason}"), found));
-            }
-        }
-        run.report.merge(&report);
-        run.report.merge(&of_instances);
-        let file = self.instances.len() - 1;
-        for (number, reference) in references.into_iter().enumerate() {
-            if self.by_id.contains_key(&reference.ref_id) {
-                let context = Context { path, place: Place::Item(number) };
-                let found = format!("{:?} again", reference.ref_id);
-                run.refuse(Reason::DuplicateId, context.error("ref_id", "an identifier of its own", found))?;
-                continue;
-            }
-            self.by_id.insert(reference.ref_id.clone(), self.references.len());
-            self.references.push((reference, file, path.to_owned()));
-        }
-        Ok(())
-    }
-
-    /// The box and the image of a reference.
-    fn look_up(&self, place: usize) -> Result<([f32; 4], &super::refer::Image), DataError> {
-        let (reference, file, path) = &self.references[place];
-        let context = Context { path, place: Place::Item(place) };
-        let instances = &self.instances[*file];
-        let Some((image_id, bbox)) = instances.boxes.get(&reference.ann_id) else {
-            return Err(context.error("ann_id", "an annotation of instances.json", format!("{:?}", reference.ann_id)));
-        };
-        if *image_id != reference.image_id {
-            let expected = format!("image {image_id}, as annotation {}", reference.ann_id);
-            return Err(context.error("image_id", expected, format!("image {}", reference.image_id)));
-        }
-        let image = instances.images.get(image_id);
-        let image = image.ok_or_else(|| context.error("image_id", "an image of instances.json", image_id))?;
-        Ok((*bbox, image))
-    }
-
-    fn items(&self, run: &mut Run<'_>) -> Result<Vec<GroundingItem>, DataError> {
-        let mut found = Vec::new();
-        for (place, (reference, _, path)) in self.references.iter().enumerate() {
-            let context = Context { path, place: Place::Item(place) };
-            let Reference { ref_id, image_id, split, sentences, .. } = reference;
-            if run.other_split(Some(split), || format!("{}: reference {ref_id}", path.display())) {
-                continue;
-            }
-            let (bbox, image) = match self
-                .look_up(place)
-                .and_then(|(bbox, image)| Ok((whole(context, bbox, image.width, image.height)?, image)))
-            {
-                Ok(looked_up) => looked_up,
-                Err(error) => {
-                    run.refuse(Reason::Malformed, error)?;
-                    continue;
-                }
-            };
-            let file = run.root(path).join(&image.file);
-            for text in sentences {
-                if run.accept(context, None, &[&file])? {
-                    found.push(GroundingItem {
-                        ref_id: ref_id.clone(),
-                        image: file.clone(),
-                        image_id: image_id.clone(),
-                        image_index: run.number(image_id),
-                        text: text.clone(),
-                        bbox,
-                        height: image.height,
-                        width: image.width,
-                        split: Some(split.clone()),
-                        proposals: Vec::new(),
-                    });
-                }
-            }
-        }
-        Ok(found)
-    }
-}
-
-/// The box, if it is inside its image up to a pixel.
-fn whole(context: Context<'_>, bbox: [f32; 4], width: u32, height: u32) -> Result<[f32; 4], DataError> {
-    match clip_box(bbox, width, height) {
-        Some(_) => Ok(bbox),
-        None => {
-            let expected = format!("a box [x, y, w, h] inside the {width}x{height} image");
-            Err(context.error("bbox", expected, format!("{bbox:?}")))
-        }
-    }
-}
-
-fn grounding_item(
-    run: &mut Run<'_>,
-    object: &Object<'_>,
-    path: &Path,
-    refer: &Refer,
-) -> Result<Option<GroundingItem>, DataError> {
-    let ref_id = object.id("ref_id")?;
-    let file = object.text("image")?;
-    let text = object.text("text")?;
-    let known = refer.by_id.get(&ref_id).copied();
-    let mut split = optional_text(object, "split")?;
-    let (bbox, width, height, image_id) = match known {
-        Some(place) if object.get("bbox").is_none() => {
-            let (bbox, image) = refer.look_up(place)?;
-            let reference = &refer.references[place].0;
-            split = split.or_else(|| Some(reference.split.clone()));
-            (bbox, image.width, image.height, reference.image_id.clone())
-        }
-        _ => {
-            let image_id = match object.get("image_id") {
-                Some(_) => object.id("image_id")?,
-                None => file.rsplit('/').next().unwrap_or_default().to_owned(),
-            };
-            (object.bbox("bbox")?, object.pixels("width")?, object.pixels("height")?, image_id)
-        }
-    };
-    let bbox = whole(object.context, bbox, width, height)?;
-    let proposal = |(i, value): (usize, &Value)| {
-        let name = object.name(&format!("dets[{i}]"));
-        let four = value.as_array().filter(|numbers| numbers.len() >= 4).map(|numbers| Value::from(&numbers[..4]));
-        let wrapped = serde_json::json!({ "box": four });
-        let inner = object.context.object(&wrapped, &name)?;
-        numbers(&inner, "box")
-    };
-    let proposals = object.list("dets")?.iter().enumerate().map(proposal).collect::<Result<_, _>>()?;
-    let image = run.root(path).join(&file);
-    let place = object.context.place;
-    let skip = run.other_split(split.as_deref(), || format!("{}{place}", path.display()));
-    if skip || !run.accept(object.context, None, &[&image])? {
-        return Ok(None);
-    }
-    let image_index = run.number(&image_id);
-    Ok(Some(GroundingItem { ref_id, image, image_id, image_index, text, bbox, height, width, split, proposals }))
-}
-
-/// Boxes `(x, y, w, h)` among which to choose, by image: X-VLM's `refcoco+/dets.json`, `{image: [[x, y, w, h, …], …]}`.
-///
-/// # Errors
-///
-/// [`DataError::Io`], [`DataError::Json`], and [`DataError::Field`] naming file, image and box.
-pub fn read_proposals(path: impl AsRef<Path>) -> Result<HashMap<String, Vec<[f32; 4]>>, DataError> {
-    let path = path.as_ref();
-    let value = read_value(path)?;
-    let context = Context { path, place: Place::Whole };
-    let Some(images) = value.as_object() else {
-        return Err(context.error("file", "an object with a list of boxes for each image", "something else"));
-    };
-    let mut found = HashMap::with_capacity(images.len());
-    for (image, boxes) in images {
-        let wrong =
-            |found: &Value| context.error(image, "a list of boxes [x, y, w, h, …]", excerpt(&found.to_string()));
-        let mut list = Vec::new();
-        for value in boxes.as_array().ok_or_else(|| wrong(boxes))? {
-            let numbers = value.as_array().filter(|numbers| numbers.len() >= 4).ok_or_else(|| wrong(value))?;
-            let mut bbox = [0f32; 4];
-            for (slot, number) in bbox.iter_mut().zip(numbers) {
-                *slot = number.as_f64().ok_or_else(|| wrong(value))? as f32;
-            }
-            list.push(bbox);
-        }
-        found.insert(image.clone(), list);
-    }
-    Ok(found)
 }
