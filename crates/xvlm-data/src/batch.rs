@@ -10,12 +10,15 @@ use rand::Rng;
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
+use crate::broken::{Broken, BrokenRecord};
 use crate::config::{BatchConfig, GenerationConfig, Target};
+use crate::dataset::Dataset;
 use crate::error::DataError;
 use crate::image::{Decoded, ImageCache};
 use crate::masking::Masked;
-use crate::order::{Broken, BrokenRecord, Shuffled, generator};
+use crate::order::{Order, generator};
 use crate::records::{Element, Record};
+use crate::shards::Need;
 use crate::tokens::{TextTokenizer, pre_caption, pre_question, text_key};
 use crate::transform::{Placed, View, clip_box};
 
@@ -104,12 +107,11 @@ pub struct RegionBatch {
 /// Makes batches of records.
 #[derive(Debug)]
 pub struct BatchBuilder {
-    records: Arc<Vec<Record>>,
     tokenizer: Arc<TextTokenizer>,
     config: BatchConfig,
     cache: Arc<ImageCache>,
-    captions: Shuffled,
-    regions: Shuffled,
+    captions: Order,
+    regions: Order,
     broken: Mutex<Broken>,
     rank: u64,
     ranks: u64,
@@ -123,16 +125,15 @@ impl BatchBuilder {
     ///
     /// [`DataError::Config`] naming a value that makes no sense.
     pub fn new(
-        records: Arc<Vec<Record>>,
+        dataset: Arc<Dataset>,
         tokenizer: Arc<TextTokenizer>,
         config: BatchConfig,
         cache: Arc<ImageCache>,
     ) -> Result<Self, DataError> {
         config.check()?;
         Ok(Self {
-            captions: Shuffled::new(config.seed, 0, &records, |r| !r.captions.is_empty()),
-            regions: Shuffled::new(config.seed, 1, &records, |r| !r.elems.is_empty()),
-            records,
+            captions: Order::new(Arc::clone(&dataset), Need::Captions, config.seed)?,
+            regions: Order::new(dataset, Need::Elems, config.seed)?,
             tokenizer,
             config,
             cache,
@@ -142,11 +143,11 @@ impl BatchBuilder {
         })
     }
 
-    /// The same for process `rank` of `ranks`: their batches of a step are neighbours in the shuffled
-    /// order, so together they go through the records once an epoch.
+    /// The same for process `rank` of `ranks`: together they go through the records once an epoch ([`Order`]).
     #[must_use]
     pub fn for_rank(self, rank: usize, ranks: usize) -> Self {
-        Self { rank: rank as u64, ranks: ranks.max(1) as u64, ..self }
+        let (captions, regions) = (self.captions.for_rank(rank, ranks), self.regions.for_rank(rank, ranks));
+        Self { rank: rank as u64, ranks: ranks.max(1) as u64, captions, regions, ..self }
     }
 
     /// The configuration.
@@ -161,24 +162,24 @@ impl BatchBuilder {
         &self.tokenizer
     }
 
-    /// Caption batches of all processes that make an epoch, rounded up.
+    /// Caption batches of all processes that make an epoch, rounded up; 0 as long as that is not known.
     #[must_use]
     pub fn caption_steps(&self) -> u64 {
         let step = self.config.batch_size as u64 * self.ranks;
-        (self.captions.len() as u64).div_ceil(step)
+        self.captions.len().unwrap_or(0).div_ceil(step)
     }
 
-    /// Broken records met so far, in the order of their indices.
+    /// Broken records met so far: the first few of each reason.
     #[must_use]
     pub fn broken(&self) -> Vec<BrokenRecord> {
-        self.lock_broken().records.values().cloned().collect()
+        self.lock_broken().tally.examples().to_vec()
     }
 
     /// How often a record was taken so far, and how often it was broken.
     #[must_use]
     pub fn counts(&self) -> (u64, u64) {
         let broken = self.lock_broken();
-        (broken.seen, broken.met)
+        (broken.seen, broken.tally.total())
     }
 
     /// Whole images with a caption each: `batch_size` records of a pass over all of them that is
@@ -263,24 +264,27 @@ impl BatchBuilder {
     /// broken record is noted and the next takes its place.
     fn draw<S>(
         &self,
-        order: &Shuffled,
+        order: &Order,
         step: u64,
         count: usize,
         full: impl Fn(&[S]) -> bool,
         sample: impl Fn(&Record, &mut ChaCha8Rng, &[S]) -> Result<S, DataError>,
     ) -> Result<Vec<S>, DataError> {
         let batch = step.wrapping_mul(self.ranks).wrapping_add(self.rank);
-        let first = batch.wrapping_mul(count as u64);
+        let first = step.wrapping_mul(count as u64);
         let mut samples = Vec::with_capacity(count);
         let mut failures = 0;
         for attempt in 0u64.. {
             if samples.len() >= count || full(&samples) {
                 break;
             }
-            let index = order.record(first.wrapping_add(attempt))?;
-            let record = &self.records[index];
-            let mut rng = generator(self.config.seed, order.stream, batch, attempt + 1);
-            match sample(record, &mut rng, &samples) {
+            let mut rng = generator(self.config.seed, order.need() as u64, batch, attempt + 1);
+            let record = match order.record(first.wrapping_add(attempt)) {
+                Err(error @ DataError::Config { .. }) => return Err(error),
+                record => record,
+            };
+            let origin = record.as_ref().ok().map(|record| record.origin.clone());
+            match record.and_then(|record| sample(&record, &mut rng, &samples)) {
                 Ok(sample) => {
                     self.lock_broken().seen += 1;
                     samples.push(sample);
@@ -289,9 +293,9 @@ impl BatchBuilder {
                 Err(error) => {
                     failures += 1;
                     // Twice as many failures in a row as there are records: nothing works at all.
-                    let hopeless = failures >= 2 * order.len();
+                    let hopeless = order.len().is_some_and(|len| failures >= 2 * len);
                     let limit = self.config.max_broken_share;
-                    self.lock_broken().note(index, record, error, limit, hopeless)?;
+                    self.lock_broken().note(origin.as_ref(), error, limit, hopeless)?;
                 }
             }
         }

@@ -3,13 +3,24 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
+use crate::records::Origin;
+
 /// Where in a file something stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Place {
     /// A line of a JSON-lines file, counted from 1.
     Line(usize),
     /// An item of a JSON array, counted from 0.
     Item(usize),
+    /// The members of a tar archive that share a name up to its first dot.
+    Key(Box<str>),
+    /// A row of a table, counted from 0.
+    Row(usize),
+    /// A byte of a file, counted from 0.
+    Byte(u64),
     /// The file as a whole.
     Whole,
 }
@@ -19,6 +30,9 @@ impl fmt::Display for Place {
         match self {
             Self::Line(line) => write!(f, ":{line}"),
             Self::Item(item) => write!(f, " item {item}"),
+            Self::Key(key) => write!(f, "[{key}]"),
+            Self::Row(row) => write!(f, " row {row}"),
+            Self::Byte(byte) => write!(f, " at byte {byte}"),
             Self::Whole => Ok(()),
         }
     }
@@ -59,6 +73,28 @@ pub enum DataError {
         expected: String,
         /// What was there.
         found: String,
+    },
+    /// A shard, or a part of one, that cannot be had, or is not what it should be.
+    #[error("{}{place}: expected {expected}, found {found}", path.display())]
+    Shard {
+        /// The file or URL.
+        path: PathBuf,
+        /// Where in it.
+        place: Place,
+        /// What should have been there.
+        expected: String,
+        /// What was there.
+        found: String,
+    },
+    /// A record that an index file says is broken.
+    #[error("{}{place}: {reason}", path.display())]
+    Indexed {
+        /// The file or URL.
+        path: PathBuf,
+        /// Where in it.
+        place: Place,
+        /// What is wrong with it.
+        reason: String,
     },
     /// An image that cannot be read or decoded.
     #[error("image {name}: expected a JPEG, PNG, WebP or GIF, found {message}")]
@@ -167,6 +203,43 @@ impl DataError {
         let examples = examples.into_iter().take(EXAMPLES).map(|example| format!("\n  {example}")).collect();
         Self::TooManyBroken { broken, seen, limit, examples }
     }
+
+    /// What kind of error it is, without what is of one record only: errors are counted by this.
+    #[must_use]
+    pub fn reason(&self) -> String {
+        match self {
+            Self::Io { source, .. } => format!("a file that cannot be read: {}", source.kind()),
+            Self::Json { .. } => "no JSON".to_owned(),
+            Self::Field { field, expected, .. } => format!("{}: not {expected}", without_numbers(field)),
+            Self::Shard { expected, .. } => format!("not {expected}"),
+            Self::Indexed { reason, .. } => reason.clone(),
+            Self::Image { .. } => "an image that cannot be read".to_owned(),
+            Self::BoxOutside { field, .. } => format!("{}: a box outside its image", without_numbers(field)),
+            Self::EmptyText { .. } => "a text without a word".to_owned(),
+            Self::MissingText { expected, .. } => format!("without {expected}"),
+            Self::Tokenizer { .. } => "a text that the tokenizer refuses".to_owned(),
+            other => other.to_string(),
+        }
+    }
+
+    /// The record, or file, that it is about, if it is about one.
+    #[must_use]
+    pub fn origin(&self) -> Option<Origin> {
+        let (path, place) = match self {
+            Self::Io { path, .. } => (path, &Place::Whole),
+            Self::Json { path, place, .. }
+            | Self::Field { path, place, .. }
+            | Self::Shard { path, place, .. }
+            | Self::Indexed { path, place, .. } => (path, place),
+            _ => return None,
+        };
+        Some(Origin { file: path.as_path().into(), place: place.clone() })
+    }
+}
+
+/// A field's path such as `elems[2].bb` without its numbers.
+fn without_numbers(field: &str) -> String {
+    field.split_inclusive('[').map(|part| part.trim_start_matches(|c: char| c.is_ascii_digit())).collect()
 }
 
 /// The first characters of a value, for messages.

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use crate::error::{DataError, Place, excerpt};
 
 /// Where a value comes from: enough to name it in an error.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(crate) struct Context<'a> {
     pub(crate) path: &'a Path,
     pub(crate) place: Place,
@@ -33,27 +33,27 @@ fn describe(value: &Value) -> String {
 
 impl<'a> Context<'a> {
     pub(crate) fn error(
-        self,
+        &self,
         field: impl Into<String>,
         expected: impl Into<String>,
         found: impl Into<String>,
     ) -> DataError {
         DataError::Field {
             path: self.path.to_owned(),
-            place: self.place,
+            place: self.place.clone(),
             field: field.into(),
             expected: expected.into(),
             found: found.into(),
         }
     }
 
-    pub(crate) fn object(self, value: &'a Value, name: &str) -> Result<Object<'a>, DataError> {
+    pub(crate) fn object(&self, value: &'a Value, name: &str) -> Result<Object<'a>, DataError> {
         let map = value.as_object().ok_or_else(|| self.error(name, "an object", describe(value)))?;
         let prefix = if name == "record" { String::new() } else { format!("{name}.") };
-        Ok(Object { context: self, prefix, map })
+        Ok(Object { context: self.clone(), prefix, map })
     }
 
-    fn text(self, value: &Value, name: &str) -> Result<String, DataError> {
+    fn text(&self, value: &Value, name: &str) -> Result<String, DataError> {
         match value.as_str() {
             Some(text) if !text.trim().is_empty() => Ok(text.to_owned()),
             _ => Err(self.error(name, "a non-empty string", describe(value))),

@@ -1,8 +1,9 @@
 //! Data for X-VLM: annotation formats, image decoding and augmentation, text cleaning, tokenising,
 //! masking, batching, and [`scenes`], the built-in synthetic world.
 //!
-//! The way of one training sample reads top to bottom through these modules: [`records`] (a line of
-//! a JSON-lines file becomes a [`Record`]) → [`image`] (decode, cache) → [`transform`] (crop, flip,
+//! The way of one training sample reads top to bottom through these modules: [`storage`] and [`shards`] (files and
+//! objects become records that any place of can be read) → [`Dataset`] and [`Order`] (which is next) → [`records`] (a
+//! JSON object becomes a [`Record`]) → [`image`] (decode, cache) → [`transform`] (crop, flip,
 //! resize, and what that does to boxes) → [`tokens`] and [`masking`] (text) → [`batch`] (collate) →
 //! [`tensors`] (the one place that knows a tensor library). [`loader`] runs it ahead of the training
 //! loop on worker threads; [`annotations`] reads the files that evaluation uses.
@@ -11,8 +12,10 @@
 //! function of (records, configuration, seed, step).
 pub mod annotations;
 pub mod batch;
+mod broken;
 mod config;
 pub mod convert;
+pub mod dataset;
 pub mod error;
 pub mod image;
 mod json;
@@ -22,18 +25,24 @@ mod order;
 pub mod records;
 pub mod resize;
 pub mod scenes;
+pub mod shards;
+pub mod storage;
 pub mod tensors;
 pub mod tokens;
 pub mod transform;
 
 pub use batch::{BatchBuilder, CaptionBatch, GenerationBatch, RegionBatch, TextBatch};
+pub use broken::{BrokenRecord, Tally};
 pub use config::{BatchConfig, GenerationConfig, Target};
+pub use dataset::{Dataset, DatasetConfig, SourceConfig};
 pub use error::{DataError, Place};
 pub use image::{ImageCache, Picture};
 pub use loader::{Loader, LoaderConfig};
 pub use masking::{Masked, MaskingGenerator};
-pub use order::BrokenRecord;
-pub use records::{Element, ImageSource, Origin, Record, read_jsonl, read_jsonl_lenient};
+pub use order::Order;
+pub use records::{Element, ImageSource, Origin, Record, RecordKeys, read_jsonl, read_jsonl_lenient};
+pub use shards::{Form, Index, Need, ShardLimits, ShardWriter};
+pub use storage::{Location, StorageOptions};
 pub use tensors::{CaptionTensors, GenerationTensors, RegionTensors, TextTensors};
 pub use tokens::{TextTokenizer, pre_caption, pre_question, text_key};
 pub use transform::{Rect, Transform, View};

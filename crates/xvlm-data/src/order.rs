@@ -1,31 +1,25 @@
-//! In which order records are taken, and which of them are broken.
+//! In which order records are taken.
+//!
+//! A record is a function of (data set, what it is needed for, seed, rank, position). The order of an epoch: the shards of
+//! a source are shuffled, as many as make a window are taken after one another, and the records of a window are shuffled.
+//! Several sources are mixed by their weights in blocks, so that how far each of them is follows from the position alone.
+//!
+//! Positions are those of one process (rank) of several. If all shards can be sought in as they lie, or an entry of the
+//! list of files has fewer shards than there are processes, each process takes every `ranks`-th record of a common order;
+//! otherwise each has shards of its own, so that it fetches no others. Either way no two processes take the same record of
+//! an epoch, whatever the numbers of records, shards and processes.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
+use crate::dataset::Dataset;
 use crate::error::DataError;
-use crate::records::{Origin, Record};
-
-/// A record that was left out, and why.
-#[derive(Debug, Clone)]
-pub struct BrokenRecord {
-    /// File and line.
-    pub origin: Origin,
-    /// What is wrong with it.
-    pub error: Arc<DataError>,
-}
-
-impl fmt::Display for BrokenRecord {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (origin, error) = (self.origin.to_string(), self.error.to_string());
-        if error.contains(&origin) { f.write_str(&error) } else { write!(f, "{origin}: {error}") }
-    }
-}
+use crate::records::Record;
+use crate::shards::{Index, Need};
 
 /// A generator of its own for each thing that is random.
 pub(crate) fn generator(seed: u64, stream: u64, batch: u64, attempt: u64) -> ChaCha8Rng {
@@ -36,90 +30,346 @@ pub(crate) fn generator(seed: u64, stream: u64, batch: u64, attempt: u64) -> Cha
     ChaCha8Rng::from_seed(key)
 }
 
-/// An endless order of records: all of them, shuffled, again and again.
+/// Bits of a stream that tell apart what is drawn for an order, beside the order of records in a window.
+const SHARDS: u64 = 1 << 62;
+const MIXING: u64 = 1 << 61;
+/// Where the number of the source stands in a stream.
+const SOURCE: u32 = 32;
+
+/// An endless order of the records that have what is needed: all of them, shuffled, again and again.
 #[derive(Debug)]
-pub(crate) struct Shuffled {
+pub struct Order {
+    dataset: Arc<Dataset>,
+    need: Need,
     seed: u64,
-    pub(crate) stream: u64,
-    /// The records that take part.
-    indices: Vec<u32>,
-    /// The orders of recent epochs: batches reach over the end, and workers are not in step.
-    recent: Mutex<VecDeque<(u64, Arc<[u32]>)>>,
+    rank: u64,
+    ranks: u64,
+    streams: Vec<Stream>,
+    mix: Option<Mix>,
 }
 
-impl Shuffled {
-    pub(crate) fn new(seed: u64, stream: u64, records: &[Record], takes_part: impl Fn(&Record) -> bool) -> Self {
-        let records = (0u32..).zip(records);
-        let indices = records.filter(|(_, record)| takes_part(record)).map(|(i, _)| i).collect();
-        Self { seed, stream, indices, recent: Mutex::default() }
+impl Order {
+    /// The order for one process.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::Config`] when there are more sources than can be mixed.
+    pub fn new(dataset: Arc<Dataset>, need: Need, seed: u64) -> Result<Self, DataError> {
+        let weights: Vec<f64> = dataset.sources.iter().map(|source| source.weight).collect();
+        let mix = if weights.len() > 1 { Some(Mix::new(&weights, seed, need as u64)?) } else { None };
+        Ok(Self { dataset, need, seed, rank: 0, ranks: 1, streams: Vec::new(), mix }.for_rank(0, 1))
     }
 
-    /// How many records take part.
-    pub(crate) fn len(&self) -> usize {
-        self.indices.len()
+    /// The same for process `rank` of `ranks`.
+    #[must_use]
+    pub fn for_rank(mut self, rank: usize, ranks: usize) -> Self {
+        (self.rank, self.ranks) = (rank as u64, ranks.max(1) as u64);
+        let dataset = &self.dataset;
+        let stream = |source: &crate::dataset::Source| {
+            let seekable = source.parts().all(|part| dataset.is_seekable(part));
+            let few = source.entries.iter().any(|entry| entry.len() < ranks);
+            let shared = ranks <= 1 || seekable || few;
+            let own = |entry: &std::ops::Range<usize>| entry.clone().skip(rank).step_by(ranks.max(1));
+            let parts: Vec<usize> =
+                if shared { source.parts().collect() } else { source.entries.iter().flat_map(own).collect() };
+            Stream { window: dataset.window(&parts), parts, shared, total: OnceLock::new(), recent: Mutex::default() }
+        };
+        self.streams = dataset.sources.iter().map(stream).collect();
+        self
     }
 
-    /// The record at a position of the endless order.
-    pub(crate) fn record(&self, position: u64) -> Result<usize, DataError> {
-        let count = self.indices.len() as u64;
-        if count == 0 {
-            let expected = ["at least one with a caption", "at least one with elems"];
-            return Err(DataError::Config {
-                field: "records",
-                expected: expected[usize::from(self.stream != 0)].to_owned(),
-                found: "none".to_owned(),
+    /// What the records are needed for.
+    #[must_use]
+    pub fn need(&self) -> Need {
+        self.need
+    }
+
+    /// Records that take part, of all processes; `None` as long as a shard was not opened and has no index file.
+    #[must_use]
+    pub fn len(&self) -> Option<u64> {
+        self.dataset.count(self.need)
+    }
+
+    /// Whether it is known that no record takes part.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == Some(0)
+    }
+
+    /// The record at a position of this process's order.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::Config`] when no record has what is needed; else the record at this position is broken, which says
+    /// nothing of the others.
+    pub fn record(&self, position: u64) -> Result<Arc<Record>, DataError> {
+        let (source, position) = match &self.mix {
+            Some(mix) => mix.source(position),
+            None => (0, position),
+        };
+        let (part, record) = self.find(source, position)?;
+        self.dataset.read(part, record)
+    }
+
+    /// The shard and number of a record.
+    fn find(&self, source: usize, position: u64) -> Result<(usize, usize), DataError> {
+        let stream = &self.streams[source];
+        let position = if stream.shared { position.wrapping_mul(self.ranks).wrapping_add(self.rank) } else { position };
+        loop {
+            if let Some(total) = self.known_total(stream) {
+                if total == 0 {
+                    return Err(self.nothing());
+                }
+                let plan = self.plan(source, position / total);
+                let rest = position % total;
+                let starts = plan.starts.as_deref().unwrap_or_default();
+                let window = starts.partition_point(|&start| start <= rest).saturating_sub(1);
+                let start = starts.get(window).copied().unwrap_or_default();
+                return self.in_window(source, &plan, window, rest - start);
+            }
+            // Of the first epoch, or all shards were opened in it. Those before the position have to be opened.
+            let (plan, mut rest) = (self.plan(source, 0), position);
+            for (number, window) in plan.parts.chunks(stream.window).enumerate() {
+                let count: u64 = window.iter().map(|&part| self.count(part)).sum();
+                if rest < count {
+                    return self.in_window(source, &plan, number, rest);
+                }
+                rest -= count;
+            }
+        }
+    }
+
+    fn nothing(&self) -> DataError {
+        let expected = match self.need {
+            Need::Captions => "at least one with a caption",
+            Need::Elems => "at least one with elems",
+            Need::Questions => "at least one with questions",
+        };
+        DataError::Config { field: "records", expected: expected.to_owned(), found: "none".to_owned() }
+    }
+
+    fn known_total(&self, stream: &Stream) -> Option<u64> {
+        if let Some(total) = stream.total.get() {
+            return Some(*total);
+        }
+        let total = stream.parts.iter().map(|&part| self.dataset.known_count(part, self.need)).sum::<Option<u64>>()?;
+        Some(*stream.total.get_or_init(|| total))
+    }
+
+    /// Records of a shard, which is opened if need be.
+    fn count(&self, part: usize) -> u64 {
+        let known = self.dataset.known_count(part, self.need);
+        known.unwrap_or_else(|| u64::from(self.dataset.index_or_failed(part).count(self.need)))
+    }
+
+    /// The shards of an epoch in their order.
+    fn plan(&self, source: usize, epoch: u64) -> Arc<Plan> {
+        let stream = &self.streams[source];
+        let known = self.known_total(stream).is_some();
+        let mut recent = stream.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(plan) = recent.plans.iter().find(|plan| plan.epoch == epoch && plan.starts.is_some() == known) {
+            return Arc::clone(plan);
+        }
+        let mut parts = stream.parts.clone();
+        // The records of a single window are shuffled as a whole.
+        if stream.window < parts.len() {
+            let key = self.need as u64 | (source as u64) << SOURCE | SHARDS;
+            parts.shuffle(&mut generator(self.seed, key, epoch, 0));
+        }
+        let starts = known.then(|| {
+            let counts = parts.chunks(stream.window).map(|window| window.iter().map(|&part| self.count(part)).sum());
+            let starts = counts.scan(0, |start, count: u64| {
+                *start += count;
+                Some(*start - count)
             });
-        }
-        let order = self.order(position / count);
-        Ok(order[(position % count) as usize] as usize)
+            starts.collect()
+        });
+        let plan = Arc::new(Plan { epoch, parts, starts });
+        recent.plans.truncate(Recent::KEPT - 1);
+        recent.plans.push_front(Arc::clone(&plan));
+        plan
     }
 
-    fn order(&self, epoch: u64) -> Arc<[u32]> {
-        const KEPT: usize = 2;
-        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, order)) = recent.iter().find(|(kept, _)| *kept == epoch) {
-            return Arc::clone(order);
+    fn in_window(&self, source: usize, plan: &Plan, window: usize, at: u64) -> Result<(usize, usize), DataError> {
+        let stream = &self.streams[source];
+        let Some(parts) = plan.parts.chunks(stream.window).nth(window) else { return Err(self.nothing()) };
+        // Before the lock: opening takes long, and others may be busy in another window.
+        let indices: Vec<Arc<Index>> = parts.iter().map(|&part| self.dataset.index_or_failed(part)).collect();
+        let order = self.shuffled(source, plan.epoch, window, &indices)?;
+        let mut number = order.get(at as usize).map_or(usize::MAX, |&number| number as usize);
+        for (&part, index) in parts.iter().zip(&indices) {
+            if number < index.len() {
+                return Ok((part, number));
+            }
+            number -= index.len();
         }
-        let mut order = self.indices.clone();
-        // Attempts are counted from 1, so 0 is free for this.
-        order.shuffle(&mut generator(self.seed, self.stream, epoch, 0));
+        Err(self.nothing())
+    }
+
+    /// The records of a window that take part, by their numbers in it, in their order.
+    fn shuffled(
+        &self,
+        source: usize,
+        epoch: u64,
+        window: usize,
+        indices: &[Arc<Index>],
+    ) -> Result<Arc<[u32]>, DataError> {
+        let mut recent = self.streams[source].recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = |kept: &&Shuffled| (kept.epoch, kept.window) == (epoch, window);
+        if let Some(kept) = recent.windows.iter().find(same) {
+            return Ok(Arc::clone(&kept.order));
+        }
+        let records: usize = indices.iter().map(|index| index.len()).sum();
+        if u32::try_from(records).is_err() {
+            let expected = format!("windows of at most {} records", u32::MAX);
+            return Err(DataError::Config { field: "window", expected, found: format!("one of {records}") });
+        }
+        let count: usize = indices.iter().map(|index| index.count(self.need) as usize).sum();
+        // The oldest goes first, so that there are never more than are kept.
+        recent.windows.truncate(Recent::KEPT - 1);
+        let mut order = Vec::with_capacity(count);
+        let mut first = 0;
+        for index in indices {
+            order.extend((0..index.len()).filter(|&i| index.has(i, self.need)).map(|i| first + i as u32));
+            first += index.len() as u32;
+        }
+        let key = self.need as u64 | (source as u64) << SOURCE;
+        // What is drawn for a batch has attempts from 1 on, so 0 and the highest numbers are free.
+        let attempt = (window as u64).checked_sub(1).map_or(0, |window| u64::MAX - window);
+        order.shuffle(&mut generator(self.seed, key, epoch, attempt));
         let order: Arc<[u32]> = order.into();
-        recent.truncate(KEPT - 1);
-        recent.push_front((epoch, Arc::clone(&order)));
-        order
+        recent.windows.push_front(Shuffled { epoch, window, order: Arc::clone(&order) });
+        Ok(order)
     }
 }
 
-/// What is known of broken records.
-#[derive(Debug, Default)]
-pub(crate) struct Broken {
-    pub(crate) records: BTreeMap<usize, BrokenRecord>,
-    /// Records taken.
-    pub(crate) seen: u64,
-    /// Broken ones among them.
-    pub(crate) met: u64,
+/// The order of one source.
+#[derive(Debug)]
+struct Stream {
+    /// The shards of this process.
+    parts: Vec<usize>,
+    /// Whether all processes have all shards.
+    shared: bool,
+    /// Shards of a window.
+    window: usize,
+    /// Records of an epoch, once they are known.
+    total: OnceLock<u64>,
+    recent: Mutex<Recent>,
 }
 
-impl Broken {
-    pub(crate) fn note(
-        &mut self,
-        index: usize,
-        record: &Record,
-        error: DataError,
-        limit: f64,
-        hopeless: bool,
-    ) -> Result<(), DataError> {
-        /// Fewer records say little about the share.
-        const ENOUGH: u64 = 20;
-        self.seen += 1;
-        self.met += 1;
-        self.records
-            .entry(index)
-            .or_insert_with(|| BrokenRecord { origin: record.origin.clone(), error: Arc::new(error) });
-        let too_many = self.seen >= ENOUGH && self.met as f64 > limit * self.seen as f64;
-        if !too_many && !hopeless {
-            return Ok(());
+/// What was drawn last: batches reach over the end of a window, and workers are not in step.
+#[derive(Debug, Default)]
+struct Recent {
+    plans: VecDeque<Arc<Plan>>,
+    windows: VecDeque<Shuffled>,
+}
+
+impl Recent {
+    const KEPT: usize = 2;
+}
+
+/// The shards of an epoch in their order.
+#[derive(Debug)]
+struct Plan {
+    epoch: u64,
+    parts: Vec<usize>,
+    /// How many records come before each window, if all shards' numbers of records are known.
+    starts: Option<Vec<u64>>,
+}
+
+/// The records of a window in their order.
+#[derive(Debug)]
+struct Shuffled {
+    epoch: u64,
+    window: usize,
+    order: Arc<[u32]>,
+}
+
+/// How several sources are mixed: in a cycle of blocks, each of which has its share of every source in a random order.
+#[derive(Debug)]
+struct Mix {
+    seed: u64,
+    stream: u64,
+    /// Places of each source in a cycle.
+    shares: Vec<u64>,
+    /// `[block][source]`: places of the source in the cycle before the block.
+    before: Vec<Vec<u64>>,
+    /// The blocks drawn last: for each place its source, and how many of that source come before it in the block.
+    recent: Mutex<VecDeque<Drawn>>,
+}
+
+/// A block with its number: for each place its source, and how many of that source come before it.
+type Drawn = (u64, Arc<[(u32, u32)]>);
+
+impl Mix {
+    /// Places of a block and of a cycle: shares are kept to one in 65536, and to within a place or two at any time.
+    const BLOCK: usize = 256;
+    const CYCLE: usize = 1 << 16;
+
+    fn new(weights: &[f64], seed: u64, need: u64) -> Result<Self, DataError> {
+        if weights.len() > Self::BLOCK {
+            let expected = format!("at most {} sources with weights", Self::BLOCK);
+            return Err(DataError::Config { field: "weight", expected, found: weights.len().to_string() });
         }
-        Err(DataError::too_many_broken(self.met, self.seen, limit, self.records.values()))
+        // Divided first: a sum of large weights may overflow.
+        let largest = weights.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
+        let sum: f64 = weights.iter().map(|weight| weight / largest).sum();
+        // Each has a place, and what rounding leaves goes to the largest.
+        let free = (Self::CYCLE - weights.len()) as f64;
+        let mut shares: Vec<u64> =
+            weights.iter().map(|weight| 1 + (weight / largest / sum * free).floor() as u64).collect();
+        let left = Self::CYCLE as u64 - shares.iter().sum::<u64>();
+        if let Some(most) = shares.iter_mut().max() {
+            *most += left;
+        }
+        // Each place goes to the source that is furthest behind its share.
+        let mut counts = vec![0u64; shares.len()];
+        let mut before = Vec::with_capacity(Self::CYCLE / Self::BLOCK + 1);
+        for place in 0..Self::CYCLE {
+            if place % Self::BLOCK == 0 {
+                before.push(counts.clone());
+            }
+            let behind = |s: usize| shares[s] as i64 * (place as i64 + 1) - counts[s] as i64 * Self::CYCLE as i64;
+            if let Some(next) = (0..shares.len()).max_by_key(|&s| (behind(s), std::cmp::Reverse(s))) {
+                counts[next] += 1;
+            }
+        }
+        before.push(counts);
+        Ok(Self { seed, stream: need | MIXING, shares, before, recent: Mutex::default() })
+    }
+
+    /// The source that a position is of, and the position in that source.
+    fn source(&self, position: u64) -> (usize, u64) {
+        let (block, place) = (position / Self::BLOCK as u64, position as usize % Self::BLOCK);
+        let blocks = (Self::CYCLE / Self::BLOCK) as u64;
+        let (source, before) = self.block(block)[place];
+        let source = source as usize;
+        let cycles = (block / blocks).wrapping_mul(self.shares[source]);
+        let in_cycle = self.before[(block % blocks) as usize][source] + u64::from(before);
+        (source, cycles.wrapping_add(in_cycle))
+    }
+
+    fn block(&self, block: u64) -> Arc<[(u32, u32)]> {
+        /// Workers are in some few blocks at a time.
+        const KEPT: usize = 16;
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, places)) = recent.iter().find(|(kept, _)| *kept == block) {
+            return Arc::clone(places);
+        }
+        let row = (block % (self.before.len() as u64 - 1)) as usize;
+        let quotas = self.before[row].iter().zip(&self.before[row + 1]).map(|(before, after)| after - before);
+        let mut places: Vec<u32> =
+            (0u32..).zip(quotas).flat_map(|(source, quota)| std::iter::repeat_n(source, quota as usize)).collect();
+        places.shuffle(&mut generator(self.seed, self.stream, block, 0));
+        let mut met = vec![0; self.shares.len()];
+        let place = |source: u32| {
+            let before = met[source as usize];
+            met[source as usize] += 1;
+            (source, before)
+        };
+        let places: Arc<[(u32, u32)]> = places.into_iter().map(place).collect();
+        recent.truncate(KEPT - 1);
+        recent.push_front((block, Arc::clone(&places)));
+        places
     }
 }

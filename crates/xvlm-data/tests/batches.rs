@@ -7,8 +7,8 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use xvlm_data::{
-    BatchBuilder, BatchConfig, DataError, GenerationConfig, ImageCache, Picture, Record, Target, TextTokenizer,
-    read_jsonl,
+    BatchBuilder, BatchConfig, DataError, Dataset, GenerationConfig, ImageCache, Picture, Place, Record, Target,
+    TextTokenizer, read_jsonl,
 };
 
 const WORDS: [&str; 14] =
@@ -47,7 +47,8 @@ fn tokenizer() -> Arc<TextTokenizer> {
 }
 
 fn builder(records: Vec<Record>, config: BatchConfig) -> BatchBuilder {
-    BatchBuilder::new(Arc::new(records), tokenizer(), config, Arc::new(ImageCache::new(1 << 26))).unwrap()
+    BatchBuilder::new(Arc::new(Dataset::from_records(records)), tokenizer(), config, Arc::new(ImageCache::new(1 << 26)))
+        .unwrap()
 }
 
 fn config() -> BatchConfig {
@@ -221,7 +222,7 @@ fn broken_records_are_named_and_replaced_until_there_are_too_many() {
     assert_eq!(lenient.captions(0).unwrap().images, 12);
     let broken = lenient.broken();
     assert!(broken.len() == 1 && broken[0].to_string().contains("3.png"), "{broken:?}");
-    assert_eq!(broken[0].origin.line, 4);
+    assert_eq!(broken[0].origin.place, Place::Line(4));
     let (seen, met) = lenient.counts();
     assert!(met >= 1 && seen == 12 + met, "{seen} {met}");
 
@@ -249,7 +250,12 @@ fn values_that_make_no_sense_are_refused() {
         let mut json = serde_json::to_value(config()).unwrap();
         json[field] = value;
         let config = serde_json::from_value(json).unwrap();
-        let built = BatchBuilder::new(Arc::default(), tokenizer(), config, Arc::new(ImageCache::new(0)));
+        let built = BatchBuilder::new(
+            Arc::new(Dataset::from_records(Vec::new())),
+            tokenizer(),
+            config,
+            Arc::new(ImageCache::new(0)),
+        );
         let error = built.unwrap_err().to_string();
         assert!(error.contains(field), "{field}: {error}");
     }

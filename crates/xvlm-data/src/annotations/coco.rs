@@ -90,8 +90,8 @@ impl Coco {
         let mut items = JsonItems::open(path, &["images", "annotations", "categories"])?;
         while let Some(item) = items.next()? {
             let place = Place::Item(item.number);
-            let parsed = parse_item(path, place, item.bytes).and_then(|value| {
-                let object = Context { path, place }.object(&value, "record")?;
+            let parsed = parse_item(path, &place, item.bytes).and_then(|value| {
+                let object = Context { path, place: place.clone() }.object(&value, "record")?;
                 match item.section {
                     0 => self.image(&object, file, item.number as u32, loaded, folders, report),
                     1 => self.annotation(&object, loaded, report),
@@ -203,7 +203,7 @@ impl Coco {
             return Ok(());
         }
         if !self.crowds && object.get("iscrowd").and_then(Value::as_f64).is_some_and(|crowd| crowd != 0.0) {
-            let context = object.context;
+            let context = &object.context;
             report.skip(Reason::Crowd, || format!("{}{}: image {id}", context.path.display(), context.place));
             return Ok(());
         }

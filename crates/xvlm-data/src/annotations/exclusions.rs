@@ -45,8 +45,8 @@ fn items(path: &Path, add: &mut dyn FnMut(String)) -> Result<(), DataError> {
     let mut items = JsonItems::open(path, &["images"])?;
     while let Some(item) = items.next()? {
         let place = Place::Item(item.number);
-        let value = parse_item(path, place, item.bytes)?;
-        let object = Context { path, place }.object(&value, "record")?;
+        let value = parse_item(path, &place, item.bytes)?;
+        let object = Context { path, place: place.clone() }.object(&value, "record")?;
         if object.get("split").and_then(Value::as_str).is_some_and(|split| !held_out(split)) {
             continue;
         }

@@ -99,9 +99,9 @@ impl Reader for KarpathyReader {
             let file = Arc::clone(&self.file);
             let Some(item) = self.items.next()? else { return Ok(None) };
             let (place, number) = (Place::Item(item.number), item.number);
-            let value = parse_item(&file, place, item.bytes);
+            let value = parse_item(&file, &place, item.bytes);
             let parsed = value.as_ref().ok().map(|value| {
-                let object = Context { path: &file, place }.object(value, "record")?;
+                let object = Context { path: &file, place: place.clone() }.object(value, "record")?;
                 let split = object.get("split").and_then(serde_json::Value::as_str);
                 if !self.splits.is_empty()
                     && split.is_none_or(|split| !self.splits.iter().any(|wanted| wanted == split))

@@ -258,7 +258,7 @@ impl OpenImagesReader {
             let mut nothing = Report::default();
             table.rows(key, &mut nothing, |row, _| {
                 if found.is_none() {
-                    found = Some((row.id()?.to_owned(), row.context.place));
+                    found = Some((row.id()?.to_owned(), row.context.place.clone()));
                 }
                 Ok(())
             })?;
@@ -269,7 +269,7 @@ impl OpenImagesReader {
         for extents in &mut self.narratives {
             for chunk in extents.read(key)? {
                 let place = Place::Line(chunk.number);
-                let value = parse_item(&extents.path, place, &chunk.bytes)?;
+                let value = parse_item(&extents.path, &place, &chunk.bytes)?;
                 if let Some(id) = value.get("image_id").and_then(Value::as_str) {
                     return Ok(Some((id.to_owned(), place)));
                 }
@@ -284,7 +284,7 @@ impl OpenImagesReader {
             let label = row.text(column)?;
             let name = names.get(label).cloned();
             if name.is_none() {
-                let Context { path, place } = row.context;
+                let Context { path, place } = &row.context;
                 report.skip(Reason::UnknownCategory, || format!("{}{place}: {label}", path.display()));
             }
             Ok(name)
@@ -293,7 +293,7 @@ impl OpenImagesReader {
         let (groups, depictions) = (self.groups, self.depictions);
         if let Some(table) = &mut self.boxes {
             table.rows(key, report, |row, report| {
-                let Context { path, place } = row.context;
+                let Context { path, place } = &row.context;
                 if !groups && row.flag("IsGroupOf") {
                     report.skip(Reason::Crowd, || format!("{}{place}", path.display()));
                     return Ok(());
@@ -356,7 +356,7 @@ impl Reader for OpenImagesReader {
             let mut captions = Vec::new();
             for extents in &mut self.narratives {
                 for chunk in extents.read(key)? {
-                    let value = parse_item(&extents.path, Place::Line(chunk.number), &chunk.bytes);
+                    let value = parse_item(&extents.path, &Place::Line(chunk.number), &chunk.bytes);
                     match value.as_ref().map(|value| value.get("caption").and_then(Value::as_str)) {
                         Ok(Some(caption)) => captions.push(caption.to_owned()),
                         _ => report.skip(Reason::Malformed, || {

@@ -169,7 +169,7 @@ impl Sbu {
                 let mut columns: [Vec<Box<str>>; 2] = [Vec::new(), Vec::new()];
                 let mut items = JsonItems::open(path, &["image_urls", "captions"])?;
                 while let Some(item) = items.next()? {
-                    let text = match parse_item(path, Place::Item(item.number), item.bytes)? {
+                    let text = match parse_item(path, &Place::Item(item.number), item.bytes)? {
                         Value::String(text) => text,
                         // Counted with its row, as a text without words.
                         _ => String::new(),

@@ -119,8 +119,8 @@ pub(crate) fn read_instances(path: &Path, report: &mut Report) -> Result<Instanc
     let mut items = JsonItems::open(path, &["images", "annotations"])?;
     while let Some(item) = items.next()? {
         let place = Place::Item(item.number);
-        let parsed = parse_item(path, place, item.bytes).and_then(|value| {
-            let object = Context { path, place }.object(&value, "record")?;
+        let parsed = parse_item(path, &place, item.bytes).and_then(|value| {
+            let object = Context { path, place: place.clone() }.object(&value, "record")?;
             let id = object.id("id")?;
             if item.section == 1 {
                 let boxed = (object.id("image_id")?, numbers(&object, "bbox")?);

@@ -249,14 +249,9 @@ impl Exclusions {
     }
 }
 
-/// The place of an item, for messages.
+/// Where an image is told of.
 pub(crate) fn origin(file: &Arc<Path>, place: Place) -> Origin {
-    let line = match place {
-        Place::Line(line) => line,
-        Place::Item(item) => item + 1,
-        Place::Whole => 1,
-    };
-    Origin { file: Arc::clone(file), line }
+    Origin { file: Arc::clone(file), place }
 }
 
 /// Counts what is wrong with an item; what is wrong with its file ends the reading.

@@ -9,40 +9,23 @@ use serde_json::{Map, Value};
 
 use crate::error::{DataError, Place, excerpt};
 use crate::json::{Context, io_error};
+use crate::storage::{codec, spool};
 use crate::tokens::hash_bytes;
 
 /// Opens a file; one that gzip or zstd has compressed is unpacked into a temporary file, so that it can be read at any place.
 pub(crate) fn open_plain(path: &Path) -> Result<File, DataError> {
     let io = |source| io_error(path, source);
     let mut file = File::open(path).map_err(io)?;
-    let mut magic = [0u8; 4];
-    let mut known = 0;
-    while known < magic.len() {
-        match file.read(&mut magic[known..]).map_err(io)? {
-            0 => break,
-            read => known += read,
-        }
-    }
+    let mut magic = Vec::new();
+    (&mut file).take(4).read_to_end(&mut magic).map_err(io)?;
     file.seek(SeekFrom::Start(0)).map_err(io)?;
-    if magic.starts_with(&[0x1f, 0x8b]) {
-        let mut plain = tempfile::tempfile().map_err(io)?;
-        let mut unpacked = flate2::read::MultiGzDecoder::new(BufReader::new(file));
-        std::io::copy(&mut unpacked, &mut plain).map_err(io)?;
-        plain.seek(SeekFrom::Start(0)).map_err(io)?;
-        return Ok(plain);
+    if !codec::is_compressed(&magic) {
+        return Ok(file);
     }
-    if magic == [0x28, 0xb5, 0x2f, 0xfd] {
-        let mut plain = tempfile::tempfile().map_err(io)?;
-        let mut packed = BufReader::new(file);
-        while !packed.fill_buf().map_err(io)?.is_empty() {
-            let frame = ruzstd::decoding::StreamingDecoder::new(&mut packed);
-            let mut frame = frame.map_err(|error| io(std::io::Error::other(error.to_string())))?;
-            std::io::copy(&mut frame, &mut plain).map_err(io)?;
-        }
-        plain.seek(SeekFrom::Start(0)).map_err(io)?;
-        return Ok(plain);
-    }
-    Ok(file)
+    let mut plain = spool::temporary(None).map_err(io)?;
+    std::io::copy(&mut codec::decoder(&magic, BufReader::new(file)), &mut plain).map_err(io)?;
+    plain.seek(SeekFrom::Start(0)).map_err(io)?;
+    Ok(plain)
 }
 
 /// Where the next item of a JSON document starts.
@@ -347,12 +330,12 @@ impl<'de> Deserialize<'de> for Slim {
 }
 
 /// Parses an item.
-pub(crate) fn parse_item(path: &Path, place: Place, bytes: &[u8]) -> Result<Value, DataError> {
+pub(crate) fn parse_item(path: &Path, place: &Place, bytes: &[u8]) -> Result<Value, DataError> {
     let parsed = match bytes.first() {
         Some(b'{') => serde_json::from_slice::<Slim>(bytes).map(|slim| Value::Object(slim.0)),
         _ => serde_json::from_slice(bytes),
     };
-    parsed.map_err(|source| DataError::Json { path: path.to_owned(), place, source })
+    parsed.map_err(|source| DataError::Json { path: path.to_owned(), place: place.clone(), source })
 }
 
 /// Lines of a file, one at a time, without their ends.

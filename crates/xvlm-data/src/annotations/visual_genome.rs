@@ -91,8 +91,8 @@ impl VisualGenome {
         let mut items = JsonItems::open(path, &[])?;
         while let Some(item) = items.next()? {
             let place = Place::Item(item.number);
-            let parsed = parse_item(path, place, item.bytes).and_then(|value| {
-                let object = Context { path, place }.object(&value, "record")?;
+            let parsed = parse_item(path, &place, item.bytes).and_then(|value| {
+                let object = Context { path, place: place.clone() }.object(&value, "record")?;
                 self.image(&object, item.number, &mut folders)
             });
             match parsed {
@@ -183,8 +183,8 @@ fn members(
     let Some(extents) = extents else { return Ok(()) };
     for chunk in extents.read(image_key(id))? {
         let (path, place) = (extents.path.as_path(), Place::Item(chunk.number));
-        let context = Context { path, place };
-        let value = parse_item(path, place, &chunk.bytes);
+        let context = Context { path, place: place.clone() };
+        let value = parse_item(path, &place, &chunk.bytes);
         let list = value.as_ref().ok().map(|value| context.object(value, "record").and_then(|item| item.list(field)));
         match list {
             None => {

@@ -23,24 +23,36 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 pub use self::manifest::{Input, MANIFEST, Manifest, Shard};
-use self::spool::{Spool, SpoolWriter, Spooled};
-use self::write::{ASIDE, Fields, ShardWriter, base64};
+use self::spool::{Spool, SpoolWriter};
+use self::write::{Output, UNFINISHED};
 use crate::annotations::source::clip;
-use crate::annotations::{Reason, Records, Report};
+use crate::annotations::{Annotated, Reason, Records, Report};
 use crate::error::DataError;
 use crate::json::io_error;
+use crate::records::{ImageSource, Record};
+use crate::shards;
 
 /// What a shard is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Form {
-    /// JSON lines with the absolute paths of the images.
+    /// JSON lines with the paths of the images: absolute ones, which are read with `image_root: /`, but for images that lie in
+    /// the folder of the shards.
     JsonPaths,
     /// JSON lines with the images in base64.
     #[default]
     JsonImages,
     /// A tar archive in the order of WebDataset: an image, then its JSON, under one name.
     Tar,
+}
+
+impl Form {
+    fn of_shard(self) -> shards::Form {
+        match self {
+            Self::JsonPaths | Self::JsonImages => shards::Form::Lines,
+            Self::Tar => shards::Form::Tar,
+        }
+    }
 }
 
 /// How a shard is compressed.
@@ -233,7 +245,7 @@ fn claim(out: &Path, wanted: Manifest) -> Result<(File, Manifest), DataError> {
     for entry in entries {
         let entry = entry.map_err(|source| io_error(out, source))?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with(ASIDE) {
+        if UNFINISHED.iter().any(|start| name.starts_with(start)) {
             unfinished.push(entry.path());
         } else if known.is_none() && name != SPOOL && name != LOCK {
             return refuse(
@@ -292,7 +304,7 @@ fn read(
     let mut spool = SpoolWriter::new(&options.out.join(SPOOL))?;
     let of = records.images();
     for annotated in records.by_ref() {
-        spool.add(&Spooled::new(annotated?))?;
+        spool.add(annotated?)?;
         if spool.len() % SOME == 0 {
             progress.reading(spool.len() as u64, of);
             if progress.stop() {
@@ -370,7 +382,6 @@ impl Work<'_> {
     /// Writes a shard, and notes that it is finished.
     fn shard(&self, number: usize) -> Result<(), DataError> {
         let ConvertOptions { out, form, compression, records_per_shard, .. } = self.options;
-        let places = self.spool.of_shard(number, *records_per_shard);
         let name = format!("{}-{number:05}.{}", self.job.name, self.options.extension());
         let mut shard = Shard {
             number,
@@ -382,18 +393,21 @@ impl Work<'_> {
             questions: 0,
             skipped: Report::default(),
         };
-        let mut writer = ShardWriter::new(out, *form)?;
-        let (mut file, mut bytes) = (self.spool.open()?, Vec::new());
-        for (i, &place) in places.iter().enumerate() {
+        let mut output = Output::new(out, &name, *form, *compression)?;
+        let mut file = self.spool.open()?;
+        for &place in self.spool.of_shard(number, *records_per_shard) {
             if self.failed.load(Ordering::Relaxed) {
                 return Err(DataError::Stopped);
             }
-            let image = self.spool.read(&mut file, place, &mut bytes)?;
-            let key = format!("{number:05}{i:06}");
-            self.record(image, &key, &mut writer, &mut shard)?;
+            let Some(record) = self.record(self.spool.read(&mut file, place)?, &mut shard.skipped)? else { continue };
+            shard.records += 1;
+            shard.captions += record.captions.len() as u64;
+            shard.elems += record.elems.len() as u64;
+            shard.questions += record.questions.len() as u64;
+            output.add(&record)?;
         }
         if shard.records > 0 {
-            shard.bytes = writer.finish(&out.join(&name), *compression)?;
+            shard.bytes = output.finish()?;
             shard.file = Some(name);
         }
         let mut manifest = self.locked();
@@ -402,83 +416,61 @@ impl Work<'_> {
         manifest.write(out)
     }
 
-    /// Adds an image to a shard, or counts why not.
-    fn record(
-        &self,
-        mut image: Spooled,
-        key: &str,
-        writer: &mut ShardWriter,
-        shard: &mut Shard,
-    ) -> Result<(), DataError> {
-        let ConvertOptions { out, form, max_side, quality, .. } = self.options;
-        let path = std::path::absolute(&image.image).map_err(|source| io_error(&image.image, source))?;
-        let name = || format!("{}: {}", image.origin, path.display());
+    /// An image as it goes into a shard; `None`, and counted, if it cannot be used.
+    fn record(&self, image: Annotated, skipped: &mut Report) -> Result<Option<Record>, DataError> {
+        let ConvertOptions { form, max_side, quality, .. } = self.options;
+        let Annotated { size: annotated, mut record, .. } = image;
+        let ImageSource::Path(path) = &record.image else { return Ok(Some(record)) };
+        let path = std::path::absolute(path).map_err(|source| io_error(path, source))?;
+        let origin = record.origin.clone();
+        let name = || format!("{origin}: {}", path.display());
         let looked = match form {
-            Form::JsonPaths => picture::file_size(&path).map(|size| (size, size, None)),
-            _ => picture::read(&path, *max_side, *quality).map(|file| {
-                let (size, new_size) = (file.size, file.new_size);
-                (size, new_size, Some(file))
-            }),
+            Form::JsonPaths if path.to_str().is_none() => {
+                Err((Reason::UnreadableImage, "a path that is no UTF-8".to_owned()))
+            }
+            Form::JsonPaths => picture::file_size(&path).map(|size| (size, size, ImageSource::Path(path.clone()))),
+            Form::JsonImages | Form::Tar => picture::read(&path, *max_side, *quality)
+                .map(|file| (file.size, file.new_size, ImageSource::Bytes(file.bytes.into()))),
         };
-        let (size, new_size, file) = match looked {
+        let (size, new_size, source) = match looked {
             Ok(looked) => looked,
             Err((reason, found)) => {
-                shard.skipped.skip(reason, || format!("{}: {found}", name()));
-                return Ok(());
+                skipped.skip(reason, || format!("{}: {found}", name()));
+                return Ok(None);
             }
         };
-        if !image.elems.is_empty() && image.size.is_some_and(|annotated| annotated != size) {
-            let (annotated, found) = (image.size.unwrap_or(size), size);
-            shard.skipped.skip(Reason::OtherSize, || {
-                format!("{}: expected {}x{}, found {}x{}", name(), annotated.0, annotated.1, found.0, found.1)
-            });
-            return Ok(());
+        let other = annotated.filter(|&annotated| annotated != size && !record.elems.is_empty());
+        if let Some((width, height)) = other {
+            let found = || format!("{}: expected {width}x{height}, found {}x{}", name(), size.0, size.1);
+            skipped.skip(Reason::OtherSize, found);
+            return Ok(None);
         }
-        let origin = &image.origin;
-        image.elems.retain_mut(|element| {
-            let scale = |number: f32, new: u32, old: u32| (f64::from(number) * f64::from(new) / f64::from(old)) as f32;
-            let [x, y, w, h] = element.bb;
-            let ((new_w, new_h), (old_w, old_h)) = (new_size, size);
-            let scaled = match new_size == size {
-                true => element.bb,
-                false => {
-                    [scale(x, new_w, old_w), scale(y, new_h, old_h), scale(w, new_w, old_w), scale(h, new_h, old_h)]
-                }
-            };
-            let clipped = clip(scaled, new_w, new_h);
+        record.image = source;
+        record.elems.retain_mut(|element| {
+            let scaled = scale(element.bbox, size, new_size);
+            let clipped = clip(scaled, new_size.0, new_size.1);
             match clipped {
-                Some(clipped) => element.bb = clipped,
-                None => shard.skipped.skip(Reason::DegenerateBox, || {
-                    format!("{origin}: box {:?} in {new_w}x{new_h} pixels", element.bb)
+                Some(clipped) => element.bbox = clipped,
+                None => skipped.skip(Reason::DegenerateBox, || {
+                    format!(
+                        "{origin}: box {:?}, of {}x{} pixels made {}x{}",
+                        element.bbox, size.0, size.1, new_size.0, new_size.1
+                    )
                 }),
             }
             clipped.is_some()
         });
-        if image.captions.is_empty() && image.elems.is_empty() && image.questions.is_empty() {
-            shard.skipped.skip(Reason::NoText, name);
-            return Ok(());
+        if record.captions.is_empty() && record.elems.is_empty() && record.questions.is_empty() {
+            skipped.skip(Reason::NoText, name);
+            return Ok(None);
         }
-        let path_text = match (form, path.to_str()) {
-            (Form::JsonPaths, None) => {
-                shard.skipped.skip(Reason::UnreadableImage, || format!("{}: a path that is no UTF-8", name()));
-                return Ok(());
-            }
-            (Form::JsonPaths, text) => text,
-            _ => None,
-        };
-        shard.records += 1;
-        shard.captions += image.captions.len() as u64;
-        shard.elems += image.elems.len() as u64;
-        shard.questions += image.questions.len() as u64;
-        let fields = Fields {
-            id: &image.id,
-            image_rpath: path_text,
-            binary: file.as_ref().filter(|_| *form == Form::JsonImages).map(|file| base64(&file.bytes)),
-            caption: image.captions.iter().map(String::as_str).collect(),
-            elems: image.elems,
-            questions: image.questions,
-        };
-        let content = file.as_ref().map(|file| (file.bytes.as_slice(), file.extension));
-        writer.add(key, &fields, content).map_err(|source| io_error(out, source))
+        Ok(Some(record))
     }
+}
+
+/// A box of an image of size `from` in that image made `to`.
+fn scale([x, y, w, h]: [f32; 4], from: (u32, u32), to: (u32, u32)) -> [f32; 4] {
+    let along = |number: f32, from: u32, to: u32| (f64::from(number) * f64::from(to) / f64::from(from)) as f32;
+    let ((fw, fh), (tw, th)) = (from, to);
+    [along(x, fw, tw), along(y, fh, th), along(w, fw, tw), along(h, fh, th)]
 }

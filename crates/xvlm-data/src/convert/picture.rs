@@ -17,21 +17,23 @@ fn opened(path: &Path) -> Result<File, Unusable> {
     })
 }
 
-fn header(reader: impl BufRead + Seek) -> Result<((u32, u32), image::ImageFormat), Unusable> {
+fn header(reader: impl BufRead + Seek) -> Result<(u32, u32), Unusable> {
     let unreadable = |found: String| (Reason::UnreadableImage, found);
     let reader =
         image::ImageReader::new(reader).with_guessed_format().map_err(|error| unreadable(error.to_string()))?;
-    let format = reader.format().ok_or_else(|| unreadable("no image format that is known".to_owned()))?;
+    if reader.format().is_none() {
+        return Err(unreadable("no image format that is known".to_owned()));
+    }
     let size = reader.into_dimensions().map_err(|error| unreadable(error.to_string()))?;
     if size.0 == 0 || size.1 == 0 {
         return Err(unreadable(format!("an image of {}x{} pixels", size.0, size.1)));
     }
-    Ok((size, format))
+    Ok(size)
 }
 
 /// Width and height as the header of an image file tells them.
 pub(crate) fn file_size(path: &Path) -> Result<(u32, u32), Unusable> {
-    header(BufReader::new(opened(path)?)).map(|(size, _)| size)
+    header(BufReader::new(opened(path)?))
 }
 
 /// An image file's content, and what is known of it.
@@ -41,8 +43,6 @@ pub(crate) struct ImageFile {
     pub(crate) size: (u32, u32),
     /// Width and height of the image in `bytes`.
     pub(crate) new_size: (u32, u32),
-    /// What its file's name should end in.
-    pub(crate) extension: &'static str,
 }
 
 /// Reads an image file; if a side is longer than `max_side` it is made smaller and written anew as a JPEG.
@@ -50,16 +50,10 @@ pub(crate) fn read(path: &Path, max_side: Option<u32>, quality: u8) -> Result<Im
     let unreadable = |found: String| (Reason::UnreadableImage, found);
     opened(path)?;
     let bytes = std::fs::read(path).map_err(|error| unreadable(error.to_string()))?;
-    let (size, format) = header(Cursor::new(&bytes))?;
-    let extension = match format {
-        image::ImageFormat::Png => "png",
-        image::ImageFormat::WebP => "webp",
-        image::ImageFormat::Gif => "gif",
-        _ => "jpg",
-    };
+    let size = header(Cursor::new(&bytes))?;
     let longest = size.0.max(size.1);
     let Some(max_side) = max_side.filter(|&max_side| longest > max_side) else {
-        return Ok(ImageFile { bytes, size, new_size: size, extension });
+        return Ok(ImageFile { bytes, size, new_size: size });
     };
     let picture = Picture::from_bytes(&bytes, &path.display()).map_err(|error| unreadable(error.to_string()))?;
     let scaled = |side: u32| {
@@ -71,5 +65,5 @@ pub(crate) fn read(path: &Path, max_side: Option<u32>, quality: u8) -> Result<Im
     image::codecs::jpeg::JpegEncoder::new_with_quality(&mut jpeg, quality)
         .encode(small.rgb(), new_size.0, new_size.1, image::ExtendedColorType::Rgb8)
         .map_err(|error| unreadable(error.to_string()))?;
-    Ok(ImageFile { bytes: jpeg, size, new_size, extension: "jpg" })
+    Ok(ImageFile { bytes: jpeg, size, new_size })
 }

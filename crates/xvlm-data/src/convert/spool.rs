@@ -3,47 +3,60 @@
 use std::fs::File;
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
-use super::write::{ElementFields, QuestionFields};
 use crate::annotations::Annotated;
 use crate::error::{DataError, Place};
 use crate::json::io_error;
-use crate::records::ImageSource;
+use crate::records::{Element, ImageSource, Origin, Record};
 
 /// An image of the spool.
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Spooled {
-    pub(super) id: String,
-    pub(super) image: PathBuf,
-    pub(super) size: Option<(u32, u32)>,
-    pub(super) captions: Vec<String>,
-    pub(super) elems: Vec<ElementFields>,
-    pub(super) questions: Vec<QuestionFields>,
-    pub(super) origin: String,
+#[derive(Serialize, Deserialize)]
+struct Spooled {
+    id: String,
+    size: Option<(u32, u32)>,
+    image: PathBuf,
+    captions: Vec<String>,
+    elems: Vec<SpooledElement>,
+    questions: Vec<(String, String)>,
+    file: PathBuf,
+    place: Place,
 }
 
-impl Spooled {
-    pub(super) fn new(annotated: Annotated) -> Self {
+#[derive(Serialize, Deserialize)]
+struct SpooledElement {
+    bbox: [f32; 4],
+    texts: Vec<String>,
+    attributes: Vec<String>,
+    labels: Vec<String>,
+}
+
+impl From<Annotated> for Spooled {
+    fn from(annotated: Annotated) -> Self {
         let Annotated { id, size, record } = annotated;
-        let image = match record.image {
+        let Record { image, captions, elems, questions, origin } = record;
+        let image = match image {
             ImageSource::Path(path) => path,
             // Published sets have their images in files.
-            _ => PathBuf::new(),
+            ImageSource::Bytes(_) => PathBuf::new(),
         };
-        let question = |(question, answer)| QuestionFields { question, answer };
-        Self {
-            id,
-            image,
-            size,
-            captions: record.captions,
-            elems: record.elems.into_iter().map(ElementFields::from).collect(),
-            questions: record.questions.into_iter().map(question).collect(),
-            origin: record.origin.to_string(),
-        }
+        let spooled = |Element { bbox, texts, attributes, labels }| SpooledElement { bbox, texts, attributes, labels };
+        let elems = elems.into_iter().map(spooled).collect();
+        Self { id, size, image, captions, elems, questions, file: origin.file.to_path_buf(), place: origin.place }
+    }
+}
+
+impl From<Spooled> for Annotated {
+    fn from(spooled: Spooled) -> Self {
+        let Spooled { id, size, image, captions, elems, questions, file, place } = spooled;
+        let element = |SpooledElement { bbox, texts, attributes, labels }| Element { bbox, texts, attributes, labels };
+        let elems = elems.into_iter().map(element).collect();
+        let origin = Origin { file: Arc::from(file), place };
+        Self { id, size, record: Record { image: ImageSource::Path(image), captions, elems, questions, origin } }
     }
 }
 
@@ -55,7 +68,7 @@ pub(super) struct SpoolWriter {
     at: u64,
 }
 
-/// The spool: 8 bytes an image in memory.
+/// The spool: 12 bytes an image in memory.
 pub(super) struct Spool {
     path: PathBuf,
     ends: Vec<u64>,
@@ -69,15 +82,17 @@ impl SpoolWriter {
         Ok(Self { path: path.to_owned(), out: BufWriter::with_capacity(1 << 20, file), ends: Vec::new(), at: 0 })
     }
 
-    pub(super) fn add(&mut self, image: &Spooled) -> Result<(), DataError> {
+    pub(super) fn add(&mut self, image: Annotated) -> Result<(), DataError> {
         let io = |source| io_error(&self.path, source);
-        let line = serde_json::to_vec(image).map_err(|error| io(error.into()))?;
+        let mut line = serde_json::to_vec(&Spooled::from(image)).map_err(|error| io(error.into()))?;
+        line.push(b'\n');
         self.out.write_all(&line).map_err(io)?;
         self.at += line.len() as u64;
         self.ends.push(self.at);
         Ok(())
     }
 
+    /// Puts the images in the order of the shards: that of the annotations, or shuffled.
     pub(super) fn finish(self, shuffle: Option<u64>) -> Result<Spool, DataError> {
         self.out.into_inner().map_err(|error| io_error(&self.path, error.into_error()))?;
         let mut order: Vec<u32> = (0..self.ends.len() as u32).collect();
@@ -107,17 +122,15 @@ impl Spool {
         File::open(&self.path).map_err(|source| io_error(&self.path, source))
     }
 
-    pub(super) fn read(&self, file: &mut File, place: u32, bytes: &mut Vec<u8>) -> Result<Spooled, DataError> {
+    pub(super) fn read(&self, file: &mut File, place: u32) -> Result<Annotated, DataError> {
         let place = place as usize;
         let start = if place == 0 { 0 } else { self.ends[place - 1] };
-        bytes.resize((self.ends[place] - start) as usize, 0);
+        let mut bytes = vec![0; (self.ends[place] - start) as usize];
         file.seek(SeekFrom::Start(start))
-            .and_then(|_| file.read_exact(bytes))
+            .and_then(|_| file.read_exact(&mut bytes))
             .map_err(|source| io_error(&self.path, source))?;
-        serde_json::from_slice(bytes).map_err(|source| DataError::Json {
-            path: self.path.clone(),
-            place: Place::Item(place),
-            source,
-        })
+        let spooled: Result<Spooled, _> = serde_json::from_slice(&bytes);
+        let place = Place::Line(place + 1);
+        Ok(spooled.map_err(|source| DataError::Json { path: self.path.clone(), place, source })?.into())
     }
 }

@@ -1,139 +1,66 @@
 //! Writing shards: aside, onto the disk, then renamed.
 
 use std::fs::File;
-use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
-use std::path::Path;
-
-use base64::Engine;
-use serde::{Deserialize, Serialize};
-use tempfile::NamedTempFile;
+use std::io::{self, BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
 
 use super::{Compression, Form};
 use crate::error::DataError;
 use crate::json::io_error;
-use crate::records::Element;
+use crate::records::Record;
+use crate::shards::{Index, ShardWriter};
+use crate::storage::atomic;
 
-/// The fields of a record in a shard, in the order they are written.
-#[derive(Debug, Default, Serialize)]
-pub(super) struct Fields<'a> {
-    pub(super) id: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) image_rpath: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) binary: Option<String>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub(super) caption: Vec<&'a str>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub(super) elems: Vec<ElementFields>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub(super) questions: Vec<QuestionFields>,
-}
-
-/// A box with its texts, as a record of a shard has it.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct ElementFields {
-    pub(super) bb: [f32; 4],
-    pub(super) caption: Vec<String>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub(super) attributes: Vec<String>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub(super) label: Vec<String>,
-}
-
-/// A question with its answer, as a record of a shard has it.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct QuestionFields {
-    pub(super) question: String,
-    pub(super) answer: String,
-}
-
-impl From<Element> for ElementFields {
-    fn from(element: Element) -> Self {
-        let Element { bbox, texts, attributes, labels } = element;
-        Self { bb: bbox, caption: texts, attributes, label: labels }
-    }
-}
+/// How names of unfinished files begin: those of [`atomic`], and shards that are to be compressed.
+pub(super) const UNFINISHED: [&str; 2] = [".writing-", PLAIN];
+const PLAIN: &str = ".plain-";
 
 /// A shard that is being written, beside where it will be.
-pub(super) struct ShardWriter {
-    out: Out,
-    records: u64,
+pub(super) struct Output {
+    path: PathBuf,
+    /// Of a compressed shard, the shard as it is before.
+    plain: Option<PathBuf>,
+    writer: ShardWriter,
+    compression: Compression,
 }
 
-enum Out {
-    Jsonl(BufWriter<NamedTempFile>),
-    Tar(tar::Builder<BufWriter<NamedTempFile>>),
-}
-
-impl ShardWriter {
-    pub(super) fn new(folder: &Path, form: Form) -> Result<Self, DataError> {
-        let file = aside(folder)?;
-        let file = BufWriter::with_capacity(1 << 20, file);
-        let out = match form {
-            Form::JsonPaths | Form::JsonImages => Out::Jsonl(file),
-            Form::Tar => Out::Tar(tar::Builder::new(file)),
-        };
-        Ok(Self { out, records: 0 })
+impl Output {
+    pub(super) fn new(folder: &Path, name: &str, form: Form, compression: Compression) -> Result<Self, DataError> {
+        let path = folder.join(name);
+        let plain = (compression != Compression::None).then(|| folder.join(format!("{PLAIN}{name}")));
+        let writer = ShardWriter::create(plain.as_ref().unwrap_or(&path), form.of_shard())?;
+        Ok(Self { path, plain, writer, compression })
     }
 
-    /// Adds a record; `image` is the content of its file and what that file's name ends in.
-    pub(super) fn add(&mut self, key: &str, fields: &Fields<'_>, image: Option<(&[u8], &str)>) -> io::Result<()> {
-        self.records += 1;
-        match &mut self.out {
-            Out::Jsonl(out) => {
-                serde_json::to_writer(&mut *out, fields)?;
-                out.write_all(b"\n")
-            }
-            Out::Tar(out) => {
-                if let Some((bytes, extension)) = image {
-                    entry(out, &format!("{key}.{extension}"), bytes)?;
-                }
-                entry(out, &format!("{key}.json"), &serde_json::to_vec(fields)?)
+    pub(super) fn add(&mut self, record: &Record) -> Result<(), DataError> {
+        self.writer.write(record)
+    }
+
+    /// Puts the shard where it belongs, and returns its length. One that is not compressed gets an index file beside it.
+    pub(super) fn finish(self) -> Result<u64, DataError> {
+        let io = |source| io_error(&self.path, source);
+        self.writer.finish()?;
+        if let Some(plain) = &self.plain {
+            let packed = atomic::beside(&self.path).map_err(io)?;
+            let from = File::open(plain).map_err(|source| io_error(plain, source))?;
+            compress(from, packed.as_file(), self.compression).map_err(io)?;
+            atomic::keep(packed, &self.path).map_err(io)?;
+            for path in [plain.clone(), Index::path_of(plain)] {
+                std::fs::remove_file(&path).map_err(|source| io_error(&path, source))?;
             }
         }
-    }
-
-    /// Puts the shard where it belongs, and returns its length.
-    pub(super) fn finish(self, path: &Path, compression: Compression) -> Result<u64, DataError> {
-        let io = |source| io_error(path, source);
-        let buffered = match self.out {
-            Out::Jsonl(out) => out,
-            Out::Tar(out) => out.into_inner().map_err(io)?,
-        };
-        let mut plain = buffered.into_inner().map_err(|error| io(error.into_error()))?;
-        let folder = path.parent().unwrap_or(Path::new("."));
-        let done = match compression {
-            Compression::None => plain,
-            _ => {
-                plain.seek(SeekFrom::Start(0)).map_err(io)?;
-                let mut packed = aside(folder)?;
-                compress(plain.as_file_mut(), packed.as_file_mut(), compression).map_err(io)?;
-                packed
-            }
-        };
-        let bytes = done.as_file().metadata().map_err(io)?.len();
-        place(done, path)?;
-        Ok(bytes)
+        Ok(std::fs::metadata(&self.path).map_err(io)?.len())
     }
 }
 
-fn entry(out: &mut tar::Builder<BufWriter<NamedTempFile>>, name: &str, bytes: &[u8]) -> io::Result<()> {
-    // Nothing of the moment or the machine: the same input gives the same bytes.
-    let mut header = tar::Header::new_ustar();
-    header.set_size(bytes.len() as u64);
-    header.set_mode(0o644);
-    header.set_mtime(0);
-    out.append_data(&mut header, name, bytes)
-}
-
-fn compress(from: &mut File, to: &mut File, compression: Compression) -> io::Result<()> {
+fn compress(mut from: File, to: &File, compression: Compression) -> io::Result<()> {
     let mut to = BufWriter::with_capacity(1 << 20, to);
     match compression {
-        Compression::None => io::copy(from, &mut to).map(|_| ())?,
+        Compression::None => io::copy(&mut from, &mut to).map(|_| ())?,
         Compression::Gzip => {
-            // The header's time is left 0.
+            // The header's time is left 0: the same input gives the same bytes.
             let mut gzip = flate2::write::GzEncoder::new(&mut to, flate2::Compression::default());
-            io::copy(from, &mut gzip)?;
+            io::copy(&mut from, &mut gzip)?;
             gzip.finish()?;
         }
         Compression::Zstd => {
@@ -190,39 +117,40 @@ impl<T: Write> Write for Remember<T> {
     }
 }
 
-/// How names of unfinished files begin.
-pub(super) const ASIDE: &str = ".unfinished-";
-
-fn aside(folder: &Path) -> Result<NamedTempFile, DataError> {
-    tempfile::Builder::new().prefix(ASIDE).tempfile_in(folder).map_err(|source| io_error(folder, source))
-}
-
-/// Onto the disk, then to its place.
-fn place(file: NamedTempFile, path: &Path) -> Result<(), DataError> {
-    let io = |source| io_error(path, source);
-    file.as_file().sync_all().map_err(io)?;
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        // Temporary files are for their owner only; shards are files like any other.
-        file.as_file().set_permissions(std::fs::Permissions::from_mode(0o644)).map_err(io)?;
-    }
-    file.persist(path).map_err(|error| io(error.error))?;
-    #[cfg(unix)]
-    if let Some(folder) = path.parent() {
-        File::open(folder).and_then(|folder| folder.sync_all()).map_err(io)?;
-    }
-    Ok(())
-}
-
 /// Writes a file wholly, or not at all.
 pub(super) fn write_file(path: &Path, content: &[u8]) -> Result<(), DataError> {
-    let mut file = aside(path.parent().unwrap_or(Path::new(".")))?;
-    file.write_all(content).map_err(|source| io_error(path, source))?;
-    place(file, path)
+    let write = || {
+        let mut file = atomic::beside(path)?;
+        file.write_all(content)?;
+        atomic::keep(file, path)
+    };
+    write().map_err(|source| io_error(path, source))
 }
 
-/// Standard base64.
-pub(super) fn base64(bytes: &[u8]) -> String {
-    base64::engine::general_purpose::STANDARD.encode(bytes)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Takes some bytes, then fails as a full disk does.
+    struct Full(usize);
+
+    impl Write for Full {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let taken = bytes.len().min(self.0);
+            self.0 -= taken;
+            if taken == 0 { Err(io::ErrorKind::StorageFull.into()) } else { Ok(taken) }
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_full_disk_is_an_error_of_the_encoder() {
+        let bytes: Vec<u8> = (0..100_000u32).flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+        let mut out = Remember::new(Full(1000));
+        ruzstd::encoding::compress(bytes.as_slice(), &mut out, ruzstd::encoding::CompressionLevel::Fastest);
+        assert_eq!(out.outcome().unwrap_err().kind(), io::ErrorKind::StorageFull);
+    }
 }

@@ -76,7 +76,7 @@ impl Refer {
             }
             let (bbox, image) = match self
                 .look_up(place)
-                .and_then(|(bbox, image)| Ok((whole(context, bbox, image.width, image.height)?, image)))
+                .and_then(|(bbox, image)| Ok((whole(&context, bbox, image.width, image.height)?, image)))
             {
                 Ok(looked_up) => looked_up,
                 Err(error) => {
@@ -86,7 +86,7 @@ impl Refer {
             };
             let file = run.root(path).join(&image.file);
             for text in sentences {
-                if run.accept(context, None, &[&file])? {
+                if run.accept(&context, None, &[&file])? {
                     found.push(GroundingItem {
                         ref_id: ref_id.clone(),
                         image: file.clone(),
@@ -107,7 +107,7 @@ impl Refer {
 }
 
 /// The box, if it is inside its image up to a pixel.
-fn whole(context: Context<'_>, bbox: [f32; 4], width: u32, height: u32) -> Result<[f32; 4], DataError> {
+fn whole(context: &Context<'_>, bbox: [f32; 4], width: u32, height: u32) -> Result<[f32; 4], DataError> {
     match clip_box(bbox, width, height) {
         Some(_) => Ok(bbox),
         None => {
@@ -144,7 +144,7 @@ pub(super) fn grounding_item(
             (object.bbox("bbox")?, object.pixels("width")?, object.pixels("height")?, image_id)
         }
     };
-    let bbox = whole(object.context, bbox, width, height)?;
+    let bbox = whole(&object.context, bbox, width, height)?;
     let proposal = |(i, value): (usize, &Value)| {
         let name = object.name(&format!("dets[{i}]"));
         let four = value.as_array().filter(|numbers| numbers.len() >= 4).map(|numbers| Value::from(&numbers[..4]));
@@ -154,9 +154,9 @@ pub(super) fn grounding_item(
     };
     let proposals = object.list("dets")?.iter().enumerate().map(proposal).collect::<Result<_, _>>()?;
     let image = run.root(path).join(&file);
-    let place = object.context.place;
+    let place = object.context.place.clone();
     let skip = run.other_split(split.as_deref(), || format!("{}{place}", path.display()));
-    if skip || !run.accept(object.context, None, &[&image])? {
+    if skip || !run.accept(&object.context, None, &[&image])? {
         return Ok(None);
     }
     let image_index = run.number(&image_id);

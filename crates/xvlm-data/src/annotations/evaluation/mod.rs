@@ -131,7 +131,7 @@ impl Run<'_> {
     }
 
     /// Whether an identifier is an item's own, and its images are there.
-    fn accept(&mut self, context: Context<'_>, id: Option<(&str, &str)>, images: &[&Path]) -> Result<bool, DataError> {
+    fn accept(&mut self, context: &Context<'_>, id: Option<(&str, &str)>, images: &[&Path]) -> Result<bool, DataError> {
         let known = id.filter(|(_, id)| self.ids.contains(*id));
         if let Some((field, id)) = known {
             let found = format!("{id:?} again");
@@ -162,7 +162,7 @@ impl Run<'_> {
         while let Some(item) = items.next()? {
             count += 1;
             let (section, number) = (item.section, item.number);
-            let parsed = parse_item(path, Place::Item(number), item.bytes);
+            let parsed = parse_item(path, &Place::Item(number), item.bytes);
             if let Err(error) = parsed.and_then(|value| each(self, section, number, &value)) {
                 self.refuse(Reason::Malformed, error)?;
             }
@@ -222,7 +222,7 @@ impl Reading {
                     };
                     let (image, split) = (root.join(&file), optional_text(&object, "split")?);
                     let skip = run.other_split(split.as_deref(), || format!("{}{}", path.display(), context.place));
-                    if !skip && run.accept(context, None, &[&image])? {
+                    if !skip && run.accept(&context, None, &[&image])? {
                         let image_index = run.number(&image_id);
                         found.push(RetrievalItem { image, image_id, image_index, captions, split });
                     }
@@ -259,7 +259,7 @@ impl Reading {
                         None => trailing_number(&file),
                     };
                     let (image, captions) = (root.join(&file), object.texts("caption")?);
-                    if run.accept(context, None, &[&image])? {
+                    if run.accept(&context, None, &[&image])? {
                         let image_index = run.number(&id);
                         found.push(CaptionItem {
                             id,
@@ -298,7 +298,7 @@ impl Reading {
                     let object = context.object(value, "record")?;
                     let item = vqa_item(run, &object, path, number)?;
                     let id = object.get("question_id").map(|_| ("question_id", item.question_id.as_str()));
-                    if run.accept(context, id, &[&item.image])? {
+                    if run.accept(&context, id, &[&item.image])? {
                         found.push(item);
                     }
                     Ok(())
@@ -322,18 +322,18 @@ impl Reading {
             for path in files {
                 let path = path.as_ref();
                 let root = run.root(path);
-                let mut add = |run: &mut Run<'_>, context: Context<'_>, value: &Value| {
+                let mut add = |run: &mut Run<'_>, context: &Context<'_>, value: &Value| {
                     let object = context.object(value, "record")?;
                     let item = nlvr_item(&object, &root, found.len())?;
                     let own = object.get("identifier").map(|_| ("identifier", item.id.as_str()));
-                    if run.accept(context, own, &[&item.images[0], &item.images[1]])? {
+                    if run.accept(&context, own, &[&item.images[0], &item.images[1]])? {
                         found.push(item);
                     }
                     Ok(())
                 };
                 if begins(path)? == Begins::List {
                     run.each(path, &[], |run, _, number, value| {
-                        add(run, Context { path, place: Place::Item(number) }, value)
+                        add(run, &Context { path, place: Place::Item(number) }, value)
                     })?;
                     continue;
                 }
@@ -343,8 +343,10 @@ impl Reading {
                         continue;
                     }
                     let place = Place::Line(line.number);
-                    let parsed = parse_item(path, place, line.bytes);
-                    if let Err(error) = parsed.and_then(|value| add(run, Context { path, place }, &value)) {
+                    let parsed = parse_item(path, &place, line.bytes);
+                    if let Err(error) =
+                        parsed.and_then(|value| add(run, &Context { path, place: place.clone() }, &value))
+                    {
                         run.refuse(Reason::Malformed, error)?;
                     }
                 }
@@ -415,7 +417,7 @@ impl Reading {
                         answers: some_texts(&object, "answers")?,
                         kind: optional_text(&object, "kind")?.unwrap_or_default(),
                     };
-                    if run.accept(context, None, &[&item.image])? {
+                    if run.accept(&context, None, &[&item.image])? {
                         found.push(item);
                     }
                     Ok(())
@@ -462,7 +464,7 @@ impl Run<'_> {
             }
             let image = root.join(sub).join(file);
             let sentences = sentences(&object)?;
-            if run.accept(context, None, &[&image])? {
+            if run.accept(&context, None, &[&image])? {
                 places.insert(id.clone(), found.len());
                 let image_index = run.number(&id);
                 found.push(CaptionItem { id, image, image_index, split, captions: sentences });

@@ -139,7 +139,7 @@ impl Published {
                 }
                 None => (Vec::new(), String::new()),
             };
-            if run.accept(context, Some(("question_id", &id)), &[&image])? {
+            if run.accept(&context, Some(("question_id", &id)), &[&image])? {
                 found.push(VqaItem { question_id: id, image, question, answers, kind, source: VqaSource::Vqa });
             }
         }

@@ -1,0 +1,250 @@
+//! Objects in S3, Google Cloud Storage, Azure and on web servers, through `object_store`.
+//!
+//! Its runtime is a pair of threads of this crate; callers wait for them as for a disk, wherever they are called from.
+
+use std::fs::File;
+use std::future::{Future, poll_fn};
+use std::io::{Seek, SeekFrom, Write};
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::{OnceLock, mpsc};
+use std::time::Duration;
+
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
+use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
+use object_store::http::HttpBuilder;
+use object_store::path::Path as Key;
+use object_store::{BackoffConfig, ClientConfigKey, Error, GetOptions, GetRange, ObjectStore, RetryConfig};
+use tokio::runtime::Runtime;
+use tokio::time::{sleep, timeout};
+
+use super::{StorageOptions, failure, shown};
+use crate::error::DataError;
+
+/// After so many bytes since the last failure a connection counts as one that works.
+const PROGRESS: u64 = 8 << 20;
+/// Longest pause before another attempt.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
+/// A store and an object, or a folder, in it.
+struct Place {
+    store: Box<dyn ObjectStore>,
+    key: Key,
+    /// What goes before a key to make a URL of it.
+    base: String,
+}
+
+pub(super) fn fetch(url: &str, options: &StorageOptions, file: &File, limit: u64) -> Result<(), DataError> {
+    let place = place(url, options)?;
+    let name = Path::new(shown(url));
+    let file = file.try_clone().map_err(|error| failure(name, "a temporary file", error.to_string()))?;
+    let options = options.clone();
+    let result = wait(async move { Download { place, options, file, limit, reached: 0 }.run().await })
+        .map_err(|message| failure(name, "a runtime for object storage", message))?;
+    result.map_err(|found| failure(name, "an object that can be fetched", found))
+}
+
+/// The URLs of the objects in a folder, and in its folders if `all`.
+pub(super) fn list(folder: &str, options: &StorageOptions, all: bool) -> Result<Vec<String>, DataError> {
+    let name = Path::new(folder);
+    if folder.starts_with("http://") || folder.starts_with("https://") {
+        let expected = "the names of files, with {000..123} for many, since a web server has no list of them";
+        return Err(failure(name, expected, "a folder or a pattern".to_owned()));
+    }
+    let Place { store, key, base } = place(folder, options)?;
+    let patience = options.timeout;
+    let result = wait(async move {
+        let (mut folders, mut names) = (vec![key], Vec::new());
+        while let Some(folder) = folders.pop() {
+            // The store asks again by itself, and page after page.
+            let listed = timeout(patience * 20, store.list_with_delimiter(Some(&folder))).await;
+            let listed =
+                listed.map_err(|_| format!("no answer in {patience:?}"))?.map_err(|error| error.to_string())?;
+            names.extend(listed.objects.into_iter().map(|object| format!("{base}{}", object.location)));
+            if all {
+                folders.extend(listed.common_prefixes);
+            }
+        }
+        Ok(names)
+    });
+    let result = result.map_err(|message| failure(name, "a runtime for object storage", message))?;
+    result.map_err(|found: String| failure(name, "a folder that can be listed", found))
+}
+
+/// Runs a future on this crate's threads; whatever thread waits may be one of another runtime.
+fn wait<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> Result<T, String> {
+    static RUNTIME: OnceLock<Result<Runtime, String>> = OnceLock::new();
+    let runtime = RUNTIME.get_or_init(|| {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        let builder = builder.worker_threads(2).thread_name("object storage").enable_all();
+        builder.build().map_err(|error| error.to_string())
+    });
+    let (sender, receiver) = mpsc::channel();
+    runtime.as_ref().map_err(Clone::clone)?.spawn(async move {
+        // Nobody waits any more if this fails.
+        let _ = sender.send(work.await);
+    });
+    receiver.recv().map_err(|_| "a panic".to_owned())
+}
+
+fn place(url: &str, options: &StorageOptions) -> Result<Place, DataError> {
+    let name = Path::new(shown(url));
+    let wrong = |expected: &str, found: String| failure(name, expected, found);
+    let (scheme, rest) = url.split_once("://").unwrap_or_default();
+    let (host, key) = rest.split_once('/').unwrap_or((rest, ""));
+    let store = |error: Error| failure(name, "storage that can be reached", error.to_string());
+    let retry = RetryConfig {
+        backoff: BackoffConfig { max_backoff: LONGEST_PAUSE, ..BackoffConfig::default() },
+        max_retries: options.retries as usize,
+        retry_timeout: options.timeout * (options.retries + 1),
+    };
+    let client = [
+        // Of the whole object, which may be large; that it stands still is what the other two are about.
+        (ClientConfigKey::Timeout, "7 days".to_owned()),
+        (ClientConfigKey::ReadTimeout, format!("{} ms", options.timeout.as_millis())),
+        (ClientConfigKey::ConnectTimeout, format!("{} ms", options.timeout.as_millis())),
+    ];
+    macro_rules! cloud {
+        ($builder:ident, $keys:ident) => {{
+            let mut builder = $builder::from_env().with_url(url).with_retry(retry);
+            for (key, value) in client {
+                builder = builder.with_config($keys::Client(key), value);
+            }
+            for (key, value) in &options.settings {
+                // Settings may be those of several kinds of stores.
+                if let Ok(key) = $keys::from_str(&key.to_ascii_lowercase()) {
+                    builder = builder.with_config(key, value);
+                }
+            }
+            Box::new(builder.build().map_err(store)?) as Box<dyn ObjectStore>
+        }};
+    }
+    let built = match scheme {
+        "s3" | "s3a" => cloud!(AmazonS3Builder, AmazonS3ConfigKey),
+        "gs" => cloud!(GoogleCloudStorageBuilder, GoogleConfigKey),
+        "az" | "azure" | "adl" | "abfs" | "abfss" => cloud!(MicrosoftAzureBuilder, AzureConfigKey),
+        "http" | "https" => {
+            let (path, query) = key.split_once('?').unwrap_or((key, ""));
+            let base = if query.is_empty() { String::new() } else { format!("/?{query}") };
+            let mut builder = HttpBuilder::new().with_url(format!("{scheme}://{host}{base}")).with_retry(retry);
+            for (key, value) in client {
+                builder = builder.with_config(key, value);
+            }
+            let plain = (scheme == "http").to_string();
+            builder = builder.with_config(ClientConfigKey::AllowHttp, plain);
+            let key = Key::from_url_path(path).map_err(|error| wrong("the path of an object", error.to_string()))?;
+            let store = Box::new(builder.build().map_err(store)?);
+            return Ok(Place { store, key, base: format!("{scheme}://{host}/") });
+        }
+        other => return Err(wrong("s3://, gs://, az:// or http(s)://", format!("{other}://"))),
+    };
+    let key = Key::parse(key).map_err(|error| wrong("the name of an object", error.to_string()))?;
+    Ok(Place { store: built, key, base: format!("{scheme}://{host}/") })
+}
+
+/// An object on its way into a file.
+struct Download {
+    place: Place,
+    options: StorageOptions,
+    file: File,
+    limit: u64,
+    /// Bytes that are in the file.
+    reached: u64,
+}
+
+/// Why a download broke off.
+enum Broken {
+    /// It may go on.
+    Dropped(String),
+    /// It would be no use.
+    Lost(String),
+}
+
+impl Download {
+    async fn run(&mut self) -> Result<(), String> {
+        let (mut failures, mut tag) = (0, None);
+        loop {
+            let before = self.reached;
+            let dropped = match self.part(&mut tag).await {
+                Ok(()) => return Ok(()),
+                Err(Broken::Lost(message)) => return Err(message),
+                Err(Broken::Dropped(message)) => message,
+            };
+            if self.reached >= before.saturating_add(PROGRESS) {
+                failures = 0;
+            }
+            failures += 1;
+            if failures > self.options.retries {
+                return Err(format!("{dropped}, after {} of its bytes, in {failures} attempts", self.reached));
+            }
+            let pause = Duration::from_millis(100) * 2u32.saturating_pow(failures - 1);
+            sleep(pause.min(LONGEST_PAUSE)).await;
+        }
+    }
+
+    /// Fetches what is missing, as far as the connection holds.
+    async fn part(&mut self, tag: &mut Option<String>) -> Result<(), Broken> {
+        let patience = self.options.timeout;
+        let silent = || Broken::Dropped(format!("no answer in {patience:?}"));
+        let options = GetOptions {
+            range: (self.reached > 0).then_some(GetRange::Offset(self.reached)),
+            // Of another object the rest would not fit.
+            if_match: tag.clone(),
+            ..GetOptions::default()
+        };
+        let whole_time = patience * (self.options.retries + 2);
+        let answer = timeout(whole_time, self.place.store.get_opts(&self.place.key, options)).await;
+        let answer = match answer.map_err(|_| silent())? {
+            Err(Error::NotSupported { .. }) if self.reached > 0 => {
+                // The server knows of no parts, so it has to be from the start.
+                self.write(|file| file.set_len(0).and_then(|()| file.seek(SeekFrom::Start(0))).map(|_| ()))?;
+                self.reached = 0;
+                return Err(Broken::Dropped("a connection that dropped, to a server that sends no parts".to_owned()));
+            }
+            answer => answer.map_err(broken)?,
+        };
+        let size = answer.meta.size;
+        if size > self.limit {
+            return Err(Broken::Lost(format!("{size} bytes, more than the {} allowed", self.limit)));
+        }
+        tag.clone_from(&answer.meta.e_tag);
+        let mut stream = answer.into_stream();
+        loop {
+            let next = poll_fn(|context| stream.as_mut().poll_next(context));
+            match timeout(patience, next).await.map_err(|_| silent())? {
+                Some(Ok(bytes)) => {
+                    self.write(|file| file.write_all(&bytes))?;
+                    self.reached += bytes.len() as u64;
+                    if self.reached > size {
+                        return Err(Broken::Lost(format!("more than the {size} bytes that were announced")));
+                    }
+                }
+                Some(Err(error)) => return Err(broken(error)),
+                None if self.reached < size => return Err(Broken::Dropped("a connection that dropped".to_owned())),
+                None => return Ok(()),
+            }
+        }
+    }
+
+    fn write(&mut self, work: impl FnOnce(&mut File) -> std::io::Result<()>) -> Result<(), Broken> {
+        work(&mut self.file).map_err(|error| Broken::Lost(format!("no room in the temporary file: {error}")))
+    }
+}
+
+fn broken(error: Error) -> Broken {
+    // The whole chain: the outermost says little.
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(&error);
+    while let Some(next) = cause {
+        let more = next.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = next.source();
+    }
+    match error {
+        Error::Generic { .. } | Error::JoinError { .. } => Broken::Dropped(text),
+        _ => Broken::Lost(text),
+    }
+}
