@@ -6,7 +6,7 @@
 //! JSON object becomes a [`Record`]) → [`image`] (decode, cache) → [`transform`] (crop, flip,
 //! resize, and what that does to boxes) → [`tokens`] and [`masking`] (text) → [`batch`] (collate) →
 //! [`tensors`] (the one place that knows a tensor library). [`loader`] runs it ahead of the training
-//! loop on worker threads; [`annotations`] reads the files that evaluation uses.
+//! loop on worker threads; [`annotations`] reads the files of published data sets, and [`convert`] makes shards of them.
 //!
 //! *Architecture invariant:* everything random takes a generator from its caller, so a batch is a
 //! function of (records, configuration, seed, step).

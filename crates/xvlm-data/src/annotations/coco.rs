@@ -86,7 +86,6 @@ impl Coco {
         loaded.files.push(Arc::from(path));
         let (first_box, first_image) = (loaded.boxes.len(), loaded.order.len());
         let mut categories: HashMap<u32, u32> = HashMap::new();
-        let mut unknown = HashMap::new();
         let mut items = JsonItems::open(path, &["images", "annotations", "categories"])?;
         while let Some(item) = items.next()? {
             let place = Place::Item(item.number);
@@ -119,7 +118,6 @@ impl Coco {
                 true
             }
             None => {
-                *unknown.entry(boxed.category).or_insert(0u64) += 1;
                 let image = &loaded.images[boxed.image as usize].id;
                 report.skip(Reason::UnknownCategory, || {
                     format!("{}: image {image}: category {}", path.display(), boxed.category)

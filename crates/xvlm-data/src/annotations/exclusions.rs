@@ -57,10 +57,13 @@ fn items(path: &Path, add: &mut dyn FnMut(String)) -> Result<(), DataError> {
         }
         let field = ["image", "file_name"].into_iter().find(|field| object.get(field).is_some()).unwrap_or("image");
         let file = object.text(field)?;
-        if let Some(id) = coco_id(&file) {
-            add(format!("coco:{id}"));
-        }
-        add(file.rsplit('/').next().unwrap_or_default().to_owned());
+        // The number of a photograph on Flickr may be that of another image in another set.
+        let name = match (coco_id(&file), karpathy::flickr_alias(&file)) {
+            (Some(id), _) => format!("coco:{id}"),
+            (None, Some(photograph)) if file.contains("flickr") => photograph,
+            _ => file.rsplit('/').next().unwrap_or_default().to_owned(),
+        };
+        add(name);
     }
     Ok(())
 }

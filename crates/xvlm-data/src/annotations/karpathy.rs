@@ -50,13 +50,13 @@ pub(super) fn names(object: &Object<'_>) -> Result<(String, Vec<String>), DataEr
         return Ok((id.clone(), vec![format!("coco:{id}"), file]));
     }
     let id = ["imgid", "id"].into_iter().find(|name| object.get(name).is_some()).unwrap_or("imgid");
-    let mut aliases = vec![file.clone()];
-    // Flickr30k names files after the photographs.
-    let stem = file.rsplit_once('.').map_or(file.as_str(), |(stem, _)| stem);
-    if stem.bytes().all(|byte| byte.is_ascii_digit()) {
-        aliases.push(format!("flickr:{stem}"));
-    }
-    Ok((object.id(id)?, aliases))
+    Ok((object.id(id)?, vec![flickr_alias(&file).unwrap_or(file)]))
+}
+
+/// The photograph of a file that is named after one on Flickr, as Flickr30k's are.
+pub(super) fn flickr_alias(file: &str) -> Option<String> {
+    let stem = file.rsplit('/').next()?.rsplit_once('.')?.0;
+    (!stem.is_empty() && stem.bytes().all(|byte| byte.is_ascii_digit())).then(|| format!("flickr:{stem}"))
 }
 
 /// The raw sentences of an item.

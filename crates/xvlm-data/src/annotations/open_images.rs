@@ -113,15 +113,17 @@ const RELATIONSHIP: [&str; 11] = [
     "RelationshipLabel",
 ];
 
-/// `LabelName,DisplayName` with or without that header.
+/// `LabelName,DisplayName` (classes; in some versions without that header) or `id,name` (attributes).
 fn read_names(path: &Path, names: &mut HashMap<String, String>) -> Result<(), DataError> {
     let mut reader = csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(open_plain(path)?);
     for (i, row) in reader.records().enumerate() {
         let context = Context { path, place: Place::Line(i + 1) };
         let row = row.map_err(|error| context.error("row", "comma-separated values", error.to_string()))?;
         match (row.get(0), row.get(1)) {
-            (Some("LabelName"), _) => {}
+            (Some("LabelName" | "id"), _) => {}
             (Some(label), Some(name)) if !name.trim().is_empty() => {
+                // Some versions write materials as "(made of)Leather".
+                let name = name.trim().trim_start_matches("(made of)");
                 names.insert(label.to_owned(), name.to_owned());
             }
             _ => return Err(context.error("row", "a class and its name", excerpt(&format!("{row:?}")))),

@@ -492,6 +492,8 @@ impl Extents {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn items(
@@ -554,6 +556,63 @@ mod tests {
                     all.iter().all(|item| serde_json::from_str::<Value>(&item.2).is_ok())
                 };
                 assert!(!result.is_ok_and(parses), "{json}");
+            }
+        }
+    }
+
+    /// Any JSON, some levels deep, with strings that look like its syntax.
+    fn json() -> impl Strategy<Value = Value> {
+        let text = "[\\[\\]{}\",:\\\\a-c\u{e9} ]{0,8}";
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            text.prop_map(Value::from),
+        ];
+        leaf.prop_recursive(3, 24, 5, move |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..5).prop_map(Value::from),
+                prop::collection::btree_map(text, inner, 0..5).prop_map(|map| Value::Object(map.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn any_document_comes_apart_as_a_parser_has_it(
+            list in prop::collection::vec(json(), 0..6),
+            other in json(),
+            pretty in any::<bool>(),
+            buffer in 1usize..40,
+        ) {
+            let document = serde_json::json!({ "before": other, "images": list, "zzz": other });
+            let write = if pretty { serde_json::to_string_pretty } else { serde_json::to_string };
+            let alone = write(&Value::from(list.clone())).unwrap();
+            let images: &[&str] = &["images"];
+            for (text, sections) in [(write(&document).unwrap(), images), (alone, &[])] {
+                let found = items(&text, sections, buffer).unwrap();
+                let found: Vec<Value> = found.iter().map(|item| serde_json::from_str(&item.2).unwrap()).collect();
+                prop_assert_eq!(&found, &list);
+            }
+        }
+
+        #[test]
+        fn damage_ends_in_an_error_or_in_items(
+            list in prop::collection::vec(json(), 0..6),
+            place in any::<prop::sample::Index>(),
+            byte in any::<u8>(),
+            cut in any::<bool>(),
+        ) {
+            let mut bytes = serde_json::to_vec(&serde_json::json!({ "images": list })).unwrap();
+            let place = place.index(bytes.len());
+            bytes[place] = byte;
+            bytes.truncate(if cut { place } else { bytes.len() });
+            let mut items = JsonItems::new(BufReader::with_capacity(7, bytes.as_slice()), Path::new("x"), &["images"]);
+            let mut count = 0;
+            while let Ok(Some(item)) = items.next() {
+                prop_assert!(item.offset as usize + item.bytes.len() <= bytes.len());
+                count += 1;
+                prop_assert!(count <= bytes.len());
             }
         }
     }

@@ -1,5 +1,6 @@
 //! Names of downloaded images, made from a row's number and its URL.
 
+use std::fmt;
 use std::str::FromStr;
 
 use super::digest::{crc32, md5, sha1};
@@ -18,6 +19,7 @@ use crate::error::DataError;
 /// A number may be divided (`row/1000`) and padded with zeros (`row:05`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NameTemplate {
+    text: String,
     parts: Vec<Part>,
 }
 
@@ -65,6 +67,12 @@ impl NameTemplate {
     }
 }
 
+impl fmt::Display for NameTemplate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
 impl FromStr for NameTemplate {
     type Err = DataError;
 
@@ -98,7 +106,7 @@ impl FromStr for NameTemplate {
             return Err(wrong(rest));
         }
         parts.push(Part::Text(rest.to_owned()));
-        Ok(Self { parts })
+        Ok(Self { text: text.to_owned(), parts })
     }
 }
 

@@ -326,7 +326,7 @@ impl Reading {
                     let object = context.object(value, "record")?;
                     let item = nlvr_item(&object, &root, found.len())?;
                     let own = object.get("identifier").map(|_| ("identifier", item.id.as_str()));
-                    if run.accept(&context, own, &[&item.images[0], &item.images[1]])? {
+                    if run.accept(context, own, &[&item.images[0], &item.images[1]])? {
                         found.push(item);
                     }
                     Ok(())
