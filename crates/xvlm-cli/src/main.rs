@@ -3,6 +3,7 @@
 //! One module a command. Results go to stdout, as text or (`--json`) as one JSON document; all else goes to stderr.
 //! Of a question about a picture nothing is printed, and no file appears, before it has been answered.
 
+mod data;
 mod demo;
 mod draw;
 mod eval;
@@ -41,6 +42,7 @@ enum Command {
     Eval(eval::Eval),
     Synth(synth::Synth),
     Pretrain(pretrain::Pretrain),
+    Data(data::Data),
 }
 
 impl Command {
@@ -55,6 +57,7 @@ impl Command {
             Self::Eval(command) => command.run(),
             Self::Synth(command) => command.run(),
             Self::Pretrain(command) => command.run(),
+            Self::Data(command) => command.run(),
         }
     }
 }

@@ -176,6 +176,17 @@ pub enum DataError {
         /// The first few, a line each.
         examples: String,
     },
+    /// A conversion of which nothing came out.
+    #[error("{name}: expected at least one image that can be used, found none:\n{reasons}")]
+    NothingLeft {
+        /// The data set.
+        name: String,
+        /// What was left out and why, with examples, a line each.
+        reasons: String,
+    },
+    /// The caller asked to stop.
+    #[error("expected to go on, found a request to stop; what is finished is kept")]
+    Stopped,
     /// A batch that could not be turned into tensors.
     #[error("a batch on the device: {0}")]
     Tensor(#[from] candle_core::Error),

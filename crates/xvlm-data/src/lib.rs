@@ -6,7 +6,8 @@
 //! JSON object becomes a [`Record`]) → [`image`] (decode, cache) → [`transform`] (crop, flip,
 //! resize, and what that does to boxes) → [`tokens`] and [`masking`] (text) → [`batch`] (collate) →
 //! [`tensors`] (the one place that knows a tensor library). [`loader`] runs it ahead of the training
-//! loop on worker threads; [`annotations`] reads the files that evaluation uses; [`vocabulary`] learns word pieces from texts.
+//! loop on worker threads; [`check`](mod@check) looks through a data set before. [`annotations`] reads the files of published data
+//! sets, [`convert`] makes shards of them, and [`vocabulary`] learns word pieces from texts.
 //!
 //! *Architecture invariant:* everything random takes a generator from its caller, so a batch is a
 //! function of (records, configuration, seed, step).
@@ -16,6 +17,7 @@ pub mod batch;
 mod broken;
 pub mod check;
 mod config;
+pub mod convert;
 pub mod dataset;
 pub mod error;
 pub mod image;

@@ -140,6 +140,7 @@ fn shards_of_folder(mut names: Vec<String>) -> Vec<String> {
         !file.contains("_SUCCESS")
             && !file.starts_with('.')
             && !is_index(&file)
+            && file != crate::convert::MANIFEST
             && !of_archive(".parquet")
             && !of_archive("_stats.json")
     });
