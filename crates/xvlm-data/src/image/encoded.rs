@@ -275,7 +275,8 @@ fn decoder(bytes: &[u8], format: ImageFormat) -> image::ImageResult<Box<dyn Imag
 fn jpeg_header(bytes: &[u8], upright: bool) -> Result<(u32, u32, Orientation), String> {
     let mut found = None;
     let mut orientation = Orientation::NoTransforms;
-    for (marker, segment) in jpeg::segments(bytes) {
+    const SCAN: u8 = 0xDA;
+    for (marker, segment) in jpeg::segments(bytes).take_while(|(marker, _)| *marker != SCAN) {
         match (marker, segment) {
             (0xC0..=0xC3 | 0xC5..=0xC7 | 0xC9..=0xCB | 0xCD..=0xCF, [_, h1, h0, w1, w0, ..]) => {
                 found = Some([[*w1, *w0], [*h1, *h0]].map(|side| u32::from(u16::from_be_bytes(side))));
