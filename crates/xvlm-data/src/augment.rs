@@ -96,8 +96,20 @@ impl RandAugment {
     pub fn all(count: usize, magnitude: f64) -> Self {
         use Operation::*;
         let operations = vec![
-            Identity, AutoContrast, Equalize, Rotate, Solarize, Color, Contrast, Brightness, Sharpness, ShearX,
-            TranslateX, TranslateY, Posterize, ShearY,
+            Identity,
+            AutoContrast,
+            Equalize,
+            Rotate,
+            Solarize,
+            Color,
+            Contrast,
+            Brightness,
+            Sharpness,
+            ShearX,
+            TranslateX,
+            TranslateY,
+            Posterize,
+            ShearY,
         ];
         Self { count, magnitude, operations, wrapping: false }
     }

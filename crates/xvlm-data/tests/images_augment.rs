@@ -56,10 +56,12 @@ fn by_default_nothing_wraps_around() {
         };
         let (mended, wrapped) = (apply(false), apply(true));
         assert!(largest_difference(&mended, &wrapped) > 128, "{operation:?}");
-        let along = |picture: &Picture, c: usize| (0..8).map(|x| picture.rgb()[(3 * 8 + x) * 3 + c]).collect::<Vec<_>>();
+        let along =
+            |picture: &Picture, c: usize| (0..8).map(|x| picture.rgb()[(3 * 8 + x) * 3 + c]).collect::<Vec<_>>();
         for c in 0..3 {
             let row = along(&mended, c);
-            let [dark, bright] = [&row[..4], &row[4..]].map(|half| half.iter().map(|&byte| u32::from(byte)).sum::<u32>());
+            let [dark, bright] =
+                [&row[..4], &row[4..]].map(|half| half.iter().map(|&byte| u32::from(byte)).sum::<u32>());
             assert!(dark < bright, "{operation:?} of channel {c}: {row:?}");
         }
     }

@@ -83,11 +83,7 @@ impl ImageCache {
 }
 
 /// Decodes an image and resizes it to a square of `resolution` if that is given.
-fn decode(
-    source: &ImageSource,
-    resolution: Option<usize>,
-    name: &dyn std::fmt::Display,
-) -> Result<Decoded, DataError> {
+fn decode(source: &ImageSource, resolution: Option<usize>, name: &dyn std::fmt::Display) -> Result<Decoded, DataError> {
     let picture = Encoded::of(source, name, DecodeOptions::default())?.decode()?;
     let (width, height) = (picture.width, picture.height);
     let side = |r: usize| (width as usize, height as usize) != (r, r);

@@ -167,11 +167,12 @@ impl<'a> Encoded<'a> {
     pub fn decode_part(&self, part: Rect) -> Result<Picture, DataError> {
         let whole = Rect::whole(self.width(), self.height());
         assert!(part.is_inside(self.width(), self.height()), "{part:?} is not in {whole:?}");
-        if self.format == ImageFormat::Jpeg && self.orientation == Orientation::NoTransforms {
-            if let Some(rgb) = jpeg::decode_part(&self.bytes, part) {
-                let rgb = rgb.map_err(|message| broken(&self.name, &message))?;
-                return Ok(Picture { width: part.width, height: part.height, rgb });
-            }
+        if self.format == ImageFormat::Jpeg
+            && self.orientation == Orientation::NoTransforms
+            && let Some(rgb) = jpeg::decode_part(&self.bytes, part)
+        {
+            let rgb = rgb.map_err(|message| broken(&self.name, &message))?;
+            return Ok(Picture { width: part.width, height: part.height, rgb });
         }
         let rgb = match self.format {
             ImageFormat::Jpeg => match jpeg::decode_part(&self.bytes, Rect::whole(self.width, self.height)) {
