@@ -191,8 +191,8 @@ impl Operation {
             // Matrices are stored in single precision by the original.
             Self::ShearX => warp(picture, [1.0, f64::from((signed * 0.3) as f32), 0.0, 0.0, 1.0, 0.0]),
             Self::ShearY => warp(picture, [1.0, 0.0, 0.0, f64::from((signed * 0.3) as f32), 1.0, 0.0]),
-            Self::TranslateX => warp(picture, [1.0, 0.0, f64::from((-signed * 10.0) as f32), 0.0, 1.0, 0.0]),
-            Self::TranslateY => warp(picture, [1.0, 0.0, 0.0, 0.0, 1.0, f64::from((-signed * 10.0) as f32)]),
+            Self::TranslateX => translate(picture, [-signed * 10.0, 0.0]),
+            Self::TranslateY => translate(picture, [0.0, -signed * 10.0]),
             Self::Posterize => {
                 let bits = (share * 4.0) as u32;
                 map(picture, |byte| byte & (255 << (8 - bits)) as u8);
@@ -304,6 +304,29 @@ fn sharpness(picture: &mut Picture, factor: f32, wrapping: bool) {
             let blurred = f32::from((left + middle + right + 4 * u16::from(*byte) + 6) / 13);
             let value = (blurred + factor * (own - blurred)) as i32;
             *byte = if wrapping { value as u8 } else { value.clamp(0, 255) as u8 };
+        }
+    }
+}
+
+/// Moves right and down by so many pixels.
+fn translate(picture: &mut Picture, [right, down]: [f64; 2]) {
+    if right.fract() != 0.0 || down.fract() != 0.0 {
+        let [right, down] = [right, down].map(|by| f64::from(by as f32));
+        return warp(picture, [1.0, 0.0, right, 0.0, 1.0, down]);
+    }
+    // Whole pixels need no interpolation.
+    let (len, right, down) = (picture.width() as usize * 3, right as isize * 3, down as isize);
+    let source = picture.rgb().to_vec();
+    let empty = vec![OUTSIDE; len];
+    for (y, row) in picture.rgb_mut().chunks_exact_mut(len).enumerate() {
+        let from = y.checked_add_signed(-down).and_then(|y| source.get(y * len..)?.get(..len)).unwrap_or(&empty);
+        let by = right.unsigned_abs().min(len);
+        if right >= 0 {
+            row[by..].copy_from_slice(&from[..len - by]);
+            row[..by].fill(OUTSIDE);
+        } else {
+            row[..len - by].copy_from_slice(&from[by..]);
+            row[len - by..].fill(OUTSIDE);
         }
     }
 }

@@ -132,10 +132,10 @@ proptest! {
         bytes.truncate((bytes.len() as f64 * keep) as usize);
         let options = DecodeOptions { max_pixels: 1 << 16, upright: keep > 1.0 };
         // Whatever comes out, there is no panic, and sizes agree.
-        if let Ok(encoded) = Encoded::new(bytes, &name, options) {
-            if let Ok(picture) = encoded.decode() {
-                prop_assert_eq!((picture.width(), picture.height()), (encoded.width(), encoded.height()));
-            }
+        if let Ok(encoded) = Encoded::new(bytes, &name, options)
+            && let Ok(picture) = encoded.decode()
+        {
+            prop_assert_eq!((picture.width(), picture.height()), (encoded.width(), encoded.height()));
         }
     }
 }

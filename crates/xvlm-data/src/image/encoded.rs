@@ -167,11 +167,12 @@ impl<'a> Encoded<'a> {
     pub fn decode_part(&self, part: Rect) -> Result<Picture, DataError> {
         let whole = Rect::whole(self.width(), self.height());
         assert!(part.is_inside(self.width(), self.height()), "{part:?} is not in {whole:?}");
-        if self.format == ImageFormat::Jpeg && self.orientation == Orientation::NoTransforms {
-            if let Some(rgb) = jpeg::decode_part(&self.bytes, part) {
-                let rgb = rgb.map_err(|message| broken(&self.name, &message))?;
-                return Ok(Picture { width: part.width, height: part.height, rgb });
-            }
+        if self.format == ImageFormat::Jpeg
+            && self.orientation == Orientation::NoTransforms
+            && let Some(rgb) = jpeg::decode_part(&self.bytes, part)
+        {
+            let rgb = rgb.map_err(|message| broken(&self.name, &message))?;
+            return Ok(Picture { width: part.width, height: part.height, rgb });
         }
         let rgb = match self.format {
             ImageFormat::Jpeg => match jpeg::decode_part(&self.bytes, Rect::whole(self.width, self.height)) {
@@ -275,7 +276,8 @@ fn decoder(bytes: &[u8], format: ImageFormat) -> image::ImageResult<Box<dyn Imag
 fn jpeg_header(bytes: &[u8], upright: bool) -> Result<(u32, u32, Orientation), String> {
     let mut found = None;
     let mut orientation = Orientation::NoTransforms;
-    for (marker, segment) in jpeg::segments(bytes) {
+    const SCAN: u8 = 0xDA;
+    for (marker, segment) in jpeg::segments(bytes).take_while(|(marker, _)| *marker != SCAN) {
         match (marker, segment) {
             (0xC0..=0xC3 | 0xC5..=0xC7 | 0xC9..=0xCB | 0xCD..=0xCF, [_, h1, h0, w1, w0, ..]) => {
                 found = Some([[*w1, *w0], [*h1, *h0]].map(|side| u32::from(u16::from_be_bytes(side))));

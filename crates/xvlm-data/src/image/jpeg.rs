@@ -173,7 +173,9 @@ impl Image {
                     read_scan(segment, &mut components)?;
                     for component in &mut components {
                         component.quantisation = quantisation[component.table]?;
-                        (dc[component.dc].as_ref()?, ac[component.ac].as_ref()?);
+                        if dc[component.dc].is_none() || ac[component.ac].is_none() {
+                            return None;
+                        }
                     }
                     // As libjpeg decides.
                     let named = components.iter().map(|component| component.id).eq(*b"RGB");
@@ -328,7 +330,7 @@ impl Chroma {
         let (weight, low, high, shift) = if self.halved.1 {
             // Three parts of the near row and one of the far one.
             let near = row(y / 2);
-            let far = row(if y % 2 == 0 { (y / 2).saturating_sub(1) } else { y / 2 + 1 });
+            let far = row(if y.is_multiple_of(2) { (y / 2).saturating_sub(1) } else { y / 2 + 1 });
             sums.clear();
             sums.extend(near.iter().zip(far).map(|(&near, &far)| 3 * u16::from(near) + u16::from(far)));
             (3, 8, 7, 4)
