@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 use xvlm_data::annotations::{Coco, Conceptual, Reason, Records};
 use xvlm_data::convert::{Compression, ConvertOptions, ConvertProgress, Form, Job, MANIFEST, Manifest, convert};
 use xvlm_data::{
-    DataError, Dataset, DatasetConfig, ImageSource, Index, Picture, Record, SourceConfig, StorageOptions, read_jsonl,
+    DataError, Dataset, DatasetConfig, DecodeOptions, Encoded, ImageSource, Index, Picture, Record, SourceConfig,
+    StorageOptions, read_jsonl,
 };
 
 /// A set of `count` images with a caption and two boxes each; images whose number divides by 10 are missing.
@@ -67,7 +68,7 @@ type Told = (Vec<String>, Vec<([f32; 4], Vec<String>, Vec<String>)>, (u32, u32))
 
 fn told(record: &Record) -> Told {
     let elems = record.elems.iter().map(|element| (element.bbox, element.texts.clone(), element.labels.clone()));
-    let picture = Picture::decode(&record.image, &record.origin).unwrap();
+    let picture = decoded(record);
     (record.captions.clone(), elems.collect(), (picture.width(), picture.height()))
 }
 
@@ -88,6 +89,10 @@ fn read_back(folder: &Path) -> Vec<Told> {
 fn expected(records: Records) -> Vec<Told> {
     let there = |record: &Record| matches!(&record.image, ImageSource::Path(path) if path.is_file());
     records.map(|image| image.unwrap().record).filter(there).map(|record| told(&record)).collect()
+}
+
+fn decoded(record: &Record) -> Picture {
+    Encoded::of(&record.image, &record.origin, DecodeOptions::default()).unwrap().decode().unwrap()
 }
 
 #[test]
@@ -184,7 +189,7 @@ fn images_are_made_smaller_with_their_boxes() {
     let record = &read_jsonl(folder.path("out/small-00000.jsonl")).unwrap()[0];
     let ImageSource::Bytes(bytes) = &record.image else { panic!("{record:?}") };
     assert_eq!(image::guess_format(bytes).unwrap(), image::ImageFormat::Jpeg);
-    let picture = Picture::decode(&record.image, &"").unwrap();
+    let picture = decoded(record);
     let middle = &picture.rgb()[(25 * 100 + 50) * 3..][..3];
     for (found, drawn) in middle.iter().zip([144u8, 200, 90]) {
         assert!(found.abs_diff(drawn) < 6, "{middle:?}");

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use candle_core::Device;
 use tempfile::TempDir;
-use xvlm_data::annotations::{CaptionItem, RetrievalItem, VqaItem};
+use xvlm_data::annotations::{CaptionItem, RetrievalItem, VqaItem, VqaSource};
 use xvlm_data::batch::{
     Described, Grounding, IGNORE, ImageText, Images, ItemKind, Nlvr, Pairs, Phrase, Question, References, Statement,
     Vqa,
@@ -127,7 +127,8 @@ fn answers_are_weighted_by_their_share() {
     let ImageSource::Path(image) = images[0].clone() else { unreachable!() };
     let answers = ["white", "a box", "white", "white", "Black"].map(str::to_owned).to_vec();
     let question = "What colour is it?".to_owned();
-    let item = VqaItem { question_id: "7".to_owned(), image, question, answers, kind: String::new() };
+    let item =
+        VqaItem { question_id: "7".to_owned(), image, question, answers, kind: String::new(), source: VqaSource::Vqa };
     let first = Question::from(&item);
     let weights = [("white", 0.6), ("a box", 0.2), ("Black", 0.2)];
     assert_eq!(first.answers.iter().map(|(answer, _)| answer.as_str()).collect::<Vec<_>>(), weights.map(|(a, _)| a));
@@ -135,7 +136,7 @@ fn answers_are_weighted_by_their_share() {
     let one = |image: &ImageSource, answer: &str| Question {
         image: image.clone(),
         question: "is it left?".to_owned(),
-        answers: vec![(answer.to_owned(), Question::WEIGHT_OF_ONE)],
+        answers: vec![(answer.to_owned(), 0.5)],
     };
     let items = vec![first, one(&images[1], "a white box on black"), one(&images[2], "it")];
     let training = batches(Vqa, items.clone(), ItemConfig { batch_size: 3, ..config() });
@@ -183,10 +184,15 @@ fn captions_of_an_image_belong_together() {
         ImageSource::Bytes(_) => unreachable!(),
     };
     let texts = |texts: &[&str]| texts.iter().map(ToString::to_string).collect::<Vec<_>>();
-    let items = [
-        RetrievalItem { image: image(0), image_id: "17".to_owned(), captions: texts(&["A box.", "a white box"]) },
-        RetrievalItem { image: image(1), image_id: "18".to_owned(), captions: texts(&["a box"]) },
-    ];
+    let items = [(image(0), "17", texts(&["A box.", "a white box"])), (image(1), "18", texts(&["a box"]))];
+    let items = (0u32..).zip(items).map(|(image_index, (image, id, captions))| RetrievalItem {
+        image,
+        image_id: id.to_owned(),
+        image_index,
+        captions,
+        split: None,
+    });
+    let items: Vec<_> = items.collect();
     let pairs: Vec<ImageText> = items.iter().flat_map(ImageText::of_retrieval).collect();
     let batch = batches(Pairs::default(), pairs, config()).evaluation(0).unwrap().1;
     assert_eq!(batch.text.texts, ["a box", "a white box", "a box"]);
@@ -197,6 +203,7 @@ fn captions_of_an_image_belong_together() {
     let item = CaptionItem {
         id: "17".to_owned(),
         image: image(0),
+        image_index: 0,
         split: None,
         captions: texts(&["Two boxes, on black!", "a box", "a white box", "it", "boxes", "a picture"]),
     };

@@ -5,6 +5,7 @@ use rand_chacha::ChaCha8Rng;
 use super::items::{ItemKind, Maker};
 use super::pixels::{Shown, render};
 use super::texts::{Text, TextBatch};
+use crate::annotations::NlvrItem;
 use crate::error::DataError;
 use crate::records::ImageSource;
 
@@ -17,6 +18,12 @@ pub struct Statement {
     pub text: String,
     /// Whether it is true.
     pub is_true: bool,
+}
+
+impl From<&NlvrItem> for Statement {
+    fn from(item: &NlvrItem) -> Self {
+        Self { images: item.images.clone().map(ImageSource::Path), text: item.sentence.clone(), is_true: item.label }
+    }
 }
 
 /// Statements about two images each.

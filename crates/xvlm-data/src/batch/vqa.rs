@@ -20,28 +20,10 @@ pub struct Question {
     pub answers: Vec<(String, f32)>,
 }
 
-impl Question {
-    /// What a question of Visual Genome, of which one person knows the answer, weighs its answer with in X-VLM.
-    pub const WEIGHT_OF_ONE: f32 = 0.5;
-
-    /// Each different answer once, weighted by its share of all, in the order in which they come first.
-    #[must_use]
-    pub fn with_shares(image: ImageSource, question: String, answers: &[String]) -> Self {
-        let mut weighted: Vec<(String, f32)> = Vec::new();
-        let share = 1.0 / answers.len().max(1) as f32;
-        for answer in answers {
-            match weighted.iter_mut().find(|(known, _)| known == answer) {
-                Some((_, weight)) => *weight += share,
-                None => weighted.push((answer.clone(), share)),
-            }
-        }
-        Self { image, question, answers: weighted }
-    }
-}
-
 impl From<&VqaItem> for Question {
     fn from(item: &VqaItem) -> Self {
-        Self::with_shares(ImageSource::Path(item.image.clone()), item.question.clone(), &item.answers)
+        let answers = item.weighted_answers().into_iter().map(|(answer, weight)| (answer.to_owned(), weight)).collect();
+        Self { image: ImageSource::Path(item.image.clone()), question: item.question.clone(), answers }
     }
 }
 
