@@ -8,7 +8,7 @@ use criterion::Criterion;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use xvlm::data::scenes::{self, Scene, Split, SynthOptions};
-use xvlm::data::{BatchBuilder, ImageCache, TextTokenizer, read_jsonl};
+use xvlm::data::{BatchBuilder, Dataset, ImageCache, TextTokenizer, read_jsonl};
 use xvlm::encoders::{Parameters, Pass, VisionConfig, VitConfig, Xvlm, XvlmConfig};
 use xvlm::tasks::PretrainConfig;
 use xvlm::tasks::pretrain::{Batch, Pretraining};
@@ -58,7 +58,8 @@ fn training(criterion: &mut Criterion) -> Done {
     config.data.resolution = config.model.vision_config.image_res();
     config.data.final_stride = config.model.vision_config.stride();
     let cache = Arc::new(ImageCache::new(1 << 28));
-    let builder = BatchBuilder::new(Arc::new(records?), Arc::new(tokenizer), config.data.clone(), cache)?;
+    let builder =
+        BatchBuilder::new(Arc::new(Dataset::from_records(records?)), Arc::new(tokenizer), config.data.clone(), cache)?;
     let device = device();
     let pretraining = Pretraining::new(&config.model, 0, &device)?;
     let mut optimizer = Optimizer::new(pretraining.parameters(), &config.train.optimizer)?;

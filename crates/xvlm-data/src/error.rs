@@ -1,7 +1,7 @@
 //! What can go wrong with data, each variant naming where, what was expected and what was found.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -64,7 +64,7 @@ pub enum DataError {
     #[error("{}{place}: {field}: expected {expected}, found {found}", path.display())]
     Field {
         /// The file.
-        path: PathBuf,
+        path: Box<Path>,
         /// Where in it.
         place: Place,
         /// The field, as a path such as `elems[2].bb`.
@@ -226,14 +226,14 @@ impl DataError {
     #[must_use]
     pub fn origin(&self) -> Option<Origin> {
         let (path, place) = match self {
-            Self::Io { path, .. } => (path, &Place::Whole),
-            Self::Json { path, place, .. }
-            | Self::Field { path, place, .. }
-            | Self::Shard { path, place, .. }
-            | Self::Indexed { path, place, .. } => (path, place),
+            Self::Io { path, .. } => (path.as_path(), &Place::Whole),
+            Self::Field { path, place, .. } => (&**path, place),
+            Self::Json { path, place, .. } | Self::Shard { path, place, .. } | Self::Indexed { path, place, .. } => {
+                (path.as_path(), place)
+            }
             _ => return None,
         };
-        Some(Origin { file: path.as_path().into(), place: place.clone() })
+        Some(Origin { file: path.into(), place: place.clone() })
     }
 }
 

@@ -39,7 +39,7 @@ impl<'a> Context<'a> {
         found: impl Into<String>,
     ) -> DataError {
         DataError::Field {
-            path: self.path.to_owned(),
+            path: self.path.into(),
             place: self.place.clone(),
             field: field.into(),
             expected: expected.into(),

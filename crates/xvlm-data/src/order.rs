@@ -10,6 +10,8 @@
 //! an epoch, whatever the numbers of records, shards and processes.
 
 use std::collections::VecDeque;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rand::SeedableRng;
@@ -19,7 +21,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::dataset::Dataset;
 use crate::error::DataError;
 use crate::records::Record;
-use crate::shards::{Index, Need};
+use crate::shards::{Index, Need, OpenShard};
 
 /// A generator of its own for each thing that is random.
 pub(crate) fn generator(seed: u64, stream: u64, batch: u64, attempt: u64) -> ChaCha8Rng {
@@ -56,7 +58,7 @@ impl Order {
     /// [`DataError::Config`] when there are more sources than can be mixed.
     pub fn new(dataset: Arc<Dataset>, need: Need, seed: u64) -> Result<Self, DataError> {
         let weights: Vec<f64> = dataset.sources.iter().map(|source| source.weight).collect();
-        let mix = if weights.len() > 1 { Some(Mix::new(&weights, seed, need as u64)?) } else { None };
+        let mix = if weights.len() > 1 { Some(Mix::new(&weights, seed, need.stream())?) } else { None };
         Ok(Self { dataset, need, seed, rank: 0, ranks: 1, streams: Vec::new(), mix }.for_rank(0, 1))
     }
 
@@ -72,7 +74,8 @@ impl Order {
             let own = |entry: &std::ops::Range<usize>| entry.clone().skip(rank).step_by(ranks.max(1));
             let parts: Vec<usize> =
                 if shared { source.parts().collect() } else { source.entries.iter().flat_map(own).collect() };
-            Stream { window: dataset.window(&parts), parts, shared, total: OnceLock::new(), recent: Mutex::default() }
+            let window = dataset.window(&parts);
+            Stream { window, parts, shared, total: OnceLock::new(), recent: Mutex::default(), ahead: Arc::default() }
         };
         self.streams = dataset.sources.iter().map(stream).collect();
         self
@@ -173,7 +176,7 @@ impl Order {
         let mut parts = stream.parts.clone();
         // The records of a single window are shuffled as a whole.
         if stream.window < parts.len() {
-            let key = self.need as u64 | (source as u64) << SOURCE | SHARDS;
+            let key = self.need.stream() | (source as u64) << SOURCE | SHARDS;
             parts.shuffle(&mut generator(self.seed, key, epoch, 0));
         }
         let starts = known.then(|| {
@@ -193,11 +196,16 @@ impl Order {
     fn in_window(&self, source: usize, plan: &Plan, window: usize, at: u64) -> Result<(usize, usize), DataError> {
         let stream = &self.streams[source];
         let Some(parts) = plan.parts.chunks(stream.window).nth(window) else { return Err(self.nothing()) };
-        // Before the lock: opening takes long, and others may be busy in another window.
-        let indices: Vec<Arc<Index>> = parts.iter().map(|&part| self.dataset.index_or_failed(part)).collect();
-        let order = self.shuffled(source, plan.epoch, window, &indices)?;
-        let mut number = order.get(at as usize).map_or(usize::MAX, |&number| number as usize);
-        for (&part, index) in parts.iter().zip(&indices) {
+        let shuffled = match stream.kept(plan.epoch, window) {
+            Some(shuffled) => shuffled,
+            None => {
+                let shuffled = self.shuffle(stream, source, plan.epoch, window, parts)?;
+                self.fetch_ahead(stream, source, plan, window);
+                shuffled
+            }
+        };
+        let mut number = shuffled.order.get(at as usize).map_or(usize::MAX, |&number| number as usize);
+        for (&part, (index, _)) in parts.iter().zip(&shuffled.shards) {
             if number < index.len() {
                 return Ok((part, number));
             }
@@ -206,41 +214,86 @@ impl Order {
         Err(self.nothing())
     }
 
-    /// The records of a window that take part, by their numbers in it, in their order.
-    fn shuffled(
+    fn shuffle(
         &self,
+        stream: &Stream,
         source: usize,
         epoch: u64,
         window: usize,
-        indices: &[Arc<Index>],
-    ) -> Result<Arc<[u32]>, DataError> {
-        let mut recent = self.streams[source].recent.lock().unwrap_or_else(PoisonError::into_inner);
-        let same = |kept: &&Shuffled| (kept.epoch, kept.window) == (epoch, window);
-        if let Some(kept) = recent.windows.iter().find(same) {
-            return Ok(Arc::clone(&kept.order));
-        }
-        let records: usize = indices.iter().map(|index| index.len()).sum();
+        parts: &[usize],
+    ) -> Result<Arc<Window>, DataError> {
+        // Before the lock: opening takes long, and others may be busy in another window.
+        let shards: Vec<_> = parts.iter().map(|&part| self.dataset.hold(part)).collect();
+        let records: usize = shards.iter().map(|(index, _)| index.len()).sum();
         if u32::try_from(records).is_err() {
             let expected = format!("windows of at most {} records", u32::MAX);
             return Err(DataError::Config { field: "window", expected, found: format!("one of {records}") });
         }
-        let count: usize = indices.iter().map(|index| index.count(self.need) as usize).sum();
-        // The oldest goes first, so that there are never more than are kept.
-        recent.windows.truncate(Recent::KEPT - 1);
+        let mut recent = stream.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kept) = recent.window(epoch, window) {
+            return Ok(kept);
+        }
+        recent.make_room(records);
+        let count = shards.iter().map(|(index, _)| index.count(self.need) as usize).sum();
         let mut order = Vec::with_capacity(count);
         let mut first = 0;
-        for index in indices {
+        for (index, _) in &shards {
             order.extend((0..index.len()).filter(|&i| index.has(i, self.need)).map(|i| first + i as u32));
             first += index.len() as u32;
         }
-        let key = self.need as u64 | (source as u64) << SOURCE;
+        let key = self.need.stream() | (source as u64) << SOURCE;
         // What is drawn for a batch has attempts from 1 on, so 0 and the highest numbers are free.
         let attempt = (window as u64).checked_sub(1).map_or(0, |window| u64::MAX - window);
         order.shuffle(&mut generator(self.seed, key, epoch, attempt));
-        let order: Arc<[u32]> = order.into();
-        recent.windows.push_front(Shuffled { epoch, window, order: Arc::clone(&order) });
-        Ok(order)
+        let shuffled = Arc::new(Window { epoch, window, shards, order });
+        recent.windows.push_front(Arc::clone(&shuffled));
+        Ok(shuffled)
     }
+}
+
+impl Order {
+    /// Opens the shards of the window after this one, if they have to be fetched or unpacked, while it is drawn from.
+    fn fetch_ahead(&self, stream: &Stream, source: usize, plan: &Plan, window: usize) {
+        if stream.parts.iter().all(|&part| self.dataset.is_seekable(part)) || stream.ahead.busy.swap(true, SeqCst) {
+            return;
+        }
+        let parts = match plan.parts.chunks(stream.window).nth(window + 1) {
+            Some(parts) => parts.to_vec(),
+            None => self.plan(source, plan.epoch + 1).parts.iter().copied().take(stream.window).collect(),
+        };
+        let (dataset, ahead) = (Arc::clone(&self.dataset), Arc::clone(&stream.ahead));
+        let fetch = move || {
+            let mut held = Vec::with_capacity(parts.len());
+            for part in parts {
+                if ahead.stopped.load(SeqCst) {
+                    return;
+                }
+                // What cannot be opened is told when it is drawn from.
+                held.extend(dataset.hold(part).1);
+            }
+            *ahead.held.lock().unwrap_or_else(PoisonError::into_inner) = held;
+            ahead.busy.store(false, SeqCst);
+        };
+        // Without a thread the window is fetched when it is due.
+        if std::thread::Builder::new().name("fetch ahead".to_owned()).spawn(fetch).is_err() {
+            stream.ahead.busy.store(false, SeqCst);
+        }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.ahead.stopped.store(true, SeqCst);
+    }
+}
+
+/// What is fetched before it is due.
+#[derive(Debug, Default)]
+struct Ahead {
+    busy: AtomicBool,
+    stopped: AtomicBool,
+    /// Kept open until the next window is fetched.
+    held: Mutex<Vec<Arc<OpenShard>>>,
 }
 
 /// The order of one source.
@@ -255,17 +308,41 @@ struct Stream {
     /// Records of an epoch, once they are known.
     total: OnceLock<u64>,
     recent: Mutex<Recent>,
+    ahead: Arc<Ahead>,
+}
+
+impl Stream {
+    fn kept(&self, epoch: u64, window: usize) -> Option<Arc<Window>> {
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner).window(epoch, window)
+    }
 }
 
 /// What was drawn last: batches reach over the end of a window, and workers are not in step.
 #[derive(Debug, Default)]
 struct Recent {
     plans: VecDeque<Arc<Plan>>,
-    windows: VecDeque<Shuffled>,
+    windows: VecDeque<Arc<Window>>,
 }
 
 impl Recent {
     const KEPT: usize = 2;
+    /// Of windows of a few records, as many more are kept as make this number of records, but no more than so many windows.
+    const FEW: usize = 4096;
+    const MOST: usize = 16;
+
+    fn window(&self, epoch: u64, window: usize) -> Option<Arc<Window>> {
+        self.windows.iter().find(|kept| (kept.epoch, kept.window) == (epoch, window)).map(Arc::clone)
+    }
+
+    /// Drops the oldest windows in favour of one of so many records.
+    fn make_room(&mut self, mut records: usize) {
+        let keep = self.windows.iter().enumerate().take(Self::MOST - 1).take_while(|(i, window)| {
+            records += window.order.len();
+            i + 1 < Self::KEPT || records <= Self::FEW
+        });
+        let keep = keep.count();
+        self.windows.truncate(keep);
+    }
 }
 
 /// The shards of an epoch in their order.
@@ -277,12 +354,15 @@ struct Plan {
     starts: Option<Vec<u64>>,
 }
 
-/// The records of a window in their order.
+/// Some shards of an epoch after one another.
 #[derive(Debug)]
-struct Shuffled {
+struct Window {
     epoch: u64,
     window: usize,
-    order: Arc<[u32]>,
+    /// Those in temporary files are open.
+    shards: Vec<(Arc<Index>, Option<Arc<OpenShard>>)>,
+    /// The records that take part, by their numbers in the window, in their order.
+    order: Vec<u32>,
 }
 
 /// How several sources are mixed: in a cycle of blocks, each of which has its share of every source in a random order.

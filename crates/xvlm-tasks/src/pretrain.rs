@@ -10,8 +10,8 @@ use candle_core::{DType, Device, Result, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use xvlm_data::{
-    BatchBuilder, CaptionBatch, CaptionTensors, DataError, ImageCache, Loader, LoaderConfig, Record, RegionBatch,
-    RegionTensors, TextTokenizer, read_jsonl_lenient, scenes,
+    BatchBuilder, CaptionBatch, CaptionTensors, DataError, Dataset, DatasetConfig, ImageCache, Loader, LoaderConfig,
+    Need, RegionBatch, RegionTensors, SourceConfig, StorageOptions, TextTokenizer, scenes,
 };
 use xvlm_encoders::{Parameters, Pass, Regions, Xvlm, XvlmConfig};
 use xvlm_losses as losses;
@@ -214,14 +214,14 @@ pub fn run(
     let problem = |message| ConfigProblem { file: "configuration".to_owned(), message };
     config.check_values().map_err(problem)?;
     check_texts(&config.model, config.data.max_tokens, &tokenizer).map_err(problem)?;
-    let records = read_records(&config, progress)?;
+    let dataset = Arc::new(open_dataset(&config, progress)?);
     let pretraining = Pretraining::new(&config.model, config.train.seed, device)?.with_objectives(&config.objectives);
     if let Some(dir) = &config.init_from {
         let files = ModelFolder::open(dir)?;
         xvlm_weights::assign(&files.name, &files.tensors, &pretraining.parameters, &LoadRules::default())?;
     }
     let cache = Arc::new(ImageCache::new(config.image_cache_mib << 20));
-    let builder = Arc::new(BatchBuilder::new(Arc::new(records), Arc::clone(&tokenizer), config.data.clone(), cache)?);
+    let builder = Arc::new(BatchBuilder::new(dataset, Arc::clone(&tokenizer), config.data.clone(), cache)?);
     let batches = |start| -> std::result::Result<Box<dyn Batches<Batch>>, BoxError> {
         let (iter_perc, workers) = (config.regions.iter_perc, config.loader.clone());
         Ok(Box::new(PretrainBatches::new(Arc::clone(&builder), iter_perc, start, workers, device)?))
@@ -245,8 +245,8 @@ pub fn run(
     Ok(summary)
 }
 
-/// Reads all records; broken lines are told, and refused if they are too many.
-fn read_records(config: &PretrainConfig, progress: &mut dyn Progress) -> std::result::Result<Vec<Record>, TaskError> {
+/// Opens the data; records that are seen to be broken are told, and refused if they are too many.
+fn open_dataset(config: &PretrainConfig, progress: &mut dyn Progress) -> std::result::Result<Dataset, TaskError> {
     let problem = |field: &str, message: String| {
         let file = config.train_file.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
         let file = if file.is_empty() { "configuration".to_owned() } else { file };
@@ -255,26 +255,19 @@ fn read_records(config: &PretrainConfig, progress: &mut dyn Progress) -> std::re
     if config.train_file.is_empty() {
         return Err(problem("train_file", "expected at least one file, found none".to_owned()));
     }
-    let (mut records, mut broken) = (Vec::new(), Vec::new());
-    for path in &config.train_file {
-        let (read, unreadable) = read_jsonl_lenient(path)?;
-        records.extend(read);
-        broken.extend(unreadable);
-    }
-    let (all, limit) = (records.len() + broken.len(), config.data.max_broken_share);
-    if broken.len() as f64 > limit * all as f64 {
-        return Err(DataError::too_many_broken(broken.len() as u64, all as u64, limit, &broken).into());
-    }
-    broken.iter().for_each(|error| progress.warning(&format!("left out: {error}")));
-    if records.iter().all(|record| record.captions.is_empty()) {
+    let source = SourceConfig::files(config.train_file.iter().map(|path| path.to_string_lossy()));
+    let dataset = Dataset::open(&[source], &DatasetConfig::default(), &StorageOptions::default())?;
+    dataset.check_broken(config.data.max_broken_share)?;
+    dataset.broken().examples().iter().for_each(|error| progress.warning(&format!("left out: {error}")));
+    if dataset.count(Need::Captions) == Some(0) {
         return Err(problem("caption", "expected a record with a caption, found none".to_owned()));
     }
     let iter_perc = config.regions.iter_perc;
-    if iter_perc > 0.0 && records.iter().all(|record| record.elems.is_empty()) {
+    if iter_perc > 0.0 && dataset.count(Need::Elems) == Some(0) {
         let message = format!("expected a record with elems, or regions.iter_perc 0, found none and {iter_perc}");
         return Err(problem("elems", message));
     }
-    Ok(records)
+    Ok(dataset)
 }
 
 /// Writes `config.yaml` into the folder of the run; a run that is resumed must be configured as it was, but for what only

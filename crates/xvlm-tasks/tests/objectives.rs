@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 use tempfile::TempDir;
 use xvlm_data::scenes::{self, Split, SynthOptions};
-use xvlm_data::{BatchBuilder, BatchConfig, GenerationConfig, ImageCache, TextTokenizer, read_jsonl};
+use xvlm_data::{BatchBuilder, BatchConfig, Dataset, GenerationConfig, ImageCache, TextTokenizer, read_jsonl};
 use xvlm_tasks::Objective;
 use xvlm_tasks::pretrain::{Batch, Pretraining};
 use xvlm_train::Trainable;
@@ -20,7 +20,7 @@ fn world() -> (Pretraining, [Batch; 2]) {
     let options = SynthOptions { scenes: 6, seed: 3, split: Split::Seen, embed_images: true };
     let out = dir.path().join("world");
     scenes::write(&out, &options, &mut |_| ()).unwrap();
-    let records = Arc::new(read_jsonl(out.join("pretrain.jsonl")).unwrap());
+    let records = Arc::new(Dataset::from_records(read_jsonl(out.join("pretrain.jsonl")).unwrap()));
     let tokenizer = Arc::new(TextTokenizer::from_vocabulary(&scenes::vocabulary()).unwrap());
     let model = json!({
         "vision_config": {

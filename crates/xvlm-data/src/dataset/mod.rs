@@ -117,8 +117,8 @@ impl Dataset {
             Ok(Part::new(Content::Stored(shard), seekable))
         };
         let parts = shards.into_iter().map(shard).collect::<Result<Vec<_>, _>>()?;
-        // Twice a window: the one that is drawn from and the one that is due.
-        let spools = 2 * config.window.unwrap_or(WINDOW).max(1);
+        // A window whose shards are opened to learn how many records they have is the next to be drawn from.
+        let spools = config.window.unwrap_or(WINDOW).max(1);
         let dataset = Self {
             parts,
             sources: streams,
@@ -142,7 +142,7 @@ impl Dataset {
         let part = Part { index: OnceLock::from(Arc::new(index)), ..part };
         Self {
             parts: vec![part],
-            sources: vec![Source { weight: 1.0, entries: vec![0..1] }],
+            sources: vec![Source { weight: 1.0, entries: std::iter::once(0..1).collect() }],
             config: DatasetConfig::default(),
             storage: StorageOptions::default(),
             pool: Mutex::new(Pool::new(0)),
@@ -274,15 +274,25 @@ impl Dataset {
     /// The index of a part, for which it is opened if need be. One that cannot be opened counts as one record, which is
     /// broken.
     pub(crate) fn index_or_failed(&self, part: usize) -> Arc<Index> {
-        match self.index(part) {
-            Ok(index) => index,
-            Err(error) => {
-                let known = self.parts[part].index.get().map(Arc::clone);
-                known.unwrap_or_else(|| {
-                    self.lock_broken().add(1, error, None);
-                    self.learn(part, Arc::new(failed()))
-                })
-            }
+        self.index(part).unwrap_or_else(|error| self.index_of_failed(part, error))
+    }
+
+    fn index_of_failed(&self, part: usize, error: DataError) -> Arc<Index> {
+        let known = self.parts[part].index.get().map(Arc::clone);
+        known.unwrap_or_else(|| {
+            self.lock_broken().add(1, error, None);
+            self.learn(part, Arc::new(failed()))
+        })
+    }
+
+    /// The index of a part, and the open shard if it lies in a temporary file: it does as long as somebody has it.
+    pub(crate) fn hold(&self, part: usize) -> (Arc<Index>, Option<Arc<OpenShard>>) {
+        match &self.parts[part].content {
+            Content::Stored(shard) if !self.parts[part].seekable => match self.opened(part, shard) {
+                Ok(open) => (self.learn(part, Arc::clone(&open.index)), Some(open)),
+                Err(error) => (self.index_of_failed(part, error), None),
+            },
+            _ => (self.index_or_failed(part), None),
         }
     }
 

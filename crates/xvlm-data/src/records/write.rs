@@ -32,7 +32,7 @@ impl Record {
         // What is relative to no root would be all of the path.
         let below = path.strip_prefix(root).ok().filter(|_| !root.as_os_str().is_empty() && root != Path::new("/"));
         let text = below.unwrap_or(path).to_str().ok_or_else(|| DataError::Field {
-            path: self.origin.file.to_path_buf(),
+            path: self.origin.file.as_ref().into(),
             place: self.origin.place.clone(),
             field: "image_rpath".to_owned(),
             expected: "a path of UTF-8".to_owned(),

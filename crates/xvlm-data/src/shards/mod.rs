@@ -151,8 +151,12 @@ impl Shard {
         storage: &StorageOptions,
         limits: &ShardLimits,
     ) -> Result<OpenShard, DataError> {
-        let known = known.cloned().or_else(|| self.indexed().map(Arc::new));
-        self.open_with(known, storage, limits, &mut |index, error| index.broken.add(1, error, None))
+        let (must_fit, known) = match known {
+            Some(known) => (true, Some(Arc::clone(known))),
+            None => (false, self.indexed().map(Arc::new)),
+        };
+        let found = &mut |index: &mut Index, error| index.broken.add(1, error, None);
+        self.open_with(known, must_fit, storage, limits, found)
     }
 
     /// [`Self::open`] that looks at every record again and tells each that is broken.
@@ -162,12 +166,13 @@ impl Shard {
         limits: &ShardLimits,
         found: &mut Found<'_>,
     ) -> Result<OpenShard, DataError> {
-        self.open_with(None, storage, limits, found)
+        self.open_with(None, false, storage, limits, found)
     }
 
     fn open_with(
         &self,
         known: Option<Arc<Index>>,
+        must_fit: bool,
         storage: &StorageOptions,
         limits: &ShardLimits,
         found: &mut Found<'_>,
@@ -222,7 +227,7 @@ impl Shard {
         if let Some(known) = known {
             if known.form == form && known.length() == length {
                 index = Some(known);
-            } else if self.location.as_file().is_none() || !is_spooled {
+            } else if must_fit {
                 let expected = format!("{} bytes, as when it was indexed", known.length());
                 return Err(failure(&self.name, &expected, length.to_string()));
             }

@@ -178,7 +178,7 @@ impl Table<'_> {
     fn record(&self, row: Row, columns: &Columns, number: usize) -> Result<Option<Record>, DataError> {
         let place = Place::Row(number);
         let wrong = |field: &str, expected: &str, found: String| DataError::Field {
-            path: self.shard.name.to_path_buf(),
+            path: self.shard.name.as_ref().into(),
             place: place.clone(),
             field: field.to_owned(),
             expected: expected.to_owned(),

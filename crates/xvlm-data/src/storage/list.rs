@@ -63,7 +63,10 @@ fn local(path: PathBuf) -> Result<Vec<Location>, DataError> {
     let found = glob::glob(pattern).map_err(|error| failure(&path, "a pattern", error.to_string()))?;
     let mut names = Vec::new();
     for name in found {
-        names.push(name.map_err(|error| io_error(&error.path().to_owned(), error.into()))?);
+        names.push(name.map_err(|error| {
+            let path = error.path().to_owned();
+            io_error(&path, error.into())
+        })?);
     }
     names.retain(|name| !name.is_dir() && !name.to_str().is_some_and(is_index));
     names.sort();

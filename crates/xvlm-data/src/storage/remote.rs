@@ -15,7 +15,7 @@ use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 use object_store::http::HttpBuilder;
 use object_store::path::Path as Key;
-use object_store::{BackoffConfig, ClientConfigKey, Error, GetOptions, GetRange, ObjectStore, RetryConfig};
+use object_store::{BackoffConfig, ClientConfigKey, Error, GetOptions, GetRange, ObjectMeta, ObjectStore, RetryConfig};
 use tokio::runtime::Runtime;
 use tokio::time::{sleep, timeout};
 
@@ -42,7 +42,10 @@ pub(super) fn fetch(url: &str, options: &StorageOptions, file: &File, limit: u64
     let options = options.clone();
     let result = wait(async move { Download { place, options, file, limit, reached: 0 }.run().await })
         .map_err(|message| failure(name, "a runtime for object storage", message))?;
-    result.map_err(|found| failure(name, "an object that can be fetched", found))
+    // What is behind the question mark may be a signature.
+    let query = url.strip_prefix(shown(url)).filter(|query| !query.is_empty());
+    let found = |found: String| query.map_or(found.clone(), |query| found.replace(query, "?…"));
+    result.map_err(|message| failure(name, "an object that can be fetched", found(message)))
 }
 
 /// The URLs of the objects in a folder, and in its folders if `all`.
@@ -163,10 +166,10 @@ enum Broken {
 
 impl Download {
     async fn run(&mut self) -> Result<(), String> {
-        let (mut failures, mut tag) = (0, None);
+        let (mut failures, mut version) = (0, None);
         loop {
             let before = self.reached;
-            let dropped = match self.part(&mut tag).await {
+            let dropped = match self.part(&mut version).await {
                 Ok(()) => return Ok(()),
                 Err(Broken::Lost(message)) => return Err(message),
                 Err(Broken::Dropped(message)) => message,
@@ -184,13 +187,13 @@ impl Download {
     }
 
     /// Fetches what is missing, as far as the connection holds.
-    async fn part(&mut self, tag: &mut Option<String>) -> Result<(), Broken> {
+    async fn part(&mut self, version: &mut Option<ObjectMeta>) -> Result<(), Broken> {
         let patience = self.options.timeout;
         let silent = || Broken::Dropped(format!("no answer in {patience:?}"));
         let options = GetOptions {
             range: (self.reached > 0).then_some(GetRange::Offset(self.reached)),
             // Of another object the rest would not fit.
-            if_match: tag.clone(),
+            if_match: version.as_ref().and_then(|meta| meta.e_tag.clone()),
             ..GetOptions::default()
         };
         let whole_time = patience * (self.options.retries + 2);
@@ -208,7 +211,14 @@ impl Download {
         if size > self.limit {
             return Err(Broken::Lost(format!("{size} bytes, more than the {} allowed", self.limit)));
         }
-        tag.clone_from(&answer.meta.e_tag);
+        // Not every server heeds the condition.
+        let same = |meta: &ObjectMeta| {
+            (meta.size, &meta.e_tag, meta.last_modified)
+                == (answer.meta.size, &answer.meta.e_tag, answer.meta.last_modified)
+        };
+        if !same(version.get_or_insert_with(|| answer.meta.clone())) {
+            return Err(Broken::Lost("another one than when it was begun".to_owned()));
+        }
         let mut stream = answer.into_stream();
         loop {
             let next = poll_fn(|context| stream.as_mut().poll_next(context));
