@@ -139,7 +139,7 @@ impl Demo {
         let device = self.model.device.open()?;
         let stage = |preset: &str, share: f64| -> Result<PretrainConfig, CliError> {
             let mut config = PretrainConfig::preset(preset, &[])?;
-            config.train_file = vec![data.join("pretrain.jsonl")];
+            config.train_file = vec![SourceConfig::files([data.join("pretrain.jsonl").display().to_string()])];
             config.train.time_limit_minutes = Some(share * self.minutes);
             // The clock decides how many iterations there are: warm up for a share of them, and report often.
             config.train.schedule.warmup = Warmup::Fraction(0.05);

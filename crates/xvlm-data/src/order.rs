@@ -10,6 +10,8 @@
 //! an epoch, whatever the numbers of records, shards and processes.
 
 use std::collections::VecDeque;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rand::SeedableRng;
@@ -56,7 +58,7 @@ impl Order {
     /// [`DataError::Config`] when there are more sources than can be mixed.
     pub fn new(dataset: Arc<Dataset>, need: Need, seed: u64) -> Result<Self, DataError> {
         let weights: Vec<f64> = dataset.sources.iter().map(|source| source.weight).collect();
-        let mix = if weights.len() > 1 { Some(Mix::new(&weights, seed, need as u64)?) } else { None };
+        let mix = if weights.len() > 1 { Some(Mix::new(&weights, seed, need.stream())?) } else { None };
         Ok(Self { dataset, need, seed, rank: 0, ranks: 1, streams: Vec::new(), mix }.for_rank(0, 1))
     }
 
@@ -72,7 +74,8 @@ impl Order {
             let own = |entry: &std::ops::Range<usize>| entry.clone().skip(rank).step_by(ranks.max(1));
             let parts: Vec<usize> =
                 if shared { source.parts().collect() } else { source.entries.iter().flat_map(own).collect() };
-            Stream { window: dataset.window(&parts), parts, shared, total: OnceLock::new(), recent: Mutex::default() }
+            let window = dataset.window(&parts);
+            Stream { window, parts, shared, total: OnceLock::new(), recent: Mutex::default(), ahead: Arc::default() }
         };
         self.streams = dataset.sources.iter().map(stream).collect();
         self
@@ -173,7 +176,7 @@ impl Order {
         let mut parts = stream.parts.clone();
         // The records of a single window are shuffled as a whole.
         if stream.window < parts.len() {
-            let key = self.need as u64 | (source as u64) << SOURCE | SHARDS;
+            let key = self.need.stream() | (source as u64) << SOURCE | SHARDS;
             parts.shuffle(&mut generator(self.seed, key, epoch, 0));
         }
         let starts = known.then(|| {
@@ -195,7 +198,11 @@ impl Order {
         let Some(parts) = plan.parts.chunks(stream.window).nth(window) else { return Err(self.nothing()) };
         let shuffled = match stream.kept(plan.epoch, window) {
             Some(shuffled) => shuffled,
-            None => self.shuffle(stream, source, plan.epoch, window, parts)?,
+            None => {
+                let shuffled = self.shuffle(stream, source, plan.epoch, window, parts)?;
+                self.fetch_ahead(stream, source, plan, window);
+                shuffled
+            }
         };
         let mut number = shuffled.order.get(at as usize).map_or(usize::MAX, |&number| number as usize);
         for (&part, (index, _)) in parts.iter().zip(&shuffled.shards) {
@@ -234,7 +241,7 @@ impl Order {
             order.extend((0..index.len()).filter(|&i| index.has(i, self.need)).map(|i| first + i as u32));
             first += index.len() as u32;
         }
-        let key = self.need as u64 | (source as u64) << SOURCE;
+        let key = self.need.stream() | (source as u64) << SOURCE;
         // What is drawn for a batch has attempts from 1 on, so 0 and the highest numbers are free.
         let attempt = (window as u64).checked_sub(1).map_or(0, |window| u64::MAX - window);
         order.shuffle(&mut generator(self.seed, key, epoch, attempt));
@@ -242,6 +249,51 @@ impl Order {
         recent.windows.push_front(Arc::clone(&shuffled));
         Ok(shuffled)
     }
+}
+
+impl Order {
+    /// Opens the shards of the window after this one, if they have to be fetched or unpacked, while it is drawn from.
+    fn fetch_ahead(&self, stream: &Stream, source: usize, plan: &Plan, window: usize) {
+        if stream.parts.iter().all(|&part| self.dataset.is_seekable(part)) || stream.ahead.busy.swap(true, SeqCst) {
+            return;
+        }
+        let parts = match plan.parts.chunks(stream.window).nth(window + 1) {
+            Some(parts) => parts.to_vec(),
+            None => self.plan(source, plan.epoch + 1).parts.iter().copied().take(stream.window).collect(),
+        };
+        let (dataset, ahead) = (Arc::clone(&self.dataset), Arc::clone(&stream.ahead));
+        let fetch = move || {
+            let mut held = Vec::with_capacity(parts.len());
+            for part in parts {
+                if ahead.stopped.load(SeqCst) {
+                    return;
+                }
+                // What cannot be opened is told when it is drawn from.
+                held.extend(dataset.hold(part).1);
+            }
+            *ahead.held.lock().unwrap_or_else(PoisonError::into_inner) = held;
+            ahead.busy.store(false, SeqCst);
+        };
+        // Without a thread the window is fetched when it is due.
+        if std::thread::Builder::new().name("fetch ahead".to_owned()).spawn(fetch).is_err() {
+            stream.ahead.busy.store(false, SeqCst);
+        }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.ahead.stopped.store(true, SeqCst);
+    }
+}
+
+/// What is fetched before it is due.
+#[derive(Debug, Default)]
+struct Ahead {
+    busy: AtomicBool,
+    stopped: AtomicBool,
+    /// Kept open until the next window is fetched.
+    held: Mutex<Vec<Arc<OpenShard>>>,
 }
 
 /// The order of one source.
@@ -256,6 +308,7 @@ struct Stream {
     /// Records of an epoch, once they are known.
     total: OnceLock<u64>,
     recent: Mutex<Recent>,
+    ahead: Arc<Ahead>,
 }
 
 impl Stream {

@@ -222,15 +222,20 @@ pub fn convert(
         // Nothing to keep: the next try looks at the images again.
         manifest.shards.clear();
         manifest.write(&options.out)?;
+        remove(&options.out, &[SPOOL, LOCK])?;
         return Err(DataError::NothingLeft { name: job.name.clone(), reasons });
     }
     manifest.complete = true;
     manifest.write(&options.out)?;
-    for name in [SPOOL, LOCK] {
-        let path = options.out.join(name);
-        std::fs::remove_file(&path).map_err(|source| io_error(&path, source))?;
-    }
+    remove(&options.out, &[SPOOL, LOCK])?;
     Ok(manifest)
+}
+
+fn remove(folder: &Path, names: &[&str]) -> Result<(), DataError> {
+    names.iter().try_for_each(|name| {
+        let path = folder.join(name);
+        std::fs::remove_file(&path).map_err(|source| io_error(&path, source))
+    })
 }
 
 /// Makes the folder this conversion's own: nobody else's, and with shards of the same settings only.

@@ -110,7 +110,8 @@ impl<'de> Deserialize<'de> for SourceConfig {
 #[serde(default, deny_unknown_fields)]
 pub struct DatasetConfig {
     /// Shards whose records are shuffled together. Default: all, if every shard can be sought in as it lies, else 4. For
-    /// each source and stream the temporary files of two windows are kept, or of 16 if those have a few records only.
+    /// each source and stream the temporary files of three windows are kept (the last two and the next), or of 16 if those
+    /// have a few records only.
     pub window: Option<usize>,
     /// Bounds on what files may make a reader do.
     pub limits: ShardLimits,

@@ -44,6 +44,15 @@ impl Need {
     pub(crate) fn flag(self) -> u8 {
         1 << self as u8
     }
+
+    /// What tells apart what is drawn for it; 2 is that of the ways of classing in [`crate::batch`].
+    pub(crate) fn stream(self) -> u64 {
+        match self {
+            Self::Captions => 0,
+            Self::Elems => 1,
+            Self::Questions => 3,
+        }
+    }
 }
 
 /// Where the records of a shard are and what they have.
