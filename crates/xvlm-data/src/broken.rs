@@ -24,8 +24,16 @@ pub struct BrokenRecord {
 
 impl fmt::Display for BrokenRecord {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (origin, error) = (self.origin.to_string(), self.error.to_string());
-        if error.contains(&origin) { f.write_str(&error) } else { write!(f, "{origin}: {error}") }
+        f.write_str(&told(Some(&self.origin), &self.error))
+    }
+}
+
+/// What is wrong, and where it is.
+pub(crate) fn told(origin: Option<&Origin>, error: &DataError) -> String {
+    let message = error.to_string();
+    match origin.map(Origin::to_string).filter(|origin| !message.contains(origin)) {
+        Some(origin) => format!("{origin}: {message}"),
+        None => message,
     }
 }
 
@@ -54,6 +62,14 @@ impl Tally {
     #[must_use]
     pub fn examples(&self) -> &[BrokenRecord] {
         &self.examples
+    }
+
+    /// Refuses data of which more than a share of `all` is broken.
+    pub(crate) fn check(&self, all: u64, limit: f64) -> Result<(), DataError> {
+        match self.total as f64 > limit * all as f64 {
+            true => Err(DataError::too_many_broken(self.total, all, limit, &self.examples)),
+            false => Ok(()),
+        }
     }
 
     /// Counts `count` records that are broken for one reason; `origin` is told where the error tells none.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::broken::Tally;
+use crate::broken::{Tally, told};
 use crate::dataset::Dataset;
 use crate::error::DataError;
 use crate::image::{DecodeOptions, Encoded, source_key};
@@ -35,6 +35,17 @@ pub struct Findings {
     pub broken: Tally,
 }
 
+impl Findings {
+    /// Refuses a data set of which too much is broken.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::TooManyBroken`].
+    pub fn check_broken(&self, limit: f64) -> Result<(), DataError> {
+        self.broken.check(self.records + self.broken.total(), limit)
+    }
+}
+
 /// How closely to look.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -58,7 +69,7 @@ impl Default for CheckConfig {
 pub fn check(
     dataset: &Dataset,
     config: &CheckConfig,
-    broken: &mut dyn FnMut(&DataError, Option<&Origin>),
+    broken: &mut dyn FnMut(&str),
     progress: &mut dyn FnMut(u64),
 ) -> Findings {
     let mut findings = Findings::default();
@@ -78,7 +89,7 @@ pub fn check(
                     findings.repeated_images += u64::from(!images.insert(source_key(&record.image)));
                 }
                 Err((error, origin)) => {
-                    broken(&error, origin.as_ref());
+                    broken(&told(origin.as_ref(), &error));
                     findings.broken.add(1, error, origin.as_ref());
                 }
             }

@@ -10,8 +10,8 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use xvlm_data::{
-    BatchBuilder, CaptionBatch, CaptionTensors, DataError, Dataset, ImageCache, Loader, LoaderConfig,
-    Need, RegionBatch, RegionTensors, SourceConfig, StorageOptions, TextTokenizer, scenes,
+    BatchBuilder, CaptionBatch, CaptionTensors, DataError, Dataset, ImageCache, Loader, LoaderConfig, Need,
+    RegionBatch, RegionTensors, SourceConfig, StorageOptions, TextTokenizer, scenes,
 };
 use xvlm_encoders::{Parameters, Pass, Regions, Xvlm, XvlmConfig};
 use xvlm_losses as losses;

@@ -5,7 +5,7 @@ use std::path::Path;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use xvlm_data::Padding;
+use xvlm_data::{Padding, SourceConfig};
 use xvlm_encoders::{Activation, SwinConfig, Task, TextModel, VisionConfig, VitConfig, XvlmConfig};
 use xvlm_tasks::{PretrainConfig, official};
 use xvlm_train::Warmup;
@@ -129,7 +129,8 @@ fn a_pre_training_run_is_read_whole() {
     let folder = repository(PRETRAIN);
     let overrides = ["train.log_every=5".to_owned()];
     let config = PretrainConfig::open(&folder.path().join("configs/run.yaml"), &overrides).unwrap();
-    assert_eq!(config.train_file, [Path::new("shards/captions"), Path::new("shards/objects")]);
+    assert_eq!(config.train_file, [SourceConfig::files(["shards/captions"])]);
+    assert_eq!(config.train_file_regions, [SourceConfig::files(["shards/objects"])]);
     assert_eq!(config.tokenizer.as_deref(), Some(Path::new("data/bert/vocab.txt")));
     assert_eq!(config.regions.iter_perc, 0.25);
     let data = &config.data;

@@ -1,12 +1,17 @@
 //! `xvlm data`: what is done to data sets before training.
 
+mod check;
 mod convert;
+mod index;
+mod inspect;
+mod vocab;
 
 use clap::{Args, Subcommand};
+use xvlm::data::{Dataset, DatasetConfig, SourceConfig, StorageOptions};
 
-use crate::output::CliError;
+use crate::output::{self, CliError};
 
-/// Prepare data sets
+/// Prepare data sets, and look at them
 #[derive(Args)]
 pub(crate) struct Data {
     #[command(subcommand)]
@@ -15,13 +20,47 @@ pub(crate) struct Data {
 
 #[derive(Subcommand)]
 enum Command {
-    Convert(convert::Convert),
+    Check(check::Check),
+    Convert(Box<convert::Convert>),
+    Index(index::Index),
+    Inspect(inspect::Inspect),
+    Vocab(vocab::Vocab),
 }
 
 impl Data {
     pub(crate) fn run(self) -> Result<(), CliError> {
         match self.command {
+            Command::Check(command) => command.run(),
             Command::Convert(command) => command.run(),
+            Command::Index(command) => command.run(),
+            Command::Inspect(command) => command.run(),
+            Command::Vocab(command) => command.run(),
         }
     }
+}
+
+/// Shards.
+#[derive(Args)]
+struct Shards {
+    /// Shards: files (.jsonl, .tar, .parquet, each also .gz or .zst), folders of them, patterns (*, {000..127}), URLs
+    #[arg(required = true, value_name = "SHARDS")]
+    shards: Vec<String>,
+    /// What paths of images are relative to, and must not leave [default: the folder of the shard]
+    #[arg(long, value_name = "DIR")]
+    image_root: Option<std::path::PathBuf>,
+}
+
+impl Shards {
+    fn source(self) -> SourceConfig {
+        SourceConfig { image_root: self.image_root, ..SourceConfig::files(self.shards) }
+    }
+
+    fn open(self) -> Result<Dataset, CliError> {
+        Ok(Dataset::open(&[self.source()], &DatasetConfig::default(), &StorageOptions::default())?)
+    }
+}
+
+/// Numbers by name, for a table.
+fn counts<'a>(counts: impl IntoIterator<Item = (&'a str, u64)>) -> output::Rows {
+    counts.into_iter().map(|(name, count)| (name.to_owned(), Some(count.to_string()))).collect()
 }

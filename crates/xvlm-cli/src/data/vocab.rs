@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 use xvlm::data::vocabulary::{Pieces, VocabularyConfig, VocabularyLearner};
-use xvlm::data::{DataError, pre_caption, read_jsonl_lenient};
+use xvlm::data::{DataError, pre_caption};
 
+use super::Shards;
 use crate::output::{self, CliError};
 
 /// Words of a text that are learnt from: all of them.
@@ -20,9 +21,9 @@ const ALL_WORDS: usize = usize::MAX;
 /// give the same vocabulary.
 #[derive(Args)]
 pub(crate) struct Vocab {
-    /// Files of records (JSON lines), or of texts, one a line (.txt)
+    /// Shards, as for training, or files of texts, one a line (.txt)
     #[arg(required = true, value_name = "FILE")]
-    data: Vec<PathBuf>,
+    data: Vec<String>,
     /// Folder to write
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -49,7 +50,7 @@ struct Learnt<'a> {
     pieces: usize,
     words: usize,
     texts: u64,
-    broken: usize,
+    broken: u64,
 }
 
 impl Vocab {
@@ -66,24 +67,27 @@ impl Vocab {
             Err(error) => Err(error),
         };
         let mut broken = 0;
-        for path in &data {
-            if path.extension().is_some_and(|extension| extension == "txt") {
-                let file = File::open(path).map_err(CliError::io(path))?;
-                for line in BufReader::new(file).lines() {
-                    add(&line.map_err(CliError::io(path))?)?;
-                }
-            } else {
-                let (records, errors) = read_jsonl_lenient(path)?;
-                errors.iter().for_each(|error| output::say(&format!("left out: {error}")));
-                broken += errors.len();
-                for record in &records {
-                    record.texts().try_for_each(&mut add)?;
-                }
+        let (texts, shards): (Vec<String>, Vec<String>) = data.into_iter().partition(|file| file.ends_with(".txt"));
+        for path in texts.iter().map(Path::new) {
+            let file = File::open(path).map_err(CliError::io(path))?;
+            for line in BufReader::new(file).lines() {
+                add(&line.map_err(CliError::io(path))?)?;
             }
+        }
+        if !shards.is_empty() {
+            Shards { shards, image_root: None }.open()?.visit(|record| match record {
+                Ok(record) => record.texts().try_for_each(&mut add),
+                Err(error) => {
+                    output::say(&format!("left out: {error}"));
+                    broken += 1;
+                    Ok(())
+                }
+            })?;
         }
         let learnt = learner.learn()?;
         learnt.write(&out)?;
-        let report = Learnt { out: &out, pieces: learnt.pieces.len(), words: learnt.words, texts: learnt.texts, broken };
+        let report =
+            Learnt { out: &out, pieces: learnt.pieces.len(), words: learnt.words, texts: learnt.texts, broken };
         output::print(json, &report, |report| {
             let Learnt { pieces, words, texts, .. } = report;
             format!("{pieces} pieces of {words} words in {texts} texts, in {}", out.display())

@@ -39,6 +39,32 @@ impl Picture {
         fits.then_some(Self { width, height, rgb })
     }
 
+    /// A picture of one colour.
+    ///
+    /// # Panics
+    ///
+    /// If a side is 0.
+    #[must_use]
+    pub fn blank(width: u32, height: u32, colour: [u8; 3]) -> Self {
+        assert!(width > 0 && height > 0, "a picture of {width}x{height}");
+        Self { width, height, rgb: colour.repeat(width as usize * height as usize) }
+    }
+
+    /// Covers a part of the picture with another of the part's size.
+    ///
+    /// # Panics
+    ///
+    /// If it is of another size, or the part not inside the picture.
+    pub fn put(&mut self, other: &Self, part: Rect) {
+        assert!(part.is_inside(self.width, self.height), "{part:?} in {}x{}", self.width, self.height);
+        assert_eq!((other.width, other.height), (part.width, part.height), "the size of the part");
+        let (stride, length) = (self.width as usize * 3, part.width as usize * 3);
+        let rows = self.rgb.chunks_exact_mut(stride).skip(part.y as usize);
+        for (row, other) in rows.zip(other.rgb.chunks_exact(length)) {
+            row[part.x as usize * 3..][..length].copy_from_slice(other);
+        }
+    }
+
     /// Decodes an image file, its pixels as stored: see [`Encoded`].
     ///
     /// # Errors
