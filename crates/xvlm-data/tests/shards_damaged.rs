@@ -153,6 +153,16 @@ fn a_shard_that_cannot_be_read_costs_its_records_only() {
     for shard in 0..3 {
         fs::write(root.join(format!("{shard}.jsonl")), lines(10 * shard..10 * shard + 10)).unwrap();
     }
+    #[cfg(unix)]
+    {
+        // A link to nothing stands for a file that cannot be opened.
+        let folder = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/nowhere", folder.path().join("b.jsonl")).unwrap();
+        fs::write(folder.path().join("a.jsonl"), lines(0..4)).unwrap();
+        let (records, errors) = visit(&open(folder.path()).unwrap());
+        assert_eq!((records.len(), errors.len()), (4, 1));
+        assert!(errors[0].to_string().contains("b.jsonl"), "{}", errors[0]);
+    }
     // Named but not there: among others it is broken, alone it is a mistake.
     let dataset = open(&root.join("{0..3}.jsonl")).unwrap();
     assert_eq!((dataset.shards(), dataset.found()), (4, 31));
@@ -202,8 +212,13 @@ fn a_folder_or_a_pipe_is_no_shard() {
     let error = open(&folder.path().join("empty")).unwrap_err();
     assert!(error.to_string().contains("at least one shard"), "{error}");
     if cfg!(unix) {
-        let error = open(Path::new("/dev/null")).unwrap_err();
-        assert!(error.to_string().contains("expected a file"), "{error}");
+        // Reading a pipe would wait for somebody to write into it.
+        let pipe = folder.path().join("pipe.jsonl");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        for path in [&pipe, Path::new("/dev/null")] {
+            let error = open(path).unwrap_err();
+            assert!(error.to_string().contains("expected a file"), "{error}");
+        }
     }
 }
 
