@@ -262,3 +262,33 @@ fn a_url_needs_the_feature() {
         "{error}"
     );
 }
+
+#[test]
+fn a_damaged_part_of_a_table_costs_its_rows_only() {
+    // Three groups of four rows; the images of the second are no Snappy any more.
+    let mut table = img2dataset(0..12, 4);
+    let metadata = {
+        use parquet::file::reader::FileReader;
+        let bytes = bytes_of(&table);
+        parquet::file::serialized_reader::SerializedFileReader::new(bytes).unwrap().metadata().clone()
+    };
+    let (start, length) = metadata.row_group(1).column(2).byte_range();
+    let end = (start + length) as usize;
+    table[end - 12..end].fill(0xff);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.parquet");
+    fs::write(&path, &table).unwrap();
+    let dataset = Arc::new(open(&path).unwrap());
+    let (records, errors) = visit(&dataset);
+    assert_eq!(numbers(&records), [0, 1, 2, 3, 8, 9, 10, 11]);
+    assert_eq!(errors.iter().map(place).collect::<Vec<_>>(), [Place::Row(4)], "{errors:?}");
+    // All of its rows count.
+    Order::new(Arc::clone(&dataset), Need::Captions, 1).unwrap().record(0).unwrap();
+    assert_eq!((dataset.found(), dataset.broken().total()), (8, 4));
+}
+
+fn bytes_of(content: &[u8]) -> fs::File {
+    let mut file = tempfile::tempfile().unwrap();
+    std::io::Write::write_all(&mut file, content).unwrap();
+    file
+}

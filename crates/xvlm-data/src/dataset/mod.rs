@@ -214,7 +214,7 @@ impl Dataset {
     /// [`DataError::TooManyBroken`].
     pub fn check_broken(&self, limit: f64) -> Result<(), DataError> {
         let broken = self.lock_broken();
-        let all = self.found() + broken.total();
+        let all = self.found().saturating_add(broken.total());
         if broken.total() as f64 > limit * all as f64 {
             return Err(DataError::too_many_broken(broken.total(), all, limit, broken.examples()));
         }

@@ -20,6 +20,7 @@ use crate::storage::{self, FileReader, Location, StorageOptions, failure, read_a
 mod archive;
 pub(crate) mod index;
 mod lines;
+mod pages;
 mod table;
 mod writer;
 
