@@ -150,6 +150,15 @@ impl Shard {
         self.location.as_file().and_then(Index::read)
     }
 
+    /// The length of a file and what its ends hash to; of an object that would have to be asked for.
+    pub(crate) fn state(&self) -> (u64, u32) {
+        let state = |path| {
+            let file = open_file(path).ok()?;
+            Some((file.metadata().ok()?.len(), index::fingerprint(&file).ok()?))
+        };
+        self.location.as_file().and_then(state).unwrap_or_default()
+    }
+
     /// Makes the shard readable. `known` is its index, if it was open before.
     ///
     /// # Errors
