@@ -2,8 +2,8 @@
 //! masking, batching, and [`scenes`], the built-in synthetic world.
 //!
 //! The way of one training sample reads top to bottom through these modules: [`records`] (a line of
-//! a JSON-lines file becomes a [`Record`]) → [`image`] (decode, cache) → [`transform`] (crop, flip,
-//! resize, and what that does to boxes) → [`tokens`] and [`masking`] (text) → [`batch`] (collate) →
+//! a JSON-lines file becomes a [`Record`]) → [`image`] (header, decode, cache) → [`transform`] (crop, flip,
+//! resize, and what that does to boxes) → [`augment`] → [`tokens`] and [`masking`] (text) → [`batch`] (collate) →
 //! [`tensors`] (the one place that knows a tensor library). [`loader`] runs it ahead of the training
 //! loop on worker threads; [`annotations`] reads the files that evaluation uses.
 //!
