@@ -1,13 +1,14 @@
 //! Data for X-VLM: annotation formats, image decoding and augmentation, text cleaning, tokenising,
 //! masking, batching, and [`scenes`], the built-in synthetic world.
 //!
+<<<<<<< HEAD
 //! The way of one training sample reads top to bottom through these modules: [`storage`] and [`shards`] (files and
-//! objects become records that any place of can be read) → [`Dataset`] and [`Order`] (which is next) → [`records`] (a
-//! JSON object becomes a [`Record`]) → [`image`] (decode, cache) → [`transform`] (crop, flip,
-//! resize, and what that does to boxes) → [`tokens`] and [`masking`] (text) → [`batch`] (collate) →
-//! [`tensors`] (the one place that knows a tensor library). [`loader`] runs it ahead of the training
-//! loop on worker threads; [`check`](mod@check) looks through a data set before. [`annotations`] reads the files of published data
-//! sets, [`convert`] makes shards of them, and [`vocabulary`] learns word pieces from texts.
+//! objects become records that can be read in any order) → [`Dataset`] and [`Order`] (which is next) → [`records`] (a
+//! JSON object becomes a [`Record`]) → [`image`] (header, decode, cache) → [`transform`] (crop, flip,
+//! resize, and what that does to boxes) → [`augment`] → [`tokens`] and [`masking`] (text) → [`batch`] (collate) →
+//! [`tensors`] (the one place that knows a tensor library). [`loader`] runs it ahead of the training loop on worker
+//! threads; [`check`](mod@check) looks through a data set before. [`annotations`] reads the files of published data sets,
+//! [`convert`] makes shards of them, and [`vocabulary`] learns word pieces from texts.
 //!
 //! *Architecture invariant:* everything random takes a generator from its caller, so a batch is a
 //! function of (records, configuration, seed, step).

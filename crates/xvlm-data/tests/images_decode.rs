@@ -168,6 +168,17 @@ fn large_images_are_refused_by_their_headers() {
 }
 
 #[test]
+fn frames_larger_than_their_image_are_refused() {
+    let mut bytes = file("gif");
+    // The descriptor of a frame: its place (0, 0) and its size.
+    let size = [23, 0, 17, 0];
+    let frame = bytes.windows(9).position(|window| window[..5] == [0x2C, 0, 0, 0, 0] && window[5..] == size).unwrap();
+    bytes[frame + 5..frame + 9].fill(0xFF);
+    let error = Picture::from_bytes(&bytes, &"x").unwrap_err().to_string();
+    assert!(error.starts_with("image x: "), "{error}");
+}
+
+#[test]
 fn what_shows_nothing_is_an_error() {
     let error = |bytes: &[u8]| Picture::from_bytes(bytes, &"x").unwrap_err().to_string();
     for name in names() {

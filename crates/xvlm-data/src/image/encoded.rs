@@ -5,9 +5,9 @@
 //! What `PIL.Image.open(file).convert("RGB")` gives, within the rounding of JPEG decoders, but for these:
 //!
 //! - of grey PNG of 16 bits the upper 8 are taken (Pillow cuts values above 255 off, which makes most pictures white);
-//! - rows that a truncated file lacks are grey or black, of a truncated PNG or GIF black. A file of which no pixel
-//!   can be decoded is an error; Pillow gives a black picture if `LOAD_TRUNCATED_IMAGES` is set, as it is in the original;
-//! - truncated WebP is an error, as with Pillow.
+//! - of a progressive JPEG that breaks off the coarse picture is taken, of which Pillow shows nothing. What other truncated files
+//!   lack is grey (JPEG) or black (PNG, GIF), as in Pillow with `LOAD_TRUNCATED_IMAGES`, which the original sets; but a file of which no
+//!   pixel can be decoded is an error. So is any truncated WebP, as with Pillow.
 //!
 //! Transparency is dropped, of an animation the first frame is taken, colour profiles are ignored, as with Pillow. So is the EXIF
 //! orientation, because boxes in annotations refer to pixels as stored; pictures of people's own are to be shown upright
@@ -29,8 +29,8 @@ use crate::error::DataError;
 use crate::records::ImageSource;
 use crate::transform::Rect;
 
-/// The largest number of pixels that is decoded unless asked otherwise: Pillow's `MAX_IMAGE_PIXELS` (twice of it is where Pillow gives
-/// up, at once it warns), of which three bytes each are half a gigabyte.
+/// The largest number of pixels that is decoded unless asked otherwise: Pillow's `MAX_IMAGE_PIXELS`, at three bytes each half a
+/// gigabyte.
 pub const MAX_PIXELS: u64 = 178_956_970;
 
 /// How files are decoded.
@@ -67,6 +67,7 @@ pub struct Encoded<'a> {
     width: u32,
     height: u32,
     orientation: Orientation,
+    max_pixels: u64,
 }
 
 impl<'a> Encoded<'a> {
@@ -113,7 +114,7 @@ impl<'a> Encoded<'a> {
         let (width, height, orientation) = match format {
             ImageFormat::Jpeg => jpeg_header(&bytes, options.upright).map_err(|message| broken(name, &message))?,
             _ => {
-                let mut decoder = decoder(&bytes, format).map_err(|error| broken(name, &error))?;
+                let mut decoder = decoder(&bytes, format, options.max_pixels).map_err(|error| broken(name, &error))?;
                 let (width, height) = decoder.dimensions();
                 let orientation = if options.upright { decoder.orientation().ok() } else { None };
                 (width, height, orientation.unwrap_or(Orientation::NoTransforms))
@@ -124,7 +125,8 @@ impl<'a> Encoded<'a> {
             let limit = options.max_pixels;
             return Err(DataError::ImageSize { name: name.to_string(), limit, width, height });
         }
-        Ok(Self { bytes, name: name.to_string(), format, width, height, orientation })
+        let (name, max_pixels) = (name.to_string(), options.max_pixels);
+        Ok(Self { bytes, name, format, width, height, orientation, max_pixels })
     }
 
     /// Width in pixels, after turning if that is asked for.
@@ -235,7 +237,7 @@ impl<'a> Encoded<'a> {
     }
 
     fn other(&self) -> Result<Vec<u8>, String> {
-        let decoder = decoder(&self.bytes, self.format).map_err(|error| error.to_string())?;
+        let decoder = decoder(&self.bytes, self.format, self.max_pixels).map_err(|error| error.to_string())?;
         let color = decoder.color_type();
         let size = decoder.total_bytes();
         let mut pixels = vec![0; usize::try_from(size).map_err(|_| format!("{size} bytes of pixels"))?];
@@ -266,9 +268,14 @@ fn broken(name: &dyn std::fmt::Display, message: &dyn std::fmt::Display) -> Data
     DataError::Image { name: name.to_string(), message: message.to_string() }
 }
 
-fn decoder(bytes: &[u8], format: ImageFormat) -> image::ImageResult<Box<dyn ImageDecoder + '_>> {
+fn decoder(bytes: &[u8], format: ImageFormat, max_pixels: u64) -> image::ImageResult<Box<dyn ImageDecoder + '_>> {
+    /// For what is no pixel, such as colour profiles.
+    const OTHER: u64 = 64 << 20;
     let mut reader = image::ImageReader::with_format(Cursor::new(bytes), format);
-    reader.no_limits();
+    // A frame of a GIF may claim to be larger than the image that it is part of.
+    let mut limits = image::Limits::no_limits();
+    limits.max_alloc = Some(max_pixels.saturating_mul(4).saturating_add(OTHER));
+    reader.limits(limits);
     Ok(Box::new(reader.into_decoder()?))
 }
 
