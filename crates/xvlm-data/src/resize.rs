@@ -141,12 +141,30 @@ pub fn resize_bicubic(rgb: &[u8], width: usize, rect: Rect, out_width: usize, ou
     let shrinks = |from: usize, to: usize| from as i64 - to as i64;
     let vertical_first = shrinks(h, out_height) > 0.max(2 * shrinks(w, out_width));
     let rows: Vec<&[u8]> = (0..h).map(|y| &rgb[((y0 + y) * width + x0) * 3..][..w * 3]).collect();
-    if vertical_first {
-        let middle = vertical(&rows, out_height);
-        horizontal(&middle.chunks_exact(w * 3).collect::<Vec<_>>(), out_width)
-    } else {
-        let middle = horizontal(&rows, out_width);
-        vertical(&middle.chunks_exact(out_width * 3).collect::<Vec<_>>(), out_height)
+    pulp::Arch::new().dispatch(Resize { rows, out_width, out_height, vertical_first })
+}
+
+/// The work of [`resize_bicubic`], to be compiled for each instruction set: what it calls must be `#[inline(always)]` to profit.
+struct Resize<'a> {
+    rows: Vec<&'a [u8]>,
+    out_width: usize,
+    out_height: usize,
+    vertical_first: bool,
+}
+
+impl pulp::NullaryFnOnce for Resize<'_> {
+    type Output = Vec<u8>;
+
+    #[inline(always)]
+    fn call(self) -> Vec<u8> {
+        let Self { rows, out_width, out_height, vertical_first } = self;
+        if vertical_first {
+            let middle = vertical(&rows, out_height);
+            horizontal(&middle.chunks_exact(rows[0].len()).collect::<Vec<_>>(), out_width)
+        } else {
+            let middle = horizontal(&rows, out_width);
+            vertical(&middle.chunks_exact(out_width * 3).collect::<Vec<_>>(), out_height)
+        }
     }
 }
 
@@ -157,6 +175,7 @@ const ROWS: usize = 8;
 type Lanes = [f32; ROWS];
 
 /// Resizes each row of RGB pixels.
+#[inline(always)]
 fn horizontal(rows: &[&[u8]], out_width: usize) -> Vec<u8> {
     let len = rows.first().map_or(0, |row| row.len());
     if len == out_width * 3 {
@@ -181,6 +200,7 @@ fn horizontal(rows: &[&[u8]], out_width: usize) -> Vec<u8> {
     result
 }
 
+#[inline(always)]
 fn to_columns(rows: [&[u8]; ROWS], columns: &mut [Lanes]) {
     const MANY: usize = 16;
     let (many, rest) = columns.as_chunks_mut::<MANY>();
@@ -197,6 +217,7 @@ fn to_columns(rows: [&[u8]; ROWS], columns: &mut [Lanes]) {
     }
 }
 
+#[inline(always)]
 fn resize_columns(columns: &[Lanes], weights: &Weights, out: &mut [[u8; ROWS]]) {
     for ((first, floats, fixed), out) in weights.each().zip(out.as_chunks_mut::<3>().0) {
         let pixels = columns[3 * first..3 * (first + floats.len())].as_chunks::<3>().0;
@@ -225,6 +246,7 @@ fn resize_columns(columns: &[Lanes], weights: &Weights, out: &mut [[u8; ROWS]]) 
 }
 
 /// Resizes all columns, a row at a time: the inner loop runs over neighbours in memory.
+#[inline(always)]
 fn vertical(rows: &[&[u8]], out_height: usize) -> Vec<u8> {
     if rows.len() == out_height {
         return rows.concat();
@@ -239,6 +261,7 @@ fn vertical(rows: &[&[u8]], out_height: usize) -> Vec<u8> {
 }
 
 /// The sum of rows, each with its weight: whole numbers, since bytes would first have to be made floating-point ones.
+#[inline(always)]
 fn combine(rows: &[&[u8]], weights: &[i32], out: &mut [u8]) {
     const MANY: usize = 16;
     let (many, rest) = out.as_chunks_mut::<MANY>();
