@@ -7,7 +7,6 @@
 //! unless the height shrinks by more than twice of what the width does (see Pillow's `Resample.c`).
 //! Earlier versions of Pillow never take the vertical pass first: on such pictures they differ by one
 //! of 255 here and there.
-
 //!
 //! Sums along rows are first computed in single precision, which processors multiply more of at once than whole numbers of 32 bits. Where
 //! such a sum is so close to the middle between two bytes that its rounding errors could matter (some values in a thousand), it is computed
