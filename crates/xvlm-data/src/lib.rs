@@ -1,7 +1,6 @@
 //! Data for X-VLM: annotation formats, image decoding and augmentation, text cleaning, tokenising,
 //! masking, batching, and [`scenes`], the built-in synthetic world.
 //!
-<<<<<<< HEAD
 //! The way of one training sample reads top to bottom through these modules: [`storage`] and [`shards`] (files and
 //! objects become records that can be read in any order) → [`Dataset`] and [`Order`] (which is next) → [`records`] (a
 //! JSON object becomes a [`Record`]) → [`image`] (header, decode, cache) → [`transform`] (crop, flip,
