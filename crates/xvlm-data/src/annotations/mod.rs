@@ -18,6 +18,7 @@ mod items;
 mod karpathy;
 mod open_images;
 mod pairs;
+mod pickle;
 mod refer;
 mod report;
 pub(crate) mod source;
