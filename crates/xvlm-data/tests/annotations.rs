@@ -542,3 +542,69 @@ fn flickr30k_phrases_mean_boxes() {
         assert_eq!(records.report().count(Reason::Malformed), 3, "{}", records.report());
     }
 }
+
+/// Reads a set to its end or its first error, with each of its files damaged in turn: a byte changed, or the file cut.
+fn survives(files: &[PathBuf], open: impl Fn() -> Result<Records, DataError>, most: usize) {
+    let read = || match open() {
+        Ok(records) => {
+            let found = records.take(most + 1).filter(Result::is_ok).count();
+            assert!(found <= most, "{found} images of {most}");
+        }
+        // Whatever it says names the file.
+        Err(error) => assert!(files.iter().any(|file| error.to_string().contains(file.to_str().unwrap())), "{error}"),
+    };
+    for file in files {
+        let whole = std::fs::read(file).unwrap();
+        for place in (0..whole.len()).step_by(17) {
+            for byte in [whole[place] ^ 0x55, b'"', b']', 0xff] {
+                let mut damaged = whole.clone();
+                damaged[place] = byte;
+                std::fs::write(file, &damaged).unwrap();
+                read();
+            }
+            std::fs::write(file, &whole[..place]).unwrap();
+            read();
+        }
+        std::fs::write(file, &whole).unwrap();
+    }
+}
+
+#[test]
+fn damaged_files_end_in_errors_or_in_what_is_left() {
+    let folder = Folder::new();
+    let (captions, instances) = coco(&folder);
+    let set = Coco { annotations: vec![captions, instances], images: folder.path("coco"), crowds: false };
+    survives(&set.annotations, || set.open(), 6);
+
+    let set = visual_genome(&folder);
+    let parts = [&set.regions, &set.objects, &set.attributes, &set.questions];
+    let files: Vec<PathBuf> = parts.into_iter().flatten().chain([&set.image_data]).cloned().collect();
+    survives(&files, || set.open(), 4);
+
+    let rows = folder.write("rows.tsv", "a bus\thttp://h/a.jpg\nhttps://h/b.jpg\ta car\n\u{e9}t\u{e9}\thttp://h/c\n");
+    let set = Conceptual { rows: rows.clone(), images: folder.path("cc"), names: "{row}_{name}".parse().unwrap() };
+    survives(&[rows], || set.open(), 8);
+
+    folder.image("oi/a.jpg", 20, 10);
+    let classes = folder.write("classes.csv", "/m/1,Cup\n/m/2,\"Dog, old\"\n");
+    let header =
+        "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside";
+    let boxes = folder
+        .write("bbox.csv", format!("{header}\na,x,/m/1,1,0.1,0.5,0.2,0.9,0,0,0,0,0\na,x,/m/2,1,0,1,0,1,0,0,0,0,0\n"));
+    let set = OpenImages {
+        classes: vec![classes.clone()],
+        boxes: Some(boxes.clone()),
+        images: folder.path("oi"),
+        ..OpenImages::default()
+    };
+    survives(&[classes, boxes], || set.open(), 4);
+
+    let xml = "<annotation><size><width>50</width><height>30</height></size><object><name>1</name><bndbox><xmin>1</xmin>\
+               <ymin>2</ymin><xmax>30</xmax><ymax>20</ymax></bndbox></object></annotation>";
+    let xml = folder.write("entities/Annotations/1.xml", xml);
+    let sentences = folder.write("entities/Sentences/1.txt", "[/EN#1/people Two men] meet .\n");
+    let token = folder.write("results.token", "1.jpg#0\tTwo men meet .\n");
+    let entities = Some(folder.path("entities"));
+    let set = Flickr30k { captions: token.clone(), images: folder.path("flickr"), entities };
+    survives(&[xml, sentences, token], || set.open(), 4);
+}
