@@ -58,6 +58,9 @@ impl Tally {
 
     /// Counts `count` records that are broken for one reason; `origin` is told where the error tells none.
     pub(crate) fn add(&mut self, count: u64, error: DataError, origin: Option<&Origin>) {
+        if count == 0 {
+            return;
+        }
         let of_reason = self.count(error.reason(), count);
         let few = of_reason <= EXAMPLES_OF_ONE || of_reason == count;
         let origin = origin.cloned().or_else(|| error.origin());
@@ -78,10 +81,10 @@ impl Tally {
     }
 
     fn count(&mut self, reason: String, count: u64) -> u64 {
-        self.total += count;
+        self.total = self.total.saturating_add(count);
         let full = self.reasons.len() >= MOST_REASONS && !self.reasons.contains_key(&reason);
         let of_reason = self.reasons.entry(if full { "other reasons".to_owned() } else { reason }).or_default();
-        *of_reason += count;
+        *of_reason = of_reason.saturating_add(count);
         *of_reason
     }
 

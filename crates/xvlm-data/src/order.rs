@@ -148,7 +148,12 @@ impl Order {
             Need::Elems => "at least one with elems",
             Need::Questions => "at least one with questions",
         };
-        DataError::Config { field: "records", expected: expected.to_owned(), found: "none".to_owned() }
+        let found = if self.is_empty() || self.ranks == 1 {
+            "none".to_owned()
+        } else {
+            format!("none in the shards of process {} of {}", self.rank, self.ranks)
+        };
+        DataError::Config { field: "records", expected: expected.to_owned(), found }
     }
 
     fn known_total(&self, stream: &Stream) -> Option<u64> {

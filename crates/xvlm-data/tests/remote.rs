@@ -424,6 +424,38 @@ fn each_process_fetches_its_own_shards() {
     assert_eq!(requests, [0, 1, 0, 1]);
 }
 
+#[test]
+fn a_resumed_run_does_not_fetch_what_comes_before() {
+    let server = Server::start(true);
+    for shard in 0..12 {
+        server.put(&format!("bucket/{shard:02}.jsonl"), lines(10 * shard..10 * shard + 10).into_bytes());
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let index_dir = Some(folder.path().join("indices"));
+    let order = |index_dir| {
+        let config = DatasetConfig { window: Some(2), index_dir, ..DatasetConfig::default() };
+        let dataset = Arc::new(server.open_with("s3://bucket/{00..11}.jsonl", &config).unwrap());
+        Order::new(dataset, Need::Captions, 1).unwrap()
+    };
+    let drawn = |order: &Order, positions: std::ops::Range<u64>| -> Vec<usize> {
+        positions.map(|position| number(&order.record(position).unwrap())).collect()
+    };
+    let first = order(index_dir.clone());
+    let expected = drawn(&first, 0..240);
+    drop(first);
+    // What is fetched ahead may still be under way.
+    std::thread::sleep(Duration::from_millis(300));
+    server.state.lock().unwrap().log.clear();
+    let resumed = order(index_dir);
+    assert_eq!(resumed.len(), Some(120));
+    assert_eq!(drawn(&resumed, 90..95), expected[90..95]);
+    assert_eq!(drawn(&resumed, 215..220), expected[215..220]);
+    let fetched: usize = (0..12).map(|shard| server.starts(&format!("bucket/{shard:02}.jsonl")).len()).sum();
+    assert!((4..=8).contains(&fetched), "two windows, and perhaps the next of each: {fetched}");
+    // Without the folder it goes on with the same.
+    assert_eq!(drawn(&order(None), 215..220), expected[215..220]);
+}
+
 /// Reads a shard as the environment tells; run by the test below.
 #[test]
 fn child_that_reads_by_its_environment() {

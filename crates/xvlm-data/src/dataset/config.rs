@@ -113,6 +113,10 @@ pub struct DatasetConfig {
     /// each source and stream the temporary files of three windows are kept (the last two and the next), or of 16 if those
     /// have a few records only.
     pub window: Option<usize>,
+    /// A folder in which the indices of shards that are fetched or unpacked are kept, so that a run that is resumed there
+    /// fetches no shard again just to learn how many records come before its position. It goes with one state of the
+    /// shards: of changed ones it has to be emptied. Default: none.
+    pub index_dir: Option<PathBuf>,
     /// Bounds on what files may make a reader do.
     pub limits: ShardLimits,
 }

@@ -159,7 +159,7 @@ impl Dataset {
                     self.index(part).err()
                 } else {
                     if let Content::Stored(shard) = &self.parts[part].content
-                        && let Some(index) = shard.indexed()
+                        && let Some(index) = shard.indexed().or_else(|| self.kept_index(shard))
                     {
                         self.learn(part, Arc::new(index));
                     }
@@ -214,7 +214,7 @@ impl Dataset {
     /// [`DataError::TooManyBroken`].
     pub fn check_broken(&self, limit: f64) -> Result<(), DataError> {
         let broken = self.lock_broken();
-        let all = self.found() + broken.total();
+        let all = self.found().saturating_add(broken.total());
         if broken.total() as f64 > limit * all as f64 {
             return Err(DataError::too_many_broken(broken.total(), all, limit, broken.examples()));
         }
@@ -357,6 +357,9 @@ impl Dataset {
             Ok(open) => {
                 let open = Arc::new(open);
                 *failure = None;
+                if known.is_none() && open.is_spooled {
+                    self.keep_index(shard, &open.index);
+                }
                 self.learn(part, Arc::clone(&open.index));
                 self.lock_pool().put(part, Arc::clone(&open));
                 Ok(open)
@@ -367,6 +370,29 @@ impl Dataset {
                 *failure = Some((Instant::now(), reason.to_owned()));
                 Err(error)
             }
+        }
+    }
+
+    /// The file in which the index of a shard is kept that has none beside it.
+    fn index_file(&self, shard: &Shard) -> Option<PathBuf> {
+        let name = match &shard.location {
+            Location::File(path) => path.as_os_str().as_encoded_bytes(),
+            Location::Url(url) => url.as_bytes(),
+        };
+        Some(self.config.index_dir.as_ref()?.join(format!("{:016x}.idx", crate::tokens::hash_bytes(name))))
+    }
+
+    fn kept_index(&self, shard: &Shard) -> Option<Index> {
+        /// As large as the index of a hundred million records.
+        const LONGEST: u64 = 1 << 31;
+        let (stored, index) = Index::read_from(&self.index_file(shard)?, &shard.name, LONGEST)?;
+        (stored == shard.state()).then_some(index)
+    }
+
+    fn keep_index(&self, shard: &Shard, index: &Index) {
+        if let (Some(path), Some(folder)) = (self.index_file(shard), &self.config.index_dir) {
+            // It only saves time: a run does not fail because there is no room for it.
+            let _ = std::fs::create_dir_all(folder).map(|()| index.write_to(&path, shard.state()));
         }
     }
 

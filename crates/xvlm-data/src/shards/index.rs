@@ -190,9 +190,13 @@ impl Index {
     ///
     /// [`DataError::Io`].
     pub fn write(&self, shard: &Path) -> Result<(), DataError> {
-        let path = Self::path_of(shard);
         let stored = File::open(shard).and_then(|file| Ok((file.metadata()?.len(), fingerprint(&file)?)));
-        let (stored, ends) = stored.map_err(|source| io_error(shard, source))?;
+        let stored = stored.map_err(|source| io_error(shard, source))?;
+        self.write_to(&Self::path_of(shard), stored)
+    }
+
+    /// Writes an index file; `stored` are the bytes of the shard as it lies and what its ends hash to.
+    pub(crate) fn write_to(&self, path: &Path, (stored, ends): (u64, u32)) -> Result<(), DataError> {
         let (reasons, examples) = self.broken.parts();
         let header = Header {
             form: self.form,
@@ -206,7 +210,7 @@ impl Index {
         };
         let write = || {
             let header = serde_json::to_vec(&header)?;
-            let file = atomic::beside(&path)?;
+            let file = atomic::beside(path)?;
             let mut out = Checked { out: std::io::BufWriter::new(file.as_file()), crc: flate2::Crc::new() };
             out.write_all(MAGIC)?;
             out.write_all(&(header.len() as u32).to_le_bytes())?;
@@ -218,31 +222,34 @@ impl Index {
             out.out.write_all(&sum.to_le_bytes())?;
             out.out.flush()?;
             drop(out);
-            atomic::keep(file, &path)
+            atomic::keep(file, path)
         };
-        write().map_err(|source| io_error(&path, source))
+        write().map_err(|source| io_error(path, source))
     }
 
     /// The index file of a shard, if there is one that fits; what does not is as none.
     #[must_use]
     pub fn read(shard: &Path) -> Option<Self> {
-        let bytes = {
-            let stored = std::fs::metadata(shard).ok()?.len();
-            let mut file = File::open(Self::path_of(shard)).ok()?;
-            // A record has some bytes in its shard, but not more than it says there are.
-            let length = file.metadata().ok()?.len();
-            if length > LONGEST_HEADER + stored.saturating_mul(1 << 10) {
-                return None;
-            }
-            let mut bytes = Vec::with_capacity(usize::try_from(length).ok()?);
-            file.read_to_end(&mut bytes).ok()?;
-            bytes
-        };
-        let name: Arc<Path> = shard.into();
-        let (header, index) = Self::parse(&bytes, &name)?;
+        let stored = std::fs::metadata(shard).ok()?.len();
+        // A record has some bytes in its shard, but not more than it says there are.
+        let longest = LONGEST_HEADER + stored.saturating_mul(1 << 10);
+        let ((stored, ends), index) = Self::read_from(&Self::path_of(shard), shard, longest)?;
         let file = File::open(shard).ok()?;
-        let fits = file.metadata().ok()?.len() == header.stored && fingerprint(&file).ok()? == header.ends;
+        let fits = file.metadata().ok()?.len() == stored && fingerprint(&file).ok()? == ends;
         fits.then_some(index)
+    }
+
+    /// Reads an index file of at most so many bytes: what [`Self::write_to`] was given of the shard, and the index.
+    pub(crate) fn read_from(path: &Path, shard: &Path, longest: u64) -> Option<((u64, u32), Self)> {
+        let mut file = File::open(path).ok()?;
+        let length = file.metadata().ok().filter(std::fs::Metadata::is_file)?.len();
+        if length > longest {
+            return None;
+        }
+        let mut bytes = Vec::with_capacity(usize::try_from(length).ok()?);
+        file.read_to_end(&mut bytes).ok()?;
+        let (header, index) = Self::parse(&bytes, &shard.into())?;
+        Some(((header.stored, header.ends), index))
     }
 
     fn parse(bytes: &[u8], name: &Arc<Path>) -> Option<(Header, Self)> {
@@ -286,7 +293,7 @@ impl Index {
 }
 
 /// What the first and last bytes of a file hash to.
-fn fingerprint(file: &File) -> std::io::Result<u32> {
+pub(super) fn fingerprint(file: &File) -> std::io::Result<u32> {
     let length = file.metadata()?.len();
     let mut crc = flate2::Crc::new();
     for start in [0, length.saturating_sub(ENDS)] {

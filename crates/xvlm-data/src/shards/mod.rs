@@ -20,6 +20,7 @@ use crate::storage::{self, FileReader, Location, StorageOptions, failure, read_a
 mod archive;
 pub(crate) mod index;
 mod lines;
+mod pages;
 mod table;
 mod writer;
 
@@ -114,6 +115,15 @@ impl Kind {
     }
 }
 
+/// Opens a file. A pipe would have to be waited for and has no end, and a folder has no content.
+fn open_file(path: &Path) -> Result<File, DataError> {
+    let io = |source| io_error(path, source);
+    if !std::fs::metadata(path).map_err(io)?.is_file() {
+        return Err(failure(path, "a file", "something else".to_owned()));
+    }
+    File::open(path).map_err(io)
+}
+
 /// The first bytes of a file and its length.
 fn start_of(file: &File) -> std::io::Result<(Vec<u8>, u64)> {
     let length = file.metadata()?.len();
@@ -130,14 +140,23 @@ impl Shard {
     /// Whether it can be sought in as it lies.
     pub(crate) fn is_seekable(&self) -> bool {
         let Some(path) = self.location.as_file() else { return false };
-        let start = File::open(path).and_then(|file| start_of(&file));
+        let start = open_file(path).ok().and_then(|file| start_of(&file).ok());
         // What cannot be opened costs nothing to open.
-        start.map_or(true, |(start, _)| matches!(Kind::of(&start, path), Kind::Form(_)))
+        start.is_none_or(|(start, _)| matches!(Kind::of(&start, path), Kind::Form(_)))
     }
 
     /// What an index file beside the shard says.
     pub(crate) fn indexed(&self) -> Option<Index> {
         self.location.as_file().and_then(Index::read)
+    }
+
+    /// The length of a file and what its ends hash to; of an object that would have to be asked for.
+    pub(crate) fn state(&self) -> (u64, u32) {
+        let state = |path| {
+            let file = open_file(path).ok()?;
+            Some((file.metadata().ok()?.len(), index::fingerprint(&file).ok()?))
+        };
+        self.location.as_file().and_then(state).unwrap_or_default()
     }
 
     /// Makes the shard readable. `known` is its index, if it was open before.
@@ -180,14 +199,7 @@ impl Shard {
         let io = |source| io_error(&self.name, source);
         let spool = || temporary(limits.spool_dir.as_deref()).map_err(io);
         let (mut file, mut is_spooled) = match &self.location {
-            Location::File(path) => {
-                let file = File::open(path).map_err(io)?;
-                // A pipe has no end, and a folder no content.
-                if !file.metadata().map_err(io)?.is_file() {
-                    return Err(failure(&self.name, "a file", "something else".to_owned()));
-                }
-                (file, false)
-            }
+            Location::File(path) => (open_file(path)?, false),
             Location::Url(url) => {
                 let file = spool()?;
                 storage::fetch(url, storage, &file, limits.max_spool_bytes)?;

@@ -15,6 +15,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use parquet::errors::ParquetError;
+use parquet::file::metadata::ColumnChunkMetaData;
 use parquet::file::reader::{FileReader, RowGroupReader, SerializedFileReader};
 use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row};
@@ -22,7 +23,7 @@ use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
 use super::writer::RecordWriter;
-use super::{Form, Found, Index, Shard, ShardLimits};
+use super::{Form, Found, Index, Shard, ShardLimits, pages};
 use crate::error::{DataError, Place};
 use crate::records::{ImageSource, Reading, Record, RecordKeys, parse_object};
 use crate::storage::failure;
@@ -47,6 +48,7 @@ pub(super) fn to_archive(
 ) -> Result<Index, DataError> {
     const TABLE: &str = "a Parquet table";
     let wrong = |found: String| failure(&shard.name, TABLE, found);
+    let pages = file.try_clone().map_err(|source| crate::json::io_error(&shard.name, source))?;
     let reader = guarded(|| SerializedFileReader::new(file)).map_err(wrong)?;
     let columns = Columns::of(reader.metadata().file_metadata().schema(), &shard.reading.keys);
     let columns = columns.map_err(|(expected, found)| failure(&shard.name, expected, found))?;
@@ -62,6 +64,10 @@ pub(super) fn to_archive(
         let mut row = first;
         let result = guarded(|| {
             let group = reader.get_row_group(group)?;
+            for column in group.metadata().columns().iter().filter(|column| columns.have(column)) {
+                let (start, length) = column.byte_range();
+                pages::check(&pages, start, length).map_err(ParquetError::General)?;
+            }
             table.group(&*group, &columns, &mut row, found)
         });
         match result {
@@ -69,10 +75,16 @@ pub(super) fn to_archive(
             Ok(Err(error)) => return Err(error),
             Err(message) => {
                 // The rest of the group is lost; the next one stands for itself.
-                let place = Place::Row(row);
-                let expected = "a row that can be decoded".to_owned();
-                let path = shard.name.to_path_buf();
-                found(&mut table.out.index, DataError::Shard { path, place, expected, found: message });
+                let end = first.saturating_add(rows);
+                let error = || DataError::Shard {
+                    path: shard.name.to_path_buf(),
+                    place: Place::Row(row),
+                    expected: "a row that can be decoded".to_owned(),
+                    found: format!("{message} (which costs the rows before {end})"),
+                };
+                found(&mut table.out.index, error());
+                let others = end.saturating_sub(row).saturating_sub(1);
+                table.out.index.broken.add(others as u64, error(), None);
             }
         }
         first = first.saturating_add(rows);
@@ -134,6 +146,14 @@ impl Columns {
         let projection = Type::group_type_builder(schema.name()).with_fields(fields).build();
         let projection = projection.map_err(|error| ("a Parquet schema", error.to_string()))?;
         Ok(Self { projection, caption, image, path })
+    }
+}
+
+impl Columns {
+    /// Whether a column is read.
+    fn have(&self, column: &ColumnChunkMetaData) -> bool {
+        let name = column.column_path().parts().first();
+        self.projection.get_fields().iter().any(|field| name.is_some_and(|name| field.name() == name))
     }
 }
 
