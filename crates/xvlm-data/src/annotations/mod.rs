@@ -15,6 +15,7 @@ mod evaluation;
 mod exclusions;
 mod flickr30k;
 mod items;
+mod json_items;
 mod karpathy;
 mod open_images;
 mod pairs;

@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use super::coco::numbers;
+use super::json_items::{JsonItems, parse_item};
 use super::pickle;
 use super::report::{Reason, Report};
 use super::source::skip_item;
-use super::stream::{JsonItems, parse_item};
 use crate::error::{DataError, Place};
 use crate::json::{Context, Object, io_error};
 
