@@ -4,6 +4,7 @@ mod common;
 
 use std::path::PathBuf;
 
+use common::sets::{coco, visual_genome};
 use common::{Folder, gzip, zstd};
 use serde_json::json;
 use xvlm_data::annotations::{
@@ -27,46 +28,6 @@ fn file(annotated: &Annotated) -> PathBuf {
         ImageSource::Path(path) => path.clone(),
         other => panic!("{other:?}"),
     }
-}
-
-fn coco(folder: &Folder) -> (PathBuf, PathBuf) {
-    let images = json!([
-        {"id": 42, "file_name": "COCO_train2014_000000000042.jpg", "width": 100, "height": 80, "license": 3},
-        {"id": 9, "file_name": "COCO_train2014_000000000009.jpg", "width": 50, "height": 40},
-        {"id": 42, "file_name": "COCO_train2014_000000000077.jpg", "width": 50, "height": 40},
-        {"id": 5, "file_name": "../../etc/passwd", "width": 50, "height": 40},
-        {"file_name": "no_id.jpg"},
-        {"id": 3, "file_name": "COCO_train2014_000000000003.jpg", "width": 10, "height": 10}
-    ]);
-    let captions = json!({
-        "info": {"description": "]}\" {["},
-        "images": images,
-        "annotations": [
-            {"id": 1, "image_id": 42, "caption": "A cup\non a table. "},
-            {"id": 2, "image_id": 9, "caption": "Two dogs"},
-            {"id": 3, "image_id": 42, "caption": "  ...  "},
-            {"id": 4, "image_id": 42, "caption": "The table"},
-            {"id": 5, "image_id": 1234, "caption": "An image that is not listed"},
-            {"id": 6, "caption": "no image"}
-        ]
-    });
-    let instances = json!({
-        "images": images,
-        "annotations": [
-            {"id": 1, "image_id": 42, "category_id": 47, "bbox": [10.5, 20.25, 30, 40], "iscrowd": 0,
-             "segmentation": [[1, 2, 3, "}"]]},
-            {"id": 2, "image_id": 42, "category_id": 1, "bbox": [90, 60, 30, 40], "iscrowd": 0},
-            {"id": 3, "image_id": 42, "category_id": 47, "bbox": [10.5, 20.25, 30, 40], "iscrowd": 0},
-            {"id": 4, "image_id": 42, "category_id": 1, "bbox": [10, 20, 30, 40], "iscrowd": 1},
-            {"id": 5, "image_id": 9, "category_id": 999, "bbox": [1, 2, 3, 4], "iscrowd": 0},
-            {"id": 6, "image_id": 9, "category_id": 1, "bbox": [49.5, 2, 3, 4], "iscrowd": 0},
-            {"id": 7, "image_id": 9, "category_id": 1, "bbox": [1, 2, 3], "iscrowd": 0},
-            {"id": 8, "image_id": 9, "category_id": 1, "bbox": [1, 2, -3, 4], "iscrowd": 0},
-            {"id": 9, "image_id": 9, "category_id": 1, "bbox": [-1, -2, 3, 4], "iscrowd": 0}
-        ],
-        "categories": [{"id": 1, "name": "person"}, {"id": 47, "name": "cup", "supercategory": "kitchen"}]
-    });
-    (folder.json("captions_train2014.json", &captions), folder.json("instances_train2014.json", &instances))
 }
 
 #[test]
@@ -167,57 +128,6 @@ fn files_that_are_no_coco_are_errors() {
     }
     let missing = Coco { annotations: vec![folder.path("missing.json")], ..Coco::default() };
     assert!(matches!(missing.open().err(), Some(DataError::Io { .. })));
-}
-
-fn visual_genome(folder: &Folder) -> VisualGenome {
-    let url = |name: &str| format!("https://cs.stanford.edu/people/rak248/{name}");
-    let image_data = json!([
-        {"image_id": 1, "url": url("VG_100K_2/1.jpg"), "width": 800, "height": 600, "coco_id": null, "flickr_id": null},
-        {"image_id": 2, "url": url("VG_100K/2.jpg"), "width": 80, "height": 60, "coco_id": 42, "flickr_id": 77},
-        {"image_id": 2, "url": url("VG_100K/2.jpg"), "width": 80, "height": 60},
-        {"image_id": 3, "url": url("VG_100K/3.jpg"), "height": 60},
-    ]);
-    let regions = json!([
-        {"id": 1, "regions": [
-            {"region_id": 1382, "image_id": 1, "phrase": "the clock is green in colour", "x": 421, "y": 57, "width": 82, "height": 139},
-            {"region_id": 1383, "image_id": 1, "phrase": "The clock is green in colour ", "x": 421, "y": 57, "width": 82, "height": 139},
-            {"region_id": 1384, "image_id": 1, "phrase": "a shade", "x": -3, "y": 590, "width": 50, "height": 50},
-            {"region_id": 1385, "image_id": 1, "phrase": " ", "x": 1, "y": 1, "width": 50, "height": 50},
-            {"region_id": 1386, "image_id": 1, "phrase": "no box", "x": 1, "y": 1, "width": 50},
-        ]},
-        {"id": 99, "regions": []},
-        {"regions": []},
-    ]);
-    let objects = json!([
-        {"image_id": 2, "objects": [
-            {"object_id": 10, "x": 1, "y": 2, "w": 30, "h": 40, "names": ["traffic light", "light"],
-             "synsets": ["traffic_light.n.01"], "merged_object_ids": [11]},
-            {"object_id": 12, "x": 1, "y": 2, "w": 30, "h": 40, "name": "pole", "synsets": []},
-            {"object_id": 13, "x": 1, "y": 2, "w": 30, "h": 40},
-        ]},
-        {"image_id": 1, "objects": [], "image_url": "x"},
-    ]);
-    let attributes = json!([
-        {"image_id": 2, "attributes": [
-            {"object_id": 10, "x": 1, "y": 2, "w": 30, "h": 40, "names": ["traffic light"], "synsets": ["traffic_light.n.01"],
-             "attributes": ["red", " tall "]},
-            {"object_id": 11, "x": 1, "y": 2, "w": 31, "h": 40, "names": ["signal"], "attributes": ["red", "lit"]},
-            {"object_id": 12, "x": 1, "y": 2, "w": 30, "h": 40, "names": ["pole"], "synsets": []},
-        ]},
-    ]);
-    let questions = json!([
-        {"id": 1, "qas": [{"qa_id": 1, "image_id": 1, "question": "What color is the clock?", "answer": "Green.",
-                           "a_objects": [], "q_objects": []},
-                          {"qa_id": 2, "image_id": 1, "question": "What?"}]},
-    ]);
-    VisualGenome {
-        image_data: folder.json("image_data.json", &image_data),
-        images: folder.path("vg"),
-        regions: Some(folder.json("region_descriptions.json", &regions)),
-        objects: Some(folder.json("objects.json", &objects)),
-        attributes: Some(folder.json("attributes.json", &attributes)),
-        questions: Some(folder.json("question_answers.json", &questions)),
-    }
 }
 
 #[test]
@@ -541,4 +451,70 @@ fn flickr30k_phrases_mean_boxes() {
         // A broken line, a broken phrase, and missing entities.
         assert_eq!(records.report().count(Reason::Malformed), 3, "{}", records.report());
     }
+}
+
+/// Reads a set to its end or its first error, with each of its files damaged in turn: a byte changed, or the file cut.
+fn survives(files: &[PathBuf], open: impl Fn() -> Result<Records, DataError>, most: usize) {
+    let read = || match open() {
+        Ok(records) => {
+            let found = records.take(most + 1).filter(Result::is_ok).count();
+            assert!(found <= most, "{found} images of {most}");
+        }
+        // Whatever it says names the file.
+        Err(error) => assert!(files.iter().any(|file| error.to_string().contains(file.to_str().unwrap())), "{error}"),
+    };
+    for file in files {
+        let whole = std::fs::read(file).unwrap();
+        for place in (0..whole.len()).step_by(17) {
+            for byte in [whole[place] ^ 0x55, b'"', b']', 0xff] {
+                let mut damaged = whole.clone();
+                damaged[place] = byte;
+                std::fs::write(file, &damaged).unwrap();
+                read();
+            }
+            std::fs::write(file, &whole[..place]).unwrap();
+            read();
+        }
+        std::fs::write(file, &whole).unwrap();
+    }
+}
+
+#[test]
+fn damaged_files_end_in_errors_or_in_what_is_left() {
+    let folder = Folder::new();
+    let (captions, instances) = coco(&folder);
+    let set = Coco { annotations: vec![captions, instances], images: folder.path("coco"), crowds: false };
+    survives(&set.annotations, || set.open(), 6);
+
+    let set = visual_genome(&folder);
+    let parts = [&set.regions, &set.objects, &set.attributes, &set.questions];
+    let files: Vec<PathBuf> = parts.into_iter().flatten().chain([&set.image_data]).cloned().collect();
+    survives(&files, || set.open(), 4);
+
+    let rows = folder.write("rows.tsv", "a bus\thttp://h/a.jpg\nhttps://h/b.jpg\ta car\n\u{e9}t\u{e9}\thttp://h/c\n");
+    let set = Conceptual { rows: rows.clone(), images: folder.path("cc"), names: "{row}_{name}".parse().unwrap() };
+    survives(&[rows], || set.open(), 8);
+
+    folder.image("oi/a.jpg", 20, 10);
+    let classes = folder.write("classes.csv", "/m/1,Cup\n/m/2,\"Dog, old\"\n");
+    let header =
+        "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside";
+    let boxes = folder
+        .write("bbox.csv", format!("{header}\na,x,/m/1,1,0.1,0.5,0.2,0.9,0,0,0,0,0\na,x,/m/2,1,0,1,0,1,0,0,0,0,0\n"));
+    let set = OpenImages {
+        classes: vec![classes.clone()],
+        boxes: Some(boxes.clone()),
+        images: folder.path("oi"),
+        ..OpenImages::default()
+    };
+    survives(&[classes, boxes], || set.open(), 4);
+
+    let xml = "<annotation><size><width>50</width><height>30</height></size><object><name>1</name><bndbox><xmin>1</xmin>\
+               <ymin>2</ymin><xmax>30</xmax><ymax>20</ymax></bndbox></object></annotation>";
+    let xml = folder.write("entities/Annotations/1.xml", xml);
+    let sentences = folder.write("entities/Sentences/1.txt", "[/EN#1/people Two men] meet .\n");
+    let token = folder.write("results.token", "1.jpg#0\tTwo men meet .\n");
+    let entities = Some(folder.path("entities"));
+    let set = Flickr30k { captions: token.clone(), images: folder.path("flickr"), entities };
+    survives(&[xml, sentences, token], || set.open(), 4);
 }

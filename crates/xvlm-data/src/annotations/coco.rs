@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use super::json_items::{JsonItems, parse_item};
 use super::report::{Reason, Report};
 use super::source::{Folders, Raw, Reader, Records, coco_id, image_file, origin, skip_item};
-use super::stream::{JsonItems, parse_item};
 use crate::error::{DataError, Place};
 use crate::json::{Context, Object};
 use crate::records::Element;

@@ -4,10 +4,11 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use super::json_items::{JsonItems, parse_item};
 use super::karpathy;
 use super::refer;
 use super::source::coco_id;
-use super::stream::{JsonItems, Lines, parse_item};
+use super::stream::Lines;
 use crate::error::{DataError, Place};
 use crate::json::Context;
 

@@ -5,9 +5,9 @@ use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::json_items::{JsonItems, parse_item};
 use super::report::{Reason, Report};
 use super::source::{Raw, Reader, Records, image_file, origin, skip_item};
-use super::stream::{JsonItems, parse_item};
 use crate::error::{DataError, Place};
 use crate::json::{Context, Object};
 

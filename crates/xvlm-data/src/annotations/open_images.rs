@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use super::json_items::parse_item;
 use super::report::{Reason, Report};
 use super::source::{Raw, Reader, Records, image_file, origin, skip_item, skip_outside};
-use super::stream::{Extents, Lines, open_plain, parse_item};
+use super::stream::{Extents, Lines, open_plain};
 use crate::error::{DataError, Place, excerpt};
 use crate::json::Context;
 use crate::records::Element;

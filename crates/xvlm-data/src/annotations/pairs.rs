@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use super::json_items::{JsonItems, parse_item};
 use super::report::Report;
 use super::source::{Raw, Reader, Records, image_file, origin, skip_item, skip_outside};
-use super::stream::{JsonItems, Lines, parse_item};
+use super::stream::Lines;
 use super::template::NameTemplate;
 use crate::error::{DataError, Place, excerpt};
 use crate::json::Context;

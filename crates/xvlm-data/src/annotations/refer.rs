@@ -3,12 +3,11 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value};
-
 use super::coco::numbers;
+use super::json_items::{JsonItems, parse_item};
+use super::pickle;
 use super::report::{Reason, Report};
 use super::source::skip_item;
-use super::stream::{JsonItems, parse_item};
 use crate::error::{DataError, Place};
 use crate::json::{Context, Object, io_error};
 
@@ -39,28 +38,6 @@ pub(crate) struct Instances {
     pub(crate) images: HashMap<String, Image>,
 }
 
-/// Python's values as JSON, which the readers of fields know; what JSON has no word for becomes null.
-fn plain(value: serde_pickle::Value) -> Value {
-    use serde_pickle::Value as Python;
-    match value {
-        Python::Bool(value) => value.into(),
-        Python::I64(value) => value.into(),
-        Python::F64(value) => value.into(),
-        // Python 2 pickled its strings as bytes.
-        Python::Bytes(bytes) => String::from_utf8_lossy(&bytes).into_owned().into(),
-        Python::String(text) => text.into(),
-        Python::List(items) | Python::Tuple(items) => items.into_iter().map(plain).collect(),
-        Python::Dict(fields) => {
-            let name = |key: serde_pickle::HashableValue| match plain(key.into_value()) {
-                Value::String(name) => name,
-                other => other.to_string(),
-            };
-            fields.into_iter().map(|(key, value)| (name(key), plain(value))).collect::<Map<_, _>>().into()
-        }
-        _ => Value::Null,
-    }
-}
-
 /// Reads `refs(*).p`.
 ///
 /// # Errors
@@ -80,12 +57,8 @@ pub(crate) fn read_references(path: &Path) -> Result<Vec<Reference>, DataError> 
 pub(crate) fn read_references_lenient(path: &Path) -> Result<(Vec<Reference>, Report), DataError> {
     let whole = Context { path, place: Place::Whole };
     let bytes = std::fs::read(path).map_err(|source| io_error(path, source))?;
-    let value = serde_pickle::value_from_slice(&bytes, serde_pickle::DeOptions::new())
-        .map_err(|error| whole.error("file", "a pickle of plain values", error.to_string()))?;
-    let value = plain(value);
-    let Some(items) = value.as_array() else {
-        return Err(whole.error("file", "a pickled list of references", "something else"));
-    };
+    let items =
+        pickle::read_list(&bytes).map_err(|found| whole.error("file", "a pickled list of references", found))?;
     let (mut references, mut report) = (Vec::with_capacity(items.len()), Report::default());
     for (i, item) in items.iter().enumerate() {
         let context = Context { path, place: Place::Item(i) };

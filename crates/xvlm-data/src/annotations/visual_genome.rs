@@ -8,9 +8,10 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::json_items::{JsonItems, parse_item};
 use super::report::{Reason, Report};
 use super::source::{Folders, Raw, Reader, Records, image_file, origin, skip_item};
-use super::stream::{Extents, JsonItems, image_key, open_plain, parse_item};
+use super::stream::{Extents, image_key, open_plain};
 use crate::error::{DataError, Place};
 use crate::json::{Context, Object};
 use crate::records::Element;

@@ -124,6 +124,9 @@ fn is_index(name: &str) -> bool {
     name.ends_with(".idx")
 }
 
+/// Endings of what lies beside shards.
+const NO_SHARDS: [&str; 7] = [".txt", ".md", ".yaml", ".yml", ".csv", ".tsv", ".log"];
+
 /// Of the files of a folder those that are shards, sorted.
 fn shards_of_folder(mut names: Vec<String>) -> Vec<String> {
     names.sort();
@@ -140,6 +143,7 @@ fn shards_of_folder(mut names: Vec<String>) -> Vec<String> {
         !file.contains("_SUCCESS")
             && !file.starts_with('.')
             && !is_index(&file)
+            && !NO_SHARDS.iter().any(|end| file.ends_with(end))
             && file != crate::convert::MANIFEST
             && !of_archive(".parquet")
             && !of_archive("_stats.json")

@@ -1,6 +1,8 @@
 //! Files for tests.
 #![allow(dead_code, reason = "each test binary uses some of these")]
 
+pub(crate) mod sets;
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 

@@ -13,9 +13,10 @@ pub use self::grounding::read_proposals;
 use self::grounding::{Refer, grounding_item};
 use self::vqa::{Published, vqa_item};
 use super::items::{CaptionItem, FillItem, GroundingItem, NlvrItem, RetrievalItem, VqaItem, VqaSource};
+use super::json_items::{JsonItems, parse_item};
 use super::karpathy::sentences;
 use super::report::{Reason, Report};
-use super::stream::{JsonItems, Lines, open_plain, parse_item};
+use super::stream::{Lines, open_plain};
 use crate::error::{DataError, Place, excerpt};
 use crate::json::{Context, Object, folder, io_error};
 
