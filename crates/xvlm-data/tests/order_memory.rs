@@ -17,7 +17,7 @@ fn a_million_records_take_a_few_megabytes() {
     const RECORDS: u64 = 1_000_000;
     /// 13 bytes a record for the index and 4 for each of the two orders kept, one more being drawn and one being copied;
     /// what is left is for the vectors that grow while the index is made.
-    const BOUND: usize = 40 << 20;
+    const BOUND: usize = 32 << 20;
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("many.jsonl");
     let mut out = BufWriter::new(File::create(&path).unwrap());

@@ -1,9 +1,11 @@
+"""Writes the shards beside it: pip install pyarrow zstandard; python make.py FOLDER"""
 import io, json, tarfile, gzip, sys
 import pyarrow as pa, pyarrow.parquet as pq, zstandard
 out = sys.argv[1]
 IMG = bytes.fromhex("ffd8ffe0") + b"image"
-def tar(fmt, path):
-    with tarfile.open(path, "w", format=fmt) as t:
+def tar(fmt):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=fmt) as t:
         def add(name, data):
             i = tarfile.TarInfo(name); i.size = len(data); t.addfile(i, io.BytesIO(data))
         d = tarfile.TarInfo("folder"); d.type = tarfile.DIRTYPE; t.addfile(d)
@@ -11,9 +13,9 @@ def tar(fmt, path):
         for key, n in (("folder/000000000", 0), (long, 1), ("folder/\u00e4\u00f6\u00fc", 2)):
             add(key + ".jpg", IMG); add(key + ".txt", f"text {n}".encode()); add(key + ".json", json.dumps({"caption": f"text {n}", "status": "success", "width": 5}).encode())
         s = tarfile.TarInfo("folder/link.jpg"); s.type = tarfile.SYMTYPE; s.linkname = "/etc/passwd"; t.addfile(s)
-tar(tarfile.GNU_FORMAT, out + "/gnu.tar")
-tar(tarfile.PAX_FORMAT, "/tmp/pax.tar")
-open(out + "/pax.tar.gz", "wb").write(gzip.compress(open("/tmp/pax.tar", "rb").read(), mtime=0))
+    return file.getvalue()
+open(out + "/gnu.tar", "wb").write(tar(tarfile.GNU_FORMAT))
+open(out + "/pax.tar.gz", "wb").write(gzip.compress(tar(tarfile.PAX_FORMAT), mtime=0))
 lines = b"".join(json.dumps({"binary": "aW1hZ2U=", "caption": f"text {i}"}).encode() + b"\n" for i in range(500))
 open(out + "/lines.jsonl.zst", "wb").write(zstandard.ZstdCompressor(level=19, write_checksum=True).compress(lines))
 hub = pa.table({
