@@ -1,5 +1,7 @@
 //! The built program, with a tiny untrained model: what it prints and writes, and what it refuses.
 
+mod data;
+
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
