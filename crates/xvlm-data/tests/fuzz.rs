@@ -16,8 +16,12 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use shard_files::{gzip, img2dataset, lines, open_with, parquet, tar, visit, zstd};
+use xvlm_data::annotations::Reading;
+use xvlm_data::scenes::{self, Split, SynthOptions};
 use xvlm_data::shards::index_shard;
-use xvlm_data::{DatasetConfig, Index, RecordKeys, ShardLimits, SourceConfig};
+use xvlm_data::{
+    DatasetConfig, DecodeOptions, Encoded, Index, RecordKeys, Rect, ShardLimits, SourceConfig, TextTokenizer,
+};
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
@@ -249,6 +253,75 @@ fn index_files() {
             if let Err(error) = order.record(position) {
                 assert!(!error.to_string().is_empty());
             }
+        }
+    });
+}
+
+#[test]
+fn image_files() {
+    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/decode.safetensors");
+    let files = candle_core::safetensors::load(golden, &candle_core::Device::Cpu).unwrap();
+    let mut files: Vec<_> = files.into_iter().filter(|(name, _)| name.starts_with("file.")).collect();
+    files.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let seeds: Vec<Vec<u8>> = files.iter().map(|(_, file)| file.to_vec1().unwrap()).collect();
+    fuzz("image files", &seeds, |bytes| {
+        // More is refused by the header alone, which is no damage.
+        let options = DecodeOptions { max_pixels: 1 << 22, ..DecodeOptions::upright() };
+        let Ok(image) = Encoded::new(bytes, &"it", options) else { return };
+        if let Ok(picture) = image.decode() {
+            assert_eq!((picture.width(), picture.height()), (image.width(), image.height()));
+            let (width, height) = (image.width().div_ceil(2), image.height().div_ceil(2));
+            let part = Rect { x: image.width() - width, y: image.height() - height, width, height };
+            assert!(image.decode_part(part).unwrap() == picture.part(part));
+        }
+    });
+}
+
+#[test]
+fn lists_of_items() {
+    let world = tempfile::tempdir().unwrap();
+    let options = SynthOptions { scenes: 2, seed: 5, split: Split::Seen, embed_images: false };
+    scenes::write(world.path(), &options, &mut |_| ()).unwrap();
+    let names = ["grounding", "retrieval", "vqa", "fill", "captions", "nlvr", "scenes"];
+    let seeds = names.map(|name| fs::read(world.path().join(name).with_extension("json")).unwrap());
+    let scratch = Scratch::new("list.json");
+    fuzz("lists of items", &seeds, move |bytes| {
+        fs::write(scratch.path(), bytes).unwrap();
+        let (strict, lenient, files) = (Reading::strict(), Reading::default(), [scratch.path()]);
+        for reading in [strict, lenient] {
+            let lengths = [
+                reading.grounding(&files).map(|loaded| loaded.items.len()),
+                reading.retrieval(&files).map(|loaded| loaded.items.len()),
+                reading.captions(&files).map(|loaded| loaded.items.len()),
+                reading.vqa(&files).map(|loaded| loaded.items.len()),
+                reading.nlvr(&files).map(|loaded| loaded.items.len()),
+                reading.fill(&files).map(|loaded| loaded.items.len()),
+            ];
+            for length in lengths {
+                assert!(length.map_or_else(|error| !error.to_string().is_empty(), |length| length <= bytes.len()));
+            }
+        }
+    });
+}
+
+#[test]
+fn pickles() {
+    let golden = |name: &str| fs::read(format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    let seeds = ["refs_python2_0.p", "refs_python2_2.p", "refs_python3.p"].map(golden);
+    let scratch = Scratch::new("refs(unc).p");
+    fuzz("pickles", &seeds, move |bytes| {
+        fs::write(scratch.path(), bytes).unwrap();
+        let read = Reading::default().grounding(&[scratch.path()]);
+        assert!(read.map_or_else(|error| !error.to_string().is_empty(), |loaded| loaded.items.len() <= bytes.len()));
+    });
+}
+
+#[test]
+fn tokenizer_files() {
+    let tokenizer = TextTokenizer::from_vocabulary(&["red".to_owned(), "circle".to_owned()]).unwrap();
+    fuzz("tokenizer files", &[tokenizer.to_bytes()], |bytes| {
+        if let Ok(tokenizer) = TextTokenizer::from_bytes("it", bytes) {
+            let _ = tokenizer.encode("a red circle, left of it", 40, true);
         }
     });
 }

@@ -10,8 +10,8 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use xvlm_data::{
-    BatchBuilder, CaptionBatch, CaptionTensors, DataError, Dataset, ImageCache, Loader, LoaderConfig, Need,
-    RegionBatch, RegionTensors, SourceConfig, StorageOptions, TextTokenizer, scenes,
+    BatchBuilder, CaptionBatch, CaptionTensors, DataError, Dataset, DatasetConfig, ImageCache, Loader, LoaderConfig,
+    Need, RegionBatch, RegionTensors, SourceConfig, StorageOptions, TextTokenizer, scenes,
 };
 use xvlm_encoders::{Parameters, Pass, Regions, Xvlm, XvlmConfig};
 use xvlm_losses as losses;
@@ -208,7 +208,7 @@ pub fn run(
     progress: &mut dyn Progress,
 ) -> std::result::Result<Summary, TaskError> {
     let mut config = config.clone();
-    let builder = Arc::new(open_batches(&mut config, progress)?);
+    let builder = Arc::new(open_batches(&mut config, Some(out), progress)?);
     let pretraining = Pretraining::new(&config.model, config.train.seed, device)?.with_objectives(&config.objectives);
     if let Some(dir) = &config.init_from {
         let files = ModelFolder::open(dir)?;
@@ -238,11 +238,14 @@ pub fn run(
 }
 
 /// Opens the data of a run: what builds its batches. Values of the configuration that follow from others are filled in.
+/// What is learnt of shards that are fetched is kept in the folder of the run, if there is one, unless the configuration
+/// names another place.
 ///
 /// # Errors
 /// If a value makes no sense, a file cannot be read, or too many records are seen to be broken.
 pub fn open_batches(
     config: &mut PretrainConfig,
+    run: Option<&Path>,
     progress: &mut dyn Progress,
 ) -> std::result::Result<BatchBuilder, TaskError> {
     let tokenizer = Arc::new(match &config.tokenizer {
@@ -257,14 +260,19 @@ pub fn open_batches(
     let problem = |message| ConfigProblem { file: "configuration".to_owned(), message };
     config.check_values().map_err(problem)?;
     check_texts(&config.model, config.data.max_tokens, &tokenizer).map_err(problem)?;
-    let dataset = open_dataset("train_file", &config.train_file, config, Need::Captions, progress)?;
+    let mut reading = config.dataset.clone();
+    reading.index_dir = reading.index_dir.or_else(|| run.map(|run| run.join("indices")));
+    let limit = config.data.max_bad_fraction;
+    let mut open =
+        |field, sources: &[SourceConfig], need| open_dataset(field, sources, &reading, need, limit, progress);
+    let dataset = open("train_file", &config.train_file, Need::Captions)?;
     let has_regions = config.regions.iter_perc > 0.0;
     let regions = match config.train_file_regions.as_slice() {
         [] if has_regions => {
             check_count("train_file", &dataset, Need::Elems)?;
             Arc::clone(&dataset)
         }
-        sources if has_regions => open_dataset("train_file_regions", sources, config, Need::Elems, progress)?,
+        sources if has_regions => open("train_file_regions", sources, Need::Elems)?,
         _ => Arc::clone(&dataset),
     };
     let cache = Arc::new(ImageCache::new(config.image_cache_mib << 20));
@@ -275,16 +283,17 @@ pub fn open_batches(
 fn open_dataset(
     field: &str,
     sources: &[SourceConfig],
-    config: &PretrainConfig,
+    config: &DatasetConfig,
     need: Need,
+    max_bad_fraction: f64,
     progress: &mut dyn Progress,
 ) -> std::result::Result<Arc<Dataset>, TaskError> {
     if sources.is_empty() {
         let message = format!("{field}: expected at least one file, found none");
         return Err(ConfigProblem { file: "configuration".to_owned(), message }.into());
     }
-    let dataset = Dataset::open(sources, &config.dataset, &StorageOptions::default())?;
-    dataset.check_broken(config.data.max_bad_fraction)?;
+    let dataset = Dataset::open(sources, config, &StorageOptions::default())?;
+    dataset.check_broken(max_bad_fraction)?;
     dataset.broken().examples().iter().for_each(|error| progress.warning(&format!("left out: {error}")));
     check_count(field, &dataset, need)?;
     Ok(Arc::new(dataset))

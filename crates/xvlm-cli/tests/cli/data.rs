@@ -1,9 +1,8 @@
 //! `xvlm data`: from published annotations to shards, and what can be seen of them.
 
 use std::fs;
-use std::path::Path;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use tempfile::TempDir;
 use xvlm::Picture;
 use xvlm::data::{TextTokenizer, read_jsonl};
@@ -70,8 +69,10 @@ fn coco_becomes_shards() {
 fn rows_need_names_of_images() {
     let dir = folder();
     let dir = dir.path();
-    let written =
-        json(dir, "data convert cc3m --annotations rows.tsv --names {name} --images images --out cc --format tar --compress gzip");
+    let written = json(
+        dir,
+        "data convert cc3m --annotations rows.tsv --names {name} --images images --out cc --format tar --compress gzip",
+    );
     assert_eq!(written["images"], json!(1));
     assert!(dir.join("cc/cc3m-00000.tar.gz").is_file());
     let convert = |set: &str| format!("data convert {set} --annotations rows.tsv --images images --out wrong");

@@ -154,7 +154,7 @@ impl BatchBuilder {
             if samples.len() >= count || full(&samples) {
                 break;
             }
-            let mut rng = generator(self.config.seed, order.need() as u64, batch, attempt + 1);
+            let mut rng = generator(self.config.seed, order.need().stream(), batch, attempt + 1);
             let record = match order.record(first.wrapping_add(attempt)) {
                 Err(error @ DataError::Config { .. }) => return Err(error),
                 record => record,
