@@ -1,7 +1,7 @@
 //! Reading the entropy-coded data of a baseline JPEG (ITU-T T.81, annex F.2).
 
 /// Bits of a code, and of the value behind it, that are looked up at once.
-const LOOK: u32 = 10;
+const LOOK: u32 = 11;
 
 /// Position in natural order of the k-th coefficient in the file's order; past the last, a place that nothing reads.
 static ZIGZAG: [u8; 256] = {
@@ -59,9 +59,19 @@ fn extend(bits: u32, size: u32) -> i32 {
     if size > 0 && bits < 1 << (size - 1) { bits - (1 << size) + 1 } else { bits }
 }
 
+/// Bits of several codes and their values that are passed over at once.
+const SKIP: u32 = 12;
+
+/// Several codes with their values: `length | advance << 8`. They take `length` bits and lead `advance` coefficients on; 0 if not even
+/// one fits. The mark that the rest of a block is 0 is no part of them.
+#[derive(Clone, Copy)]
+struct Several(u16);
+
 /// A Huffman code.
 pub(super) struct Huffman {
     look: Box<[Entry; 1 << LOOK]>,
+    /// Empty unless it is for coefficients but the first.
+    several: Vec<Several>,
     /// For each length the first code that is longer, as the upper of 16 bits.
     limits: [u32; 17],
     /// For each length what to add to a code for its index among `symbols`.
@@ -95,7 +105,8 @@ impl Huffman {
             limits[length as usize] = code << (16 - length);
             code <<= 1;
         }
-        Some(Self { look, limits, offsets, symbols: symbols.to_vec(), is_dc })
+        let several = if is_dc { Vec::new() } else { several(&look) };
+        Some(Self { look, several, limits, offsets, symbols: symbols.to_vec(), is_dc })
     }
 
     /// What stands for a code of `length` bits followed by the bits `low`, together [`LOOK`].
@@ -136,6 +147,24 @@ impl Huffman {
             _ => None,
         }
     }
+}
+
+/// For all values of [`SKIP`] bits the codes that are whole in them.
+fn several(look: &[Entry; 1 << LOOK]) -> Vec<Several> {
+    let of = |bits: u32| {
+        let (mut length, mut advance) = (0, 0);
+        loop {
+            // Zeros come in behind; a code that needs them is not taken.
+            let entry = look[(bits << length & ((1 << SKIP) - 1)) as usize >> (SKIP - LOOK)];
+            let whole = entry.extra() == 0 && length + entry.length() <= SKIP;
+            if !whole || entry.run() == Entry::END {
+                return Several((length | advance << 8) as u16);
+            }
+            length += entry.length();
+            advance += entry.run() + 1;
+        }
+    };
+    (0..1 << SKIP).map(of).collect()
 }
 
 /// Reads the entropy-coded data, from which stuffed bytes and markers have been removed.
@@ -191,7 +220,7 @@ impl<'a> Bits<'a> {
 
     /// Reads the coefficients of a block but for the first into `block`, dequantised; answers how far in the file's order they are
     /// not 0.
-    #[inline]
+    #[inline(always)]
     pub(super) fn block(&mut self, table: &Huffman, quantisation: &[f32; 64], block: &mut [f32; 128]) -> Option<usize> {
         let mut k = 1usize;
         loop {
@@ -215,10 +244,17 @@ impl<'a> Bits<'a> {
         loop {
             self.refill();
             for _ in 0..2 {
-                k += self.next(table)?.0 + 1;
-                if k >= 64 {
-                    return Some(());
+                let Several(several) = table.several[(self.buffer >> (64 - SKIP)) as usize];
+                let (length, advance) = (u32::from(several & 0xFF), u32::from(several >> 8));
+                // What would lead behind the block belongs, in part, to the next one.
+                if k + advance < 64 {
+                    self.drop(length);
+                    k += advance;
                 }
+            }
+            k += self.next(table)?.0 + 1;
+            if k >= 64 {
+                return Some(());
             }
         }
     }

@@ -21,6 +21,7 @@ const EVEN: [[f32; 4]; 4] = [[C4, C2, C4, C6], [C4, C6, -C4, -C2], [C4, -C6, -C4
 /// `N` and more are 0. Row y goes to `out[y · stride..]`.
 ///
 /// Panics if `out` is too short for that.
+#[inline(always)]
 pub(super) fn inverse<const N: usize>(block: &[f32; 64], out: &mut [u8], stride: usize) {
     let mut columns = [[0f32; 8]; 8];
     let row = |v: usize| -> &[f32; 8] { block[v * 8..].first_chunk().expect("eight rows of eight") };
@@ -56,6 +57,7 @@ pub(super) fn inverse<const N: usize>(block: &[f32; 64], out: &mut [u8], stride:
 }
 
 /// The pixels of a block of which only the mean is not 0.
+#[inline(always)]
 pub(super) fn inverse_flat(mean: f32, out: &mut [u8], stride: usize) {
     let byte = to_byte(mean * (C4 * C4) + CENTRE);
     for y in 0..8 {
@@ -68,6 +70,7 @@ const CENTRE: f32 = 128.0;
 
 /// Rounds and clamps, by the bits of a number so large that its last bit is worth 1: quicker than a cast, which looks for what
 /// is no number.
+#[inline(always)]
 fn to_byte(value: f32) -> u8 {
     const LARGE: f32 = (1 << 23) as f32;
     let value = if value > 0.0 { value } else { 0.0 };

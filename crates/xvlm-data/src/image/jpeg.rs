@@ -13,7 +13,7 @@ use crate::transform::Rect;
 
 /// The pixels `[height][width][3]` of a part of an image, or what is wrong if there are none; `None` if the file is of another kind.
 pub(super) fn decode_part(bytes: &[u8], part: Rect) -> Option<Result<Vec<u8>, String>> {
-    let mut image = Image::read(bytes)?;
+    let image = Image::read(bytes)?;
     let [width, height] = [image.width, image.height].map(|side| side as u32);
     if !part.is_inside(width, height) {
         return None;
@@ -21,11 +21,7 @@ pub(super) fn decode_part(bytes: &[u8], part: Rect) -> Option<Result<Vec<u8>, St
     if image.lies() {
         return Some(Err(format!("{} bytes of data for {width}x{height} pixels", image.data.len())));
     }
-    let region = image.region(part);
-    Some(match image.decode_blocks(&region) {
-        Some(()) => Ok(image.colours(part, &region)),
-        None => Err(NOTHING.to_owned()),
-    })
+    Some(pulp::Arch::new().dispatch(Decoding { image, part }).ok_or_else(|| NOTHING.to_owned()))
 }
 
 /// What is wrong with a file of which headers are all that is left.
@@ -130,6 +126,23 @@ impl Component {
     }
 }
 
+/// The decoding of a part, to be compiled for each instruction set: what it calls must be `#[inline(always)]` to profit.
+struct Decoding {
+    image: Image,
+    part: Rect,
+}
+
+impl pulp::NullaryFnOnce for Decoding {
+    type Output = Option<Vec<u8>>;
+
+    #[inline(always)]
+    fn call(mut self) -> Option<Vec<u8>> {
+        let region = self.image.region(self.part);
+        self.image.decode_blocks(&region)?;
+        Some(self.image.colours(self.part, &region))
+    }
+}
+
 /// A file's headers.
 struct Image {
     width: usize,
@@ -216,6 +229,7 @@ impl Image {
     }
 
     /// Fills the planes; what the data does not reach is grey, as with libjpeg. `None` if it reaches nothing.
+    #[inline(always)]
     fn decode_blocks(&mut self, region: &Region) -> Option<()> {
         let units = self.width.div_ceil(self.unit().0);
         for component in &mut self.components {
@@ -240,11 +254,12 @@ impl Image {
             let (row, column) = (unit / units, unit % units);
             let place = (region.rows.contains(&row) && region.columns.contains(&column))
                 .then(|| (column - region.columns.start, row - region.rows.start));
-            let mut decode = |component: &mut Component| {
-                let (dc, ac) = (self.dc[component.dc].as_ref()?, self.ac[component.ac].as_ref()?);
-                component.decode(&mut bits, dc, ac, place, region.columns.len())
-            };
-            let decoded = self.components.iter_mut().try_for_each(&mut decode);
+            // A plain loop, which is inlined.
+            let mut decoded = Some(());
+            for component in &mut self.components {
+                let (Some(dc), Some(ac)) = (&self.dc[component.dc], &self.ac[component.ac]) else { return None };
+                decoded = decoded.and(component.decode(&mut bits, dc, ac, place, region.columns.len()));
+            }
             if decoded.is_none() || bits.overran(end) {
                 return (unit > 0).then_some(());
             }
@@ -253,6 +268,7 @@ impl Image {
     }
 
     /// Upsamples chroma and converts to red, green and blue.
+    #[inline(always)]
     fn colours(&self, part: Rect, region: &Region) -> Vec<u8> {
         let (width, height) = (part.width as usize, part.height as usize);
         let (across, down) = self.unit();
@@ -293,6 +309,7 @@ impl Image {
 }
 
 /// Transforms a block. `last`: how far in the file's order it is not 0.
+#[inline(always)]
 fn transform(block: &[f32; 128], last: usize, out: &mut [u8], stride: usize) {
     /// The coefficients up to here, in the file's order, are among the first four of a row and column.
     const CORNER: usize = 9;
@@ -318,6 +335,7 @@ struct Chroma {
 
 impl Chroma {
     /// The chroma of each pixel of row `y`, as libjpeg's triangle filter ("fancy upsampling") gives it.
+    #[inline(always)]
     fn row(&self, plane: &[u8], y: usize, sums: &mut Vec<u16>, out: &mut Vec<u8>) {
         let width = self.width.min(self.stride);
         let row = |y: usize| &plane[y.min(self.height - 1) * self.stride..][..width];
