@@ -70,7 +70,10 @@ fn main() -> ExitCode {
             let command = ["bench", "-p", "xvlm-benches", "--"].map(str::to_owned);
             cargo(command.into_iter().chain(arguments))
         }
-        Chore::BenchData(chore) => chore.run(),
+        // As the program that is measured does.
+        Chore::BenchData(chore) => {
+            xvlm::kernels::process::run(|| chore.run().map_err(|error| error.to_string())).map_err(Into::into)
+        }
         Chore::CompareScores(chore) => chore.run(),
         Chore::ConvertWeights(chore) => chore.run(),
         Chore::GpuCheck(chore) => chore.run(),

@@ -10,7 +10,7 @@ use crate::broken::{Tally, told};
 use crate::dataset::Dataset;
 use crate::error::DataError;
 use crate::image::{DecodeOptions, Encoded, source_key};
-use crate::json::io_error;
+use crate::json::{Context, io_error};
 use crate::records::{ImageSource, Origin, Record};
 use crate::tokens::pre_caption;
 
@@ -64,7 +64,7 @@ impl Default for CheckConfig {
 }
 
 /// Reads every record of a data set as training would, whichever part of it a step may draw: the image is decoded, every
-/// box has to be inside of it, every text has to have a word. What is first found wrong with each
+/// box has to be inside of it, every text of the image or of an element has to have a word. What is first found wrong with each
 /// broken record goes to `broken`, and after every few hundred records their number to `progress`.
 pub fn check(
     dataset: &Dataset,
@@ -123,7 +123,19 @@ fn whole(
 }
 
 fn check_record(record: &Record, config: &CheckConfig) -> Result<(), DataError> {
-    record.texts().try_for_each(|text| pre_caption(text, config.max_words).map(drop))?;
+    let captions = record.captions.iter().enumerate().map(|(i, text)| (format!("caption[{i}]"), text));
+    let elems = record.elems.iter().enumerate();
+    let of_elems = elems.flat_map(|(i, elem)| {
+        let texts = elem.texts.iter().enumerate();
+        texts.map(move |(j, text)| (format!("elems[{i}].caption[{j}]"), text))
+    });
+    for (field, text) in captions.chain(of_elems) {
+        if let Err(DataError::EmptyText { text }) = pre_caption(text, config.max_words) {
+            let Origin { file, place } = &record.origin;
+            let context = Context { path: file, place: place.clone() };
+            return Err(context.error(field, "a text with at least one word", format!("{text:?}")));
+        }
+    }
     if !config.images {
         return match &record.image {
             ImageSource::Path(path) => path.metadata().map(drop).map_err(|source| io_error(path, source)),

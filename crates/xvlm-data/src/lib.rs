@@ -45,7 +45,7 @@ pub use image::{DecodeOptions, Encoded, ImageCache, Picture};
 pub use loader::{Loader, LoaderConfig};
 pub use masking::{Masked, MaskingGenerator};
 pub use order::Order;
-pub use records::{Element, ImageSource, Origin, Record, RecordKeys, read_jsonl, read_jsonl_lenient};
+pub use records::{Element, ImageSource, Origin, Record, RecordKeys, read_jsonl};
 pub use shards::{Form, Index, Need, ShardLimits, ShardWriter};
 pub use storage::{Location, StorageOptions};
 pub use tensors::{CaptionTensors, GenerationTensors, RegionTensors, TextTensors};

@@ -114,49 +114,21 @@ impl Record {
 /// The first line that is no valid record, as [`DataError::Json`] or [`DataError::Field`] naming
 /// file, line, field, what was expected and what was found; [`DataError::Io`].
 pub fn read_jsonl(path: impl AsRef<Path>) -> Result<Vec<Record>, DataError> {
-    let mut records = Vec::new();
-    for_each_line(path.as_ref(), |result| {
-        records.push(result?);
-        Ok(())
-    })?;
-    Ok(records)
-}
-
-/// Like [`read_jsonl`], but leaves out broken lines and returns their errors beside the records.
-///
-/// # Errors
-///
-/// [`DataError::Io`] when the file itself cannot be read.
-pub fn read_jsonl_lenient(path: impl AsRef<Path>) -> Result<(Vec<Record>, Vec<DataError>), DataError> {
-    let (mut records, mut broken) = (Vec::new(), Vec::new());
-    for_each_line(path.as_ref(), |result| {
-        match result {
-            Ok(record) => records.push(record),
-            Err(error) => broken.push(error),
-        }
-        Ok(())
-    })?;
-    Ok((records, broken))
-}
-
-fn for_each_line(
-    path: &Path,
-    mut each: impl FnMut(Result<Record, DataError>) -> Result<(), DataError>,
-) -> Result<(), DataError> {
+    let path = path.as_ref();
     let file = File::open(path).map_err(|source| io_error(path, source))?;
     let mut reader = BufReader::with_capacity(1 << 20, file);
     let name: Arc<Path> = Arc::from(path);
     let reading = Reading { root: Some(folder(path)), ..Reading::default() };
-    let (mut bytes, mut line) = (Vec::new(), 0);
+    let (mut records, mut bytes, mut line) = (Vec::new(), Vec::new(), 0);
     loop {
         bytes.clear();
         let read = reader.read_until(b'\n', &mut bytes);
         if read.map_err(|source| io_error(path, source))? == 0 {
-            return Ok(());
+            return Ok(records);
         }
         line += 1;
         if !bytes.trim_ascii().is_empty() {
-            each(parse_line(&bytes, &name, line, &reading))?;
+            records.push(parse_line(&bytes, &name, line, &reading)?);
         }
     }
 }

@@ -156,9 +156,9 @@ fn mirroring_twice_is_nothing() {
     let mut mirrored = original.clone();
     mirrored.mirror();
     assert!(mirrored != original && mirrored.rgb()[18..21] == original.rgb()[..3]);
-    let (mut a, mut b) = (vec![0.0; 105], vec![0.0; 105]);
-    original.normalise_into(true, &mut a);
-    mirrored.normalise_into(false, &mut b);
+    let (mut a, mut b) = (Vec::new(), Vec::new());
+    original.normalise_onto(true, &mut a);
+    mirrored.normalise_onto(false, &mut b);
     assert_eq!(a, b);
     mirrored.mirror();
     assert!(mirrored == original);

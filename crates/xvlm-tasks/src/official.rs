@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
-use xvlm_data::{BatchConfig, MaskingGenerator, SourceConfig};
+use xvlm_data::{BatchConfig, MaskingGenerator, RecordKeys, SourceConfig};
 use xvlm_encoders::{
     Activation, BertConfig, SwinConfig, Task, TextModel, VisionConfig, VitConfig, VitFamily, XvlmConfig,
 };
@@ -163,8 +163,23 @@ const KEYS: &[&str] = &[
     "vqa_root",
 ];
 
-/// A pre-training configuration of the original (`configs/Pretrain_XVLM_*.yaml`), for one process. The image files come
-/// first, then those with regions: a record is used for whatever it has.
+/// What `images` and `regions` have.
+const STREAM_KEYS: &[&str] = &[
+    "batch_size",
+    "caption_key",
+    "careful_hflip",
+    "image_key",
+    "is_image_rpath",
+    "iter_perc",
+    "max_images",
+    "max_regions",
+    "min_perc_in_image",
+    "num_workers",
+    "tokenized",
+];
+
+/// A pre-training configuration of the original (`configs/Pretrain_XVLM_*.yaml`), for one process. Where it does not say
+/// `careful_hflip`, pictures whose texts say left or right are not mirrored, which the original does.
 ///
 /// # Errors
 /// As [`from_official`].
@@ -191,12 +206,21 @@ pub fn pretrain_config(config: &Value, path: &Path) -> Result<PretrainConfig, Co
     let records = root.size("train_dataset_size")?;
     let seed = accelerator.size_or("RNG_SEED", 42)? as u64;
     let default = BatchConfig::default();
-    let sources = |field: &str| -> Result<Vec<SourceConfig>, ConfigProblem> {
-        Ok(root.texts(field)?.into_iter().map(|file| SourceConfig::files([file])).collect())
+    let sources = |field: &str, stream: &Section| -> Result<Vec<SourceConfig>, ConfigProblem> {
+        stream.refuse_unknown(STREAM_KEYS)?;
+        let key = |field: &str| stream.has(field).then(|| stream.text_or(field, "")).transpose();
+        let is_image_rpath =
+            stream.has("is_image_rpath").then(|| stream.flag_or("is_image_rpath", false)).transpose()?;
+        let keys = RecordKeys { image_key: key("image_key")?, is_image_rpath, caption_key: key("caption_key")? };
+        // The original opens paths as they are: relative to where it was started.
+        let image_root = (is_image_rpath == Some(true)).then(|| PathBuf::from("."));
+        let source =
+            |file| SourceConfig { image_root: image_root.clone(), keys: keys.clone(), ..SourceConfig::files([file]) };
+        Ok(root.texts(field)?.into_iter().map(source).collect())
     };
     Ok(PretrainConfig {
-        train_file: sources("train_file")?,
-        train_file_regions: sources("train_file_regions")?,
+        train_file: sources("train_file", &images)?,
+        train_file_regions: sources("train_file_regions", &regions)?,
         dataset: Default::default(),
         tokenizer: Some(tokenizer(&root, model.model.text_config.model_type)?),
         init_from: None,
@@ -213,6 +237,7 @@ pub fn pretrain_config(config: &Value, path: &Path) -> Result<PretrainConfig, Co
             max_tokens: model.max_tokens,
             max_words: model.max_words,
             tokenized,
+            careful_hflip: regions.flag_or("careful_hflip", default.careful_hflip)?,
             masking: MaskingGenerator {
                 mask_prob: root.number_or("mask_prob", default.masking.mask_prob)?,
                 max_masks: root.size_or("max_masks", default.masking.max_masks)?,

@@ -314,16 +314,30 @@ fn check_count(field: &str, dataset: &Dataset, need: Need) -> std::result::Resul
 /// Writes `config.yaml` into the folder of the run; a run that is resumed must be configured as it was, but for what only
 /// says how long to go on, how quickly, and what to leave behind.
 fn keep_config(config: &PretrainConfig, run: &RunFolder, resume: bool) -> std::result::Result<(), TaskError> {
-    const FREE: [&str; 5] = ["train", "loader", "image_cache_mib", "stored", "init_from"];
+    const FREE: [&str; 8] = [
+        "/train",
+        "/loader",
+        "/image_cache_mib",
+        "/stored",
+        "/init_from",
+        "/data/max_bad_fraction",
+        "/dataset/index_dir",
+        "/dataset/limits",
+    ];
     let path = run.path().join("config.yaml");
     let problem = |message: String| ConfigProblem { file: path.display().to_string(), message };
     let is_new = run.checkpoints()?.is_empty();
     if resume && !is_new && path.exists() {
         let text = std::fs::read_to_string(&path).map_err(|error| problem(error.to_string()))?;
-        let before: serde_json::Value = serde_norway::from_str(&text).map_err(|error| problem(error.to_string()))?;
-        let now = serde_json::to_value(config).map_err(|error| problem(error.to_string()))?;
-        let fields = now.as_object().into_iter().flatten().filter(|(field, _)| !FREE.contains(&field.as_str()));
-        for (field, now) in fields {
+        let mut before: serde_json::Value =
+            serde_norway::from_str(&text).map_err(|error| problem(error.to_string()))?;
+        let mut now = serde_json::to_value(config).map_err(|error| problem(error.to_string()))?;
+        for config in [&mut before, &mut now] {
+            for free in FREE {
+                config.pointer_mut(free).map(serde_json::Value::take);
+            }
+        }
+        for (field, now) in now.as_object().into_iter().flatten() {
             if let Some((field, expected, found)) = xvlm_train::difference(field, &before[field.as_str()], now) {
                 return Err(problem(format!("{field}: expected {expected}, as the run began, found {found}")).into());
             }

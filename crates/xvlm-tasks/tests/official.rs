@@ -5,7 +5,7 @@ use std::path::Path;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use xvlm_data::{Padding, SourceConfig};
+use xvlm_data::Padding;
 use xvlm_encoders::{Activation, SwinConfig, Task, TextModel, VisionConfig, VitConfig, XvlmConfig};
 use xvlm_tasks::{PretrainConfig, official};
 use xvlm_train::Warmup;
@@ -39,7 +39,7 @@ train_file: [
 train_dataset_size: 1000
 images: {image_key: 'binary', is_image_rpath: False, caption_key: 'caption', tokenized: False, batch_size: 64, num_workers: 4}
 train_file_regions: ['shards/objects']
-regions: {image_key: 'binary', iter_perc: 0.25, batch_size: 96, max_images: 30, max_regions: 7, min_perc_in_image: 0.4}
+regions: {image_key: 'path', is_image_rpath: True, careful_hflip: False, iter_perc: 0.25, batch_size: 96, max_images: 30, max_regions: 7, min_perc_in_image: 0.4}
 use_clip_vit: False
 use_swin: True
 vision_config: 'configs/swin.json'
@@ -129,8 +129,15 @@ fn a_pre_training_run_is_read_whole() {
     let folder = repository(PRETRAIN);
     let overrides = ["train.log_every=5".to_owned()];
     let config = PretrainConfig::open(&folder.path().join("configs/run.yaml"), &overrides).unwrap();
-    assert_eq!(config.train_file, [SourceConfig::files(["shards/captions"])]);
-    assert_eq!(config.train_file_regions, [SourceConfig::files(["shards/objects"])]);
+    let [captions, regions] = [&config.train_file, &config.train_file_regions].map(|sources| &sources[0]);
+    assert_eq!(
+        (captions.files.as_slice(), regions.files.as_slice()),
+        (&["shards/captions".to_owned()][..], &["shards/objects".to_owned()][..])
+    );
+    assert_eq!(captions.keys.image_key.as_deref(), Some("binary"));
+    assert_eq!((captions.keys.caption_key.as_deref(), captions.image_root.as_deref()), (Some("caption"), None));
+    assert_eq!((regions.keys.is_image_rpath, regions.image_root.as_deref()), (Some(true), Some(Path::new("."))));
+    assert!(!config.data.careful_hflip);
     assert_eq!(config.tokenizer.as_deref(), Some(Path::new("data/bert/vocab.txt")));
     assert_eq!(config.regions.iter_perc, 0.25);
     let data = &config.data;

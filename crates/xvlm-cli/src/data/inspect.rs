@@ -76,8 +76,9 @@ impl Inspect {
             Some(path) => PretrainConfig::open(path, &self.set)?,
             None => PretrainConfig::preset("base-4m", &self.set)?,
         };
-        // Texts are shown, and none of their tokens: without a configuration any vocabulary that knows the letters does.
-        let tokenizer = match config.tokenizer.filter(|_| self.config.is_some()) {
+        // Texts are shown, and none of their tokens: instead of the preset's any vocabulary that knows the letters does.
+        let is_told = |path: &PathBuf| self.config.is_some() || path.as_os_str() != "vocab.txt";
+        let tokenizer = match config.tokenizer.filter(is_told) {
             Some(path) => TextTokenizer::from_file(path)?,
             None => TextTokenizer::from_vocabulary(&scenes::vocabulary())?,
         };

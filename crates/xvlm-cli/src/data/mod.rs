@@ -6,8 +6,10 @@ mod index;
 mod inspect;
 mod vocab;
 
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand};
-use xvlm::data::{Dataset, DatasetConfig, SourceConfig, StorageOptions};
+use xvlm::data::{Dataset, DatasetConfig, RecordKeys, SourceConfig, StorageOptions};
 
 use crate::output::{self, CliError};
 
@@ -47,16 +49,20 @@ struct Shards {
     shards: Vec<String>,
     /// What paths of images are relative to, and must not leave [default: the folder of the shard]
     #[arg(long, value_name = "DIR")]
-    image_root: Option<std::path::PathBuf>,
+    image_root: Option<PathBuf>,
+    /// Key of a record's image [default: image_rpath, binary or image]
+    #[arg(long, value_name = "KEY")]
+    image_key: Option<String>,
+    /// Key of a record's captions [default: caption]
+    #[arg(long, value_name = "KEY")]
+    caption_key: Option<String>,
 }
 
 impl Shards {
-    fn source(self) -> SourceConfig {
-        SourceConfig { image_root: self.image_root, ..SourceConfig::files(self.shards) }
-    }
-
     fn open(self) -> Result<Dataset, CliError> {
-        Ok(Dataset::open(&[self.source()], &DatasetConfig::default(), &StorageOptions::default())?)
+        let keys = RecordKeys { image_key: self.image_key, caption_key: self.caption_key, is_image_rpath: None };
+        let source = SourceConfig { image_root: self.image_root, keys, ..SourceConfig::files(self.shards) };
+        Ok(Dataset::open(&[source], &DatasetConfig::default(), &StorageOptions::default())?)
     }
 }
 

@@ -21,9 +21,11 @@ const ALL_WORDS: usize = usize::MAX;
 /// give the same vocabulary.
 #[derive(Args)]
 pub(crate) struct Vocab {
-    /// Shards, as for training, or files of texts, one a line (.txt)
-    #[arg(required = true, value_name = "FILE")]
-    data: Vec<String>,
+    #[command(flatten)]
+    shards: Shards,
+    /// A file of texts, one a line; repeatable
+    #[arg(long, value_name = "FILE")]
+    texts: Vec<PathBuf>,
     /// Folder to write
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -55,7 +57,7 @@ struct Learnt<'a> {
 
 impl Vocab {
     pub(crate) fn run(self) -> Result<(), CliError> {
-        let Self { data, out, size, min_frequency, byte_level, raw, json } = self;
+        let Self { shards, texts, out, size, min_frequency, byte_level, raw, json } = self;
         let pieces = if byte_level { Pieces::ByteLevel } else { Pieces::WordPiece };
         let config = VocabularyConfig { pieces, size, min_frequency, ..VocabularyConfig::default() };
         let mut learner = VocabularyLearner::new(config);
@@ -67,23 +69,20 @@ impl Vocab {
             Err(error) => Err(error),
         };
         let mut broken = 0;
-        let (texts, shards): (Vec<String>, Vec<String>) = data.into_iter().partition(|file| file.ends_with(".txt"));
-        for path in texts.iter().map(Path::new) {
+        for path in &texts {
             let file = File::open(path).map_err(CliError::io(path))?;
             for line in BufReader::new(file).lines() {
                 add(&line.map_err(CliError::io(path))?)?;
             }
         }
-        if !shards.is_empty() {
-            Shards { shards, image_root: None }.open()?.visit(|record| match record {
-                Ok(record) => record.texts().try_for_each(&mut add),
-                Err(error) => {
-                    output::say(&format!("left out: {error}"));
-                    broken += 1;
-                    Ok(())
-                }
-            })?;
-        }
+        shards.open()?.visit(|record| match record {
+            Ok(record) => record.texts().try_for_each(&mut add),
+            Err(error) => {
+                output::say(&format!("left out: {error}"));
+                broken += 1;
+                Ok(())
+            }
+        })?;
         let learnt = learner.learn()?;
         learnt.write(&out)?;
         let report =

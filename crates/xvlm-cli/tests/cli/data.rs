@@ -136,7 +136,12 @@ fn what_is_broken_is_named() {
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((&report["records"], &report["broken"]), (&json!(3), &json!(4)), "{report}");
     let told = stderr(&output);
-    for (line, reason) in [(4, "image_rpath"), (5, "at least one word"), (6, "elems[0].bb"), (7, "expected JSON")] {
+    for (line, reason) in [
+        (4, "image_rpath"),
+        (5, "caption[0]: expected a text with at least one word"),
+        (6, "elems[0].bb"),
+        (7, "expected JSON"),
+    ] {
         let named = |told: &str| told.contains(&format!("broken.jsonl:{line}")) && told.contains(reason);
         assert!(told.lines().any(named), "{line}: {told}");
     }

@@ -135,10 +135,9 @@ impl Framer<'_> {
 
 /// The normalised pixels of all, `[N·3·side·side]`.
 pub(super) fn render<'a>(shown: impl ExactSizeIterator<Item = &'a Shown>, side: usize) -> Vec<f32> {
-    let size = 3 * side * side;
-    let mut pixels = vec![0.0; shown.len() * size];
-    for (Shown { picture, flip }, pixels) in shown.zip(pixels.chunks_exact_mut(size)) {
-        picture.normalise_into(*flip, pixels);
+    let mut pixels = Vec::with_capacity(shown.len() * 3 * side * side);
+    for Shown { picture, flip } in shown {
+        picture.normalise_onto(*flip, &mut pixels);
     }
     pixels
 }

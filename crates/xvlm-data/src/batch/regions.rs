@@ -11,7 +11,7 @@ use crate::config::{FlipTexts, Padding};
 use crate::error::DataError;
 use crate::order::generator;
 use crate::records::{Element, Record};
-use crate::transform::Placed;
+use crate::transform::{Placed, clip_box};
 
 /// The stream that ways of classing are drawn from; 0 and 1 are those of the orders of captions and regions.
 const WAYS: u64 = 2;
@@ -60,7 +60,7 @@ struct Concept {
 
 impl BatchBuilder {
     /// Images with texts of parts of them: `max_images` records of a shuffled pass, and `max_regions` of their texts, as
-    /// [`Padding`] says.
+    /// [`Padding`] says. Elements whose boxes are not inside their image are left out; an image with no others is broken.
     ///
     /// # Errors
     ///
@@ -92,7 +92,11 @@ impl BatchBuilder {
         let framer = self.framer();
         let opened = framer.parts(&record.image, &record.origin)?;
         let (width, height) = opened.size();
-        let mut elems: Vec<_> = record.elems.iter().zip(record.boxes_inside(width, height)?).collect();
+        let inside = |elem: &'_ Element| clip_box(elem.bbox, width, height);
+        let mut elems: Vec<_> = record.elems.iter().filter_map(|elem| Some((elem, inside(elem)?))).collect();
+        if elems.is_empty() {
+            record.boxes_inside(width, height)?;
+        }
         let &(_, kept) = elems.choose(rng).ok_or_else(|| missing(record, "an element"))?;
         let mut view = framer.around(&opened, kept, rng);
         elems.shuffle(rng);

@@ -173,35 +173,19 @@ impl Picture {
         }
     }
 
-    /// Writes the normalised pixels, `[3][height][width]`, mirrored left to right if `flip`.
-    ///
-    /// # Panics
-    ///
-    /// If `out` is not of `3 · height · width` numbers.
-    pub fn normalise_into(&self, flip: bool, out: &mut [f32]) {
+    /// Appends the normalised pixels, `[3][height][width]`, mirrored left to right if `flip`.
+    pub fn normalise_onto(&self, flip: bool, out: &mut Vec<f32>) {
         static TABLE: LazyLock<[[f32; 256]; 3]> = LazyLock::new(|| {
             std::array::from_fn(|c| std::array::from_fn(|byte| (byte as f32 / 255.0 - MEAN[c]) / STD[c]))
         });
-        let (width, plane) = (self.width as usize, self.rgb.len() / 3);
-        assert_eq!(out.len(), plane * 3, "[3, {}, {width}]", self.height);
-        let [red, green, blue] = &*TABLE;
-        let (out_red, rest) = out.split_at_mut(plane);
-        let (out_green, out_blue) = rest.split_at_mut(plane);
-        let rows = self.rgb.chunks_exact(width * 3);
-        let planes = out_red
-            .chunks_exact_mut(width)
-            .zip(out_green.chunks_exact_mut(width))
-            .zip(out_blue.chunks_exact_mut(width));
-        for (row, ((r, g), b)) in rows.zip(planes) {
-            for (pixel, ((r, g), b)) in row.chunks_exact(3).zip(r.iter_mut().zip(&mut *g).zip(&mut *b)) {
-                *r = red[usize::from(pixel[0])];
-                *g = green[usize::from(pixel[1])];
-                *b = blue[usize::from(pixel[2])];
-            }
+        let pixels = self.rgb.as_chunks::<3>().0;
+        for (c, table) in TABLE.iter().enumerate() {
+            let value = |pixel: &[u8; 3]| table[usize::from(pixel[c])];
             if flip {
-                r.reverse();
-                g.reverse();
-                b.reverse();
+                let rows = pixels.chunks_exact(self.width as usize);
+                rows.for_each(|row| out.extend(row.iter().rev().map(value)));
+            } else {
+                out.extend(pixels.iter().map(value));
             }
         }
     }
@@ -209,8 +193,8 @@ impl Picture {
     /// The normalised pixels, `[3][height][width]`.
     #[must_use]
     pub fn normalised(&self) -> Vec<f32> {
-        let mut out = vec![0.0; self.rgb.len()];
-        self.normalise_into(false, &mut out);
+        let mut out = Vec::with_capacity(self.rgb.len());
+        self.normalise_onto(false, &mut out);
         out
     }
 

@@ -171,7 +171,13 @@ fn base64(object: &Object<'_>, field: &str, text: &str, expected: &str) -> Resul
         Some(rest) => rest.split_once(',').map_or(rest, |(_, data)| data),
         None => text,
     };
-    match base64::engine::general_purpose::STANDARD.decode(data.trim()) {
+    let decode = |data: &str| base64::engine::general_purpose::STANDARD.decode(data);
+    // Some encoders break lines.
+    let decoded = decode(data.trim()).or_else(|error| match data.trim().contains(|c: char| c.is_ascii_whitespace()) {
+        true => decode(&data.split_ascii_whitespace().collect::<String>()),
+        false => Err(error),
+    });
+    match decoded {
         Ok(bytes) => Ok(ImageSource::Bytes(bytes.into())),
         Err(error) => Err(object.context.error(object.name(field), expected, format!("{:?}: {error}", excerpt(text)))),
     }
