@@ -193,7 +193,7 @@ pub enum Padding {
     /// It is as large as it gets: images are read until `max_regions` texts are together, or `max_images` images.
     None,
     /// It has exactly `max_regions` texts: a random choice of those of `max_images` images, filled up by repeats of some of
-    /// them. As X-VLM does; the contrastive loss takes repeats for texts and regions of their own.
+    /// them. As X-VLM does; in the contrastive loss repeats weigh some pairs twice.
     #[default]
     Repeats,
     /// The same, but the contrastive loss leaves repeats out, and they are not drawn as negatives. The other losses keep
