@@ -269,7 +269,7 @@ pub fn open_batches(
     let has_regions = config.regions.iter_perc > 0.0;
     let regions = match config.train_file_regions.as_slice() {
         [] if has_regions => {
-            check_count("train_file", &dataset, Need::Elems)?;
+            check_count(&config.train_file, &dataset, Need::Elems)?;
             Arc::clone(&dataset)
         }
         sources if has_regions => open("train_file_regions", sources, Need::Elems)?,
@@ -295,20 +295,21 @@ fn open_dataset(
     let dataset = Dataset::open(sources, config, &StorageOptions::default())?;
     dataset.check_broken(max_bad_fraction)?;
     dataset.broken().examples().iter().for_each(|error| progress.warning(&format!("left out: {error}")));
-    check_count(field, &dataset, need)?;
+    check_count(sources, &dataset, need)?;
     Ok(Arc::new(dataset))
 }
 
 /// Refuses data of which it is known that they have nothing of what is needed.
-fn check_count(field: &str, dataset: &Dataset, need: Need) -> std::result::Result<(), TaskError> {
+fn check_count(sources: &[SourceConfig], dataset: &Dataset, need: Need) -> std::result::Result<(), TaskError> {
     if dataset.count(need) != Some(0) {
         return Ok(());
     }
     let message = match need {
-        Need::Elems => format!("{field}: expected a record with elems, or regions.iter_perc 0, found none"),
-        _ => format!("{field}: expected a record with a caption, found none"),
+        Need::Elems => "elems: expected a record with elems, or regions.iter_perc 0, found none",
+        _ => "caption: expected a record with a caption, found none",
     };
-    Err(ConfigProblem { file: "configuration".to_owned(), message }.into())
+    let file = sources.iter().flat_map(|source| &source.files).map(String::as_str).collect::<Vec<_>>().join(", ");
+    Err(ConfigProblem { file, message: message.to_owned() }.into())
 }
 
 /// Writes `config.yaml` into the folder of the run; a run that is resumed must be configured as it was, but for what only

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
-use xvlm::data::{BatchBuilder, BatchConfig, ImageCache, Padding, Rect, TextTokenizer, scenes};
+use xvlm::data::{BatchBuilder, BatchConfig, BrokenRecord, ImageCache, Padding, Rect, TextTokenizer, scenes};
 use xvlm::tasks::PretrainConfig;
 use xvlm::{Picture, PixelBox};
 
@@ -94,12 +94,14 @@ impl Inspect {
         };
         let side = data.resolution;
         let dataset = Arc::new(self.shards.open()?);
+        let say_broken = |broken: &BrokenRecord| output::say(&format!("left out: {broken}"));
+        dataset.broken().examples().iter().for_each(say_broken);
         let builder = BatchBuilder::new(dataset, Arc::new(tokenizer), data, Arc::new(ImageCache::new(0)))?;
         let samples = match self.stream {
             Stream::Captions => captions(&builder, self.step, side)?,
             Stream::Regions => regions(&builder, self.step, side)?,
         };
-        builder.broken().iter().for_each(|broken| output::say(&format!("left out: {broken}")));
+        builder.broken().iter().for_each(say_broken);
         if let Some(path) = &self.out {
             output::write(path, &sheet(&samples, side as u32).to_png()?)?;
         }
