@@ -228,6 +228,17 @@ fn excluded_images_are_left_out() {
         exclude.read(&folder.write("ids.txt", content)).unwrap();
         assert_eq!(ids(genome.open(), &exclude).0, left, "{content}");
     }
+    // Karpathy's documents are one line of up to 140 MB.
+    let long = format!("\u{feff} \n{{\"dataset\": \"{}\", \"images\": [", "x".repeat(1 << 24));
+    let long = folder
+        .write("long.json", long + "{\"cocoid\": 42, \"filename\": \"a.jpg\", \"split\": \"val\", \"sentids\": []}]}");
+    let mut exclude = Exclusions::default();
+    exclude.read(&long).unwrap();
+    assert_eq!(ids(genome.open(), &exclude), ("1".to_owned(), 1));
+    let mut packed = Exclusions::default();
+    packed.read(&gzip(&karpathy)).unwrap();
+    assert_eq!(ids(genome.open(), &packed), ("1".to_owned(), 1));
+
     let golden = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/refs_python2_2.p");
     let mut refer = Exclusions::default();
     refer.read(&golden).unwrap();

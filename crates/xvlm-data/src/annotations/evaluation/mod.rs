@@ -4,7 +4,6 @@ mod grounding;
 mod vqa;
 
 use std::collections::{HashMap, HashSet};
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -16,9 +15,9 @@ use super::items::{CaptionItem, FillItem, GroundingItem, NlvrItem, RetrievalItem
 use super::json_items::{JsonItems, parse_item};
 use super::karpathy::sentences;
 use super::report::{Reason, Report};
-use super::stream::{Lines, open_plain};
+use super::stream::{Lines, head};
 use crate::error::{DataError, Place, excerpt};
-use crate::json::{Context, Object, folder, io_error};
+use crate::json::{Context, Object, folder};
 
 /// Items, and what was left out.
 #[derive(Debug, Clone, PartialEq)]
@@ -63,15 +62,12 @@ enum Begins {
 }
 
 fn begins(path: &Path) -> Result<Begins, DataError> {
-    const ENOUGH: u64 = 1 << 12;
-    let mut start = Vec::new();
-    open_plain(path)?.take(ENOUGH).read_to_end(&mut start).map_err(|source| io_error(path, source))?;
-    let start = start.strip_prefix(&[0xef, 0xbb, 0xbf]).unwrap_or(&start).trim_ascii_start();
+    let start = head(path)?;
     match start.first() {
         Some(b'[') => Ok(Begins::List),
         Some(b'{') => Ok(Begins::Object),
         _ => {
-            let found = excerpt(&String::from_utf8_lossy(&start[..start.len().min(60)]));
+            let found = excerpt(&String::from_utf8_lossy(&start));
             Err(Context { path, place: Place::Whole }.error("file", "JSON: a list or an object", format!("{found:?}")))
         }
     }
