@@ -346,11 +346,8 @@ fn sbu_in_both_forms() {
 }
 
 #[test]
-fn open_images_makes_pixels_of_fractions() {
+fn open_images_merges_its_files() {
     let folder = Folder::new();
-    folder.image("oi/000002b66c9c498e.jpg", 200, 100);
-    folder.image("oi/000002b97e5471a0.jpg", 50, 40);
-    folder.write("oi/0000048549557964.jpg", "no image");
     let classes =
         folder.write("class-descriptions-boxable.csv", "/m/011k07,Tortoise\n/m/01,\"Girl, young\"\n/m/02,Chair\n");
     let attributes = folder.write("attributes.csv", "id,name\n/m/083vt,(made of)Wood\n");
@@ -366,7 +363,8 @@ fn open_images_makes_pixels_of_fractions() {
         000002b97e5471a0,xclick,/m/02,1,zero,1,0,1,0,1,0,0,0\n\
         0000048549557964,xclick,/m/02,1,0,1,0,1,0,0,0,0,0\n\
         ffffffffffffffff,xclick,/m/02,1,0,1,0,1,0,0,0,0,0\n\
-        000002b66c9c498e,xclick,/m/01,1,0,0.5,0,0.5,0,0,0,0,0\n"
+        000002b66c9c498e,xclick,/m/01,1,0,0.5,0,0.5,0,0,0,0,0\n\n\
+        ,xclick,/m/01,1,0,0.5,0,0.5,0,0,0,0,0\n"
     );
     let relations = "ImageID,LabelName1,LabelName2,XMin1,XMax1,YMin1,YMax1,XMin2,XMax2,YMin2,YMax2,RelationshipLabel\n\
         000002b66c9c498e,/m/01,/m/02,0,0.5,0,0.5,0.5,1,0.5,1,inside_of\n\
@@ -389,16 +387,17 @@ fn open_images_makes_pixels_of_fractions() {
         ..OpenImages::default()
     };
     let (found, report) = all(set.open());
-    assert_eq!(found.len(), 2, "{report}");
+    // Whether their images are there is not looked at.
+    assert_eq!(found.len(), 4, "{report}");
     assert_eq!(found[0].record.captions, ["A tortoise.", "One more tortoise."]);
-    assert_eq!(found[0].size, Some((200, 100)));
+    assert!(found.iter().all(|image| image.size.is_none() && image.fractions));
     assert_eq!(
         texts(&found[0]),
         [
-            ("Tortoise", [50.0, 10.0, 100.0, 40.0]),
-            ("Chair", [100.0, 50.0, 100.0, 50.0]),
-            ("Girl, young", [0.0, 0.0, 100.0, 50.0]),
-            ("Girl, young inside of Chair", [0.0, 0.0, 200.0, 100.0]),
+            ("Tortoise", [0.25, 0.1, 0.5, 0.4]),
+            ("Chair", [0.5, 0.5, 0.5, 0.5]),
+            ("Girl, young", [0.0, 0.0, 0.5, 0.5]),
+            ("Girl, young inside of Chair", [0.0, 0.0, 1.0, 1.0]),
         ]
     );
     assert_eq!(found[0].record.elems[0].attributes, ["Wood"]);
@@ -407,15 +406,14 @@ fn open_images_makes_pixels_of_fractions() {
         (Reason::Crowd, 1),
         (Reason::Depiction, 1),
         (Reason::UnknownCategory, 1),
-        (Reason::Malformed, 2),
-        (Reason::UnreadableImage, 1),
-        (Reason::MissingImage, 1),
+        // A box, a narrative, and a row without image.
+        (Reason::Malformed, 3),
     ] {
         assert_eq!(report.count(reason), count, "{reason}\n{report}");
     }
     assert!(report.to_string().contains("bbox.csv:7: XMin: expected a fraction of the image, found zero"), "{report}");
     let kept = OpenImages { groups: true, depictions: true, ..set.clone() };
-    assert_eq!(all(kept.open()).0.iter().map(|image| image.record.elems.len()).sum::<usize>(), 6);
+    assert_eq!(all(kept.open()).0.iter().map(|image| image.record.elems.len()).sum::<usize>(), 8);
     let wrong = OpenImages { boxes: Some(folder.write("x.csv", "ImageID,LabelName\n")), ..set };
     let error = wrong.open().err().unwrap().to_string();
     assert!(error.contains("x.csv:1: header: expected a column XMin"), "{error}");
@@ -506,7 +504,6 @@ fn damaged_files_end_in_errors_or_in_what_is_left() {
     let set = Conceptual { rows: rows.clone(), images: folder.path("cc"), names: "{row}_{name}".parse().unwrap() };
     survives(&[rows], || set.open(), 8);
 
-    folder.image("oi/a.jpg", 20, 10);
     let classes = folder.write("classes.csv", "/m/1,Cup\n/m/2,\"Dog, old\"\n");
     let header =
         "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside";

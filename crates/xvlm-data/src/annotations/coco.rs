@@ -269,6 +269,7 @@ impl Reader for CocoReader {
             aliases: if *coco { vec![format!("coco:{id}")] } else { Vec::new() },
             image: folders[*folder as usize].join(base.as_ref()),
             size: *size,
+            fractions: false,
             captions: captions.collect(),
             elems: elems.collect(),
             questions: Vec::new(),

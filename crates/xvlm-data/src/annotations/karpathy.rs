@@ -85,6 +85,7 @@ impl KarpathyReader {
             aliases,
             image,
             size: None,
+            fractions: false,
             captions: sentences(object)?,
             elems: Vec::new(),
             questions: Vec::new(),

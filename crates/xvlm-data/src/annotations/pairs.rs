@@ -69,6 +69,7 @@ impl Images {
                 aliases: vec![url.to_owned()],
                 image,
                 size: None,
+                fractions: false,
                 captions: vec![caption.to_owned()],
                 elems: Vec::new(),
                 questions: Vec::new(),

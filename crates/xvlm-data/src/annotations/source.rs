@@ -17,7 +17,9 @@ pub struct Annotated {
     pub id: String,
     /// Width and height in pixels that the boxes refer to, where the data set tells them.
     pub size: Option<(u32, u32)>,
-    /// The image file and the texts; boxes lie inside the image.
+    /// Whether boxes are fractions of the image's width and height instead of pixels, as Open Images gives them.
+    pub fractions: bool,
+    /// The image file and the texts; boxes lie inside the image, whose size is not known where `size` is `None`.
     pub record: Record,
 }
 
@@ -28,6 +30,8 @@ pub(crate) struct Raw {
     pub(crate) aliases: Vec<String>,
     pub(crate) image: PathBuf,
     pub(crate) size: Option<(u32, u32)>,
+    /// Whether boxes are fractions of the image instead of pixels.
+    pub(crate) fractions: bool,
     pub(crate) captions: Vec<String>,
     pub(crate) elems: Vec<Element>,
     pub(crate) questions: Vec<(String, String)>,
@@ -111,7 +115,7 @@ impl Iterator for Records {
 
 /// Keeps the texts that have words and the boxes that show something; `None` if nothing is left.
 fn clean(raw: Raw, report: &mut Report) -> Option<Annotated> {
-    let Raw { id, image, size, captions, elems, questions, origin, .. } = raw;
+    let Raw { id, image, size, fractions, captions, elems, questions, origin, .. } = raw;
     let worded = |text: &str, report: &mut Report| {
         let kept = one_line(text);
         if kept.chars().any(char::is_alphanumeric) && pre_caption(&kept, usize::MAX).is_ok() {
@@ -129,6 +133,8 @@ fn clean(raw: Raw, report: &mut Report) -> Option<Annotated> {
     let mut at: HashMap<[u32; 4], Vec<usize>> = HashMap::new();
     for Element { bbox, texts, attributes, labels } in elems {
         let clipped = match size {
+            // How many pixels are left is seen when the image is.
+            _ if fractions => clip_sides(bbox, 1, 1, f64::from(f32::EPSILON)),
             Some((width, height)) => clip(bbox, width, height),
             None => clip(bbox, u32::MAX, u32::MAX),
         };
@@ -170,7 +176,7 @@ fn clean(raw: Raw, report: &mut Report) -> Option<Annotated> {
         report.skip(Reason::NoText, || format!("{}: image {id}", record.origin));
         return None;
     }
-    Some(Annotated { id, size, record })
+    Some(Annotated { id, size, fractions, record })
 }
 
 fn same_texts(a: &[String], b: &[String]) -> bool {
@@ -185,12 +191,16 @@ fn one_line(text: &str) -> String {
 /// The part of a box `(x, y, w, h)` that is inside an image; `None` unless at least a pixel each way is left (the original
 /// cuts coordinates to whole pixels, and refuses boxes that then are empty).
 pub(crate) fn clip(bbox: [f32; 4], width: u32, height: u32) -> Option<[f32; 4]> {
-    const SMALLEST: f64 = 1.0;
+    clip_sides(bbox, width, height, 1.0)
+}
+
+/// [`clip`], where at least `smallest` has to be left of each side.
+fn clip_sides(bbox: [f32; 4], width: u32, height: u32, smallest: f64) -> Option<[f32; 4]> {
     let [x, y, w, h] = bbox.map(f64::from);
     let along = |lo: f64, size: f64, side: u32| {
         let (from, to) = (lo.max(0.0), (lo + size).min(f64::from(side)));
         // What is no number compares as false.
-        (to - from >= SMALLEST).then_some((from as f32, (to - from) as f32))
+        (to - from >= smallest).then_some((from as f32, (to - from) as f32))
     };
     if !bbox.iter().all(|number| number.is_finite()) {
         return None;

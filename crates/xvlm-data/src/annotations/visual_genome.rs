@@ -304,7 +304,17 @@ impl Reader for VisualGenomeReader {
             questions.push((qa.text("question")?, qa.text("answer")?));
             Ok(())
         })?;
-        Ok(Some(Raw { id, aliases, image, size: Some(size), captions: Vec::new(), elems, questions, origin }))
+        Ok(Some(Raw {
+            id,
+            aliases,
+            image,
+            size: Some(size),
+            fractions: false,
+            captions: Vec::new(),
+            elems,
+            questions,
+            origin,
+        }))
     }
 
     fn images(&self) -> Option<u64> {
