@@ -8,7 +8,7 @@
 //! Memory: 12 bytes an image of the data set (and what the reader of the data set holds), and one image a worker.
 
 mod manifest;
-pub(crate) mod picture;
+mod picture;
 mod spool;
 mod write;
 
