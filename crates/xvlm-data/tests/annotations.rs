@@ -11,7 +11,7 @@ use xvlm_data::annotations::{
     Annotated, Coco, Conceptual, Exclusions, Flickr30k, Karpathy, OpenImages, Reason, Records, Report, Sbu,
     SbuCaptions, VisualGenome,
 };
-use xvlm_data::{DataError, ImageSource};
+use xvlm_data::{DataError, ImageSource, Place};
 
 fn all(records: Result<Records, DataError>) -> (Vec<Annotated>, Report) {
     let mut records = records.unwrap();
@@ -290,13 +290,15 @@ fn conceptual_captions_in_both_orders() {
     let (found, report) = all(set(cc12m, "{row}_{name}").open());
     let files: Vec<_> = found.iter().map(file).collect();
     assert_eq!(files, [folder.path("cc/0_a.jpg"), folder.path("cc/3_b.png")]);
-    assert_eq!(found[1].record.origin.to_string(), format!("{}:4", folder.path("rows.tsv").display()));
+    assert_eq!(found[1].record.origin.to_string(), format!("{}:5", folder.path("rows.tsv").display()));
     assert_eq!(
         (report.count(Reason::Malformed), report.count(Reason::EmptyText), report.count(Reason::NoText)),
         (1, 1, 1)
     );
     assert!(report.to_string().contains("rows.tsv:3: row: expected a caption and a URL"), "{report}");
 
+    let (found, _) = all(set("caption\turl\n\na bus\thttp://h/a\n", "{row}").open());
+    assert_eq!((found[0].id.as_str(), &found[0].record.origin.place), ("0", &Place::Line(3)));
     let (found, report) = all(set("caption\turl\na bus\thttp://h/..\n", "{name}").open());
     assert_eq!((found.len(), report.count(Reason::Malformed)), (0, 1));
     let (found, report) = all(set("a\u{0}b \thttp://h/a\n", "{md5}").open());
@@ -327,12 +329,13 @@ fn sbu_in_both_forms() {
         }),
     );
     let set = |captions| Sbu { captions, images: folder.path("sbu"), names: "{name}".parse().unwrap() };
-    for captions in [lines, SbuCaptions::Json(json)] {
+    for (captions, place) in [(lines, Place::Line(2)), (SbuCaptions::Json(json), Place::Item(1))] {
         let (found, report) = all(set(captions).open());
         assert!(report.is_empty());
         assert_eq!(found.len(), 2);
         assert_eq!(file(&found[0]), folder.path("sbu/4385058960_b0f291553e.jpg"));
         assert_eq!(found[1].record.captions, ["the plane in the sky"]);
+        assert_eq!(found[1].record.origin.place, place);
     }
     let short =
         SbuCaptions::Lines { urls: folder.write("u.txt", "http://a/b\n"), captions: folder.write("c.txt", captions) };
@@ -414,6 +417,18 @@ fn open_images_merges_its_files() {
     assert!(report.to_string().contains("bbox.csv:7: XMin: expected a fraction of the image, found zero"), "{report}");
     let kept = OpenImages { groups: true, depictions: true, ..set.clone() };
     assert_eq!(all(kept.open()).0.iter().map(|image| image.record.elems.len()).sum::<usize>(), 8);
+    let places = found.iter().map(|image| image.record.origin.to_string()).collect::<Vec<_>>();
+    assert!(
+        places[0].ends_with("annotations-bbox.csv:2") && places[1].ends_with("annotations-bbox.csv:5"),
+        "{places:?}"
+    );
+    assert!(report.to_string().contains("bbox.csv:12: ImageID: expected an image's identifier"), "{report}");
+    // What no parser of JSON takes for a number does not end the reading.
+    let narratives = "{\"image_id\": \"a\", \"caption\": 1e999}\n{\"image_id\": \"b\", \"caption\": \"A cup.\"}\n";
+    let narratives = vec![folder.write("narratives.jsonl", narratives)];
+    let (told, report) = all(OpenImages { narratives, images: folder.path("oi"), ..OpenImages::default() }.open());
+    assert_eq!((told.len(), report.count(Reason::Malformed)), (1, 1), "{report}");
+    assert!(told[0].record.origin.to_string().ends_with("narratives.jsonl:2"));
     let wrong = OpenImages { boxes: Some(folder.write("x.csv", "ImageID,LabelName\n")), ..set };
     let error = wrong.open().err().unwrap().to_string();
     assert!(error.contains("x.csv:1: header: expected a column XMin"), "{error}");

@@ -2,11 +2,15 @@
 //! what of a box and a text is kept.
 
 use std::collections::{HashMap, HashSet};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use serde_json::Value;
 
 use crate::annotations::report::{Reason, Report};
 use crate::error::{DataError, Place, excerpt};
+use crate::json::Object;
+use crate::records::paths::{file_inside, inside};
 use crate::records::{Element, ImageSource, Origin, Record};
 use crate::tokens::pre_caption;
 
@@ -284,34 +288,34 @@ pub(crate) struct Folders {
 impl Folders {
     /// The first of `names` (`""` for the root itself) that is a folder inside `root`; the first of all if none is.
     pub(crate) fn pick(&mut self, root: &Path, names: &[&str]) -> PathBuf {
-        let first = names.first().copied().unwrap_or_default();
         let key = names.join("\n");
+        let folder = |name: &&str| if name.is_empty() { Some(root.to_owned()) } else { inside(root, name) };
         let pick = || {
-            let there = |name: &&&str| match **name {
-                "" => root.is_dir(),
-                name => inside(root, name).is_some_and(|path| path.is_dir()),
-            };
-            root.join(names.iter().find(there).copied().unwrap_or(first))
+            let there = names.iter().filter_map(folder).find(|path| path.is_dir());
+            there.or_else(|| names.first().and_then(folder)).unwrap_or_else(|| root.to_owned())
         };
         self.found.entry(key).or_insert_with(pick).clone()
     }
 }
 
-/// A file that an annotation names, inside a folder; `None` if the name would lead out of it.
-pub(crate) fn inside(folder: &Path, name: &str) -> Option<PathBuf> {
-    let name = Path::new(name);
-    let plain = name.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
-    (plain && name.file_name().is_some()).then(|| folder.join(name))
-}
-
-/// [`inside`], or the name that leads out, for a message.
+/// A file that an annotation names, inside a folder; or, for a message, the name that leads out of it.
 pub(crate) fn image_file(folder: &Path, name: &str) -> Result<PathBuf, String> {
-    inside(folder, name).ok_or_else(|| format!("{:?}", excerpt(name)))
+    file_inside(folder, name).ok_or_else(|| format!("{:?}", excerpt(name)))
 }
 
 /// Counts an image whose name leads out of its folder.
 pub(crate) fn skip_outside(origin: &Origin, found: &str, report: &mut Report) {
     report.skip(Reason::Malformed, || format!("{origin}: image: expected a path inside its folder, found {found}"));
+}
+
+/// The subset of COCO, such as `train2014`, that a file is of by its name; empty if that does not tell.
+pub(crate) fn coco_subset(file_name: &str) -> &str {
+    file_name.strip_prefix("COCO_").and_then(|rest| rest.split('_').next()).unwrap_or_default()
+}
+
+/// The subset of COCO that an image is of by its `coco_url`, as those of 2017 are.
+pub(crate) fn coco_url_subset<'a>(object: &Object<'a>) -> Option<&'a str> {
+    object.get("coco_url").and_then(Value::as_str).and_then(|url| url.rsplit('/').nth(1))
 }
 
 /// The COCO image of a file such as `COCO_val2014_000000000042.jpg` or (2017) `000000000042.jpg`.
@@ -343,9 +347,9 @@ mod tests {
     #[test]
     fn names_lead_nowhere_else() {
         let folder = Path::new("images");
-        assert_eq!(inside(folder, "a/b.jpg"), Some(PathBuf::from("images/a/b.jpg")));
+        assert_eq!(image_file(folder, "a/b.jpg"), Ok(PathBuf::from("images/a/b.jpg")));
         for name in ["../b.jpg", "/etc/passwd", "a/../../b.jpg", "", ".", ".."] {
-            assert_eq!(inside(folder, name), None, "{name}");
+            assert!(image_file(folder, name).is_err(), "{name}");
         }
     }
 
