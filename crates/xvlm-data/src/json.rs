@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use crate::error::{DataError, Place, excerpt};
+use crate::records::paths;
 
 /// Where a value comes from: enough to name it in an error.
 #[derive(Clone)]
@@ -53,6 +54,21 @@ impl<'a> Context<'a> {
         Ok(Object { context: self.clone(), prefix, map })
     }
 
+    /// The folder that the field `name` names below `root`.
+    pub(crate) fn folder(&self, name: &str, root: &Path, text: &str) -> Result<PathBuf, DataError> {
+        paths::inside(root, text).ok_or_else(|| self.outside(name, root, text))
+    }
+
+    /// The file that the field `name` names below `root`.
+    pub(crate) fn file(&self, name: &str, root: &Path, text: &str) -> Result<PathBuf, DataError> {
+        paths::file_inside(root, text).ok_or_else(|| self.outside(name, root, text))
+    }
+
+    fn outside(&self, name: &str, root: &Path, text: &str) -> DataError {
+        let root = if root.as_os_str().is_empty() { Path::new(".") } else { root };
+        self.error(name, format!("a path inside {} (a root of / permits any)", root.display()), excerpt(text))
+    }
+
     fn text(&self, value: &Value, name: &str) -> Result<String, DataError> {
         match value.as_str() {
             Some(text) if !text.trim().is_empty() => Ok(text.to_owned()),
@@ -83,6 +99,11 @@ impl<'a> Object<'a> {
     pub(crate) fn text(&self, field: &str) -> Result<String, DataError> {
         let value = self.get(field).ok_or_else(|| self.missing(field, "a non-empty string"))?;
         self.context.text(value, &self.name(field))
+    }
+
+    /// The file that a string names below `root`.
+    pub(crate) fn file(&self, field: &str, root: &Path) -> Result<PathBuf, DataError> {
+        self.context.file(&self.name(field), root, &self.text(field)?)
     }
 
     /// A string or a list of strings, each with something in it; absent is an empty list.

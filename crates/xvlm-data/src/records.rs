@@ -21,7 +21,7 @@ use crate::error::{DataError, Place};
 use crate::json::{folder, io_error};
 use crate::transform::clip_box;
 
-mod paths;
+pub(crate) mod paths;
 mod read;
 mod write;
 

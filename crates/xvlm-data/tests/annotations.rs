@@ -11,7 +11,7 @@ use xvlm_data::annotations::{
     Annotated, Coco, Conceptual, Exclusions, Flickr30k, Karpathy, OpenImages, Reason, Records, Report, Sbu,
     SbuCaptions, VisualGenome,
 };
-use xvlm_data::{DataError, ImageSource};
+use xvlm_data::{DataError, ImageSource, Place};
 
 fn all(records: Result<Records, DataError>) -> (Vec<Annotated>, Report) {
     let mut records = records.unwrap();
@@ -228,6 +228,17 @@ fn excluded_images_are_left_out() {
         exclude.read(&folder.write("ids.txt", content)).unwrap();
         assert_eq!(ids(genome.open(), &exclude).0, left, "{content}");
     }
+    // Karpathy's documents are one line of up to 140 MB.
+    let long = format!("\u{feff} \n{{\"dataset\": \"{}\", \"images\": [", "x".repeat(1 << 24));
+    let long = folder
+        .write("long.json", long + "{\"cocoid\": 42, \"filename\": \"a.jpg\", \"split\": \"val\", \"sentids\": []}]}");
+    let mut exclude = Exclusions::default();
+    exclude.read(&long).unwrap();
+    assert_eq!(ids(genome.open(), &exclude), ("1".to_owned(), 1));
+    let mut packed = Exclusions::default();
+    packed.read(&gzip(&karpathy)).unwrap();
+    assert_eq!(ids(genome.open(), &packed), ("1".to_owned(), 1));
+
     let golden = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/refs_python2_2.p");
     let mut refer = Exclusions::default();
     refer.read(&golden).unwrap();
@@ -279,13 +290,15 @@ fn conceptual_captions_in_both_orders() {
     let (found, report) = all(set(cc12m, "{row}_{name}").open());
     let files: Vec<_> = found.iter().map(file).collect();
     assert_eq!(files, [folder.path("cc/0_a.jpg"), folder.path("cc/3_b.png")]);
-    assert_eq!(found[1].record.origin.to_string(), format!("{}:4", folder.path("rows.tsv").display()));
+    assert_eq!(found[1].record.origin.to_string(), format!("{}:5", folder.path("rows.tsv").display()));
     assert_eq!(
         (report.count(Reason::Malformed), report.count(Reason::EmptyText), report.count(Reason::NoText)),
         (1, 1, 1)
     );
     assert!(report.to_string().contains("rows.tsv:3: row: expected a caption and a URL"), "{report}");
 
+    let (found, _) = all(set("caption\turl\n\na bus\thttp://h/a\n", "{row}").open());
+    assert_eq!((found[0].id.as_str(), &found[0].record.origin.place), ("0", &Place::Line(3)));
     let (found, report) = all(set("caption\turl\na bus\thttp://h/..\n", "{name}").open());
     assert_eq!((found.len(), report.count(Reason::Malformed)), (0, 1));
     let (found, report) = all(set("a\u{0}b \thttp://h/a\n", "{md5}").open());
@@ -316,12 +329,13 @@ fn sbu_in_both_forms() {
         }),
     );
     let set = |captions| Sbu { captions, images: folder.path("sbu"), names: "{name}".parse().unwrap() };
-    for captions in [lines, SbuCaptions::Json(json)] {
+    for (captions, place) in [(lines, Place::Line(2)), (SbuCaptions::Json(json), Place::Item(1))] {
         let (found, report) = all(set(captions).open());
         assert!(report.is_empty());
         assert_eq!(found.len(), 2);
         assert_eq!(file(&found[0]), folder.path("sbu/4385058960_b0f291553e.jpg"));
         assert_eq!(found[1].record.captions, ["the plane in the sky"]);
+        assert_eq!(found[1].record.origin.place, place);
     }
     let short =
         SbuCaptions::Lines { urls: folder.write("u.txt", "http://a/b\n"), captions: folder.write("c.txt", captions) };
@@ -335,11 +349,8 @@ fn sbu_in_both_forms() {
 }
 
 #[test]
-fn open_images_makes_pixels_of_fractions() {
+fn open_images_merges_its_files() {
     let folder = Folder::new();
-    folder.image("oi/000002b66c9c498e.jpg", 200, 100);
-    folder.image("oi/000002b97e5471a0.jpg", 50, 40);
-    folder.write("oi/0000048549557964.jpg", "no image");
     let classes =
         folder.write("class-descriptions-boxable.csv", "/m/011k07,Tortoise\n/m/01,\"Girl, young\"\n/m/02,Chair\n");
     let attributes = folder.write("attributes.csv", "id,name\n/m/083vt,(made of)Wood\n");
@@ -355,7 +366,8 @@ fn open_images_makes_pixels_of_fractions() {
         000002b97e5471a0,xclick,/m/02,1,zero,1,0,1,0,1,0,0,0\n\
         0000048549557964,xclick,/m/02,1,0,1,0,1,0,0,0,0,0\n\
         ffffffffffffffff,xclick,/m/02,1,0,1,0,1,0,0,0,0,0\n\
-        000002b66c9c498e,xclick,/m/01,1,0,0.5,0,0.5,0,0,0,0,0\n"
+        000002b66c9c498e,xclick,/m/01,1,0,0.5,0,0.5,0,0,0,0,0\n\n\
+        ,xclick,/m/01,1,0,0.5,0,0.5,0,0,0,0,0\n"
     );
     let relations = "ImageID,LabelName1,LabelName2,XMin1,XMax1,YMin1,YMax1,XMin2,XMax2,YMin2,YMax2,RelationshipLabel\n\
         000002b66c9c498e,/m/01,/m/02,0,0.5,0,0.5,0.5,1,0.5,1,inside_of\n\
@@ -378,16 +390,17 @@ fn open_images_makes_pixels_of_fractions() {
         ..OpenImages::default()
     };
     let (found, report) = all(set.open());
-    assert_eq!(found.len(), 2, "{report}");
+    // Whether their images are there is not looked at.
+    assert_eq!(found.len(), 4, "{report}");
     assert_eq!(found[0].record.captions, ["A tortoise.", "One more tortoise."]);
-    assert_eq!(found[0].size, Some((200, 100)));
+    assert!(found.iter().all(|image| image.size.is_none() && image.fractions));
     assert_eq!(
         texts(&found[0]),
         [
-            ("Tortoise", [50.0, 10.0, 100.0, 40.0]),
-            ("Chair", [100.0, 50.0, 100.0, 50.0]),
-            ("Girl, young", [0.0, 0.0, 100.0, 50.0]),
-            ("Girl, young inside of Chair", [0.0, 0.0, 200.0, 100.0]),
+            ("Tortoise", [0.25, 0.1, 0.5, 0.4]),
+            ("Chair", [0.5, 0.5, 0.5, 0.5]),
+            ("Girl, young", [0.0, 0.0, 0.5, 0.5]),
+            ("Girl, young inside of Chair", [0.0, 0.0, 1.0, 1.0]),
         ]
     );
     assert_eq!(found[0].record.elems[0].attributes, ["Wood"]);
@@ -396,15 +409,26 @@ fn open_images_makes_pixels_of_fractions() {
         (Reason::Crowd, 1),
         (Reason::Depiction, 1),
         (Reason::UnknownCategory, 1),
-        (Reason::Malformed, 2),
-        (Reason::UnreadableImage, 1),
-        (Reason::MissingImage, 1),
+        // A box, a narrative, and a row without image.
+        (Reason::Malformed, 3),
     ] {
         assert_eq!(report.count(reason), count, "{reason}\n{report}");
     }
     assert!(report.to_string().contains("bbox.csv:7: XMin: expected a fraction of the image, found zero"), "{report}");
     let kept = OpenImages { groups: true, depictions: true, ..set.clone() };
-    assert_eq!(all(kept.open()).0.iter().map(|image| image.record.elems.len()).sum::<usize>(), 6);
+    assert_eq!(all(kept.open()).0.iter().map(|image| image.record.elems.len()).sum::<usize>(), 8);
+    let places = found.iter().map(|image| image.record.origin.to_string()).collect::<Vec<_>>();
+    assert!(
+        places[0].ends_with("annotations-bbox.csv:2") && places[1].ends_with("annotations-bbox.csv:5"),
+        "{places:?}"
+    );
+    assert!(report.to_string().contains("bbox.csv:12: ImageID: expected an image's identifier"), "{report}");
+    // What no parser of JSON takes for a number does not end the reading.
+    let narratives = "{\"image_id\": \"a\", \"caption\": 1e999}\n{\"image_id\": \"b\", \"caption\": \"A cup.\"}\n";
+    let narratives = vec![folder.write("narratives.jsonl", narratives)];
+    let (told, report) = all(OpenImages { narratives, images: folder.path("oi"), ..OpenImages::default() }.open());
+    assert_eq!((told.len(), report.count(Reason::Malformed)), (1, 1), "{report}");
+    assert!(told[0].record.origin.to_string().ends_with("narratives.jsonl:2"));
     let wrong = OpenImages { boxes: Some(folder.write("x.csv", "ImageID,LabelName\n")), ..set };
     let error = wrong.open().err().unwrap().to_string();
     assert!(error.contains("x.csv:1: header: expected a column XMin"), "{error}");
@@ -495,7 +519,6 @@ fn damaged_files_end_in_errors_or_in_what_is_left() {
     let set = Conceptual { rows: rows.clone(), images: folder.path("cc"), names: "{row}_{name}".parse().unwrap() };
     survives(&[rows], || set.open(), 8);
 
-    folder.image("oi/a.jpg", 20, 10);
     let classes = folder.write("classes.csv", "/m/1,Cup\n/m/2,\"Dog, old\"\n");
     let header =
         "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside";

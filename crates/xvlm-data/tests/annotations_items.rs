@@ -388,3 +388,107 @@ fn damaged_pickles_are_errors() {
     std::fs::write(&path, b"cos\nsystem\n(S'true'\ntR.").unwrap();
     assert!(Reading::default().grounding(&[&path]).is_err());
 }
+
+#[test]
+fn no_item_leads_out_of_the_folder_of_images() {
+    let folder = Folder::new();
+    folder.image("set/a.png", 4, 4);
+    folder.image("b.png", 4, 4);
+    let absolute = |name: &str| folder.path(name).to_str().unwrap().to_owned();
+    let paths = |field: &str, more: Value| -> Value {
+        let item = |path: String| {
+            let mut item = more.clone();
+            item[field] = match field {
+                "images" => json!([path, "a.png"]),
+                _ => json!(path),
+            };
+            item
+        };
+        let inside = ["a.png".to_owned(), "x/../a.png".to_owned(), absolute("set/a.png")];
+        let outside = ["../b.png".to_owned(), "/etc/passwd".to_owned(), absolute("b.png"), "x/../../b.png".to_owned()];
+        inside.into_iter().chain(outside).map(item).collect()
+    };
+    let (inside, outside) = (3, 4);
+    let reading = Reading { check_images: true, ..Reading::default() };
+    let any = Reading { images: Some(PathBuf::from("/")), ..Reading::default() };
+    let message = |field: &str| {
+        let root = folder.path("set");
+        format!("item 3: {field}: expected a path inside {} (a root of / permits any), found ../b.png", root.display())
+    };
+    // Counts and says what is outside; below `/` only what leads out of that by dots is.
+    let check = |field: &str, [kept, left_out]: [usize; 2], any: usize, report: &str| {
+        assert_eq!((kept, left_out), (inside, outside), "{report}");
+        assert!(report.contains(&message(field)), "{report}");
+        assert_eq!(any, inside + outside - 2);
+    };
+    macro_rules! list {
+        ($read:ident, $field:literal, $name:literal, $more:tt) => {
+            let path = folder.json("set/list.json", &paths($field, json!($more)));
+            let loaded = reading.$read(&[&path]).unwrap();
+            let counts = [loaded.items.len(), count(&loaded, Reason::Malformed) as usize];
+            check($name, counts, any.$read(&[&path]).unwrap().items.len(), &loaded.report.to_string());
+        };
+    }
+    list!(retrieval, "image", "image", {"caption": "a cup"});
+    list!(captions, "image", "image", {"caption": "a cup"});
+    list!(vqa, "image", "image", {"question": "What?", "dataset": "gqa"});
+    list!(fill, "image", "image", {"text": "a [MASK]", "answers": "cup"});
+    list!(nlvr, "images", "images[0]", {"sentence": "Two.", "label": "True"});
+    list!(grounding, "image", "image", {"ref_id": 1, "text": "a cup", "bbox": [0, 0, 2, 2], "width": 4, "height": 4});
+    let karpathy = |value: Value| folder.json("set/dataset.json", &json!({"images": [value]}));
+    let sentences = json!([{"raw": "a cup"}]);
+    for (item, field) in [
+        (json!({"id": 1, "file_name": "../b.png", "sentences": sentences}), "file_name"),
+        (json!({"cocoid": 1, "filename": "/etc/passwd", "sentences": sentences}), "filename"),
+        (json!({"cocoid": 1, "filepath": "..", "filename": "b.png", "sentences": sentences}), "filepath"),
+        (json!({"cocoid": 1, "filepath": "x", "filename": "../a.png", "sentences": sentences}), "filename"),
+    ] {
+        let error = Reading::strict().captions(&[karpathy(item)]).unwrap_err().to_string();
+        assert!(error.contains(&format!("item 0: {field}: expected a path inside")), "{error}");
+    }
+    let questions = json!({"data_subtype": "../x", "questions": [{"image_id": 1, "question": "?", "question_id": 1}]});
+    let error = Reading::strict().vqa(&[folder.json("set/q.json", &questions)]).unwrap_err().to_string();
+    assert!(error.contains("data_subtype: expected a subset such as train2014, found ../x"), "{error}");
+
+    let refs = refcoco(&folder, "refs_python3.p");
+    let instances = std::fs::read_to_string(folder.path("refcoco+/instances.json")).unwrap();
+    folder.write("refcoco+/instances.json", instances.replace("COCO_train2014_000000000042", "../../b"));
+    let loaded = Reading::default().grounding(&[&refs]).unwrap();
+    let text = loaded.report.to_string();
+    assert!(text.contains("instances.json item 0: file_name: expected a path inside"), "{text}");
+    assert!(loaded.items.iter().all(|item| item.image_id == "43"));
+}
+
+#[test]
+fn references_are_named_by_their_place_in_the_file() {
+    let folder = Folder::new();
+    // As a pickle of protocol 0: the first item is none, the second has no annotation.
+    let pickle = "(lp0\nI5\na(dp1\nS'ref_id'\nI11\nsS'ann_id'\nI99\nsS'image_id'\nI42\nsS'split'\nS'train'\nsS'sentences'\n(lsa.";
+    let path = refcoco(&folder, "refs_python3.p");
+    std::fs::write(&path, pickle).unwrap();
+    let loaded = Reading::default().grounding(&[&path]).unwrap();
+    let text = loaded.report.to_string();
+    assert_eq!((loaded.items.len(), count(&loaded, Reason::Malformed)), (0, 2), "{text}");
+    assert!(text.contains("item 1: ann_id: expected an annotation of instances.json, found \"99\""), "{text}");
+}
+
+#[test]
+fn captions_of_coco_lie_in_the_folders_of_their_subsets() {
+    let folder = Folder::new();
+    let images = json!([
+        {"id": 42, "file_name": "COCO_val2014_000000000042.jpg"},
+        {"id": 43, "file_name": "000000000043.jpg", "coco_url": "http://images.cocodataset.org/val2017/000000000043.jpg"},
+        {"id": 44, "file_name": "COCO_train2014_000000000044.jpg"},
+    ]);
+    let captions: Vec<Value> = (42..45).map(|id| json!({"image_id": id, "caption": "a cup"})).collect();
+    let path = folder.json("captions.json", &json!({"images": images, "annotations": captions}));
+    for name in ["val2014", "val2017"] {
+        std::fs::create_dir(folder.path(name)).unwrap();
+    }
+    let files: Vec<PathBuf> = read_captions(&path).unwrap().into_iter().map(|item| item.image).collect();
+    let expected =
+        ["val2014/COCO_val2014_000000000042.jpg", "val2017/000000000043.jpg", "COCO_train2014_000000000044.jpg"];
+    assert_eq!(files, expected.map(|name| folder.path(name)));
+    let retrieval = read_retrieval(&path).unwrap();
+    assert_eq!(retrieval[0].image, folder.path(expected[0]));
+}

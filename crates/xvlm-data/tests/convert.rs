@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use common::Folder;
 use serde_json::{Value, json};
-use xvlm_data::annotations::{Coco, Conceptual, Reason, Records};
+use xvlm_data::annotations::{Coco, Conceptual, OpenImages, Reason, Records};
 use xvlm_data::convert::{Compression, ConvertOptions, ConvertProgress, Form, Job, MANIFEST, Manifest, convert};
 use xvlm_data::{
     DataError, Dataset, DatasetConfig, DecodeOptions, Encoded, ImageSource, Index, Picture, Record, SourceConfig,
@@ -284,6 +284,100 @@ fn an_interrupted_conversion_goes_on() {
     // Done is done: nothing is read again.
     let again = convert(&job, || panic!("opened"), &options("parts"), &mut ()).unwrap();
     assert_eq!(again, manifest);
+}
+
+#[test]
+fn shards_that_are_gone_are_made_again() {
+    let folder = Folder::new();
+    let (job, set) = set(&folder, 20);
+    let options = ConvertOptions { records_per_shard: 5, ..ConvertOptions::new(folder.path("out")) };
+    let manifest = run(&job, &set, &options).unwrap();
+    let whole = files(&options.out);
+    let kept = std::fs::metadata(folder.path("out/coco-00000.jsonl")).unwrap().modified().unwrap();
+    std::fs::remove_file(folder.path("out/coco-00001.jsonl")).unwrap();
+    folder.write("out/coco-00002.jsonl", "cut");
+    assert_eq!(run(&job, &set, &options).unwrap(), manifest);
+    assert_eq!(files(&options.out), whole);
+    assert_eq!(std::fs::metadata(folder.path("out/coco-00000.jsonl")).unwrap().modified().unwrap(), kept);
+}
+
+#[test]
+fn a_note_that_a_crash_has_cut_is_none() {
+    let folder = Folder::new();
+    let (job, set) = set(&folder, 60);
+    let options = ConvertOptions { records_per_shard: 5, ..ConvertOptions::new(folder.path("out")) };
+    convert(&job, || set.open(), &options, &mut StopAt(20, 0)).unwrap_err();
+    let journal = folder.path("out/.shards.jsonl");
+    let notes = std::fs::read(&journal).unwrap();
+    let noted = Manifest::read(&options.out).unwrap().unwrap().shards.len();
+    assert_eq!((noted >= 4, notes.iter().filter(|&&byte| byte == b'\n').count()), (true, noted));
+    std::fs::write(&journal, &notes[..notes.len() - 9]).unwrap();
+    assert_eq!(Manifest::read(&options.out).unwrap().unwrap().shards.len(), noted - 1);
+    let manifest = run(&job, &set, &options).unwrap();
+    assert_eq!((manifest.records(), manifest.shards.len()), (54, 12));
+    assert!(manifest.shards.is_sorted_by_key(|shard| shard.number) && !journal.exists());
+}
+
+/// Captions and boxes of Open Images about 30 images, of which every other is there.
+fn open_images(folder: &Folder) -> (Job, OpenImages) {
+    let header = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax";
+    let rows: String =
+        (0..30).map(|i| format!("id{i},x,/m/1,1,0.25,0.75,0.5,1\nid{i},x,/m/1,1,0,0.01,0,1\n")).collect();
+    let boxes = folder.write("boxes.csv", format!("{header}\n{rows}"));
+    let classes = folder.write("classes.csv", "/m/1,Cup\n");
+    (0..30).step_by(2).for_each(|i| _ = folder.image(&format!("oi/id{i}.jpg"), 40, 20));
+    let (inputs, settings) = (vec![boxes.clone(), classes.clone()], Value::Null);
+    let job = Job { name: "open-images".to_owned(), inputs, settings };
+    let images = folder.path("oi");
+    (job, OpenImages { classes: vec![classes], boxes: Some(boxes), images, ..OpenImages::default() })
+}
+
+#[test]
+fn images_that_arrive_in_between_lose_no_others() {
+    let folder = Folder::new();
+    let (job, set) = open_images(&folder);
+    let options = ConvertOptions { records_per_shard: 5, shuffle: Some(3), ..ConvertOptions::new(folder.path("out")) };
+    convert(&job, || set.open(), &options, &mut StopAt(10, 0)).unwrap_err();
+    (1..30).step_by(2).for_each(|i| _ = folder.image(&format!("oi/id{i}.jpg"), 80, 20));
+    let done = Manifest::read(&options.out).unwrap().unwrap().left_out().count(Reason::MissingImage);
+    let manifest = convert(&job, || set.open(), &options, &mut ()).unwrap();
+    // Those that were missing when their shard was written, and no others.
+    assert_eq!((manifest.left_out().count(Reason::MissingImage), manifest.records()), (done, 30 - done));
+    // Half the width and the lower half; boxes of less than a pixel are none.
+    let mut sizes = std::collections::BTreeSet::new();
+    for (_, elems, (width, height)) in read_back(&options.out) {
+        assert_eq!(elems.len(), 1);
+        let [w, h] = [width, height].map(|side| side as f32);
+        assert_eq!(elems[0].0, [w / 4.0, h / 2.0, w / 2.0, h / 2.0]);
+        sizes.insert((width, height));
+    }
+    assert_eq!(sizes.len(), 2);
+}
+
+#[test]
+fn annotations_that_tell_something_else_are_refused() {
+    let folder = Folder::new();
+    let (job, set) = set(&folder, 60);
+    let options = ConvertOptions { records_per_shard: 5, ..ConvertOptions::new(folder.path("out")) };
+    convert(&job, || set.open(), &options, &mut StopAt(15, 0)).unwrap_err();
+    // Changed behind the back of the files' lengths and times.
+    let other = |annotations: Vec<PathBuf>| Coco { annotations, ..set.clone() };
+    let fewer = folder.json(
+        "fewer.json",
+        &json!({"images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [{"image_id": 1, "caption": "cup"}]}),
+    );
+    for (set, message) in [
+        (other(vec![fewer]), "1 images instead of 60"),
+        (other(vec![set.annotations[0].clone()]), "60 images of which something else is told"),
+    ] {
+        let error = run(&job, &set, &options).unwrap_err().to_string();
+        assert!(
+            error.contains("out: annotations that tell what they told before") && error.contains(message),
+            "{error}"
+        );
+    }
+    assert_eq!(run(&job, &set, &options).unwrap().records(), 54);
 }
 
 #[test]

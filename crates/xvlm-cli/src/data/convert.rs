@@ -441,6 +441,15 @@ impl Opener {
             exclude,
             json,
         } = shards;
+        // Shards, and what they were made from, are told in JSON.
+        let in_utf8 = |option, path: &Path| {
+            let wrong = || CliError::Option { option, expected: "a path in UTF-8", found: path.display().to_string() };
+            path.to_str().map(str::to_owned).ok_or_else(wrong)
+        };
+        let images_text = in_utf8("images", &images)?;
+        in_utf8("out", &out)?;
+        let files = inputs.iter().chain(&exclude).map(|file| in_utf8("annotations", file));
+        files.collect::<Result<Vec<_>, _>>()?;
         let mut excluded = Exclusions::default();
         for file in &exclude {
             excluded.read(file)?;
@@ -464,7 +473,7 @@ impl Opener {
             quality,
             workers: workers.map_or_else(processors, usize::from),
         };
-        let settings = json!({ "set": settings, "images": images, "excluded": exclude.len() });
+        let settings = json!({ "set": settings, "images": images_text, "excluded": exclude.len() });
         inputs.extend(exclude);
         let job = Job { name: name.to_owned(), inputs, settings };
         let manifest =

@@ -8,7 +8,9 @@ use serde_json::Value;
 
 use super::json_items::{JsonItems, parse_item};
 use super::report::{Reason, Report};
-use super::source::{Folders, Raw, Reader, Records, coco_id, image_file, origin, skip_item};
+use super::source::{
+    Folders, Raw, Reader, Records, coco_id, coco_subset, coco_url_subset, image_file, origin, skip_item,
+};
 use crate::error::{DataError, Place};
 use crate::json::{Context, Object};
 use crate::records::Element;
@@ -84,7 +86,7 @@ impl Coco {
     ) -> Result<(), DataError> {
         let file = loaded.files.len() as u16;
         loaded.files.push(Arc::from(path));
-        let (first_box, first_image) = (loaded.boxes.len(), loaded.order.len());
+        let (first_box, first_caption, first_image) = (loaded.boxes.len(), loaded.captions.len(), loaded.order.len());
         let mut categories: HashMap<u32, u32> = HashMap::new();
         let mut items = JsonItems::open(path, &["images", "annotations", "categories"])?;
         while let Some(item) = items.next()? {
@@ -106,7 +108,8 @@ impl Coco {
                 skip_item(error, report)?;
             }
         }
-        if loaded.order.len() == first_image && loaded.boxes.len() == first_box && loaded.captions.is_empty() {
+        let now = (loaded.boxes.len(), loaded.captions.len(), loaded.order.len());
+        if now == (first_box, first_caption, first_image) {
             let context = Context { path, place: Place::Whole };
             return Err(context.error("file", "COCO's form: lists `images` and `annotations`", "neither"));
         }
@@ -166,11 +169,8 @@ impl Coco {
             return Ok(());
         }
         let (parent, base) = name.rsplit_once('/').unwrap_or(("", &name));
-        let url = match object.get("coco_url") {
-            Some(Value::String(url)) => url.rsplit('/').nth(1),
-            _ => None,
-        };
-        let subset = base.strip_prefix("COCO_").and_then(|rest| rest.split('_').next()).or(url).unwrap_or_default();
+        let url = coco_url_subset(object);
+        let subset = Some(coco_subset(base)).filter(|subset| !subset.is_empty()).or(url).unwrap_or_default();
         let patch = parent.rsplit('/').next().unwrap_or_default();
         let names: &[&str] = if parent.is_empty() { &[subset, ""] } else { &[parent, patch, ""] };
         let folder = folders.pick(&self.images, names);
@@ -269,6 +269,7 @@ impl Reader for CocoReader {
             aliases: if *coco { vec![format!("coco:{id}")] } else { Vec::new() },
             image: folders[*folder as usize].join(base.as_ref()),
             size: *size,
+            fractions: false,
             captions: captions.collect(),
             elems: elems.collect(),
             questions: Vec::new(),

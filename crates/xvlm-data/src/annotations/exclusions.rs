@@ -8,7 +8,7 @@ use super::json_items::{JsonItems, parse_item};
 use super::karpathy;
 use super::refer;
 use super::source::coco_id;
-use super::stream::Lines;
+use super::stream::{Lines, head};
 use crate::error::{DataError, Place};
 use crate::json::Context;
 
@@ -22,20 +22,19 @@ pub(super) fn read(path: &Path, add: &mut dyn FnMut(String)) -> Result<(), DataE
         }
         return Ok(());
     }
+    // A document may be a single line, of any length.
+    if matches!(head(path)?.first(), Some(b'[' | b'{')) {
+        return items(path, add);
+    }
     let mut lines = Lines::open(path)?;
-    let mut json = false;
     while let Some(line) = lines.next()? {
-        let text = line.text(path)?.trim_start_matches('\u{feff}').trim();
-        if text.starts_with(['[', '{']) {
-            json = true;
-            break;
-        }
+        let text = line.text(path)?.trim_start_matches('\u{feff}');
         let name = text.split('#').next().unwrap_or_default().trim();
         if !name.is_empty() {
             add(name.to_owned());
         }
     }
-    if json { items(path, add) } else { Ok(()) }
+    Ok(())
 }
 
 fn held_out(split: &str) -> bool {

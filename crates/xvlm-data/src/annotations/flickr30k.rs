@@ -122,7 +122,17 @@ impl Reader for FlickrReader {
             }
             let aliases = vec![format!("flickr:{stem}")];
             let questions = Vec::new();
-            return Ok(Some(Raw { id: stem, aliases, image, size, captions, elems, questions, origin }));
+            return Ok(Some(Raw {
+                id: stem,
+                aliases,
+                image,
+                size,
+                fractions: false,
+                captions,
+                elems,
+                questions,
+                origin,
+            }));
         }
         Ok(None)
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::json_items::{JsonItems, parse_item};
 use super::report::{Reason, Report};
-use super::source::{Raw, Reader, Records, image_file, origin, skip_item};
+use super::source::{Raw, Reader, Records, origin, skip_item};
 use crate::error::{DataError, Place};
 use crate::json::{Context, Object};
 
@@ -42,9 +42,13 @@ impl Karpathy {
     }
 }
 
+fn file_field(object: &Object<'_>) -> &'static str {
+    if object.get("filename").is_some() { "filename" } else { "file_name" }
+}
+
 /// Names of an item of Karpathy's: its identifier, and what it is elsewhere.
 pub(super) fn names(object: &Object<'_>) -> Result<(String, Vec<String>), DataError> {
-    let file = object.text(if object.get("filename").is_some() { "filename" } else { "file_name" })?;
+    let file = object.text(file_field(object))?;
     if object.get("cocoid").is_some() {
         let id = object.id("cocoid")?;
         return Ok((id.clone(), vec![format!("coco:{id}"), file]));
@@ -71,20 +75,17 @@ pub(super) fn sentences(object: &Object<'_>) -> Result<Vec<String>, DataError> {
 impl KarpathyReader {
     fn raw(&self, object: &Object<'_>, number: usize) -> Result<Raw, DataError> {
         let (id, aliases) = names(object)?;
-        let file = object.text(if object.get("filename").is_some() { "filename" } else { "file_name" })?;
         let folder = match object.get("filepath") {
-            Some(_) => self.images.join(object.text("filepath")?),
+            Some(_) => object.context.folder("filepath", &self.images, &object.text("filepath")?)?,
             None => self.images.clone(),
         };
-        let name = folder.strip_prefix(&self.images).ok().map(|sub| sub.join(&file));
-        let name = name.as_ref().and_then(|name| name.to_str()).unwrap_or_default();
-        let image = image_file(&self.images, name)
-            .map_err(|found| object.context.error("filename", "a path inside the folder of images", found))?;
+        let image = object.file(file_field(object), &folder)?;
         Ok(Raw {
             id,
             aliases,
             image,
             size: None,
+            fractions: false,
             captions: sentences(object)?,
             elems: Vec::new(),
             questions: Vec::new(),

@@ -2,22 +2,21 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde_json::Value;
 
 use super::json_items::parse_item;
 use super::report::{Reason, Report};
-use super::source::{Raw, Reader, Records, image_file, origin, skip_item, skip_outside};
+use super::source::{Raw, Reader, Records, image_file, skip_item, skip_outside};
 use super::stream::{Extents, Lines, open_plain};
 use crate::error::{DataError, Place, excerpt};
 use crate::json::Context;
-use crate::records::Element;
+use crate::records::{Element, Origin};
 
 /// Open Images' files, merged by image. A box becomes an element with its class, a relationship one with the text "X on Y" and
 /// the box around both; an attribute (relationship `is`) goes before the class of its box.
 ///
-/// Boxes are published as fractions of the image; the image's header is read to make pixels of them.
+/// Boxes are published as fractions of the image, and stay so: see [`super::Annotated::fractions`].
 #[derive(Debug, Clone, Default)]
 pub struct OpenImages {
     /// `*-class-descriptions-boxable.csv`: names of the classes; files of attributes' names may follow.
@@ -43,7 +42,6 @@ struct Table {
 }
 
 struct OpenImagesReader {
-    file: Arc<Path>,
     images: PathBuf,
     names: HashMap<String, String>,
     order: Vec<u64>,
@@ -71,7 +69,7 @@ impl OpenImages {
         let mut add = |keys: Vec<u64>| order.extend(keys.into_iter().filter(|&key| seen.insert(key)));
         let mut table = |path: &Option<PathBuf>, columns: &[&str]| -> Result<Option<Table>, DataError> {
             let Some(path) = path else { return Ok(None) };
-            let (table, keys) = Table::open(path, columns)?;
+            let (table, keys) = Table::open(path, columns, &mut report)?;
             add(keys);
             Ok(Some(table))
         };
@@ -83,9 +81,7 @@ impl OpenImages {
             add(keys);
             narratives.push(extents);
         }
-        let first = self.boxes.as_ref().or(self.relationships.as_ref()).or(self.narratives.first());
         let reader = OpenImagesReader {
-            file: Arc::from(first.cloned().unwrap_or_default()),
             images: self.images.clone(),
             names,
             order,
@@ -134,7 +130,7 @@ fn read_names(path: &Path, names: &mut HashMap<String, String>) -> Result<(), Da
 }
 
 impl Table {
-    fn open(path: &Path, wanted: &[&str]) -> Result<(Self, Vec<u64>), DataError> {
+    fn open(path: &Path, wanted: &[&str], report: &mut Report) -> Result<(Self, Vec<u64>), DataError> {
         let mut lines = Lines::open(path)?;
         let header = match lines.next()? {
             Some(line) => line.text(path)?.trim_start_matches('\u{feff}').to_owned(),
@@ -151,9 +147,17 @@ impl Table {
         let column = columns["ImageID"];
         let mut extents = Extents::new(path, open_plain(path)?);
         while let Some(line) = lines.next()? {
+            if line.bytes.trim_ascii().is_empty() {
+                continue;
+            }
             let id = line.bytes.split(|&byte| byte == b',').nth(column).unwrap_or_default();
-            if let Ok(id @ [_, ..]) = std::str::from_utf8(id).map(str::as_bytes) {
-                extents.add_line(&String::from_utf8_lossy(id), &line)?;
+            match std::str::from_utf8(id) {
+                Ok(id) if !id.trim().is_empty() => extents.add_line(id, &line)?,
+                _ => {
+                    let context = Context { path, place: Place::Line(line.number) };
+                    let found = excerpt(&String::from_utf8_lossy(line.bytes));
+                    skip_item(context.error("ImageID", "an image's identifier", found), report)?;
+                }
             }
         }
         let keys = extents.order();
@@ -200,8 +204,8 @@ impl Row<'_> {
         }
     }
 
-    /// A box given as fractions, in pixels; `suffix` tells the columns apart in relationships.
-    fn bbox(&self, suffix: &str, (width, height): (u32, u32)) -> Result<[f32; 4], DataError> {
+    /// A box in fractions of the image; `suffix` tells the columns apart in relationships.
+    fn bbox(&self, suffix: &str) -> Result<[f32; 4], DataError> {
         let number = |name: &str| {
             let name = format!("{name}{suffix}");
             let text = self.text(&name)?;
@@ -210,8 +214,7 @@ impl Row<'_> {
             number.ok_or_else(|| self.context.error(name, "a fraction of the image", excerpt(text)))
         };
         let ([x0, x1], [y0, y1]) = ([number("XMin")?, number("XMax")?], [number("YMin")?, number("YMax")?]);
-        let (width, height) = (f64::from(width), f64::from(height));
-        Ok([x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height].map(|pixels| pixels as f32))
+        Ok([x0, y0, x1 - x0, y1 - y0].map(|fraction| fraction as f32))
     }
 
     fn flag(&self, name: &str) -> bool {
@@ -223,11 +226,13 @@ impl Row<'_> {
     }
 }
 
+/// Which image a narrative is about.
+#[derive(serde::Deserialize)]
+struct Head {
+    image_id: String,
+}
+
 fn index_narratives(path: &Path, report: &mut Report) -> Result<(Extents, Vec<u64>), DataError> {
-    #[derive(serde::Deserialize)]
-    struct Head {
-        image_id: String,
-    }
     let mut extents = Extents::new(path, open_plain(path)?);
     let mut lines = Lines::open(path)?;
     while let Some(line) = lines.next()? {
@@ -255,13 +260,14 @@ fn around(a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
 
 impl OpenImagesReader {
     /// The identifier that a key is the hash of, read from the first file that has it, and where that was.
-    fn identify(&mut self, key: u64) -> Result<Option<(String, Place)>, DataError> {
+    fn identify(&mut self, key: u64) -> Result<Option<(String, Origin)>, DataError> {
         let mut found = None;
         for table in [&mut self.boxes, &mut self.relationships].into_iter().flatten() {
             let mut nothing = Report::default();
             table.rows(key, &mut nothing, |row, _| {
                 if found.is_none() {
-                    found = Some((row.id()?.to_owned(), row.context.place.clone()));
+                    let Context { path, place } = &row.context;
+                    found = Some((row.id()?.to_owned(), Origin { file: (*path).into(), place: place.clone() }));
                 }
                 Ok(())
             })?;
@@ -271,17 +277,16 @@ impl OpenImagesReader {
         }
         for extents in &mut self.narratives {
             for chunk in extents.read(key)? {
-                let place = Place::Line(chunk.number);
-                let value = parse_item(&extents.path, &place, &chunk.bytes)?;
-                if let Some(id) = value.get("image_id").and_then(Value::as_str) {
-                    return Ok(Some((id.to_owned(), place)));
+                if let Ok(head) = serde_json::from_slice::<Head>(&chunk.bytes) {
+                    let origin = Origin { file: extents.path.as_path().into(), place: Place::Line(chunk.number) };
+                    return Ok(Some((head.image_id, origin)));
                 }
             }
         }
         Ok(None)
     }
 
-    fn elements(&mut self, key: u64, size: (u32, u32), report: &mut Report) -> Result<Vec<Element>, DataError> {
+    fn elements(&mut self, key: u64, report: &mut Report) -> Result<Vec<Element>, DataError> {
         let names = &self.names;
         let name = |row: &Row<'_>, column: &str, report: &mut Report| -> Result<Option<String>, DataError> {
             let label = row.text(column)?;
@@ -305,7 +310,7 @@ impl OpenImagesReader {
                     report.skip(Reason::Depiction, || format!("{}{place}", path.display()));
                     return Ok(());
                 }
-                let bbox = row.bbox("", size)?;
+                let bbox = row.bbox("")?;
                 if let Some(name) = name(row, "LabelName", report)? {
                     elems.push(Element { bbox, texts: vec![name.clone()], attributes: Vec::new(), labels: vec![name] });
                 }
@@ -314,7 +319,7 @@ impl OpenImagesReader {
         }
         if let Some(table) = &mut self.relationships {
             table.rows(key, report, |row, report| {
-                let (first, second) = (row.bbox("1", size)?, row.bbox("2", size)?);
+                let (first, second) = (row.bbox("1")?, row.bbox("2")?);
                 let (Some(one), Some(other)) = (name(row, "LabelName1", report)?, name(row, "LabelName2", report)?)
                 else {
                     return Ok(());
@@ -347,8 +352,7 @@ impl Reader for OpenImagesReader {
     fn next(&mut self, report: &mut Report) -> Result<Option<Raw>, DataError> {
         while let Some(&key) = self.order.get(self.next) {
             self.next += 1;
-            let Some((id, place)) = self.identify(key)? else { continue };
-            let origin = origin(&self.file, place);
+            let Some((id, origin)) = self.identify(key)? else { continue };
             let image = match image_file(&self.images, &format!("{id}.jpg")) {
                 Ok(image) => image,
                 Err(found) => {
@@ -368,22 +372,10 @@ impl Reader for OpenImagesReader {
                     }
                 }
             }
-            let mut size = None;
-            let mut elems = Vec::new();
-            if self.boxes.is_some() || self.relationships.is_some() {
-                match crate::convert::picture::file_size(&image) {
-                    Ok(found) => {
-                        elems = self.elements(key, found, report)?;
-                        size = Some(found);
-                    }
-                    Err((reason, message)) => {
-                        report.skip(reason, || format!("{origin}: {}: {message}", image.display()));
-                        continue;
-                    }
-                }
-            }
+            let elems = self.elements(key, report)?;
             let (aliases, questions) = (Vec::new(), Vec::new());
-            return Ok(Some(Raw { id, aliases, image, size, captions, elems, questions, origin }));
+            let (size, fractions) = (None, true);
+            return Ok(Some(Raw { id, aliases, image, size, fractions, captions, elems, questions, origin }));
         }
         Ok(None)
     }

@@ -14,6 +14,7 @@ use super::stream::Lines;
 use super::template::NameTemplate;
 use crate::error::{DataError, Place, excerpt};
 use crate::json::Context;
+use crate::records::Origin;
 
 /// Conceptual Captions as published: a row has a caption and a URL, in either order (CC-3M: caption first; CC-12M: URL
 /// first), separated by a tabulator. The images are what a download tool has left in a folder.
@@ -60,8 +61,7 @@ struct Images {
 
 impl Images {
     /// The image of a row (from 0); one that the template leads out of the folder with is counted.
-    fn raw(&self, file: &Arc<Path>, row: u64, url: &str, caption: &str, report: &mut Report) -> Option<Raw> {
-        let origin = origin(file, Place::Line(row as usize + 1));
+    fn raw(&self, origin: Origin, row: u64, url: &str, caption: &str, report: &mut Report) -> Option<Raw> {
         let name = self.names.name(row, url);
         match image_file(&self.folder, &name) {
             Ok(image) => Some(Raw {
@@ -69,6 +69,7 @@ impl Images {
                 aliases: vec![url.to_owned()],
                 image,
                 size: None,
+                fractions: false,
                 captions: vec![caption.to_owned()],
                 elems: Vec::new(),
                 questions: Vec::new(),
@@ -137,7 +138,7 @@ impl Reader for Rows {
                 skip_item(context.error("row", "a caption and a URL with a tabulator between", excerpt(text)), report)?;
                 continue;
             };
-            if let Some(raw) = self.images.raw(&self.file, row, url, caption, report) {
+            if let Some(raw) = self.images.raw(origin(&self.file, Place::Line(number)), row, url, caption, report) {
                 return Ok(Some(raw));
             }
         }
@@ -215,8 +216,9 @@ impl Reader for LinePairs {
             self.row += 1;
             let texts = url.text(&self.url_file).and_then(|url| Ok((url, caption.text(&self.file)?)));
             match texts {
-                Ok((url, caption)) => {
-                    if let Some(raw) = self.images.raw(&self.file, row, url.trim(), caption, report) {
+                Ok((url, text)) => {
+                    let origin = origin(&self.file, Place::Line(caption.number));
+                    if let Some(raw) = self.images.raw(origin, row, url.trim(), text, report) {
                         return Ok(Some(raw));
                     }
                 }
@@ -243,7 +245,8 @@ impl Reader for Columns {
         while let (Some(url), Some(caption)) = (self.urls.get(self.row), self.captions.get(self.row)) {
             let row = self.row as u64;
             self.row += 1;
-            if let Some(raw) = self.images.raw(&self.file, row, url, caption, report) {
+            let origin = origin(&self.file, Place::Item(row as usize));
+            if let Some(raw) = self.images.raw(origin, row, url, caption, report) {
                 return Ok(Some(raw));
             }
         }

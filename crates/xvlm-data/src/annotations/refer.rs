@@ -7,13 +7,15 @@ use super::coco::numbers;
 use super::json_items::{JsonItems, parse_item};
 use super::pickle;
 use super::report::{Reason, Report};
-use super::source::skip_item;
+use super::source::{coco_subset, skip_item};
 use crate::error::{DataError, Place};
 use crate::json::{Context, Object, io_error};
 
 /// One object that people referred to, as in `refs(*).p`.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Reference {
+    /// Of the item in the file.
+    pub(crate) number: usize,
     pub(crate) ref_id: String,
     pub(crate) ann_id: String,
     pub(crate) image_id: String,
@@ -25,7 +27,7 @@ pub(crate) struct Reference {
 /// An image of `instances.json`.
 #[derive(Debug, Clone)]
 pub(crate) struct Image {
-    /// `train2014/COCO_train2014_….jpg`.
+    /// `train2014/COCO_train2014_….jpg` in the folder of images.
     pub(crate) file: PathBuf,
     pub(crate) width: u32,
     pub(crate) height: u32,
@@ -62,7 +64,7 @@ pub(crate) fn read_references_lenient(path: &Path) -> Result<(Vec<Reference>, Re
     let (mut references, mut report) = (Vec::with_capacity(items.len()), Report::default());
     for (i, item) in items.iter().enumerate() {
         let context = Context { path, place: Place::Item(i) };
-        match context.object(item, "record").and_then(|object| reference(&object)) {
+        match context.object(item, "record").and_then(|object| reference(&object, i)) {
             Ok(reference) => references.push(reference),
             Err(error) => skip_item(error, &mut report)?,
         }
@@ -70,7 +72,7 @@ pub(crate) fn read_references_lenient(path: &Path) -> Result<(Vec<Reference>, Re
     Ok((references, report))
 }
 
-fn reference(object: &Object<'_>) -> Result<Reference, DataError> {
+fn reference(object: &Object<'_>, number: usize) -> Result<Reference, DataError> {
     let sentence = |(i, value)| {
         let name = object.name(&format!("sentences[{i}]"));
         let sentence = object.context.object(value, &name)?;
@@ -78,6 +80,7 @@ fn reference(object: &Object<'_>) -> Result<Reference, DataError> {
         sentence.text(if sentence.get("sent").is_some() { "sent" } else { "raw" })
     };
     Ok(Reference {
+        number,
         ref_id: object.id("ref_id")?,
         ann_id: object.id("ann_id")?,
         image_id: object.id("image_id")?,
@@ -86,8 +89,8 @@ fn reference(object: &Object<'_>) -> Result<Reference, DataError> {
     })
 }
 
-/// Reads `instances.json`.
-pub(crate) fn read_instances(path: &Path, report: &mut Report) -> Result<Instances, DataError> {
+/// Reads `instances.json`; `root` is the folder of the images.
+pub(crate) fn read_instances(path: &Path, root: &Path, report: &mut Report) -> Result<Instances, DataError> {
     let mut instances = Instances::default();
     let mut items = JsonItems::open(path, &["images", "annotations"])?;
     while let Some(item) = items.next()? {
@@ -100,8 +103,10 @@ pub(crate) fn read_instances(path: &Path, report: &mut Report) -> Result<Instanc
                 return Ok(instances.boxes.insert(id, boxed).is_some());
             }
             let name = object.text("file_name")?;
-            let subset = name.strip_prefix("COCO_").and_then(|rest| rest.split('_').next());
-            let file = Path::new(subset.unwrap_or_default()).join(&name);
+            let file = match coco_subset(&name) {
+                "" => object.file("file_name", root)?,
+                subset => object.context.file("file_name", root, &format!("{subset}/{name}"))?,
+            };
             let image = Image { file, width: object.pixels("width")?, height: object.pixels("height")? };
             Ok(instances.images.insert(id, image).is_some())
         });

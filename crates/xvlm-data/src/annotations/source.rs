@@ -2,11 +2,15 @@
 //! what of a box and a text is kept.
 
 use std::collections::{HashMap, HashSet};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use serde_json::Value;
 
 use crate::annotations::report::{Reason, Report};
 use crate::error::{DataError, Place, excerpt};
+use crate::json::Object;
+use crate::records::paths::{file_inside, inside};
 use crate::records::{Element, ImageSource, Origin, Record};
 use crate::tokens::pre_caption;
 
@@ -17,7 +21,9 @@ pub struct Annotated {
     pub id: String,
     /// Width and height in pixels that the boxes refer to, where the data set tells them.
     pub size: Option<(u32, u32)>,
-    /// The image file and the texts; boxes lie inside the image.
+    /// Whether boxes are fractions of the image's width and height instead of pixels, as Open Images gives them.
+    pub fractions: bool,
+    /// The image file and the texts; boxes lie inside the image, whose size is not known where `size` is `None`.
     pub record: Record,
 }
 
@@ -28,6 +34,8 @@ pub(crate) struct Raw {
     pub(crate) aliases: Vec<String>,
     pub(crate) image: PathBuf,
     pub(crate) size: Option<(u32, u32)>,
+    /// Whether boxes are fractions of the image instead of pixels.
+    pub(crate) fractions: bool,
     pub(crate) captions: Vec<String>,
     pub(crate) elems: Vec<Element>,
     pub(crate) questions: Vec<(String, String)>,
@@ -111,7 +119,7 @@ impl Iterator for Records {
 
 /// Keeps the texts that have words and the boxes that show something; `None` if nothing is left.
 fn clean(raw: Raw, report: &mut Report) -> Option<Annotated> {
-    let Raw { id, image, size, captions, elems, questions, origin, .. } = raw;
+    let Raw { id, image, size, fractions, captions, elems, questions, origin, .. } = raw;
     let worded = |text: &str, report: &mut Report| {
         let kept = one_line(text);
         if kept.chars().any(char::is_alphanumeric) && pre_caption(&kept, usize::MAX).is_ok() {
@@ -129,6 +137,8 @@ fn clean(raw: Raw, report: &mut Report) -> Option<Annotated> {
     let mut at: HashMap<[u32; 4], Vec<usize>> = HashMap::new();
     for Element { bbox, texts, attributes, labels } in elems {
         let clipped = match size {
+            // How many pixels are left is seen when the image is.
+            _ if fractions => clip_sides(bbox, 1, 1, f64::from(f32::EPSILON)),
             Some((width, height)) => clip(bbox, width, height),
             None => clip(bbox, u32::MAX, u32::MAX),
         };
@@ -170,7 +180,7 @@ fn clean(raw: Raw, report: &mut Report) -> Option<Annotated> {
         report.skip(Reason::NoText, || format!("{}: image {id}", record.origin));
         return None;
     }
-    Some(Annotated { id, size, record })
+    Some(Annotated { id, size, fractions, record })
 }
 
 fn same_texts(a: &[String], b: &[String]) -> bool {
@@ -185,12 +195,16 @@ fn one_line(text: &str) -> String {
 /// The part of a box `(x, y, w, h)` that is inside an image; `None` unless at least a pixel each way is left (the original
 /// cuts coordinates to whole pixels, and refuses boxes that then are empty).
 pub(crate) fn clip(bbox: [f32; 4], width: u32, height: u32) -> Option<[f32; 4]> {
-    const SMALLEST: f64 = 1.0;
+    clip_sides(bbox, width, height, 1.0)
+}
+
+/// [`clip`], where at least `smallest` has to be left of each side.
+fn clip_sides(bbox: [f32; 4], width: u32, height: u32, smallest: f64) -> Option<[f32; 4]> {
     let [x, y, w, h] = bbox.map(f64::from);
     let along = |lo: f64, size: f64, side: u32| {
         let (from, to) = (lo.max(0.0), (lo + size).min(f64::from(side)));
         // What is no number compares as false.
-        (to - from >= SMALLEST).then_some((from as f32, (to - from) as f32))
+        (to - from >= smallest).then_some((from as f32, (to - from) as f32))
     };
     if !bbox.iter().all(|number| number.is_finite()) {
         return None;
@@ -274,34 +288,34 @@ pub(crate) struct Folders {
 impl Folders {
     /// The first of `names` (`""` for the root itself) that is a folder inside `root`; the first of all if none is.
     pub(crate) fn pick(&mut self, root: &Path, names: &[&str]) -> PathBuf {
-        let first = names.first().copied().unwrap_or_default();
         let key = names.join("\n");
+        let folder = |name: &&str| if name.is_empty() { Some(root.to_owned()) } else { inside(root, name) };
         let pick = || {
-            let there = |name: &&&str| match **name {
-                "" => root.is_dir(),
-                name => inside(root, name).is_some_and(|path| path.is_dir()),
-            };
-            root.join(names.iter().find(there).copied().unwrap_or(first))
+            let there = names.iter().filter_map(folder).find(|path| path.is_dir());
+            there.or_else(|| names.first().and_then(folder)).unwrap_or_else(|| root.to_owned())
         };
         self.found.entry(key).or_insert_with(pick).clone()
     }
 }
 
-/// A file that an annotation names, inside a folder; `None` if the name would lead out of it.
-pub(crate) fn inside(folder: &Path, name: &str) -> Option<PathBuf> {
-    let name = Path::new(name);
-    let plain = name.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
-    (plain && name.file_name().is_some()).then(|| folder.join(name))
-}
-
-/// [`inside`], or the name that leads out, for a message.
+/// A file that an annotation names, inside a folder; or, for a message, the name that leads out of it.
 pub(crate) fn image_file(folder: &Path, name: &str) -> Result<PathBuf, String> {
-    inside(folder, name).ok_or_else(|| format!("{:?}", excerpt(name)))
+    file_inside(folder, name).ok_or_else(|| format!("{:?}", excerpt(name)))
 }
 
 /// Counts an image whose name leads out of its folder.
 pub(crate) fn skip_outside(origin: &Origin, found: &str, report: &mut Report) {
     report.skip(Reason::Malformed, || format!("{origin}: image: expected a path inside its folder, found {found}"));
+}
+
+/// The subset of COCO, such as `train2014`, that a file is of by its name; empty if that does not tell.
+pub(crate) fn coco_subset(file_name: &str) -> &str {
+    file_name.strip_prefix("COCO_").and_then(|rest| rest.split('_').next()).unwrap_or_default()
+}
+
+/// The subset of COCO that an image is of by its `coco_url`, as those of 2017 are.
+pub(crate) fn coco_url_subset<'a>(object: &Object<'a>) -> Option<&'a str> {
+    object.get("coco_url").and_then(Value::as_str).and_then(|url| url.rsplit('/').nth(1))
 }
 
 /// The COCO image of a file such as `COCO_val2014_000000000042.jpg` or (2017) `000000000042.jpg`.
@@ -333,9 +347,9 @@ mod tests {
     #[test]
     fn names_lead_nowhere_else() {
         let folder = Path::new("images");
-        assert_eq!(inside(folder, "a/b.jpg"), Some(PathBuf::from("images/a/b.jpg")));
+        assert_eq!(image_file(folder, "a/b.jpg"), Ok(PathBuf::from("images/a/b.jpg")));
         for name in ["../b.jpg", "/etc/passwd", "a/../../b.jpg", "", ".", ".."] {
-            assert_eq!(inside(folder, name), None, "{name}");
+            assert!(image_file(folder, name).is_err(), "{name}");
         }
     }
 

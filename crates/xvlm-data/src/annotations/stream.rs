@@ -1,7 +1,7 @@
 //! Files as streams: lines, and where the items of an image lie.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use crate::error::{DataError, Place, excerpt};
@@ -23,6 +23,37 @@ pub(crate) fn open_plain(path: &Path) -> Result<File, DataError> {
     std::io::copy(&mut codec::decoder(&magic, BufReader::new(file)), &mut plain).map_err(io)?;
     plain.seek(SeekFrom::Start(0)).map_err(io)?;
     Ok(plain)
+}
+
+/// How what a file holds begins: its first bytes (some 60) from the first that is no white space.
+pub(crate) fn head(path: &Path) -> Result<Vec<u8>, DataError> {
+    const ENOUGH: u64 = 60;
+    let read = || {
+        let mut file = BufReader::new(File::open(path)?);
+        let magic = file.fill_buf()?.iter().take(4).copied().collect::<Vec<_>>();
+        if codec::is_compressed(&magic) { begin(BufReader::new(codec::decoder(&magic, file))) } else { begin(file) }
+    };
+    fn begin(mut reader: impl BufRead) -> io::Result<Vec<u8>> {
+        const BOM: [u8; 3] = [0xef, 0xbb, 0xbf];
+        let mut start = Vec::new();
+        (&mut reader).take(BOM.len() as u64).read_to_end(&mut start)?;
+        start = start.strip_prefix(&BOM).unwrap_or(&start).trim_ascii_start().to_vec();
+        while start.is_empty() {
+            let chunk = reader.fill_buf()?;
+            if chunk.is_empty() {
+                return Ok(start);
+            }
+            let blank = chunk.iter().take_while(|byte| byte.is_ascii_whitespace()).count();
+            let done = blank < chunk.len();
+            reader.consume(blank);
+            if done {
+                break;
+            }
+        }
+        reader.take(ENOUGH).read_to_end(&mut start)?;
+        Ok(start)
+    }
+    read().map_err(|source| io_error(path, source))
 }
 
 /// Lines of a file, one at a time, without their ends.

@@ -1,7 +1,7 @@
 //! Visual Genome: `image_data.json`, `region_descriptions.json`, `objects.json`, `attributes.json`, `question_answers.json`,
 //! in the versions that were published (1.0, 1.2, 1.4).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -86,9 +86,9 @@ impl VisualGenome {
         Ok(Records::new(reader).with_report(report))
     }
 
-    fn listed(&self, report: &mut Report) -> Result<(Vec<Listed>, HashMap<u64, usize>), DataError> {
+    fn listed(&self, report: &mut Report) -> Result<(Vec<Listed>, HashSet<u64>), DataError> {
         let path = self.image_data.as_path();
-        let (mut images, mut known, mut folders) = (Vec::new(), HashMap::new(), Folders::default());
+        let (mut images, mut known, mut folders) = (Vec::new(), HashSet::new(), Folders::default());
         let mut items = JsonItems::open(path, &[])?;
         while let Some(item) = items.next()? {
             let place = Place::Item(item.number);
@@ -98,7 +98,7 @@ impl VisualGenome {
             });
             match parsed {
                 Ok(listed) => {
-                    if known.insert(image_key(&listed.id), images.len()).is_some() {
+                    if !known.insert(image_key(&listed.id)) {
                         report.skip(Reason::DuplicateId, || format!("{}{place}: image {}", path.display(), listed.id));
                         continue;
                     }
@@ -142,7 +142,7 @@ fn either_id(object: &Object<'_>) -> Result<String, DataError> {
 }
 
 /// Where in a file each image is.
-fn index(path: &Path, known: &HashMap<u64, usize>, report: &mut Report) -> Result<Extents, DataError> {
+fn index(path: &Path, known: &HashSet<u64>, report: &mut Report) -> Result<Extents, DataError> {
     let mut extents = Extents::new(path, open_plain(path)?);
     let mut items = JsonItems::open(path, &[])?;
     while let Some(item) = items.next()? {
@@ -163,7 +163,7 @@ fn index(path: &Path, known: &HashMap<u64, usize>, report: &mut Report) -> Resul
                 continue;
             }
         };
-        if !known.contains_key(&image_key(&id)) {
+        if !known.contains(&image_key(&id)) {
             report.skip(Reason::UnknownImage, || format!("{}{place}: image {id}", path.display()));
             continue;
         }
@@ -304,7 +304,17 @@ impl Reader for VisualGenomeReader {
             questions.push((qa.text("question")?, qa.text("answer")?));
             Ok(())
         })?;
-        Ok(Some(Raw { id, aliases, image, size: Some(size), captions: Vec::new(), elems, questions, origin }))
+        Ok(Some(Raw {
+            id,
+            aliases,
+            image,
+            size: Some(size),
+            fractions: false,
+            captions: Vec::new(),
+            elems,
+            questions,
+            origin,
+        }))
     }
 
     fn images(&self) -> Option<u64> {

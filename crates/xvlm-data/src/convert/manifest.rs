@@ -1,5 +1,9 @@
-//! `shards.json`: what a folder of shards was made from and how, which shards are finished, and what was left out.
+//! `shards.json`: what a folder of shards was made from and how, which shards are finished, and what was left out. While a
+//! conversion is at work, the shards that it finishes are lines of a journal beside it.
 
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -12,8 +16,10 @@ use crate::json::{Context, io_error};
 
 /// Name of the file in the folder of shards.
 pub const MANIFEST: &str = "shards.json";
+/// Name of the journal: a [`Shard`] a line.
+pub(super) const JOURNAL: &str = ".shards.jsonl";
 /// Changes when shards of the same settings would come out otherwise.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// A file that shards are made from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +64,8 @@ pub struct Manifest {
     pub settings: Value,
     /// The files that they are made from.
     pub inputs: Vec<Input>,
+    /// What was read from the annotations, once that is known: the number of images, and a hash of what is told of each.
+    pub read: Option<(u64, u64)>,
     /// Whether all shards are finished.
     pub complete: bool,
     /// The number of shards, once that is known.
@@ -85,6 +93,7 @@ impl Manifest {
             source: source.to_owned(),
             settings,
             inputs: files.iter().map(input).collect::<Result<_, DataError>>()?,
+            read: None,
             complete: false,
             total: None,
             shards: Vec::new(),
@@ -101,7 +110,7 @@ impl Manifest {
         differs("inputs", format!("{:?}", self.inputs), format!("{:?}", other.inputs))
     }
 
-    /// Reads the manifest of a folder; `None` if there is none.
+    /// Reads the manifest of a folder, and the journal of a conversion that is not finished; `None` if there is none.
     ///
     /// # Errors
     ///
@@ -113,7 +122,7 @@ impl Manifest {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(io_error(&path, source)),
         };
-        let manifest: Self = serde_json::from_slice(&bytes).map_err(|source| DataError::Json {
+        let mut manifest: Self = serde_json::from_slice(&bytes).map_err(|source| DataError::Json {
             path: path.clone(),
             place: Place::Whole,
             source,
@@ -122,7 +131,25 @@ impl Manifest {
             let context = Context { path: &path, place: Place::Whole };
             return Err(context.error("version", format!("at most {VERSION}"), manifest.version.to_string()));
         }
+        if !manifest.complete {
+            manifest.add_journal(folder)?;
+        }
         Ok(Some(manifest))
+    }
+
+    /// Adds the shards of the journal, if there is one. A line that a crash has cut is none.
+    fn add_journal(&mut self, folder: &Path) -> Result<(), DataError> {
+        let path = folder.join(JOURNAL);
+        let journal = match std::fs::read(&path) {
+            Ok(journal) => journal,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(source) => return Err(io_error(&path, source)),
+        };
+        let noted = journal.split(|&byte| byte == b'\n').filter_map(|line| serde_json::from_slice::<Shard>(line).ok());
+        let mut shards: BTreeMap<usize, Shard> = self.shards.drain(..).map(|shard| (shard.number, shard)).collect();
+        shards.extend(noted.map(|shard| (shard.number, shard)));
+        self.shards.extend(shards.into_values());
+        Ok(())
     }
 
     pub(super) fn write(&self, folder: &Path) -> Result<(), DataError> {
@@ -143,5 +170,31 @@ impl Manifest {
         let mut all = self.skipped.clone();
         self.shards.iter().for_each(|shard| all.merge(&shard.skipped));
         all
+    }
+}
+
+/// The journal while it is written.
+pub(super) struct Journal {
+    path: PathBuf,
+    file: File,
+}
+
+impl Journal {
+    /// An empty one, in place of the last.
+    pub(super) fn create(folder: &Path) -> Result<Self, DataError> {
+        let path = folder.join(JOURNAL);
+        let file = File::create(&path).map_err(|source| io_error(&path, source))?;
+        Ok(Self { path, file })
+    }
+
+    /// Notes a shard that is finished; then the disk has the note.
+    pub(super) fn add(&mut self, shard: &Shard) -> Result<(), DataError> {
+        let write = |file: &mut File| {
+            let mut line = serde_json::to_vec(shard)?;
+            line.push(b'\n');
+            file.write_all(&line)?;
+            file.sync_data()
+        };
+        write(&mut self.file).map_err(|source| io_error(&self.path, source))
     }
 }

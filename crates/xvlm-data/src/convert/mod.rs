@@ -8,11 +8,13 @@
 //! Memory: 12 bytes an image of the data set (and what the reader of the data set holds), and one image a worker.
 
 mod manifest;
-pub(crate) mod picture;
+mod picture;
 mod spool;
 mod write;
 
+use std::collections::HashSet;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -23,10 +25,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 pub use self::manifest::{Input, MANIFEST, Manifest, Shard};
-use self::spool::{Spool, SpoolWriter};
+use self::manifest::{JOURNAL, Journal};
+use self::spool::{Planned, Spool, SpoolWriter};
 use self::write::{Output, UNFINISHED};
 use crate::annotations::source::clip;
-use crate::annotations::{Annotated, Reason, Records, Report};
+use crate::annotations::{Reason, Records, Report};
 use crate::error::DataError;
 use crate::json::io_error;
 use crate::records::{ImageSource, Record};
@@ -210,31 +213,55 @@ pub fn convert(
 
     let (spool, skipped) = read(open()?, options, progress)?;
     let total = spool.len().div_ceil(options.records_per_shard);
-    (manifest.total, manifest.skipped) = (Some(total), skipped);
     manifest.shards.retain(|shard| shard.number < total && is_there(&options.out, shard));
+    let read = (spool.len() as u64, spool.digest());
+    if let Some(before) = manifest.read.filter(|&before| before != read && !manifest.shards.is_empty()) {
+        let expected = format!("{}: annotations that tell what they told before", options.out.display());
+        let found = match (before.0, read.0) {
+            (before, now) if before == now => format!("{now} images of which something else is told"),
+            (before, now) => format!("{now} images instead of {before}"),
+        };
+        return Err(DataError::Config { field: "out", expected, found });
+    }
+    (manifest.read, manifest.total, manifest.skipped) = (Some(read), Some(total), skipped);
     manifest.write(&options.out)?;
 
-    let work = Work { job, options, spool: &spool, manifest: Mutex::new(manifest), failed: AtomicBool::new(false) };
+    let finished = std::mem::take(&mut manifest.shards);
+    let journal = Journal::create(&options.out)?;
+    let work = Work {
+        job,
+        options,
+        spool: &spool,
+        finished: Mutex::new(Finished { shards: finished, journal }),
+        failed: AtomicBool::new(false),
+    };
     work.run(total, progress)?;
-    let mut manifest = work.manifest.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let Finished { shards, journal } = work.finished.into_inner().unwrap_or_else(PoisonError::into_inner);
+    drop(journal);
+    manifest.shards = shards;
+    manifest.shards.sort_by_key(|shard| shard.number);
     if manifest.records() == 0 {
         let reasons = manifest.left_out().to_string();
         // Nothing to keep: the next try looks at the images again.
         manifest.shards.clear();
         manifest.write(&options.out)?;
-        remove(&options.out, &[SPOOL, LOCK])?;
+        remove(&options.out, &[JOURNAL, SPOOL, LOCK])?;
         return Err(DataError::NothingLeft { name: job.name.clone(), reasons });
     }
     manifest.complete = true;
     manifest.write(&options.out)?;
-    remove(&options.out, &[SPOOL, LOCK])?;
+    remove(&options.out, &[JOURNAL, SPOOL, LOCK])?;
     Ok(manifest)
 }
 
+/// Removes files that may be there.
 fn remove(folder: &Path, names: &[&str]) -> Result<(), DataError> {
     names.iter().try_for_each(|name| {
         let path = folder.join(name);
-        std::fs::remove_file(&path).map_err(|source| io_error(&path, source))
+        match std::fs::remove_file(&path) {
+            Err(source) if source.kind() != ErrorKind::NotFound => Err(io_error(&path, source)),
+            _ => Ok(()),
+        }
     })
 }
 
@@ -274,7 +301,7 @@ fn claim(out: &Path, wanted: Manifest) -> Result<(File, Manifest), DataError> {
             wanted.write(out)?;
             wanted
         }
-        Some(known) => {
+        Some(mut known) => {
             if let Err((field, found)) = wanted.same_work(&known) {
                 drop(lock);
                 if known.complete {
@@ -282,8 +309,10 @@ fn claim(out: &Path, wanted: Manifest) -> Result<(File, Manifest), DataError> {
                 }
                 return refuse(&format!("shards of the same {field}"), found);
             }
+            // Of what somebody has taken away since, it goes on.
+            known.complete &= known.shards.iter().all(|shard| is_there(out, shard));
             if known.complete {
-                std::fs::remove_file(&path).map_err(|source| io_error(&path, source))?;
+                remove(out, &[JOURNAL, SPOOL, LOCK])?;
             }
             known
         }
@@ -326,19 +355,22 @@ struct Work<'a> {
     job: &'a Job,
     options: &'a ConvertOptions,
     spool: &'a Spool,
-    manifest: Mutex<Manifest>,
+    finished: Mutex<Finished>,
     failed: AtomicBool,
+}
+
+/// The shards that are finished, in the order in which they were.
+struct Finished {
+    shards: Vec<Shard>,
+    journal: Journal,
 }
 
 impl Work<'_> {
     fn run(&self, total: usize, progress: &mut dyn ConvertProgress) -> Result<(), DataError> {
-        let finished: Vec<usize> = self.locked().shards.iter().map(|shard| shard.number).collect();
+        let finished: HashSet<usize> = self.locked().shards.iter().map(|shard| shard.number).collect();
         let todo: Vec<usize> = (0..total).filter(|number| !finished.contains(number)).collect();
-        let images = |numbers: &[usize]| -> u64 {
-            let of = |&number: &usize| self.spool.of_shard(number, self.options.records_per_shard).len() as u64;
-            numbers.iter().map(of).sum()
-        };
-        let (mut done, of) = (images(&finished), self.spool.len() as u64);
+        let images = |number: usize| self.spool.of_shard(number, self.options.records_per_shard).len() as u64;
+        let (mut done, of) = (finished.into_iter().map(images).sum(), self.spool.len() as u64);
         progress.writing(done, of);
         let next = AtomicUsize::new(0);
         let (tell, told) = mpsc::channel();
@@ -363,7 +395,7 @@ impl Work<'_> {
             for shard in told {
                 match shard {
                     Ok(number) => {
-                        done += images(&[number]);
+                        done += images(number);
                         progress.writing(done, of);
                         if progress.stop() {
                             self.failed.store(true, Ordering::Relaxed);
@@ -380,8 +412,8 @@ impl Work<'_> {
         outcome
     }
 
-    fn locked(&self) -> std::sync::MutexGuard<'_, Manifest> {
-        self.manifest.lock().unwrap_or_else(PoisonError::into_inner)
+    fn locked(&self) -> std::sync::MutexGuard<'_, Finished> {
+        self.finished.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes a shard, and notes that it is finished.
@@ -415,16 +447,16 @@ impl Work<'_> {
             shard.bytes = output.finish()?;
             shard.file = Some(name);
         }
-        let mut manifest = self.locked();
-        let at = manifest.shards.partition_point(|other| other.number < number);
-        manifest.shards.insert(at, shard);
-        manifest.write(out)
+        let mut finished = self.locked();
+        finished.journal.add(&shard)?;
+        finished.shards.push(shard);
+        Ok(())
     }
 
     /// An image as it goes into a shard; `None`, and counted, if it cannot be used.
-    fn record(&self, image: Annotated, skipped: &mut Report) -> Result<Option<Record>, DataError> {
+    fn record(&self, image: Planned, skipped: &mut Report) -> Result<Option<Record>, DataError> {
         let ConvertOptions { form, max_side, quality, .. } = self.options;
-        let Annotated { size: annotated, mut record, .. } = image;
+        let Planned { size: annotated, fractions, mut record } = image;
         let ImageSource::Path(path) = &record.image else { return Ok(Some(record)) };
         let path = std::path::absolute(path).map_err(|source| io_error(path, source))?;
         let origin = record.origin.clone();
@@ -452,7 +484,7 @@ impl Work<'_> {
         }
         record.image = source;
         record.elems.retain_mut(|element| {
-            let scaled = scale(element.bbox, size, new_size);
+            let scaled = scale(element.bbox, if fractions { (1, 1) } else { size }, new_size);
             let clipped = clip(scaled, new_size.0, new_size.1);
             match clipped {
                 Some(clipped) => element.bbox = clipped,

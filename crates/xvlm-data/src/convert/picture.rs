@@ -1,11 +1,12 @@
 //! Image files on their way into shards: looked at by their headers, and made smaller if that is asked for.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Cursor, ErrorKind, Seek};
+use std::io::{ErrorKind, Read};
 use std::path::Path;
 
 use crate::annotations::Reason;
-use crate::image::Picture;
+use crate::error::DataError;
+use crate::image::{DecodeOptions, Encoded, MAX_PIXELS, header};
 
 /// Why an image cannot be used, and what was found.
 pub(crate) type Unusable = (Reason, String);
@@ -17,23 +18,20 @@ fn opened(path: &Path) -> Result<File, Unusable> {
     })
 }
 
-fn header(reader: impl BufRead + Seek) -> Result<(u32, u32), Unusable> {
-    let unreadable = |found: String| (Reason::UnreadableImage, found);
-    let reader =
-        image::ImageReader::new(reader).with_guessed_format().map_err(|error| unreadable(error.to_string()))?;
-    if reader.format().is_none() {
-        return Err(unreadable("no image format that is known".to_owned()));
-    }
-    let size = reader.into_dimensions().map_err(|error| unreadable(error.to_string()))?;
-    if size.0 == 0 || size.1 == 0 {
-        return Err(unreadable(format!("an image of {}x{} pixels", size.0, size.1)));
-    }
-    Ok(size)
+fn unusable(error: DataError) -> Unusable {
+    let found = match error {
+        DataError::Image { message, .. } => message,
+        DataError::ImageSize { limit, width, height, .. } => {
+            format!("an image of {width}x{height} pixels, of 1 to {limit}")
+        }
+        other => other.to_string(),
+    };
+    (Reason::UnreadableImage, found)
 }
 
-/// Width and height as the header of an image file tells them.
+/// Width and height as the header of an image file tells them; of the rest of the file little is read.
 pub(crate) fn file_size(path: &Path) -> Result<(u32, u32), Unusable> {
-    header(BufReader::new(opened(path)?))
+    header::size(opened(path)?, &path.display(), MAX_PIXELS).map_err(unusable)
 }
 
 /// An image file's content, and what is known of it.
@@ -48,14 +46,15 @@ pub(crate) struct ImageFile {
 /// Reads an image file; if a side is longer than `max_side` it is made smaller and written anew as a JPEG.
 pub(crate) fn read(path: &Path, max_side: Option<u32>, quality: u8) -> Result<ImageFile, Unusable> {
     let unreadable = |found: String| (Reason::UnreadableImage, found);
-    opened(path)?;
-    let bytes = std::fs::read(path).map_err(|error| unreadable(error.to_string()))?;
-    let size = header(Cursor::new(&bytes))?;
+    let mut bytes = Vec::new();
+    opened(path)?.read_to_end(&mut bytes).map_err(|error| unreadable(error.to_string()))?;
+    let encoded = Encoded::new(&*bytes, &path.display(), DecodeOptions::default()).map_err(unusable)?;
+    let size = (encoded.width(), encoded.height());
     let longest = size.0.max(size.1);
     let Some(max_side) = max_side.filter(|&max_side| longest > max_side) else {
         return Ok(ImageFile { bytes, size, new_size: size });
     };
-    let picture = Picture::from_bytes(&bytes, &path.display()).map_err(|error| unreadable(error.to_string()))?;
+    let picture = encoded.decode().map_err(unusable)?;
     let scaled = |side: u32| {
         ((u64::from(side) * u64::from(max_side) * 2 + u64::from(longest)) / (2 * u64::from(longest))) as u32
     };

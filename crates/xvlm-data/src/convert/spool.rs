@@ -13,12 +13,13 @@ use crate::annotations::Annotated;
 use crate::error::{DataError, Place};
 use crate::json::io_error;
 use crate::records::{Element, ImageSource, Origin, Record};
+use crate::tokens::hash_bytes;
 
 /// An image of the spool.
 #[derive(Serialize, Deserialize)]
 struct Spooled {
-    id: String,
     size: Option<(u32, u32)>,
+    fractions: bool,
     image: PathBuf,
     captions: Vec<String>,
     elems: Vec<SpooledElement>,
@@ -35,9 +36,19 @@ struct SpooledElement {
     labels: Vec<String>,
 }
 
+/// An image read back.
+pub(super) struct Planned {
+    /// Width and height in pixels that the boxes refer to, where the data set tells them.
+    pub(super) size: Option<(u32, u32)>,
+    /// Whether the boxes are fractions of the image.
+    pub(super) fractions: bool,
+    /// What is to be written of it.
+    pub(super) record: Record,
+}
+
 impl From<Annotated> for Spooled {
     fn from(annotated: Annotated) -> Self {
-        let Annotated { id, size, record } = annotated;
+        let Annotated { size, fractions, record, .. } = annotated;
         let Record { image, captions, elems, questions, origin } = record;
         let image = match image {
             ImageSource::Path(path) => path,
@@ -46,17 +57,26 @@ impl From<Annotated> for Spooled {
         };
         let spooled = |Element { bbox, texts, attributes, labels }| SpooledElement { bbox, texts, attributes, labels };
         let elems = elems.into_iter().map(spooled).collect();
-        Self { id, size, image, captions, elems, questions, file: origin.file.to_path_buf(), place: origin.place }
+        Self {
+            size,
+            fractions,
+            image,
+            captions,
+            elems,
+            questions,
+            file: origin.file.to_path_buf(),
+            place: origin.place,
+        }
     }
 }
 
-impl From<Spooled> for Annotated {
+impl From<Spooled> for Planned {
     fn from(spooled: Spooled) -> Self {
-        let Spooled { id, size, image, captions, elems, questions, file, place } = spooled;
+        let Spooled { size, fractions, image, captions, elems, questions, file, place } = spooled;
         let element = |SpooledElement { bbox, texts, attributes, labels }| Element { bbox, texts, attributes, labels };
         let elems = elems.into_iter().map(element).collect();
         let origin = Origin { file: Arc::from(file), place };
-        Self { id, size, record: Record { image: ImageSource::Path(image), captions, elems, questions, origin } }
+        Self { size, fractions, record: Record { image: ImageSource::Path(image), captions, elems, questions, origin } }
     }
 }
 
@@ -66,11 +86,14 @@ pub(super) struct SpoolWriter {
     out: BufWriter<File>,
     ends: Vec<u64>,
     at: u64,
+    digest: u64,
 }
 
 /// The spool: 12 bytes an image in memory.
 pub(super) struct Spool {
     path: PathBuf,
+    /// Of all that it holds, in its order.
+    digest: u64,
     ends: Vec<u64>,
     /// Places of the images in the order of the shards.
     order: Vec<u32>,
@@ -79,12 +102,19 @@ pub(super) struct Spool {
 impl SpoolWriter {
     pub(super) fn new(path: &Path) -> Result<Self, DataError> {
         let file = File::create(path).map_err(|source| io_error(path, source))?;
-        Ok(Self { path: path.to_owned(), out: BufWriter::with_capacity(1 << 20, file), ends: Vec::new(), at: 0 })
+        Ok(Self {
+            path: path.to_owned(),
+            out: BufWriter::with_capacity(1 << 20, file),
+            ends: Vec::new(),
+            at: 0,
+            digest: 0,
+        })
     }
 
     pub(super) fn add(&mut self, image: Annotated) -> Result<(), DataError> {
         let io = |source| io_error(&self.path, source);
         let mut line = serde_json::to_vec(&Spooled::from(image)).map_err(|error| io(error.into()))?;
+        self.digest = hash_bytes(&[self.digest.to_le_bytes(), hash_bytes(&line).to_le_bytes()].concat());
         line.push(b'\n');
         self.out.write_all(&line).map_err(io)?;
         self.at += line.len() as u64;
@@ -99,7 +129,7 @@ impl SpoolWriter {
         if let Some(seed) = shuffle {
             order.shuffle(&mut rand_chacha::ChaCha8Rng::seed_from_u64(seed));
         }
-        Ok(Spool { path: self.path, ends: self.ends, order })
+        Ok(Spool { path: self.path, digest: self.digest, ends: self.ends, order })
     }
 
     pub(super) fn len(&self) -> usize {
@@ -112,6 +142,11 @@ impl Spool {
         self.order.len()
     }
 
+    /// Tells what is in the spool, and in which order, from what another may hold.
+    pub(super) fn digest(&self) -> u64 {
+        self.digest
+    }
+
     /// The places of a shard's images.
     pub(super) fn of_shard(&self, shard: usize, records: usize) -> &[u32] {
         let start = shard * records;
@@ -122,7 +157,7 @@ impl Spool {
         File::open(&self.path).map_err(|source| io_error(&self.path, source))
     }
 
-    pub(super) fn read(&self, file: &mut File, place: u32) -> Result<Annotated, DataError> {
+    pub(super) fn read(&self, file: &mut File, place: u32) -> Result<Planned, DataError> {
         let place = place as usize;
         let start = if place == 0 { 0 } else { self.ends[place - 1] };
         let mut bytes = vec![0; (self.ends[place] - start) as usize];

@@ -14,7 +14,7 @@
 //! ([`DecodeOptions::upright`]).
 
 use std::borrow::Cow;
-use std::io::Cursor;
+use std::io::{BufRead, Cursor, Seek};
 use std::path::Path;
 
 use image::metadata::Orientation;
@@ -114,17 +114,14 @@ impl<'a> Encoded<'a> {
         let (width, height, orientation) = match format {
             ImageFormat::Jpeg => jpeg_header(&bytes, options.upright).map_err(|message| broken(name, &message))?,
             _ => {
-                let mut decoder = decoder(&bytes, format, options.max_pixels).map_err(|error| broken(name, &error))?;
+                let mut decoder =
+                    decoder(Cursor::new(&*bytes), format, options.max_pixels).map_err(|error| broken(name, &error))?;
                 let (width, height) = decoder.dimensions();
                 let orientation = if options.upright { decoder.orientation().ok() } else { None };
                 (width, height, orientation.unwrap_or(Orientation::NoTransforms))
             }
         };
-        let pixels = u64::from(width) * u64::from(height);
-        if pixels == 0 || pixels > options.max_pixels {
-            let limit = options.max_pixels;
-            return Err(DataError::ImageSize { name: name.to_string(), limit, width, height });
-        }
+        check_size(name, width, height, options.max_pixels)?;
         let (name, max_pixels) = (name.to_string(), options.max_pixels);
         Ok(Self { bytes, name, format, width, height, orientation, max_pixels })
     }
@@ -237,7 +234,8 @@ impl<'a> Encoded<'a> {
     }
 
     fn other(&self) -> Result<Vec<u8>, String> {
-        let decoder = decoder(&self.bytes, self.format, self.max_pixels).map_err(|error| error.to_string())?;
+        let decoder =
+            decoder(Cursor::new(&*self.bytes), self.format, self.max_pixels).map_err(|error| error.to_string())?;
         let color = decoder.color_type();
         let size = decoder.total_bytes();
         let mut pixels = vec![0; usize::try_from(size).map_err(|_| format!("{size} bytes of pixels"))?];
@@ -264,14 +262,27 @@ impl<'a> Encoded<'a> {
     }
 }
 
-fn broken(name: &dyn std::fmt::Display, message: &dyn std::fmt::Display) -> DataError {
+pub(super) fn broken(name: &dyn std::fmt::Display, message: &dyn std::fmt::Display) -> DataError {
     DataError::Image { name: name.to_string(), message: message.to_string() }
 }
 
-fn decoder(bytes: &[u8], format: ImageFormat, max_pixels: u64) -> image::ImageResult<Box<dyn ImageDecoder + '_>> {
+/// Refuses images of no pixels, or of more than are allowed.
+pub(super) fn check_size(name: &dyn std::fmt::Display, width: u32, height: u32, limit: u64) -> Result<(), DataError> {
+    let pixels = u64::from(width) * u64::from(height);
+    if pixels == 0 || pixels > limit {
+        return Err(DataError::ImageSize { name: name.to_string(), limit, width, height });
+    }
+    Ok(())
+}
+
+pub(super) fn decoder<'a>(
+    reader: impl BufRead + Seek + 'a,
+    format: ImageFormat,
+    max_pixels: u64,
+) -> image::ImageResult<Box<dyn ImageDecoder + 'a>> {
     /// For what is no pixel, such as colour profiles.
     const OTHER: u64 = 64 << 20;
-    let mut reader = image::ImageReader::with_format(Cursor::new(bytes), format);
+    let mut reader = image::ImageReader::with_format(reader, format);
     // A frame of a GIF may claim to be larger than the image that it is part of.
     let mut limits = image::Limits::no_limits();
     limits.max_alloc = Some(max_pixels.saturating_mul(4).saturating_add(OTHER));
@@ -279,11 +290,13 @@ fn decoder(bytes: &[u8], format: ImageFormat, max_pixels: u64) -> image::ImageRe
     Ok(Box::new(reader.into_decoder()?))
 }
 
+/// The marker of a scan.
+pub(super) const SCAN: u8 = 0xDA;
+
 /// Width, height and orientation.
-fn jpeg_header(bytes: &[u8], upright: bool) -> Result<(u32, u32, Orientation), String> {
+pub(super) fn jpeg_header(bytes: &[u8], upright: bool) -> Result<(u32, u32, Orientation), String> {
     let mut found = None;
     let mut orientation = Orientation::NoTransforms;
-    const SCAN: u8 = 0xDA;
     for (marker, segment) in jpeg::segments(bytes).take_while(|(marker, _)| *marker != SCAN) {
         match (marker, segment) {
             (0xC0..=0xC3 | 0xC5..=0xC7 | 0xC9..=0xCB | 0xCD..=0xCF, [_, h1, h0, w1, w0, ..]) => {

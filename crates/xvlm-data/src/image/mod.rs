@@ -2,6 +2,7 @@
 
 mod cache;
 mod encoded;
+pub(crate) mod header;
 mod huffman;
 mod idct;
 mod jpeg;

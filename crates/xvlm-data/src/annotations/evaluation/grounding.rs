@@ -26,7 +26,7 @@ impl Refer {
         let (references, report) = read_references_lenient(path)?;
         let instances = folder(path).join("instances.json");
         let mut of_instances = Report::default();
-        self.instances.push(read_instances(&instances, &mut of_instances)?);
+        self.instances.push(read_instances(&instances, &run.root(path), &mut of_instances)?);
         for (reason, skipped) in report.iter().chain(of_instances.iter()) {
             let found = skipped.examples.first().cloned().unwrap_or_default();
             if run.reading.strict {
@@ -36,9 +36,9 @@ impl Refer {
         run.report.merge(&report);
         run.report.merge(&of_instances);
         let file = self.instances.len() - 1;
-        for (number, reference) in references.into_iter().enumerate() {
+        for reference in references {
             if self.by_id.contains_key(&reference.ref_id) {
-                let context = Context { path, place: Place::Item(number) };
+                let context = Context { path, place: Place::Item(reference.number) };
                 let found = format!("{:?} again", reference.ref_id);
                 run.refuse(Reason::DuplicateId, context.error("ref_id", "an identifier of its own", found))?;
                 continue;
@@ -52,7 +52,7 @@ impl Refer {
     /// The box and the image of a reference.
     fn look_up(&self, place: usize) -> Result<([f32; 4], &Image), DataError> {
         let (reference, file, path) = &self.references[place];
-        let context = Context { path, place: Place::Item(place) };
+        let context = Context { path, place: Place::Item(reference.number) };
         let instances = &self.instances[*file];
         let Some((image_id, bbox)) = instances.boxes.get(&reference.ann_id) else {
             return Err(context.error("ann_id", "an annotation of instances.json", format!("{:?}", reference.ann_id)));
@@ -69,7 +69,7 @@ impl Refer {
     pub(super) fn items(&self, run: &mut Run<'_>) -> Result<Vec<GroundingItem>, DataError> {
         let mut found = Vec::new();
         for (place, (reference, _, path)) in self.references.iter().enumerate() {
-            let context = Context { path, place: Place::Item(place) };
+            let context = Context { path, place: Place::Item(reference.number) };
             let Reference { ref_id, image_id, split, sentences, .. } = reference;
             if run.other_split(Some(split), || format!("{}: reference {ref_id}", path.display())) {
                 continue;
@@ -84,9 +84,9 @@ impl Refer {
                     continue;
                 }
             };
-            let file = run.root(path).join(&image.file);
+            let file = &image.file;
             for text in sentences {
-                if run.accept(&context, None, &[&file])? {
+                if run.accept(&context, None, &[file])? {
                     found.push(GroundingItem {
                         ref_id: ref_id.clone(),
                         image: file.clone(),
@@ -153,7 +153,7 @@ pub(super) fn grounding_item(
         numbers(&inner, "box")
     };
     let proposals = object.list("dets")?.iter().enumerate().map(proposal).collect::<Result<_, _>>()?;
-    let image = run.root(path).join(&file);
+    let image = object.file("image", &run.root(path))?;
     let place = object.context.place.clone();
     let skip = run.other_split(split.as_deref(), || format!("{}{place}", path.display()));
     if skip || !run.accept(&object.context, None, &[&image])? {

@@ -4,7 +4,6 @@ mod grounding;
 mod vqa;
 
 use std::collections::{HashMap, HashSet};
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -16,9 +15,10 @@ use super::items::{CaptionItem, FillItem, GroundingItem, NlvrItem, RetrievalItem
 use super::json_items::{JsonItems, parse_item};
 use super::karpathy::sentences;
 use super::report::{Reason, Report};
-use super::stream::{Lines, open_plain};
+use super::source::{Folders, coco_subset, coco_url_subset};
+use super::stream::{Lines, head};
 use crate::error::{DataError, Place, excerpt};
-use crate::json::{Context, Object, folder, io_error};
+use crate::json::{Context, Object, folder};
 
 /// Items, and what was left out.
 #[derive(Debug, Clone, PartialEq)]
@@ -63,15 +63,12 @@ enum Begins {
 }
 
 fn begins(path: &Path) -> Result<Begins, DataError> {
-    const ENOUGH: u64 = 1 << 12;
-    let mut start = Vec::new();
-    open_plain(path)?.take(ENOUGH).read_to_end(&mut start).map_err(|source| io_error(path, source))?;
-    let start = start.strip_prefix(&[0xef, 0xbb, 0xbf]).unwrap_or(&start).trim_ascii_start();
+    let start = head(path)?;
     match start.first() {
         Some(b'[') => Ok(Begins::List),
         Some(b'{') => Ok(Begins::Object),
         _ => {
-            let found = excerpt(&String::from_utf8_lossy(&start[..start.len().min(60)]));
+            let found = excerpt(&String::from_utf8_lossy(&start));
             Err(Context { path, place: Place::Whole }.error("file", "JSON: a list or an object", format!("{found:?}")))
         }
     }
@@ -221,7 +218,7 @@ impl Reading {
                         Some(_) => object.id("image_id")?,
                         None => file.rsplit('/').next().unwrap_or_default().to_owned(),
                     };
-                    let (image, split) = (root.join(&file), optional_text(&object, "split")?);
+                    let (image, split) = (object.file("image", &root)?, optional_text(&object, "split")?);
                     let skip = run.other_split(split.as_deref(), || format!("{}{}", path.display(), context.place));
                     if !skip && run.accept(&context, None, &[&image])? {
                         let image_index = run.number(&image_id);
@@ -259,7 +256,7 @@ impl Reading {
                         Some(_) => object.id("image_id")?,
                         None => trailing_number(&file),
                     };
-                    let (image, captions) = (root.join(&file), object.texts("caption")?);
+                    let (image, captions) = (object.file("image", &root)?, object.texts("caption")?);
                     if run.accept(&context, None, &[&image])? {
                         let image_index = run.number(&id);
                         found.push(CaptionItem {
@@ -413,7 +410,7 @@ impl Reading {
                     let context = Context { path, place: Place::Item(number) };
                     let object = context.object(value, "record")?;
                     let item = FillItem {
-                        image: root.join(object.text("image")?),
+                        image: object.file("image", &root)?,
                         text: object.text("text")?,
                         answers: some_texts(&object, "answers")?,
                         kind: optional_text(&object, "kind")?.unwrap_or_default(),
@@ -443,7 +440,7 @@ impl Run<'_> {
         let root = self.root(path);
         let (mut found, mut places) = (Vec::<CaptionItem>::new(), HashMap::<String, usize>::new());
         let mut captions: Vec<(usize, String, String)> = Vec::new();
-        let mut ids = HashSet::new();
+        let (mut ids, mut folders) = (HashSet::new(), Folders::default());
         let count = self.each(path, &["images", "annotations"], |run, section, number, value| {
             let context = Context { path, place: Place::Item(number) };
             if section == 1 {
@@ -453,8 +450,16 @@ impl Run<'_> {
             }
             let object = context.object(value, "record")?;
             let id = object.id(first_of(&object, &["id", "cocoid", "imgid"]))?;
-            let file = object.text(first_of(&object, &["file_name", "filename"]))?;
-            let sub = optional_text(&object, "filepath")?.unwrap_or_default();
+            let field = first_of(&object, &["file_name", "filename"]);
+            let file = object.text(field)?;
+            let folder = match optional_text(&object, "filepath")? {
+                Some(folder) => context.folder("filepath", &root, &folder)?,
+                None if file.contains('/') => root.clone(),
+                None => {
+                    let subset = Some(coco_subset(&file)).filter(|subset| !subset.is_empty());
+                    folders.pick(&root, &[subset.or_else(|| coco_url_subset(&object)).unwrap_or_default(), ""])
+                }
+            };
             let split = optional_text(&object, "split")?;
             if run.other_split(split.as_deref(), || format!("{}{}", path.display(), context.place)) {
                 return Ok(());
@@ -463,7 +468,7 @@ impl Run<'_> {
                 let error = context.error("id", "an identifier of its own", format!("{id:?} again"));
                 return run.refuse(Reason::DuplicateId, error);
             }
-            let image = root.join(sub).join(file);
+            let image = object.file(field, &folder)?;
             let sentences = sentences(&object)?;
             if run.accept(&context, None, &[&image])? {
                 places.insert(id.clone(), found.len());
@@ -491,6 +496,11 @@ impl Run<'_> {
     }
 }
 
+/// Whether a name is one of a single file or folder, whatever else it is made part of.
+fn is_plain(name: &str) -> bool {
+    !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
+}
+
 fn nlvr_item(object: &Object<'_>, root: &Path, number: usize) -> Result<NlvrItem, DataError> {
     let label = match object.get("label") {
         Some(Value::Bool(label)) => *label,
@@ -506,23 +516,24 @@ fn nlvr_item(object: &Object<'_>, root: &Path, number: usize) -> Result<NlvrItem
             let found = format!("{} of them", images.len());
             return Err(object.context.error(object.name("images"), "two images", found));
         };
+        let file = |i: usize, text: &str| object.context.file(&object.name(&format!("images[{i}]")), root, text);
+        let images = [file(0, left)?, file(1, right)?];
         let id = match object.get("identifier") {
             Some(_) => object.id("identifier")?,
             None => number.to_string(),
         };
-        return Ok(NlvrItem { id, images: [root.join(left), root.join(right)], sentence, label });
+        return Ok(NlvrItem { id, images, sentence, label });
     }
     // `train-10171-0-0`: the split, the set of images, the pair, the sentence. The images are named after the pair.
     let id = object.text("identifier")?;
     let pair = id.rsplit_once('-').filter(|(pair, _)| pair.split('-').count() == 3).map(|(pair, _)| pair);
-    let plain = |name: &str| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
-    let Some(pair) = pair.filter(|pair| plain(pair)) else {
+    let Some(pair) = pair.filter(|pair| is_plain(pair)) else {
         let expected = "an identifier such as dev-850-0-1";
         return Err(object.context.error(object.name("identifier"), expected, excerpt(&id)));
     };
     let folder = match (pair.split('-').next(), object.get("directory")) {
         (Some("train"), Some(Value::Number(directory))) => format!("images/train/{directory}"),
-        (Some("train"), Some(Value::String(directory))) if plain(directory) => format!("images/train/{directory}"),
+        (Some("train"), Some(Value::String(directory))) if is_plain(directory) => format!("images/train/{directory}"),
         (Some("train"), _) => return Err(object.missing("directory", "the folder of the images")),
         (split, _) => split.unwrap_or_default().to_owned(),
     };

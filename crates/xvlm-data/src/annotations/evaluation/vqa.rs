@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::{Run, VqaItem, VqaSource, optional_text};
+use super::{Run, VqaItem, VqaSource, is_plain, optional_text};
 use crate::annotations::report::Reason;
-use crate::error::{DataError, Place};
+use crate::error::{DataError, Place, excerpt};
 use crate::json::{Context, Object};
 
 /// An item of X-VLM's lists.
@@ -35,7 +35,7 @@ pub(super) fn vqa_item(run: &Run<'_>, object: &Object<'_>, path: &Path, number: 
     };
     Ok(VqaItem {
         question_id,
-        image: root.unwrap_or_else(|| run.root(path)).join(object.text("image")?),
+        image: object.file("image", &root.unwrap_or_else(|| run.root(path)))?,
         question: object.text("question")?,
         answers: object.texts("answer")?,
         kind: optional_text(object, "kind")?.unwrap_or_default(),
@@ -112,6 +112,9 @@ impl Published {
         }
         // "test-dev2015" is a part of "test2015".
         let subset = subset.ok_or_else(|| context.error("data_subtype", "a subset such as train2014", "nothing"))?;
+        if !is_plain(&subset) {
+            return Err(context.error("data_subtype", "a subset such as train2014", excerpt(&subset)));
+        }
         let subset = if subset == "test-dev2015" { "test2015".to_owned() } else { subset };
         self.questions[first..].iter_mut().for_each(|question| subset.clone_into(&mut question.subset));
         Ok(())
