@@ -141,7 +141,7 @@ impl RandAugment {
         for _ in 0..self.count {
             let Some(operation) = self.operations.choose(rng) else { return };
             if rng.random_bool(Self::PROBABILITY) {
-                let reverse = operation.turns() && rng.random_bool(0.5);
+                let reverse = operation.moves() && rng.random_bool(0.5);
                 operation.apply(picture, self.magnitude, reverse, self.wrapping);
             }
         }
@@ -149,13 +149,7 @@ impl RandAugment {
 }
 
 impl Operation {
-    /// Whether it has two directions.
-    #[must_use]
-    pub fn turns(self) -> bool {
-        self.moves()
-    }
-
-    /// Whether it moves pixels.
+    /// Whether it moves pixels; what does has two directions.
     #[must_use]
     pub fn moves(self) -> bool {
         use Operation::*;

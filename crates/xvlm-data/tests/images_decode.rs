@@ -54,8 +54,10 @@ fn tolerance(name: &str) -> (u8, f64, usize) {
         "jpeg-one" => (2, 1.0, 1000),
         // Coarser than the complete file, of which Pillow shows nothing at all.
         "jpeg-progressive-truncated" => (255, 12.0, 1000),
-        "png-truncated" | "gif-truncated" => (0, 0.0, 20),
-        "jpeg-progressive" => (5, 0.5, 1000),
+        // As far as the rows that are damaged; see `what_follows_damage_is_decoded_from_the_next_restart`.
+        "jpeg-restarts-damaged" => (3, 0.25, 15),
+        "png-truncated" | "png-l16-truncated" | "png-rgb16-truncated" | "gif-truncated" => (0, 0.0, 20),
+        "jpeg-progressive" => (3, 0.5, 1000),
         _ if name.starts_with("jpeg") => (3, 0.25, 1000),
         "webp-lossy" => (1, 0.1, 1000),
         _ => (0, 0.0, 1000),
@@ -76,6 +78,16 @@ fn files_decode_as_with_pillow() {
         }
     }
     assert!(wrong.is_empty(), "{wrong:?}");
+}
+
+#[test]
+fn what_follows_damage_is_decoded_from_the_next_restart() {
+    // The second of its rows of units is damaged, and each is a restart interval.
+    let expected = picture(&GOLDEN["rgb.jpeg-restarts-damaged"]);
+    let found = encoded("jpeg-restarts-damaged", DecodeOptions::default()).decode().unwrap();
+    let behind = Rect { x: 0, y: 33, width: found.width(), height: found.height() - 33 };
+    let (largest, mean) = difference(&found.part(behind), &expected.part(behind), 1000);
+    assert!(largest <= 3 && mean <= 0.25, "{largest}, {mean}");
 }
 
 #[test]

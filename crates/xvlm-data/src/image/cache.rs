@@ -60,7 +60,7 @@ impl ImageCache {
     ///
     /// # Errors
     ///
-    /// [`DataError::Image`]; see [`Picture::decode`].
+    /// [`DataError::Image`]; see [`Encoded::decode`].
     pub fn get(
         &self,
         source: &ImageSource,

@@ -7,7 +7,9 @@
 //! - of grey PNG of 16 bits the upper 8 are taken (Pillow cuts values above 255 off, which makes most pictures white);
 //! - of a progressive JPEG that breaks off the coarse picture is taken, of which Pillow shows nothing. What other truncated files
 //!   lack is grey (JPEG) or black (PNG, GIF), as in Pillow with `LOAD_TRUNCATED_IMAGES`, which the original sets; but a file of which no
-//!   pixel can be decoded is an error. So is any truncated WebP, as with Pillow.
+//!   pixel can be decoded is an error. So is any truncated WebP, as with Pillow;
+//! - behind damage a baseline JPEG is grey up to the next restart marker or the end, where libjpeg makes pixels of what is there;
+//! - a JPEG with less than a sixteenth of the least data that an image of its size has is an error.
 //!
 //! Transparency is dropped, of an animation the first frame is taken, colour profiles are ignored, as with Pillow. So is the EXIF
 //! orientation, because boxes in annotations refer to pixels as stored; pictures of people's own are to be shown upright
@@ -29,8 +31,8 @@ use crate::error::DataError;
 use crate::records::ImageSource;
 use crate::transform::Rect;
 
-/// The largest number of pixels that is decoded unless asked otherwise: Pillow's `MAX_IMAGE_PIXELS`, at three bytes each half a
-/// gigabyte.
+/// The largest number of pixels that is decoded unless asked otherwise: twice Pillow's `MAX_IMAGE_PIXELS`, beyond which Pillow, too,
+/// refuses an image. At three bytes each, half a gigabyte.
 pub const MAX_PIXELS: u64 = 178_956_970;
 
 /// How files are decoded.
@@ -188,6 +190,7 @@ impl<'a> Encoded<'a> {
 
     /// What [`jpeg`] does not decode.
     fn any_jpeg(&self) -> Result<Vec<u8>, String> {
+        jpeg::worth_its_memory(self.bytes.len(), self.width, self.height)?;
         let ended = jpeg::ended(&self.bytes);
         let rgb = match (self.general_jpeg(&self.bytes), &ended) {
             // Of a progressive file that breaks off there may still be a coarse picture: libjpeg, too, pretends that it ends there.
@@ -212,19 +215,25 @@ impl<'a> Encoded<'a> {
         if (u32::from(info.width), u32::from(info.height)) != (self.width, self.height) {
             return Err(format!("a second frame of {}x{} pixels", info.width, info.height));
         }
-        // What libjpeg takes for red, green and blue, and zune-jpeg for cyan, magenta, yellow and black.
-        if info.components == 3 && stored != ColorSpace::YCbCr {
-            return Err("a JPEG of red, green and blue that is not baseline".to_owned());
-        }
-        let out = if info.components == 4 { stored } else { ColorSpace::RGB };
+        let out = match (info.components, stored) {
+            (4, _) => stored,
+            // By Adobe's marker alone zune-jpeg takes these for red, green and blue, and converts nothing.
+            (3, ColorSpace::CMYK | ColorSpace::RGB) => ColorSpace::RGB,
+            // As they are.
+            (3, _) => ColorSpace::YCbCr,
+            _ => ColorSpace::RGB,
+        };
         decoder.set_options(options.jpeg_set_out_colorspace(out));
         let mut pixels = vec![0; self.pixels() * out.num_components()];
         decoder.decode_into(&mut pixels).map_err(|error| error.to_string())?;
+        if info.components == 3 && !jpeg::is_rgb(bytes) {
+            pixels.as_chunks_mut().0.iter_mut().for_each(|pixel| *pixel = jpeg::convert(*pixel));
+        }
         let four = pixels.as_chunks::<4>().0;
         let lit = |&[y, blue, red, black]: &[u8; 4]| from_inks(jpeg::convert([y, blue, red]).map(|c| 255 - c), black);
-        Ok(match stored {
-            ColorSpace::YCCK => four.iter().flat_map(lit).collect(),
-            ColorSpace::CMYK => four.iter().flat_map(|&[c, m, y, black]| from_inks([c, m, y], black)).collect(),
+        Ok(match (info.components, stored) {
+            (4, ColorSpace::YCCK) => four.iter().flat_map(lit).collect(),
+            (4, _) => four.iter().flat_map(|&[c, m, y, black]| from_inks([c, m, y], black)).collect(),
             _ => pixels,
         })
     }
@@ -239,17 +248,18 @@ impl<'a> Encoded<'a> {
         let color = decoder.color_type();
         let size = decoder.total_bytes();
         let mut pixels = vec![0; usize::try_from(size).map_err(|_| format!("{size} bytes of pixels"))?];
-        if let Err(error) = decoder.read_image(&mut pixels) {
-            // What has been decoded before the error is there.
-            if pixels.iter().all(|&byte| byte == 0) {
-                return Err(error.to_string());
-            }
+        let result = decoder.read_image(&mut pixels);
+        if let Err(error) = &result
+            && pixels.iter().all(|&byte| byte == 0)
+        {
+            return Err(error.to_string());
         }
-        // Of 16 bits the upper 8, as Pillow; the decoder gives them in this machine's order.
-        let upper = |pixels: Vec<u8>| -> Vec<u8> {
-            pixels.chunks_exact(2).map(|pair| (u16::from_ne_bytes([pair[0], pair[1]]) >> 8) as u8).collect()
-        };
-        let pixels = if color.bytes_per_pixel() / color.channel_count() == 2 { upper(pixels) } else { pixels };
+        if color.bytes_per_pixel() / color.channel_count() == 2 {
+            // Of 16 bits the upper 8, as Pillow. The decoder brings them into this machine's order last of all: what has been decoded
+            // before an error is still in that of PNG.
+            let value = if result.is_ok() { u16::from_ne_bytes } else { u16::from_be_bytes };
+            pixels = pixels.as_chunks().0.iter().map(|&pair| (value(pair) >> 8) as u8).collect();
+        }
         Ok(match color {
             ColorType::L8 | ColorType::L16 => pixels.iter().flat_map(|&byte| [byte; 3]).collect(),
             ColorType::La8 | ColorType::La16 => pixels.chunks_exact(2).flat_map(|pixel| [pixel[0]; 3]).collect(),

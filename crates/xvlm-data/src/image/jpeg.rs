@@ -18,14 +18,59 @@ pub(super) fn decode_part(bytes: &[u8], part: Rect) -> Option<Result<Vec<u8>, St
     if !part.is_inside(width, height) {
         return None;
     }
-    if image.lies() {
-        return Some(Err(format!("{} bytes of data for {width}x{height} pixels", image.data.len())));
+    if let Err(message) = worth_its_memory(image.data.len(), width, height) {
+        return Some(Err(message));
     }
     Some(pulp::Arch::new().dispatch(Decoding { image, part }).ok_or_else(|| NOTHING.to_owned()))
 }
 
 /// What is wrong with a file of which headers are all that is left.
 pub(super) const NOTHING: &str = "a JPEG without any pixels behind its headers";
+
+/// Refuses less than a sixteenth of the least data a baseline image of this size has.
+pub(super) fn worth_its_memory(bytes: usize, width: u32, height: u32) -> Result<(), String> {
+    // A block takes at least two codes of a bit each.
+    let blocks = u64::from(width.div_ceil(8)) * u64::from(height.div_ceil(8));
+    if (bytes as u64) * 8 * 16 < blocks * 2 {
+        return Err(format!("{bytes} bytes of data for {width}x{height} pixels"));
+    }
+    Ok(())
+}
+
+/// Whether three components are red, green and blue rather than luma and chroma, as libjpeg decides.
+pub(super) fn is_rgb(bytes: &[u8]) -> bool {
+    let (mut colours, mut ids) = (Colours::default(), None);
+    for (marker, segment) in segments(bytes).take_while(|(marker, _)| *marker != 0xDA) {
+        match (marker, segment) {
+            (0xC0..=0xC3, [_, _, _, _, _, 3, r, _, _, g, _, _, b, _, _]) => ids = Some([*r, *g, *b]),
+            _ => colours.read(marker, segment),
+        }
+    }
+    ids.is_some_and(|ids| colours.are_rgb(ids))
+}
+
+/// What the application markers tell of the colours.
+#[derive(Default)]
+struct Colours {
+    jfif: bool,
+    /// The transform that Adobe's marker names.
+    adobe: Option<u8>,
+}
+
+impl Colours {
+    fn read(&mut self, marker: u8, segment: &[u8]) {
+        match marker {
+            0xE0 if segment.starts_with(b"JFIF\0") => self.jfif = true,
+            0xEE if segment.starts_with(b"Adobe") => self.adobe = segment.get(11).copied(),
+            _ => {}
+        }
+    }
+
+    /// Whether components of these identifiers are red, green and blue.
+    fn are_rgb(&self, ids: [u8; 3]) -> bool {
+        !self.jfif && self.adobe.map_or(ids == *b"RGB", |transform| transform == 0)
+    }
+}
 
 /// Where there is nothing.
 const GREY: u8 = 128;
@@ -171,7 +216,7 @@ impl Image {
         let mut quantisation = [None; 4];
         let (mut dc, mut ac) = ([const { None }; 4], [const { None }; 4]);
         let mut frame: Option<(usize, usize, Vec<Component>)> = None;
-        let (mut restart, mut jfif, mut adobe) = (0, false, None);
+        let (mut restart, mut colours) = (0, Colours::default());
         let mut segments = segments(bytes);
         while let Some((marker, segment)) = segments.next() {
             match marker {
@@ -179,8 +224,6 @@ impl Image {
                 0xC4 => read_codes(segment, &mut dc, &mut ac)?,
                 0xDB => read_quantisation(segment, &mut quantisation)?,
                 0xDD => restart = usize::from(u16::from_be_bytes(*segment.first_chunk()?)),
-                0xE0 if segment.starts_with(b"JFIF\0") => jfif = true,
-                0xEE if segment.starts_with(b"Adobe") => adobe = segment.get(11).copied(),
                 0xDA => {
                     let (width, height, mut components) = frame?;
                     read_scan(segment, &mut components)?;
@@ -190,24 +233,17 @@ impl Image {
                             return None;
                         }
                     }
-                    // As libjpeg decides.
-                    let named = components.iter().map(|component| component.id).eq(*b"RGB");
-                    let is_rgb = components.len() == 3 && !jfif && adobe.map_or(named, |transform| transform == 0);
+                    let ids = components.iter().map(|component| component.id).collect::<Vec<_>>();
+                    let is_rgb = ids.try_into().is_ok_and(|ids| colours.are_rgb(ids));
                     let (data, ends) = entropy_coded(segments.rest, restart > 0)?;
                     return Some(Self { width, height, components, is_rgb, dc, ac, restart, data, ends });
                 }
-                0xE0..=0xEF | 0xFE => {}
+                0xE0..=0xEF => colours.read(marker, segment),
+                0xFE => {}
                 _ => return None,
             }
         }
         None
-    }
-
-    /// Whether there is less than a sixteenth of the least data an image of this size has: not worth its memory.
-    fn lies(&self) -> bool {
-        // A block takes at least two codes of a bit each.
-        let blocks = self.width.div_ceil(8) * self.height.div_ceil(8);
-        self.data.len() * 8 * 16 < blocks * 2
     }
 
     /// How many pixels a unit has, across and down.
@@ -231,40 +267,41 @@ impl Image {
     /// Fills the planes; what the data does not reach is grey, as with libjpeg. `None` if it reaches nothing.
     #[inline(always)]
     fn decode_blocks(&mut self, region: &Region) -> Option<()> {
-        let units = self.width.div_ceil(self.unit().0);
+        let (across, down) = self.unit();
+        let units = self.width.div_ceil(across);
+        let (all, needed) = (units * self.height.div_ceil(down), units * region.rows.end);
         for component in &mut self.components {
             let blocks = region.columns.len() * component.across * region.rows.len() * component.down;
             component.plane = vec![GREY; blocks * 64];
         }
-        let mut bits = Bits::new(&self.data, 0);
-        let mut ends = self.ends.iter().copied();
-        let mut end = ends.next()?;
-        let mut until_restart = self.restart;
-        for unit in 0..region.rows.end * units {
-            if self.restart > 0 {
-                if until_restart == 0 {
-                    let Some(next) = ends.next() else { break };
-                    bits = Bits::new(&self.data, end);
-                    end = next;
-                    self.components.iter_mut().for_each(|component| component.mean = 0);
-                    until_restart = self.restart;
+        let interval = if self.restart > 0 { self.restart } else { all };
+        let (mut start, mut shown) = (0, false);
+        for (first, &end) in (0..all).step_by(interval).zip(&self.ends) {
+            let mut bits = Bits::new(&self.data, start);
+            self.components.iter_mut().for_each(|component| component.mean = 0);
+            for unit in first..all.min(first + interval) {
+                // Whether there is anything is the same of each part.
+                if shown && unit >= needed {
+                    return Some(());
                 }
-                until_restart -= 1;
+                let (row, column) = (unit / units, unit % units);
+                let place = (region.rows.contains(&row) && region.columns.contains(&column))
+                    .then(|| (column - region.columns.start, row - region.rows.start));
+                // A plain loop, which is inlined.
+                let mut decoded = Some(());
+                for component in &mut self.components {
+                    let (Some(dc), Some(ac)) = (&self.dc[component.dc], &self.ac[component.ac]) else { return None };
+                    decoded = decoded.and(component.decode(&mut bits, dc, ac, place, region.columns.len()));
+                }
+                if decoded.is_none() || bits.overran(end) {
+                    // The next interval may be whole.
+                    break;
+                }
+                shown = true;
             }
-            let (row, column) = (unit / units, unit % units);
-            let place = (region.rows.contains(&row) && region.columns.contains(&column))
-                .then(|| (column - region.columns.start, row - region.rows.start));
-            // A plain loop, which is inlined.
-            let mut decoded = Some(());
-            for component in &mut self.components {
-                let (Some(dc), Some(ac)) = (&self.dc[component.dc], &self.ac[component.ac]) else { return None };
-                decoded = decoded.and(component.decode(&mut bits, dc, ac, place, region.columns.len()));
-            }
-            if decoded.is_none() || bits.overran(end) {
-                return (unit > 0).then_some(());
-            }
+            start = end;
         }
-        Some(())
+        shown.then_some(())
     }
 
     /// Upsamples chroma and converts to red, green and blue.
