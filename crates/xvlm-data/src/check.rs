@@ -77,18 +77,18 @@ pub fn check(
     let mut chunk: Vec<Result<Arc<Record>, DataError>> = Vec::with_capacity(CHUNK);
     let mut seen = 0;
     let mut look = |chunk: &mut Vec<Result<Arc<Record>, DataError>>| {
-        let checked: Vec<_> = chunk.par_drain(..).map(|read| whole(read, config)).collect();
+        let checked: Vec<_> = chunk.par_drain(..).map(|read| look_at(read, config)).collect();
         seen += checked.len() as u64;
-        for result in checked {
-            match result {
-                Ok(record) => {
+        for looked in checked {
+            match looked {
+                Looked::Whole(record) => {
                     findings.records += 1;
                     findings.captions += record.captions.len() as u64;
                     findings.elems += record.elems.len() as u64;
                     findings.questions += record.questions.len() as u64;
                     findings.repeated_images += u64::from(!images.insert(source_key(&record.image)));
                 }
-                Err((error, origin)) => {
+                Looked::Broken(error, origin) => {
                     broken(&told(origin.as_ref(), &error));
                     findings.broken.add(1, error, origin.as_ref());
                 }
@@ -107,18 +107,23 @@ pub fn check(
     findings
 }
 
-/// The record, if nothing is wrong with it.
-fn whole(
-    read: Result<Arc<Record>, DataError>,
-    config: &CheckConfig,
-) -> Result<Arc<Record>, (DataError, Option<Origin>)> {
-    let record = read.map_err(|error| {
-        let origin = error.origin();
-        (error, origin)
-    })?;
-    match check_record(&record, config) {
-        Ok(()) => Ok(record),
-        Err(error) => Err((error, Some(record.origin.clone()))),
+/// What became of a record.
+enum Looked {
+    Whole(Arc<Record>),
+    /// With where it is, if that is known.
+    Broken(DataError, Option<Origin>),
+}
+
+fn look_at(read: Result<Arc<Record>, DataError>, config: &CheckConfig) -> Looked {
+    match read {
+        Err(error) => {
+            let origin = error.origin();
+            Looked::Broken(error, origin)
+        }
+        Ok(record) => match check_record(&record, config) {
+            Ok(()) => Looked::Whole(record),
+            Err(error) => Looked::Broken(error, Some(record.origin.clone())),
+        },
     }
 }
 
