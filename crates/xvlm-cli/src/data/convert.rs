@@ -448,8 +448,8 @@ impl Opener {
         };
         let images_text = in_utf8("images", &images)?;
         in_utf8("out", &out)?;
-        let files = inputs.iter().chain(&exclude).map(|file| in_utf8("annotations", file));
-        files.collect::<Result<Vec<_>, _>>()?;
+        inputs.iter().try_for_each(|file| in_utf8("annotations", file).map(drop))?;
+        exclude.iter().try_for_each(|file| in_utf8("exclude", file).map(drop))?;
         let mut excluded = Exclusions::default();
         for file in &exclude {
             excluded.read(file)?;

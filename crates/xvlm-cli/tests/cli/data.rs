@@ -1,6 +1,7 @@
 //! `xvlm data`: from published annotations to shards, and what can be seen of them.
 
 use std::fs;
+use std::process::Command;
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -63,6 +64,29 @@ fn coco_becomes_shards() {
     let text = text(dir, arguments);
     assert!(text.contains("coco in out") && text.contains("missing images"), "{text}");
     refused(dir, &format!("{arguments} --shuffle 1"), &["out: expected out: shards of the same settings"]);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn paths_that_json_cannot_tell_are_refused() {
+    use std::os::unix::ffi::OsStrExt;
+    let dir = folder();
+    let strange = std::ffi::OsStr::from_bytes(b"strange\xff");
+    for (option, others) in [
+        ("images", ["--captions", "captions.json", "--out", "out"]),
+        ("out", ["--captions", "captions.json", "--images", "images"]),
+        ("exclude", ["--out", "out", "--images", "images"]),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xvlm"));
+        command.current_dir(dir.path()).args(["data", "convert", "coco"]).args(others);
+        if option == "exclude" {
+            command.args(["--captions", "captions.json"]);
+        }
+        let output = command.arg(format!("--{option}")).arg(strange).output().unwrap();
+        let error = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        assert!(error.contains(&format!("{option}: expected a path in UTF-8, found strange")), "{error}");
+    }
 }
 
 #[test]

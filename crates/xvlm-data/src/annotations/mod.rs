@@ -7,7 +7,7 @@
 //!
 //! *Fine-tuning and evaluation.* [`Reading`] reads items of a task and counts what is broken; the functions `read_*` fail at
 //! the first broken item. Image paths are relative to the folder of the annotation file, or to a folder that the caller
-//! names. Identifiers are strings here, whether the file holds numbers or strings.
+//! names, and do not lead out of it (out of `/` none does). Identifiers are strings here, whether the file holds numbers or strings.
 
 mod coco;
 mod digest;

@@ -33,7 +33,8 @@ pub struct Loaded<T> {
 /// configurations list them, and numbers images across them; which form a file has is seen from its content.
 #[derive(Debug, Clone, Default)]
 pub struct Reading {
-    /// The folder that paths of images are relative to; the folder of each file by default.
+    /// The folder that paths of images are relative to; the folder of each file by default. An item whose path leads out of it
+    /// is broken; `/` permits any path.
     pub images: Option<PathBuf>,
     /// The folder of Visual Genome's images, for questions of `"dataset": "vg"`; `images` by default.
     pub vg_images: Option<PathBuf>,
