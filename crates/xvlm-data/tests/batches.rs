@@ -351,7 +351,7 @@ fn broken_records_are_named_and_replaced_until_there_are_too_many() {
     assert!(met >= 1 && seen == 12 + met, "{seen} {met}");
 
     let strict = builder(records.clone(), BatchConfig { batch_size: 12, max_bad_fraction: 0.01, ..config() });
-    let error = (0..4).find_map(|step| strict.captions(step).err()).expect("one in twelve is too many");
+    let error = (0..40).find_map(|step| strict.captions(step).err()).expect("one in twelve is too many");
     assert!(matches!(&error, DataError::TooManyBroken { .. }) && error.to_string().contains("3.png"), "{error}");
 
     (0..12).for_each(|i| fs::remove_file(dir.path().join(format!("{i}.png"))).unwrap());
