@@ -133,15 +133,26 @@ impl Tally {
     }
 }
 
-/// What is known of broken records among those that were drawn.
+/// Whether so many broken ones of those seen so far say that the share of all is above `limit`. What is seen is a sample, so
+/// it takes more than the share: three standard deviations of how many there are among as many from data at the limit, and
+/// a few more, because those are a poor bound where hardly any are expected. Of data that must have none, one is too many.
+pub(crate) fn too_many(met: u64, seen: u64, limit: f64) -> bool {
+    const DEVIATIONS: f64 = 3.0;
+    const FEW: f64 = 3.0;
+    let expected = limit * seen as f64;
+    met > 0 && (limit <= 0.0 || met as f64 > expected + DEVIATIONS * expected.sqrt() + FEW)
+}
+
+/// What is known of broken ones among those that were taken.
 #[derive(Debug, Default)]
 pub(crate) struct Broken {
     pub(crate) tally: Tally,
-    /// Records taken.
+    /// How many were taken.
     pub(crate) seen: u64,
 }
 
 impl Broken {
+    /// Counts one that is broken, and refuses more if there are too many, or if it is `hopeless`.
     pub(crate) fn note(
         &mut self,
         origin: Option<&Origin>,
@@ -149,15 +160,49 @@ impl Broken {
         limit: f64,
         hopeless: bool,
     ) -> Result<(), DataError> {
-        /// Fewer records say little about the share.
-        const ENOUGH: u64 = 20;
         self.seen += 1;
         self.tally.add(1, error, origin);
         let met = self.tally.total();
-        let too_many = self.seen >= ENOUGH && met as f64 > limit * self.seen as f64;
-        if !too_many && !hopeless {
-            return Ok(());
+        match hopeless || too_many(met, self.seen, limit) {
+            true => Err(DataError::too_many_broken(met, self.seen, limit, self.tally.examples())),
+            false => Ok(()),
         }
-        Err(DataError::too_many_broken(met, self.seen, limit, self.tally.examples()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng, SeedableRng};
+
+    use super::*;
+
+    /// After how many draws data with this share of broken records are refused, if before `most`.
+    fn refused(share: f64, limit: f64, most: u64, seed: u64) -> Option<u64> {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+        let mut met = 0;
+        (1..=most).find(|&seen| {
+            met += u64::from(rng.random_bool(share));
+            too_many(met, seen, limit)
+        })
+    }
+
+    #[test]
+    fn data_below_the_limit_are_not_refused_by_chance() {
+        for (share, limit) in [(0.005, 0.01), (0.001, 0.01), (0.02, 0.05), (0.4, 0.5)] {
+            let stopped = (0..300).filter(|&seed| refused(share, limit, 20_000, seed).is_some()).count();
+            assert!(stopped <= 1, "{share} of {limit}: {stopped} of 300");
+        }
+        for at in 1..100 {
+            assert!(!too_many(1, at, 0.01), "one broken record at {at}");
+        }
+    }
+
+    #[test]
+    fn data_above_the_limit_are_refused_soon() {
+        for seed in 0..100 {
+            assert!(refused(1.0, 0.01, 10, seed).is_some() && refused(1.0, 0.5, 50, seed).is_some());
+            assert!(refused(0.1, 0.01, 500, seed).is_some() && refused(0.02, 0.01, 10_000, seed).is_some());
+        }
+        assert!(too_many(1, 1, 0.0) && too_many(1, 1_000_000, 0.0) && !too_many(0, 10, 0.0));
     }
 }

@@ -86,6 +86,18 @@ pub enum DataError {
         /// What was there.
         found: String,
     },
+    /// A shard that cannot be opened, told again for each of its records; the data set counts it once.
+    #[error(transparent)]
+    Unopened(std::sync::Arc<DataError>),
+    /// A temporary file, into which shards are fetched or unpacked, that cannot be made or written. That says nothing of
+    /// the data, so it ends a run.
+    #[error("{}: expected room for the temporary file of a shard (spool_dir), found {source}", folder.display())]
+    Spool {
+        /// The folder of temporary files.
+        folder: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
     /// A record that an index file says is broken.
     #[error("{}{place}: {reason}", path.display())]
     Indexed {
@@ -223,8 +235,11 @@ impl DataError {
             Self::Io { source, .. } => format!("a file that cannot be read: {}", source.kind()),
             Self::Json { .. } => "no JSON".to_owned(),
             Self::Field { field, expected, .. } => format!("{}: not {expected}", without_numbers(field)),
-            Self::Shard { expected, .. } => format!("not {expected}"),
-            Self::Indexed { reason, .. } => reason.clone(),
+            Self::Shard { expected, .. } => format!("not {}", any_numbers(expected)),
+            Self::Unopened(error) => error.reason(),
+            Self::Spool { source, .. } => format!("no room for a temporary file: {}", source.kind()),
+            Self::Indexed { reason, .. } => any_numbers(reason),
+            Self::ImageSize { .. } => "an image of no pixels, or of more than are allowed".to_owned(),
             Self::Image { .. } => "an image that cannot be read".to_owned(),
             Self::BoxOutside { field, .. } => format!("{}: a box outside its image", without_numbers(field)),
             Self::EmptyText { .. } => "a text without a word".to_owned(),
@@ -243,6 +258,7 @@ impl DataError {
             Self::Json { path, place, .. } | Self::Shard { path, place, .. } | Self::Indexed { path, place, .. } => {
                 (path.as_path(), place)
             }
+            Self::Unopened(error) => return error.origin(),
             _ => return None,
         };
         Some(Origin { file: path.into(), place: place.clone() })
@@ -252,6 +268,20 @@ impl DataError {
 /// A field's path such as `elems[2].bb` without its numbers.
 fn without_numbers(field: &str) -> String {
     field.split_inclusive('[').map(|part| part.trim_start_matches(|c: char| c.is_ascii_digit())).collect()
+}
+
+/// A text in which `N` stands for every number.
+fn any_numbers(text: &str) -> String {
+    let mut after_digit = false;
+    let letter = |c: char| {
+        let again = std::mem::replace(&mut after_digit, c.is_ascii_digit());
+        match (c.is_ascii_digit(), again) {
+            (true, true) => None,
+            (true, false) => Some('N'),
+            (false, _) => Some(c),
+        }
+    };
+    text.chars().filter_map(letter).collect()
 }
 
 /// The first characters of a value, for messages.

@@ -165,6 +165,8 @@ impl<T> Loader<T> {
     }
 }
 
+/// Waits for the batches that are being built. Where one needs a shard of a store that does not answer, that takes as long as
+/// [`StorageOptions`](crate::StorageOptions) let it be asked.
 impl<T> Drop for Loader<T> {
     fn drop(&mut self) {
         self.shared.lock().stopped = true;

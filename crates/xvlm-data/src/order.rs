@@ -4,9 +4,9 @@
 //! a source are shuffled, as many as make a window are taken after one another, and the records of a window are shuffled.
 //! Several sources are mixed by their weights in blocks, so that how far each of them is follows from the position alone.
 //!
-//! Positions are those of one process (rank) of several. If all shards can be sought in as they lie, or an entry of the
-//! list of files has fewer shards than there are processes, each process takes every `ranks`-th record of a common order;
-//! otherwise each has shards of its own, so that it fetches no others. Either way no two processes take the same record of
+//! Positions are those of one process (rank) of several. If all shards of a source can be sought in as they lie, or it has
+//! fewer shards than there are processes, each process takes every `ranks`-th record of a common order; otherwise each has
+//! shards of its own, so that it fetches no others. Either way no two processes take the same record of
 //! an epoch, whatever the numbers of records, shards and processes.
 
 use std::collections::VecDeque;
@@ -18,7 +18,7 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
-use crate::dataset::Dataset;
+use crate::dataset::{Dataset, is_failed};
 use crate::error::DataError;
 use crate::records::Record;
 use crate::shards::{Index, Need, OpenShard};
@@ -68,17 +68,19 @@ impl Order {
         (self.rank, self.ranks) = (rank as u64, ranks.max(1) as u64);
         let dataset = &self.dataset;
         let stream = |source: &crate::dataset::Source| {
-            let seekable = source.parts().all(|part| dataset.is_seekable(part));
-            let few = source.entries.iter().any(|entry| entry.len() < ranks);
-            let shared = ranks <= 1 || seekable || few;
-            let own = |entry: &std::ops::Range<usize>| entry.clone().skip(rank).step_by(ranks.max(1));
-            let parts: Vec<usize> =
-                if shared { source.parts().collect() } else { source.entries.iter().flat_map(own).collect() };
+            let seekable = source.parts.clone().all(|part| dataset.is_seekable(part));
+            let shared = ranks <= 1 || seekable || source.parts.len() < ranks;
+            let (first, step) = if shared { (0, 1) } else { (rank, ranks) };
+            let parts: Vec<usize> = source.parts.clone().skip(first).step_by(step).collect();
             let window = dataset.window(&parts);
             Stream { window, parts, shared, total: OnceLock::new(), recent: Mutex::default(), ahead: Arc::default() }
         };
         self.streams = dataset.sources.iter().map(stream).collect();
         self
+    }
+
+    pub(crate) fn dataset(&self) -> &Arc<Dataset> {
+        &self.dataset
     }
 
     /// What the records are needed for.
@@ -103,7 +105,8 @@ impl Order {
     ///
     /// # Errors
     ///
-    /// [`DataError::Config`] when no record has what is needed; else the record at this position is broken, which says
+    /// [`DataError::Config`] when no record has what is needed, and [`DataError::Spool`] when there is no room for a shard;
+    /// else the record at this position is broken, or its shard cannot be opened ([`DataError::Unopened`]), which says
     /// nothing of the others.
     pub fn record(&self, position: u64) -> Result<Arc<Record>, DataError> {
         let (source, position) = match &self.mix {
@@ -118,28 +121,44 @@ impl Order {
     fn find(&self, source: usize, position: u64) -> Result<(usize, usize), DataError> {
         let stream = &self.streams[source];
         let position = if stream.shared { position.wrapping_mul(self.ranks).wrapping_add(self.rank) } else { position };
-        loop {
-            if let Some(total) = self.known_total(stream) {
+        // Numbers of records change when a shard can be opened that could not be before; then it is looked for again.
+        const AGAIN: usize = 8;
+        let mut attempts = 0;
+        while attempts < AGAIN {
+            let (total, changes) = (self.known_total(stream), self.dataset.changes());
+            if let Some(total) = total {
                 if total == 0 {
                     return Err(self.nothing());
                 }
-                let plan = self.plan(source, position / total);
+                let plan = self.plan(source, position / total, Some(total));
                 let rest = position % total;
                 let starts = plan.starts.as_deref().unwrap_or_default();
                 let window = starts.partition_point(|&start| start <= rest).saturating_sub(1);
                 let start = starts.get(window).copied().unwrap_or_default();
-                return self.in_window(source, &plan, window, rest - start);
+                if let Some(found) = self.in_window(source, &plan, window, rest - start)? {
+                    return Ok(found);
+                }
+                attempts += 1;
+                continue;
             }
             // Of the first epoch, or all shards were opened in it. Those before the position have to be opened.
-            let (plan, mut rest) = (self.plan(source, 0), position);
+            let (plan, mut rest) = (self.plan(source, 0, None), position);
             for (number, window) in plan.parts.chunks(stream.window).enumerate() {
-                let count: u64 = window.iter().map(|&part| self.count(part)).sum();
+                let mut count = 0;
+                for &part in window {
+                    count += self.count(part)?;
+                }
                 if rest < count {
-                    return self.in_window(source, &plan, number, rest);
+                    if let Some(found) = self.in_window(source, &plan, number, rest)? {
+                        return Ok(found);
+                    }
+                    break;
                 }
                 rest -= count;
             }
+            attempts += usize::from(changes == self.dataset.changes());
         }
+        Err(self.nothing())
     }
 
     fn nothing(&self) -> DataError {
@@ -160,22 +179,25 @@ impl Order {
         if let Some(total) = stream.total.get() {
             return Some(*total);
         }
+        // Asked first: what is known does not change.
+        let all_known = stream.parts.iter().all(|&part| self.dataset.is_known(part));
         let total = stream.parts.iter().map(|&part| self.dataset.known_count(part, self.need)).sum::<Option<u64>>()?;
-        Some(*stream.total.get_or_init(|| total))
+        Some(if all_known { *stream.total.get_or_init(|| total) } else { total })
     }
 
     /// Records of a shard, which is opened if need be.
-    fn count(&self, part: usize) -> u64 {
-        let known = self.dataset.known_count(part, self.need);
-        known.unwrap_or_else(|| u64::from(self.dataset.index_or_failed(part).count(self.need)))
+    fn count(&self, part: usize) -> Result<u64, DataError> {
+        match self.dataset.known_count(part, self.need) {
+            Some(count) => Ok(count),
+            None => Ok(u64::from(self.dataset.hold(part)?.0.count(self.need))),
+        }
     }
 
-    /// The shards of an epoch in their order.
-    fn plan(&self, source: usize, epoch: u64) -> Arc<Plan> {
+    /// The shards of an epoch in their order. `total` are the records of all, if that is known.
+    fn plan(&self, source: usize, epoch: u64, total: Option<u64>) -> Arc<Plan> {
         let stream = &self.streams[source];
-        let known = self.known_total(stream).is_some();
         let mut recent = stream.recent.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(plan) = recent.plans.iter().find(|plan| plan.epoch == epoch && plan.starts.is_some() == known) {
+        if let Some(plan) = recent.plans.iter().find(|plan| plan.epoch == epoch && plan.total == total) {
             return Arc::clone(plan);
         }
         let mut parts = stream.parts.clone();
@@ -184,24 +206,37 @@ impl Order {
             let key = self.need.stream() | (source as u64) << SOURCE | SHARDS;
             parts.shuffle(&mut generator(self.seed, key, epoch, 0));
         }
-        let starts = known.then(|| {
-            let counts = parts.chunks(stream.window).map(|window| window.iter().map(|&part| self.count(part)).sum());
+        let starts = total.map(|_| {
+            let count = |&part: &usize| self.dataset.known_count(part, self.need).unwrap_or_default();
+            let counts = parts.chunks(stream.window).map(|window| window.iter().map(count).sum());
             let starts = counts.scan(0, |start, count: u64| {
                 *start += count;
                 Some(*start - count)
             });
             starts.collect()
         });
-        let plan = Arc::new(Plan { epoch, parts, starts });
+        let plan = Arc::new(Plan { epoch, parts, total, starts });
+        recent.plans.retain(|kept| kept.epoch != epoch);
         recent.plans.truncate(Recent::KEPT - 1);
         recent.plans.push_front(Arc::clone(&plan));
         plan
     }
 
-    fn in_window(&self, source: usize, plan: &Plan, window: usize, at: u64) -> Result<(usize, usize), DataError> {
+    /// The shard and number of a record; nothing if it is to be looked for again, since more is known of its shard now.
+    fn in_window(
+        &self,
+        source: usize,
+        plan: &Plan,
+        window: usize,
+        at: u64,
+    ) -> Result<Option<(usize, usize)>, DataError> {
         let stream = &self.streams[source];
-        let Some(parts) = plan.parts.chunks(stream.window).nth(window) else { return Err(self.nothing()) };
-        let shuffled = match stream.kept(plan.epoch, window) {
+        let Some(parts) = plan.parts.chunks(stream.window).nth(window) else { return Ok(None) };
+        let still = |kept: &Arc<Window>| {
+            let shards = parts.iter().zip(&kept.shards);
+            shards.into_iter().all(|(&part, (index, _))| !is_failed(index) || !self.dataset.is_known(part))
+        };
+        let shuffled = match stream.kept(plan.epoch, window).filter(still) {
             Some(shuffled) => shuffled,
             None => {
                 let shuffled = self.shuffle(stream, source, plan.epoch, window, parts)?;
@@ -209,14 +244,19 @@ impl Order {
                 shuffled
             }
         };
-        let mut number = shuffled.order.get(at as usize).map_or(usize::MAX, |&number| number as usize);
+        let Some(&number) = shuffled.order.get(at as usize) else { return Ok(None) };
+        let mut number = number as usize;
         for (&part, (index, _)) in parts.iter().zip(&shuffled.shards) {
             if number < index.len() {
-                return Ok((part, number));
+                if is_failed(index) {
+                    // Tried again from time to time.
+                    return self.dataset.index(part).map(|_| None);
+                }
+                return Ok(Some((part, number)));
             }
             number -= index.len();
         }
-        Err(self.nothing())
+        Ok(None)
     }
 
     fn shuffle(
@@ -228,16 +268,20 @@ impl Order {
         parts: &[usize],
     ) -> Result<Arc<Window>, DataError> {
         // Before the lock: opening takes long, and others may be busy in another window.
-        let shards: Vec<_> = parts.iter().map(|&part| self.dataset.hold(part)).collect();
+        let shards = parts.iter().map(|&part| self.dataset.hold(part)).collect::<Result<Vec<_>, _>>()?;
         let records: usize = shards.iter().map(|(index, _)| index.len()).sum();
         if u32::try_from(records).is_err() {
             let expected = format!("windows of at most {} records", u32::MAX);
             return Err(DataError::Config { field: "window", expected, found: format!("one of {records}") });
         }
         let mut recent = stream.recent.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kept) = recent.window(epoch, window) {
+        let same =
+            |((one, _), (other, _)): (&Held, &Held)| Arc::ptr_eq(one, other) || is_failed(one) && is_failed(other);
+        let kept = recent.window(epoch, window).filter(|kept| kept.shards.iter().zip(&shards).all(same));
+        if let Some(kept) = kept {
             return Ok(kept);
         }
+        recent.windows.retain(|kept| (kept.epoch, kept.window) != (epoch, window));
         recent.make_room(records);
         let count = shards.iter().map(|(index, _)| index.count(self.need) as usize).sum();
         let mut order = Vec::with_capacity(count);
@@ -264,7 +308,13 @@ impl Order {
         }
         let parts = match plan.parts.chunks(stream.window).nth(window + 1) {
             Some(parts) => parts.to_vec(),
-            None => self.plan(source, plan.epoch + 1).parts.iter().copied().take(stream.window).collect(),
+            None => self
+                .plan(source, plan.epoch + 1, self.known_total(stream))
+                .parts
+                .iter()
+                .copied()
+                .take(stream.window)
+                .collect(),
         };
         let (dataset, ahead) = (Arc::clone(&self.dataset), Arc::clone(&stream.ahead));
         let fetch = move || {
@@ -274,7 +324,7 @@ impl Order {
                     return;
                 }
                 // What cannot be opened is told when it is drawn from.
-                held.extend(dataset.hold(part).1);
+                held.extend(dataset.hold(part).ok().and_then(|(_, open)| open));
             }
             *ahead.held.lock().unwrap_or_else(PoisonError::into_inner) = held;
             ahead.busy.store(false, SeqCst);
@@ -355,9 +405,14 @@ impl Recent {
 struct Plan {
     epoch: u64,
     parts: Vec<usize>,
+    /// Records of all, if that is known; one for each shard that cannot be opened.
+    total: Option<u64>,
     /// How many records come before each window, if all shards' numbers of records are known.
     starts: Option<Vec<u64>>,
 }
+
+/// The index of a shard, and the shard if it is kept open.
+type Held = (Arc<Index>, Option<Arc<OpenShard>>);
 
 /// Some shards of an epoch after one another.
 #[derive(Debug)]
@@ -365,7 +420,7 @@ struct Window {
     epoch: u64,
     window: usize,
     /// Those in temporary files are open.
-    shards: Vec<(Arc<Index>, Option<Arc<OpenShard>>)>,
+    shards: Vec<Held>,
     /// The records that take part, by their numbers in the window, in their order.
     order: Vec<u32>,
 }

@@ -18,6 +18,7 @@ use tokenizers::{
 
 use crate::error::DataError;
 use crate::json::io_error;
+use crate::storage::atomic;
 use crate::tokens::{BERT_SPECIALS, CONTINUES, TextTokenizer};
 
 /// RoBERTa's special tokens in the order it numbers them (but for its mask, which comes last there).
@@ -215,12 +216,10 @@ fn learning(expected: &str, found: String) -> DataError {
 
 /// Writes beside the file, then puts it in its place.
 fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), DataError> {
-    let wrong = |source| io_error(path, source);
-    let folder = path.parent().unwrap_or(Path::new("."));
-    // Made by hand, because the crate's own files can be read by nobody else.
-    let mut file = tempfile::Builder::new().make_in(folder, |path| std::fs::File::create_new(path)).map_err(wrong)?;
-    file.write_all(bytes).map_err(wrong)?;
-    file.as_file().sync_all().map_err(wrong)?;
-    file.persist(path).map_err(|error| wrong(error.error))?;
-    Ok(())
+    let write = || {
+        let mut file = atomic::beside(path)?;
+        file.write_all(bytes)?;
+        atomic::keep(file, path)
+    };
+    write().map_err(|source| io_error(path, source))
 }

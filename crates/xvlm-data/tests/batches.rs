@@ -7,8 +7,8 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use xvlm_data::{
-    BatchBuilder, BatchConfig, DataError, Dataset, FlipTexts, GenerationConfig, ImageCache, Padding, Picture, Place,
-    Record, RegionBatch, Target, TextTokenizer, read_jsonl,
+    BatchBuilder, BatchConfig, DataError, Dataset, DatasetConfig, FlipTexts, GenerationConfig, ImageCache, Padding,
+    Picture, Place, Record, RegionBatch, SourceConfig, StorageOptions, Target, TextTokenizer, read_jsonl,
 };
 
 const WORDS: [&str; 14] =
@@ -351,7 +351,7 @@ fn broken_records_are_named_and_replaced_until_there_are_too_many() {
     assert!(met >= 1 && seen == 12 + met, "{seen} {met}");
 
     let strict = builder(records.clone(), BatchConfig { batch_size: 12, max_bad_fraction: 0.01, ..config() });
-    let error = (0..4).find_map(|step| strict.captions(step).err()).expect("one in twelve is too many");
+    let error = (0..40).find_map(|step| strict.captions(step).err()).expect("one in twelve is too many");
     assert!(matches!(&error, DataError::TooManyBroken { .. }) && error.to_string().contains("3.png"), "{error}");
 
     (0..12).for_each(|i| fs::remove_file(dir.path().join(format!("{i}.png"))).unwrap());
@@ -386,4 +386,44 @@ fn values_that_make_no_sense_are_refused() {
     }
     let error = BatchConfig { resolution: 70, ..config() }.check().unwrap_err().to_string();
     assert!(error.contains("resolution") && error.contains("16"), "{error}");
+}
+
+fn gzip(text: &[u8]) -> Vec<u8> {
+    let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    std::io::Write::write_all(&mut out, text).unwrap();
+    out.finish().unwrap()
+}
+
+#[test]
+fn what_is_broken_in_shards_that_are_opened_later_counts() {
+    let dir = folder();
+    write_records(dir.path(), &["a box"]);
+    let good = fs::read_to_string(dir.path().join("records.jsonl")).unwrap();
+    let packed = dir.path().join("packed");
+    fs::create_dir(&packed).unwrap();
+    let build = |max_bad_fraction| {
+        let source =
+            SourceConfig { image_root: Some(dir.path().to_owned()), ..SourceConfig::files([packed.to_str().unwrap()]) };
+        let dataset = Dataset::open(&[source], &DatasetConfig::default(), &StorageOptions::default()).unwrap();
+        dataset.check_broken(max_bad_fraction).unwrap();
+        let config = BatchConfig { max_bad_fraction, ..config() };
+        BatchBuilder::new(Arc::new(dataset), tokenizer(), config, Arc::new(ImageCache::new(1 << 26))).unwrap()
+    };
+    // Nine lines in ten are no JSON.
+    fs::write(packed.join("0.jsonl.gz"), gzip(format!("{}{good}", "no JSON\n".repeat(108)).as_bytes())).unwrap();
+    let error = build(0.5).captions(0).map(drop).unwrap_err();
+    assert!(matches!(&error, DataError::TooManyBroken { broken: 108, seen: 120, .. }), "{error}");
+    assert!(error.to_string().contains("0.jsonl.gz:1"), "{error}");
+    let lenient = build(0.95);
+    lenient.captions(0).unwrap();
+    lenient.captions(1).unwrap();
+    assert_eq!(lenient.counts(), (10 + 108, 108));
+    assert!(lenient.broken()[0].to_string().contains("0.jsonl.gz:1"));
+
+    // Three shards in four cannot be opened, and count as many records each as the fourth has.
+    fs::write(packed.join("0.jsonl.gz"), gzip(good.as_bytes())).unwrap();
+    let unreadable = gzip(&gzip(good.as_bytes()));
+    (1..4).for_each(|shard| fs::write(packed.join(format!("{shard}.jsonl.gz")), &unreadable).unwrap());
+    let error = build(0.5).captions(0).map(drop).unwrap_err();
+    assert!(matches!(&error, DataError::TooManyBroken { broken: 36, seen: 48, .. }), "{error}");
 }

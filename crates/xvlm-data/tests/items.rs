@@ -356,7 +356,7 @@ fn broken_items_are_named_and_replaced_until_there_are_too_many() {
     assert_eq!(found, [0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11]);
 
     let strict = batches(Images, items, config());
-    let error = (0..9).find_map(|step| strict.training(step).err()).expect("two in thirteen are too many");
+    let error = (0..40).find_map(|step| strict.training(step).err()).expect("two in thirteen are too many");
     assert!(matches!(&error, DataError::TooManyBroken { .. }) && error.to_string().contains("item 3"), "{error}");
     let hopeless = vec![ImageSource::Path(dir.path().join("none.png"))];
     let hopeless = batches(Images, hopeless, ItemConfig { max_bad_fraction: 1.0, ..config() });

@@ -230,3 +230,16 @@ fn a_shard_is_fetched_by_its_own_process_only() {
     assert_eq!(own, [5, 6, 7, 8, 9, 25, 26, 27, 28, 29]);
     assert_eq!((dataset.found(), dataset.count(Need::Captions)), (10, None));
 }
+
+#[test]
+fn a_list_of_single_shards_is_dealt_out_too() {
+    let folder = shards(&[5; 8], true);
+    let files: Vec<String> =
+        (0..8).map(|shard| folder.path().join(format!("{shard:05}")).display().to_string()).collect();
+    let sources: Vec<SourceConfig> = files[4..].iter().map(|file| SourceConfig::files([file])).collect();
+    let sources = [vec![SourceConfig::files(&files[..4])], sources].concat();
+    let dataset = Arc::new(Dataset::open(&sources, &DatasetConfig::default(), &StorageOptions::default()).unwrap());
+    let order = Order::new(Arc::clone(&dataset), Need::Captions, 1).unwrap().for_rank(1, 4);
+    assert_eq!(sorted(drawn(&order, 0..10)), [5, 6, 7, 8, 9, 25, 26, 27, 28, 29]);
+    assert_eq!(dataset.found(), 10);
+}

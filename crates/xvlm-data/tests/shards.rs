@@ -237,10 +237,10 @@ fn an_index_file_is_used_if_it_fits() {
     ] {
         let path = folder.path().join(name);
         fs::write(&path, &content).unwrap();
-        assert!(Index::read(&path).is_none());
+        assert!(Index::read(&path, &RecordKeys::default()).is_none());
         let index = index_shard(&path, &RecordKeys::default(), &ShardLimits::default()).unwrap();
         index.write(&path).unwrap();
-        let read = Index::read(&path).unwrap();
+        let read = Index::read(&path, &RecordKeys::default()).unwrap();
         assert_eq!((read.len(), read.count(Need::Captions), read.count(Need::Elems)), (2, 2, 0), "{name}");
         assert_eq!(read.broken().reasons(), index.broken().reasons(), "{name}");
         assert_eq!(read.broken().total(), 1, "{name}");
@@ -262,11 +262,11 @@ fn an_index_file_is_used_if_it_fits() {
             let mut bad = good.clone();
             bad[byte] ^= 1;
             fs::write(&idx, &bad).unwrap();
-            assert!(Index::read(&path).is_none(), "{name}: byte {byte}");
+            assert!(Index::read(&path, &RecordKeys::default()).is_none(), "{name}: byte {byte}");
         }
         for end in 0..good.len() {
             fs::write(&idx, &good[..end]).unwrap();
-            assert!(Index::read(&path).is_none(), "{name}: cut at {end}");
+            assert!(Index::read(&path, &RecordKeys::default()).is_none(), "{name}: cut at {end}");
         }
         assert_eq!(visit(&open(&path).unwrap()).1.len(), 1, "{name}");
         // So does another shard of the same length.
@@ -274,11 +274,11 @@ fn an_index_file_is_used_if_it_fits() {
         let mut other = content.clone();
         *other.last_mut().unwrap() ^= 1;
         fs::write(&path, &other).unwrap();
-        assert!(Index::read(&path).is_none(), "{name}");
+        assert!(Index::read(&path, &RecordKeys::default()).is_none(), "{name}");
         let mut longer = content;
         longer.push(b'\n');
         fs::write(&path, &longer).unwrap();
-        assert!(Index::read(&path).is_none(), "{name}");
+        assert!(Index::read(&path, &RecordKeys::default()).is_none(), "{name}");
         assert_eq!(visit(&open(&path).unwrap()).0.len(), 2, "{name}");
         fs::remove_file(&path).unwrap();
         fs::remove_file(&idx).unwrap();
@@ -329,7 +329,7 @@ proptest! {
             }
             prop_assert!(!path.exists());
             writer.finish().unwrap();
-            prop_assert!(Index::read(&path).is_some());
+            prop_assert!(Index::read(&path, &RecordKeys::default()).is_some());
             let source = SourceConfig { image_root: Some("/".into()), ..SourceConfig::files([path.to_str().unwrap()]) };
             let (read, errors) = visit(&open_with(source, &DatasetConfig::default()).unwrap());
             prop_assert!(errors.is_empty(), "{:?}", errors);
@@ -338,7 +338,7 @@ proptest! {
             prop_assert_eq!(&read, &records);
             // What the index file says is what is found without it.
             let found = index_shard(&path, &RecordKeys::default(), &ShardLimits::default()).unwrap();
-            let written = Index::read(&path).unwrap();
+            let written = Index::read(&path, &RecordKeys::default()).unwrap();
             prop_assert_eq!(Need::ALL.map(|need| found.count(need)), Need::ALL.map(|need| written.count(need)));
             let left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
             prop_assert!(left.iter().all(|name| name.to_str().unwrap().starts_with("a.")), "{:?}", left);
@@ -462,4 +462,59 @@ fn files_that_others_wrote_are_read() {
         assert!(records.is_empty());
         assert!(errors[0].to_string().contains("--features zstd"), "{errors:?}");
     }
+}
+
+#[test]
+fn an_index_of_other_keys_is_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let kept = folder.path().join("kept");
+    let text =
+        "{\"binary\": \"AAAA\", \"caption\": \"a\", \"title\": \"b\"}\n{\"binary\": \"AAAA\", \"title\": \"c\"}\n";
+    for (name, content) in [("a.jsonl", text.as_bytes().to_vec()), ("a.jsonl.gz", gzip(text.as_bytes()))] {
+        let path = folder.path().join(name);
+        fs::write(&path, content).unwrap();
+        index_shard(&path, &RecordKeys::default(), &ShardLimits::default()).unwrap().write(&path).unwrap();
+        let titles = RecordKeys { caption_key: Some("title".to_owned()), ..RecordKeys::default() };
+        assert!(Index::read(&path, &titles).is_none());
+        // The standard name is no other key.
+        let same = RecordKeys { caption_key: Some("caption".to_owned()), ..RecordKeys::default() };
+        assert!(Index::read(&path, &same).is_some());
+        for (keys, count) in [(RecordKeys::default(), 1), (titles.clone(), 2), (RecordKeys::default(), 1), (titles, 2)]
+        {
+            let config = DatasetConfig { index_dir: Some(kept.clone()), ..DatasetConfig::default() };
+            let source = SourceConfig { keys, ..SourceConfig::files([path.to_str().unwrap()]) };
+            let order = Order::new(Arc::new(open_with(source, &config).unwrap()), Need::Captions, 1).unwrap();
+            order.record(0).unwrap();
+            assert_eq!(order.len(), Some(count), "{name}");
+        }
+    }
+}
+
+#[test]
+fn objects_of_a_table_are_json_in_strings() {
+    use parquet::data_type::{ByteArray, ByteArrayType};
+    use parquet::file::writer::SerializedFileWriter;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.parquet");
+    let schema = "message table { optional binary jpg; optional binary caption (UTF8); optional group elems (LIST) { repeated group list { optional binary element (UTF8); } } }";
+    let schema = Arc::new(parquet::schema::parser::parse_message_type(schema).unwrap());
+    let mut writer = SerializedFileWriter::new(fs::File::create(&path).unwrap(), schema, Arc::default()).unwrap();
+    let mut group = writer.next_row_group().unwrap();
+    type Column<'a> = (&'a [&'a [u8]], &'a [i16], Option<&'a [i16]>);
+    let columns: [Column<'_>; 3] = [
+        (&[IMAGE, IMAGE], &[1, 1], None),
+        (&[b"text 0", b"text 1"], &[1, 1], None),
+        (&[b"box"], &[0, 3], Some(&[0, 0])),
+    ];
+    for (values, levels, repeated) in columns {
+        let values: Vec<ByteArray> = values.iter().map(|value| ByteArray::from(value.to_vec())).collect();
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<ByteArrayType>().write_batch(&values, Some(levels), repeated).unwrap();
+        column.close().unwrap();
+    }
+    group.close().unwrap();
+    writer.close().unwrap();
+    let (records, errors) = visit(&open(&path).unwrap());
+    assert_eq!(numbers(&records), [0]);
+    assert!(errors.len() == 1 && errors[0].to_string().contains("elems: expected JSON in a string"), "{errors:?}");
 }

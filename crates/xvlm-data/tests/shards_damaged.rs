@@ -5,10 +5,13 @@ mod shard_files;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::json;
 use shard_files::{gzip, img2dataset, line, lines, numbers, open, open_with, place, read, tar, visit, zstd};
-use xvlm_data::{DataError, DatasetConfig, ImageSource, Need, Order, Place, ShardLimits, SourceConfig};
+use xvlm_data::{
+    DataError, Dataset, DatasetConfig, ImageSource, Need, Order, Place, ShardLimits, SourceConfig, StorageOptions,
+};
 
 const IMAGE: &[u8] = b"image";
 
@@ -165,7 +168,7 @@ fn a_shard_that_cannot_be_read_costs_its_records_only() {
     }
     // Named but not there: among others it is broken, alone it is a mistake.
     let dataset = open(&root.join("{0..3}.jsonl")).unwrap();
-    assert_eq!((dataset.shards(), dataset.found()), (4, 31));
+    assert_eq!((dataset.shards(), dataset.found()), (4, 30));
     assert_eq!(dataset.broken().total(), 10, "as many as the others have");
     assert!(dataset.broken().examples()[0].to_string().contains("3.jsonl"));
     assert!(dataset.check_broken(0.3).is_ok());
@@ -291,4 +294,94 @@ fn bytes_of(content: &[u8]) -> fs::File {
     let mut file = tempfile::tempfile().unwrap();
     std::io::Write::write_all(&mut file, content).unwrap();
     file
+}
+
+#[test]
+fn a_shard_that_can_be_opened_later_is_as_if_it_always_could() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |shard: usize| folder.path().join(format!("{shard}.jsonl.gz"));
+    for shard in 0..6 {
+        fs::write(path(shard), gzip(lines(10 * shard..10 * shard + 10).as_bytes())).unwrap();
+    }
+    let good = fs::read(path(2)).unwrap();
+    fs::write(path(2), gzip(&good)).unwrap();
+    let open = |timeout| {
+        let config = DatasetConfig { window: Some(2), ..DatasetConfig::default() };
+        let storage = StorageOptions { timeout, ..StorageOptions::default() };
+        let source = SourceConfig::files([folder.path().to_str().unwrap()]);
+        Arc::new(Dataset::open(&[source], &config, &storage).unwrap())
+    };
+    let order = |dataset: &Arc<Dataset>| Order::new(Arc::clone(dataset), Need::Captions, 3).unwrap();
+    // One that is tried again at once, and one that leaves it alone.
+    let (dataset, patient) = (open(Duration::ZERO), open(Duration::from_secs(600)));
+    let (order_of, patient) = (order(&dataset), order(&patient));
+    for order in [&order_of, &patient] {
+        let drawn: Vec<_> = (0..51).map(|position| order.record(position)).collect();
+        let errors: Vec<_> = drawn.iter().filter_map(|result| result.as_ref().err()).collect();
+        assert_eq!((drawn.iter().flatten().count(), errors.len()), (50, 1));
+        assert!(matches!(errors[0], DataError::Unopened(_)) && errors[0].to_string().contains("2.jsonl.gz"));
+        let again = (51..102).filter_map(|position| order.record(position).err()).next().unwrap();
+        assert_eq!(again.reason(), errors[0].reason());
+    }
+    assert_eq!((dataset.found(), dataset.broken().total(), dataset.broken().reasons().len()), (50, 10, 1));
+
+    fs::write(path(2), good).unwrap();
+    assert!((0..51).any(|position| patient.record(position).is_err()));
+    (0..60).for_each(|position| drop(order_of.record(position)));
+    let fresh = order(&open(Duration::ZERO));
+    for position in 0..180 {
+        let (record, expected) = (order_of.record(position).unwrap(), fresh.record(position).unwrap());
+        assert_eq!(record, expected, "{position}");
+    }
+    assert_eq!((dataset.found(), dataset.broken().total()), (60, 0));
+}
+
+#[test]
+fn no_room_for_temporary_files_says_nothing_of_the_shards() {
+    let folder = tempfile::tempdir().unwrap();
+    let spool = folder.path().join("spool");
+    for (name, content) in [("a.jsonl.gz", gzip(lines(0..5).as_bytes())), ("a.parquet", img2dataset(0..5, 2))] {
+        let path = folder.path().join(name);
+        fs::write(&path, content).unwrap();
+        let limits = ShardLimits { spool_dir: Some(spool.clone()), ..ShardLimits::default() };
+        let config = DatasetConfig { limits, ..DatasetConfig::default() };
+        let source = SourceConfig::files([path.to_str().unwrap()]);
+        let dataset = Arc::new(open_with(source, &config).unwrap());
+        let order = Order::new(Arc::clone(&dataset), Need::Captions, 1).unwrap();
+        for _ in 0..2 {
+            let error = order.record(0).unwrap_err();
+            assert!(matches!(&error, DataError::Spool { folder, .. } if *folder == spool), "{error:?}");
+            assert!(error.to_string().contains("spool_dir"), "{error}");
+        }
+        assert!(matches!(dataset.write_indices(), Err(DataError::Spool { .. })));
+        assert_eq!((dataset.found(), dataset.broken().total(), order.len()), (0, 0, None));
+        fs::create_dir(&spool).unwrap();
+        order.record(0).unwrap();
+        assert_eq!((dataset.found(), dataset.broken().total()), (5, 0));
+        fs::remove_dir(&spool).unwrap();
+    }
+}
+
+#[test]
+fn reasons_are_without_what_is_of_one_record() {
+    let size = |width| DataError::ImageSize { name: format!("{width}.png"), limit: 100, width, height: 9 };
+    assert_eq!(size(20).reason(), size(30).reason());
+    let changed = |bytes: u32| DataError::Shard {
+        path: "a".into(),
+        place: Place::Whole,
+        expected: format!("{bytes} bytes, as when it was indexed"),
+        found: "1".to_owned(),
+    };
+    assert_eq!(changed(12).reason(), changed(345).reason());
+    assert_eq!(changed(12).reason(), DataError::Unopened(Arc::new(changed(7))).reason());
+}
+
+#[test]
+fn indices_are_written_of_all_shards_that_can_be_read() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("a.jsonl.gz"), gzip(&gzip(b"x"))).unwrap();
+    fs::write(folder.path().join("b.jsonl"), lines(0..4)).unwrap();
+    let error = open(folder.path()).unwrap().write_indices().unwrap_err();
+    assert!(error.to_string().contains("a.jsonl.gz"), "{error}");
+    assert!(folder.path().join("b.jsonl.idx").exists());
 }

@@ -1,7 +1,8 @@
 //! Batches over lists of annotated items, for fine-tuning and evaluation: one builder for all kinds of them.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::fmt;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rand::seq::SliceRandom;
@@ -11,11 +12,12 @@ use serde::{Deserialize, Serialize};
 use super::pixels::{Framer, Shown};
 use super::texts::TextMaker;
 use crate::augment::RandAugment;
+use crate::broken::{Broken, BrokenRecord};
 use crate::config::check_views;
-use crate::error::DataError;
+use crate::error::{DataError, Place};
 use crate::image::ImageCache;
 use crate::order::generator;
-use crate::records::ImageSource;
+use crate::records::{ImageSource, Origin};
 use crate::tokens::TextTokenizer;
 use crate::transform::{RandomResizedCrop, Transform};
 
@@ -164,19 +166,22 @@ pub struct BrokenItem {
     pub error: Arc<DataError>,
 }
 
+/// What stands for the list of items where a file would be named.
+const LIST: &str = "the list's";
+
+impl BrokenItem {
+    fn of(broken: &BrokenRecord) -> Option<Self> {
+        match broken.origin.place {
+            Place::Item(item) => Some(Self { item, error: Arc::clone(&broken.error) }),
+            _ => None,
+        }
+    }
+}
+
 impl fmt::Display for BrokenItem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "item {}: {}", self.item, self.error)
     }
-}
-
-#[derive(Debug, Default)]
-struct Tally {
-    broken: BTreeMap<usize, BrokenItem>,
-    /// Items taken.
-    seen: u64,
-    /// Broken ones among them.
-    met: u64,
 }
 
 /// Makes batches of a list of items: for training in an order that is shuffled in each epoch, for evaluation in the order of
@@ -196,7 +201,7 @@ pub struct ItemBatches<K: ItemKind> {
     ranks: usize,
     /// The orders of recent epochs: batches reach over the end, and workers are not in step.
     orders: Mutex<VecDeque<(u64, Arc<[u32]>)>>,
-    tally: Mutex<Tally>,
+    broken: Mutex<Broken>,
 }
 
 impl<K: ItemKind> ItemBatches<K> {
@@ -217,8 +222,8 @@ impl<K: ItemKind> ItemBatches<K> {
             let (expected, found) = ("from 1 to 2³² items".to_owned(), items.len().to_string());
             return Err(DataError::Config { field: "items", expected, found });
         }
-        let (orders, tally) = (Mutex::default(), Mutex::default());
-        Ok(Self { kind, items, tokenizer, config, cache, rank: 0, ranks: 1, orders, tally })
+        let (orders, broken) = (Mutex::default(), Mutex::default());
+        Ok(Self { kind, items, tokenizer, config, cache, rank: 0, ranks: 1, orders, broken })
     }
 
     /// The same for process `rank` of `ranks`.
@@ -252,17 +257,19 @@ impl<K: ItemKind> ItemBatches<K> {
         own.div_ceil(self.config.batch_size) as u64
     }
 
-    /// Broken items met so far, in the order of the list.
+    /// Broken items met so far, in the order of the list: the first few of each reason.
     #[must_use]
     pub fn broken(&self) -> Vec<BrokenItem> {
-        self.tally().broken.values().cloned().collect()
+        let mut items: Vec<_> = self.lock_broken().tally.examples().iter().filter_map(BrokenItem::of).collect();
+        items.sort_by_key(|broken| broken.item);
+        items
     }
 
     /// How often an item was taken so far, and how often it was broken.
     #[must_use]
     pub fn counts(&self) -> (u64, u64) {
-        let tally = self.tally();
-        (tally.seen, tally.met)
+        let broken = self.lock_broken();
+        (broken.seen, broken.tally.total())
     }
 
     /// The training batch of a step: `batch_size` items. A broken item is noted and the next takes its place.
@@ -327,23 +334,13 @@ impl<K: ItemKind> ItemBatches<K> {
 
     fn take(&self, item: usize, maker: &Maker, rng: &mut ChaCha8Rng) -> Result<K::Sample, DataError> {
         let sample = self.kind.sample(&self.items[item], maker, rng)?;
-        self.tally().seen += 1;
+        self.lock_broken().seen += 1;
         Ok(sample)
     }
 
     fn note(&self, item: usize, error: DataError, hopeless: bool) -> Result<(), DataError> {
-        /// Fewer items say little about the share.
-        const ENOUGH: u64 = 20;
-        let limit = self.config.max_bad_fraction;
-        let mut tally = self.tally();
-        tally.seen += 1;
-        tally.met += 1;
-        tally.broken.entry(item).or_insert_with(|| BrokenItem { item, error: Arc::new(error) });
-        let too_many = tally.seen >= ENOUGH && tally.met as f64 > limit * tally.seen as f64;
-        if too_many || hopeless {
-            return Err(DataError::too_many_broken(tally.met, tally.seen, limit, tally.broken.values()));
-        }
-        Ok(())
+        let origin = Origin { file: Path::new(LIST).into(), place: Place::Item(item) };
+        self.lock_broken().note(Some(&origin), error, self.config.max_bad_fraction, hopeless)
     }
 
     /// The item at a position of the endless order.
@@ -363,8 +360,8 @@ impl<K: ItemKind> ItemBatches<K> {
         item
     }
 
-    fn tally(&self) -> MutexGuard<'_, Tally> {
-        self.tally.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_broken(&self) -> MutexGuard<'_, Broken> {
+        self.broken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn maker(&self, training: bool) -> Maker<'_> {

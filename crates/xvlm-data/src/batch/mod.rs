@@ -7,6 +7,8 @@
 //!
 //! All kinds share one way for texts (`texts`) and one for pixels (`pixels`).
 
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rand_chacha::ChaCha8Rng;
@@ -52,6 +54,8 @@ pub struct BatchBuilder {
     captions: Order,
     regions: Order,
     broken: Mutex<Broken>,
+    /// The state in which the data sets of captions and of regions were last found to be good enough.
+    checked: [AtomicU64; 2],
     rank: u64,
     ranks: u64,
 }
@@ -77,6 +81,7 @@ impl BatchBuilder {
             config,
             cache,
             broken: Mutex::default(),
+            checked: unchecked(),
             rank: 0,
             ranks: 1,
         })
@@ -89,7 +94,8 @@ impl BatchBuilder {
     /// As [`Order::new`].
     pub fn with_regions_of(self, dataset: Arc<Dataset>) -> Result<Self, DataError> {
         let regions = Order::new(dataset, Need::Elems, self.config.seed)?;
-        Ok(Self { regions: regions.for_rank(self.rank as usize, self.ranks as usize), ..self })
+        let regions = regions.for_rank(self.rank as usize, self.ranks as usize);
+        Ok(Self { regions, checked: unchecked(), ..self })
     }
 
     /// The same for process `rank` of `ranks`: together they go through the records once an epoch ([`Order`]).
@@ -118,17 +124,28 @@ impl BatchBuilder {
         self.captions.len().unwrap_or(0).div_ceil(step)
     }
 
-    /// Broken records met so far: the first few of each reason.
+    /// Broken records met so far, among those that were drawn and in shards that were opened for it: the first few of each
+    /// reason.
     #[must_use]
     pub fn broken(&self) -> Vec<BrokenRecord> {
-        self.lock_broken().tally.examples().to_vec()
+        let mut tally = self.lock_broken().tally.clone();
+        self.datasets().for_each(|dataset| tally.merge(&dataset.broken_later()));
+        tally.examples().to_vec()
     }
 
-    /// How often a record was taken so far, and how often it was broken.
+    /// How often a record was taken so far, and how often it was broken. Those count too that were found to be broken, and so
+    /// not drawn, in shards that were opened since the data set was; and those of shards that cannot be opened any more.
     #[must_use]
     pub fn counts(&self) -> (u64, u64) {
+        let later: u64 = self.datasets().map(|dataset| dataset.broken_later().total()).sum();
         let broken = self.lock_broken();
-        (broken.seen, broken.tally.total())
+        (broken.seen.saturating_add(later), broken.tally.total().saturating_add(later))
+    }
+
+    /// The data sets that are drawn from, each once.
+    fn datasets(&self) -> impl Iterator<Item = &Arc<Dataset>> {
+        let (captions, regions) = (self.captions.dataset(), self.regions.dataset());
+        std::iter::once(captions).chain((!Arc::ptr_eq(captions, regions)).then_some(regions))
     }
 
     /// Number of this process' batch of a step among those of all processes and steps.
@@ -156,9 +173,10 @@ impl BatchBuilder {
             }
             let mut rng = generator(self.config.seed, order.need().stream(), batch, attempt + 1);
             let record = match order.record(first.wrapping_add(attempt)) {
-                Err(error @ DataError::Config { .. }) => return Err(error),
+                Err(error @ (DataError::Config { .. } | DataError::Spool { .. })) => return Err(error),
                 record => record,
             };
+            self.check_found(order.dataset())?;
             let origin = record.as_ref().ok().map(|record| record.origin.clone());
             match record.and_then(|record| sample(&record, &mut rng, &samples)) {
                 Ok(sample) => {
@@ -171,11 +189,26 @@ impl BatchBuilder {
                     // Twice as many failures in a row as there are records: nothing works at all.
                     let hopeless = order.len().is_some_and(|len| failures >= 2 * len);
                     let limit = self.config.max_bad_fraction;
-                    self.lock_broken().note(origin.as_ref(), error, limit, hopeless)?;
+                    // The data set counts the shard.
+                    if hopeless || !matches!(error, DataError::Unopened(_)) {
+                        self.lock_broken().note(origin.as_ref(), error, limit, hopeless)?;
+                    }
                 }
             }
         }
         Ok(samples)
+    }
+
+    /// Refuses a data set of which too much turns out to be broken in shards that are opened while it is drawn from.
+    fn check_found(&self, dataset: &Arc<Dataset>) -> Result<(), DataError> {
+        let at = usize::from(!Arc::ptr_eq(dataset, self.captions.dataset()));
+        let changes = dataset.changes();
+        if self.checked[at].load(SeqCst) == changes {
+            return Ok(());
+        }
+        dataset.check_broken(self.config.max_bad_fraction)?;
+        self.checked[at].store(changes, SeqCst);
+        Ok(())
     }
 
     fn lock_broken(&self) -> MutexGuard<'_, Broken> {
@@ -202,6 +235,11 @@ impl BatchBuilder {
             masking: Some(&self.config.masking),
         }
     }
+}
+
+/// No state of either data set.
+fn unchecked() -> [AtomicU64; 2] {
+    [const { AtomicU64::new(u64::MAX) }; 2]
 }
 
 fn missing(record: &Record, expected: &'static str) -> DataError {

@@ -1,12 +1,15 @@
 //! Data sets: the shards of one or several sources, from which records are read by their place.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rayon::prelude::*;
 
-use crate::broken::Tally;
+use crate::broken::{Tally, too_many};
 use crate::error::DataError;
 use crate::records::{Reading, Record};
 use crate::shards::{self, Form, Index, Need, OpenShard, Shard};
@@ -29,7 +32,19 @@ pub struct Dataset {
     config: DatasetConfig,
     storage: StorageOptions,
     pool: Mutex<Pool>,
-    broken: Mutex<Tally>,
+    broken: Mutex<Learnt>,
+    /// How often something was learnt of a shard, or that it cannot be opened.
+    changes: AtomicU64,
+}
+
+/// What the indices of shards say is broken.
+#[derive(Debug, Default)]
+struct Learnt {
+    /// When the data set was opened.
+    at_first: Tally,
+    /// Since then.
+    later: Tally,
+    is_open: bool,
 }
 
 /// Shards that are one stream of records.
@@ -37,14 +52,8 @@ pub struct Dataset {
 pub(crate) struct Source {
     /// Its share among the sources; 1 if there is only one.
     pub(crate) weight: f64,
-    /// The parts of each entry of its list of files.
-    pub(crate) entries: Vec<std::ops::Range<usize>>,
-}
-
-impl Source {
-    pub(crate) fn parts(&self) -> impl Iterator<Item = usize> + '_ {
-        self.entries.iter().flat_map(Clone::clone)
-    }
+    /// Its parts.
+    pub(crate) parts: Range<usize>,
 }
 
 /// A shard, or records in memory.
@@ -55,8 +64,18 @@ struct Part {
     seekable: bool,
     /// Learnt when it is opened first, and kept.
     index: OnceLock<Arc<Index>>,
-    /// Held while it is opened; when it could not be last, and why.
-    opening: Mutex<Option<(Instant, String)>>,
+    /// Held while it is opened.
+    opening: Mutex<()>,
+    /// When it could not be opened last, and why; nothing once it could be again.
+    failure: Mutex<Option<Failure>>,
+}
+
+#[derive(Debug, Clone)]
+struct Failure {
+    when: Instant,
+    error: Arc<DataError>,
+    /// Whether it failed when the data set was opened.
+    at_first: bool,
 }
 
 #[derive(Debug)]
@@ -67,7 +86,11 @@ enum Content {
 
 impl Part {
     fn new(content: Content, seekable: bool) -> Self {
-        Self { content, seekable, index: OnceLock::new(), opening: Mutex::default() }
+        Self { content, seekable, index: OnceLock::new(), opening: Mutex::default(), failure: Mutex::default() }
+    }
+
+    fn failure(&self) -> MutexGuard<'_, Option<Failure>> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -84,9 +107,8 @@ impl Dataset {
         config::check(sources, config)?;
         let (mut streams, mut shards) = (Vec::<Source>::new(), Vec::new());
         for source in sources {
-            let mut entries = Vec::new();
+            let start = shards.len();
             for entry in &source.files {
-                let start = shards.len();
                 for location in expand(entry, storage)? {
                     let root = match (&source.image_root, location.as_file()) {
                         (Some(root), _) => Some(absolute(root)?),
@@ -96,12 +118,11 @@ impl Dataset {
                     let reading = Reading { keys: source.keys.clone(), root };
                     shards.push((location, reading));
                 }
-                entries.push(start..shards.len());
             }
             match (source.weight, streams.last_mut()) {
                 // Sources without weights are one.
-                (None, Some(only)) => only.entries.extend(entries),
-                (weight, _) => streams.push(Source { weight: weight.unwrap_or(1.0), entries }),
+                (None, Some(only)) => only.parts.end = shards.len(),
+                (weight, _) => streams.push(Source { weight: weight.unwrap_or(1.0), parts: start..shards.len() }),
             }
         }
         let shard = |(location, reading): (Location, Reading)| {
@@ -126,8 +147,10 @@ impl Dataset {
             storage: storage.clone(),
             pool: Mutex::new(Pool::new(spools)),
             broken: Mutex::default(),
+            changes: AtomicU64::new(0),
         };
         dataset.look_through()?;
+        dataset.lock_broken().is_open = true;
         Ok(dataset)
     }
 
@@ -142,11 +165,12 @@ impl Dataset {
         let part = Part { index: OnceLock::from(Arc::new(index)), ..part };
         Self {
             parts: vec![part],
-            sources: vec![Source { weight: 1.0, entries: std::iter::once(0..1).collect() }],
+            sources: vec![Source { weight: 1.0, parts: 0..1 }],
             config: DatasetConfig::default(),
             storage: StorageOptions::default(),
             pool: Mutex::new(Pool::new(0)),
             broken: Mutex::default(),
+            changes: AtomicU64::new(0),
         }
     }
 
@@ -168,18 +192,17 @@ impl Dataset {
             })
             .collect();
         let all_failed = failures.len() == self.parts.len();
-        let readable = self.parts.iter().filter_map(|part| part.index.get()).map(|index| index.len() as u64);
-        // As many records as a shard has that could be read are missing with one that could not.
-        let others = (self.parts.len() - failures.len()).max(1) as u64;
-        let missing = (readable.sum::<u64>().saturating_sub(failures.len() as u64) / others).max(1);
-        let mut failures = failures.into_iter();
-        if all_failed && let Some(first) = failures.next() {
-            return Err(first);
+        let no_room = |error: &DataError| matches!(error, DataError::Spool { .. });
+        let fatal = failures.into_iter().find(|error| all_failed || no_room(error));
+        if fatal.is_some() {
+            // Nothing comes of the data set: the error is the caller's alone.
+            self.parts.iter().for_each(|part| *part.failure() = None);
         }
-        for error in failures {
-            self.lock_broken().add(missing, error, None);
+        match fatal {
+            Some(DataError::Unopened(error)) => Err(Arc::try_unwrap(error).unwrap_or_else(DataError::Unopened)),
+            Some(error) => Err(error),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Number of shards.
@@ -194,27 +217,83 @@ impl Dataset {
         (0..self.parts.len()).map(|part| self.known_count(part, need)).sum()
     }
 
-    /// Records found so far, whatever they have, but for broken ones.
+    /// Records found so far, whatever they have, but for broken ones, and for those of shards that cannot be opened.
     #[must_use]
     pub fn found(&self) -> u64 {
-        self.parts.iter().filter_map(|part| part.index.get()).map(|index| index.len() as u64).sum()
+        let open = self.parts.iter().filter(|part| part.failure().is_none());
+        open.filter_map(|part| part.index.get()).map(|index| index.len() as u64).sum()
     }
 
-    /// What was found to be broken when shards were looked through. Records of which only a part is wrong, such as a box
-    /// or the image, are found to be broken when they are read.
+    /// What was found to be broken when shards were looked through, and those that cannot be opened; of one that never
+    /// could be, as many records are missing as the others have on average. Records of which only a part is wrong, such as
+    /// a box or the image, are found to be broken when they are read.
     #[must_use]
     pub fn broken(&self) -> Tally {
-        self.lock_broken().clone()
+        self.tally(|_| true)
     }
 
-    /// Refuses a data set of which too much was found to be broken so far.
+    /// The same without what was already known when the data set was opened.
+    pub(crate) fn broken_later(&self) -> Tally {
+        self.tally(|at_first| !at_first)
+    }
+
+    fn tally(&self, wanted: impl Fn(bool) -> bool) -> Tally {
+        let mut tally = Tally::default();
+        {
+            let learnt = self.lock_broken();
+            let both = [(true, &learnt.at_first), (false, &learnt.later)];
+            both.into_iter().filter(|(at_first, _)| wanted(*at_first)).for_each(|(_, of)| tally.merge(of));
+        }
+        let mut average = None;
+        for part in &self.parts {
+            let Some(failure) = part.failure().clone().filter(|failure| wanted(failure.at_first)) else { continue };
+            let missing = match part.index.get() {
+                Some(index) => index.len() as u64,
+                None => *average.get_or_insert_with(|| self.average()),
+            };
+            tally.add(missing.max(1), DataError::Unopened(failure.error), None);
+        }
+        tally
+    }
+
+    /// Records of a shard, of those that were opened.
+    fn average(&self) -> u64 {
+        let known: Vec<u64> =
+            self.parts.iter().filter_map(|part| part.index.get()).map(|index| index.len() as u64).collect();
+        known.iter().sum::<u64>() / (known.len() as u64).max(1)
+    }
+
+    /// Refuses a data set of which too much was found to be broken so far. As long as not all shards were looked through,
+    /// those that were are a sample, of which a little more may be broken.
     ///
     /// # Errors
     ///
     /// [`DataError::TooManyBroken`].
     pub fn check_broken(&self, limit: f64) -> Result<(), DataError> {
-        let broken = self.lock_broken();
-        broken.check(self.found().saturating_add(broken.total()), limit)
+        let broken = self.broken();
+        let failed = self.parts.iter().filter(|part| part.failure().is_some()).count() as u64;
+        let known = self.parts.iter().filter(|part| part.index.get().is_some() || part.failure().is_some()).count();
+        let all = self.found().saturating_add(broken.total());
+        if known == self.parts.len() {
+            return broken.check(all, limit);
+        }
+        // Whether shards can be opened is a sample of shards, however many records each of them has.
+        let (indexed, shards) = (self.tally_of_indices(), known as u64);
+        if too_many(indexed, self.found().saturating_add(indexed), limit) || too_many(failed, shards, limit) {
+            return Err(DataError::too_many_broken(broken.total(), all, limit, broken.examples()));
+        }
+        Ok(())
+    }
+
+    /// Records that the indices say are broken.
+    fn tally_of_indices(&self) -> u64 {
+        let learnt = self.lock_broken();
+        learnt.at_first.total().saturating_add(learnt.later.total())
+    }
+
+    /// Grows whenever [`Self::broken`] may have changed.
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes.load(SeqCst)
     }
 
     /// Reads all records once, shard after shard, and tells the broken ones too.
@@ -238,19 +317,28 @@ impl Dataset {
     ///
     /// # Errors
     ///
-    /// If a shard cannot be read or an index not be written.
+    /// If a shard cannot be read or an index not be written: the first such error, after all others were written.
     pub fn write_indices(&self) -> Result<Vec<PathBuf>, DataError> {
-        let mut written = Vec::new();
+        let (mut written, mut failed) = (Vec::new(), None);
         for (i, part) in self.parts.iter().enumerate() {
             let Content::Stored(shard) = &part.content else { continue };
             let Some(path) = shard.location.as_file() else { continue };
-            let open = self.opened(i, shard)?;
-            if !open.is_table() {
+            let write = || {
+                let open = self.opened(i, shard)?;
+                if open.is_table() {
+                    return Ok(None);
+                }
                 open.index.write(path)?;
-                written.push(Index::path_of(path));
+                Ok(Some(Index::path_of(path)))
+            };
+            match write() {
+                Ok(path) => written.extend(path),
+                // No other shard could be unpacked either.
+                Err(error @ DataError::Spool { .. }) => return Err(error),
+                Err(error) => failed = failed.or(Some(error)),
             }
         }
-        Ok(written)
+        failed.map_or(Ok(written), Err)
     }
 
     pub(crate) fn is_seekable(&self, part: usize) -> bool {
@@ -263,51 +351,52 @@ impl Dataset {
         self.config.window.unwrap_or(if all { parts.len() } else { WINDOW }).max(1)
     }
 
+    /// Records of a part that have what is needed, if that is known. One that cannot be opened counts as one record, which
+    /// is broken.
     pub(crate) fn known_count(&self, part: usize, need: Need) -> Option<u64> {
-        self.parts[part].index.get().map(|index| u64::from(index.count(need)))
-    }
-
-    /// The index of a part, for which it is opened if need be. One that cannot be opened counts as one record, which is
-    /// broken.
-    pub(crate) fn index_or_failed(&self, part: usize) -> Arc<Index> {
-        self.index(part).unwrap_or_else(|error| self.index_of_failed(part, error))
-    }
-
-    fn index_of_failed(&self, part: usize, error: DataError) -> Arc<Index> {
-        let known = self.parts[part].index.get().map(Arc::clone);
-        known.unwrap_or_else(|| {
-            self.lock_broken().add(1, error, None);
-            self.learn(part, Arc::new(failed()))
-        })
-    }
-
-    /// The index of a part, and the open shard if it lies in a temporary file: it does as long as somebody has it.
-    pub(crate) fn hold(&self, part: usize) -> (Arc<Index>, Option<Arc<OpenShard>>) {
-        match &self.parts[part].content {
-            Content::Stored(shard) if !self.parts[part].seekable => match self.opened(part, shard) {
-                Ok(open) => (self.learn(part, Arc::clone(&open.index)), Some(open)),
-                Err(error) => (self.index_of_failed(part, error), None),
-            },
-            _ => (self.index_or_failed(part), None),
+        let part = &self.parts[part];
+        match part.index.get() {
+            Some(index) => Some(u64::from(index.count(need))),
+            None => part.failure().as_ref().map(|_| 1),
         }
     }
 
-    fn index(&self, part: usize) -> Result<Arc<Index>, DataError> {
+    /// Whether the index of a part is known: it will not change any more.
+    pub(crate) fn is_known(&self, part: usize) -> bool {
+        self.parts[part].index.get().is_some()
+    }
+
+    /// The index of a part, and the open shard if it lies in a temporary file: it does as long as somebody has it. For a
+    /// part that cannot be opened stands an index of one record that has everything: drawing it tells the reason.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::Spool`].
+    pub(crate) fn hold(&self, part: usize) -> Result<(Arc<Index>, Option<Arc<OpenShard>>), DataError> {
+        let held = match &self.parts[part].content {
+            Content::Stored(shard) if !self.parts[part].seekable => {
+                self.opened(part, shard).map(|open| (Arc::clone(&open.index), Some(open)))
+            }
+            _ => self.index(part).map(|index| (index, None)),
+        };
+        match held {
+            // Known from when it could be opened, or from an index file.
+            Err(DataError::Unopened(_)) => {
+                Ok((self.parts[part].index.get().map_or_else(|| Arc::new(failed()), Arc::clone), None))
+            }
+            held => held,
+        }
+    }
+
+    /// The index of a part, for which it is opened if need be.
+    pub(crate) fn index(&self, part: usize) -> Result<Arc<Index>, DataError> {
         if let Some(index) = self.parts[part].index.get() {
             return Ok(Arc::clone(index));
         }
         let Content::Stored(shard) = &self.parts[part].content else {
             return Ok(self.learn(part, Arc::new(Index::new(Form::Lines))));
         };
-        match self.opened(part, shard) {
-            Ok(open) => Ok(Arc::clone(&open.index)),
-            Err(error) if self.parts[part].seekable => {
-                // Looked at once, at the start.
-                self.learn(part, Arc::new(failed()));
-                Err(error)
-            }
-            Err(error) => Err(error),
-        }
+        Ok(Arc::clone(&self.opened(part, shard)?.index))
     }
 
     fn learn(&self, part: usize, index: Arc<Index>) -> Arc<Index> {
@@ -317,7 +406,12 @@ impl Dataset {
             index
         });
         if first {
-            self.lock_broken().merge(kept.broken());
+            {
+                let mut learnt = self.lock_broken();
+                let tally = if learnt.is_open { &mut learnt.later } else { &mut learnt.at_first };
+                tally.merge(kept.broken());
+            }
+            self.changes.fetch_add(1, SeqCst);
         }
         Arc::clone(kept)
     }
@@ -333,38 +427,44 @@ impl Dataset {
         }
     }
 
+    /// The open shard. What could not be opened is [`DataError::Unopened`], and left alone for a while.
     fn opened(&self, part: usize, shard: &Shard) -> Result<Arc<OpenShard>, DataError> {
-        /// How long a shard that could not be opened is left alone.
-        const AGAIN: Duration = Duration::from_secs(60);
         if let Some(open) = self.lock_pool().get(part) {
             return Ok(open);
         }
-        let mut failure = self.parts[part].opening.lock().unwrap_or_else(PoisonError::into_inner);
+        let _opening = self.parts[part].opening.lock().unwrap_or_else(PoisonError::into_inner);
         // Another thread may have been at it.
         if let Some(open) = self.lock_pool().get(part) {
             return Ok(open);
         }
-        let place = crate::error::Place::Whole;
-        if let Some((_, reason)) = failure.as_ref().filter(|(when, _)| when.elapsed() < AGAIN) {
-            return Err(DataError::Indexed { path: shard.name.to_path_buf(), place, reason: reason.clone() });
+        let known = self.parts[part].index.get();
+        let again = self.storage.timeout.saturating_mul(2);
+        let last = self.parts[part].failure().clone();
+        if let Some(last) = last.as_ref().filter(|last| last.when.elapsed() < again) {
+            return Err(DataError::Unopened(Arc::clone(&last.error)));
         }
-        let known = self.parts[part].index.get().filter(|index| !is_failed(index));
         match shard.open(known, &self.storage, &self.config.limits) {
             Ok(open) => {
                 let open = Arc::new(open);
-                *failure = None;
                 if known.is_none() && open.is_spooled {
                     self.keep_index(shard, &open.index);
                 }
                 self.learn(part, Arc::clone(&open.index));
+                if self.parts[part].failure().take().is_some() {
+                    self.changes.fetch_add(1, SeqCst);
+                }
                 self.lock_pool().put(part, Arc::clone(&open));
                 Ok(open)
             }
+            // Nothing is wrong with the shard.
+            Err(error @ DataError::Spool { .. }) => Err(error),
             Err(error) => {
-                let (text, name) = (error.to_string(), shard.name.display().to_string());
-                let reason = text.strip_prefix(&name).map_or(text.as_str(), |rest| rest.trim_start_matches([':', ' ']));
-                *failure = Some((Instant::now(), reason.to_owned()));
-                Err(error)
+                let error = Arc::new(error);
+                let at_first = last.map_or_else(|| !self.lock_broken().is_open, |last| last.at_first);
+                let failure = Failure { when: Instant::now(), error: Arc::clone(&error), at_first };
+                *self.parts[part].failure() = Some(failure);
+                self.changes.fetch_add(1, SeqCst);
+                Err(DataError::Unopened(error))
             }
         }
     }
@@ -375,14 +475,16 @@ impl Dataset {
             Location::File(path) => path.as_os_str().as_encoded_bytes(),
             Location::Url(url) => url.as_bytes(),
         };
-        Some(self.config.index_dir.as_ref()?.join(format!("{:016x}.idx", crate::tokens::hash_bytes(name))))
+        // A shard may be in two sources whose records have different keys.
+        let (name, keys) = (crate::tokens::hash_bytes(name), shards::index::hash(&shard.reading.keys));
+        Some(self.config.index_dir.as_ref()?.join(format!("{:016x}.idx", name ^ keys.rotate_left(1))))
     }
 
     fn kept_index(&self, shard: &Shard) -> Option<Index> {
         /// As large as the index of a hundred million records.
         const LONGEST: u64 = 1 << 31;
         let (stored, index) = Index::read_from(&self.index_file(shard)?, &shard.name, LONGEST)?;
-        (stored == shard.state()).then_some(index)
+        (stored == shard.state() && index.is_of(&shard.reading.keys)).then_some(index)
     }
 
     fn keep_index(&self, shard: &Shard, index: &Index) {
@@ -396,7 +498,7 @@ impl Dataset {
         self.pool.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lock_broken(&self) -> MutexGuard<'_, Tally> {
+    fn lock_broken(&self) -> MutexGuard<'_, Learnt> {
         self.broken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -408,7 +510,7 @@ fn failed() -> Index {
     index
 }
 
-fn is_failed(index: &Index) -> bool {
+pub(crate) fn is_failed(index: &Index) -> bool {
     index.span(0).is_some_and(|(offset, _)| offset == u64::MAX)
 }
 

@@ -15,6 +15,7 @@ use super::Form;
 use crate::broken::Tally;
 use crate::error::{DataError, Place};
 use crate::json::io_error;
+use crate::records::RecordKeys;
 use crate::storage::{atomic, read_at};
 
 const MAGIC: &[u8; 8] = b"XVLMIDX1";
@@ -59,6 +60,8 @@ impl Need {
 #[derive(Debug, Clone)]
 pub struct Index {
     pub(crate) form: Form,
+    /// What the keys hash to under which its records were looked for.
+    keys: u64,
     /// Bytes of the content the offsets are of.
     length: u64,
     offsets: Vec<u64>,
@@ -74,6 +77,8 @@ pub struct Index {
 #[serde(deny_unknown_fields)]
 struct Header {
     form: Form,
+    /// What the keys hash to under which records were looked for: under others they have other things.
+    keys: u64,
     /// Bytes of the shard as it lies, and what its ends hash to.
     stored: u64,
     ends: u32,
@@ -89,6 +94,7 @@ impl Index {
     pub(crate) fn new(form: Form) -> Self {
         Self {
             form,
+            keys: hash(&RecordKeys::default()),
             length: 0,
             offsets: Vec::new(),
             lengths: Vec::new(),
@@ -97,6 +103,16 @@ impl Index {
             skipped: Vec::new(),
             broken: Tally::default(),
         }
+    }
+
+    /// Notes under which keys its records were looked for.
+    pub(super) fn set_keys(&mut self, keys: &RecordKeys) {
+        self.keys = hash(keys);
+    }
+
+    /// Whether it was made with these keys.
+    pub(crate) fn is_of(&self, keys: &RecordKeys) -> bool {
+        self.keys == hash(keys)
     }
 
     /// Number of records.
@@ -200,6 +216,7 @@ impl Index {
         let (reasons, examples) = self.broken.parts();
         let header = Header {
             form: self.form,
+            keys: self.keys,
             stored,
             ends,
             length: self.length,
@@ -227,16 +244,16 @@ impl Index {
         write().map_err(|source| io_error(path, source))
     }
 
-    /// The index file of a shard, if there is one that fits; what does not is as none.
+    /// The index file of a shard whose records have these keys, if there is one that fits; what does not is as none.
     #[must_use]
-    pub fn read(shard: &Path) -> Option<Self> {
+    pub fn read(shard: &Path, keys: &RecordKeys) -> Option<Self> {
         let stored = std::fs::metadata(shard).ok()?.len();
         // A record has some bytes in its shard, but not more than it says there are.
         let longest = LONGEST_HEADER + stored.saturating_mul(1 << 10);
         let ((stored, ends), index) = Self::read_from(&Self::path_of(shard), shard, longest)?;
         let file = File::open(shard).ok()?;
         let fits = file.metadata().ok()?.len() == stored && fingerprint(&file).ok()? == ends;
-        fits.then_some(index)
+        (fits && index.is_of(keys)).then_some(index)
     }
 
     /// Reads an index file of at most so many bytes: what [`Self::write_to`] was given of the shard, and the index.
@@ -270,7 +287,7 @@ impl Index {
         let (lengths, flags) = rest.split_at(4 * count);
         let (offsets, _) = offsets.as_chunks::<8>();
         let (lengths, _) = lengths.as_chunks::<4>();
-        let mut index = Self::new(header.form);
+        let mut index = Self { keys: header.keys, ..Self::new(header.form) };
         let mut end = 0;
         for ((offset, length), &flags) in offsets.iter().zip(lengths).zip(flags) {
             let (offset, length) = (u64::from_le_bytes(*offset), u32::from_le_bytes(*length));
@@ -290,6 +307,12 @@ impl Index {
         let length = header.length;
         Some((header, index.finish(length)))
     }
+}
+
+/// What keys hash to.
+pub(crate) fn hash(keys: &RecordKeys) -> u64 {
+    let RecordKeys { image_key, is_image_rpath, .. } = keys;
+    crate::tokens::hash_bytes(format!("{image_key:?} {is_image_rpath:?} {:?}", keys.caption()).as_bytes())
 }
 
 /// What the first and last bytes of a file hash to.

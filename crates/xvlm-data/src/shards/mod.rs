@@ -14,7 +14,7 @@ use crate::error::{DataError, Place};
 use crate::json::io_error;
 use crate::records::{Reading, Record, parse_line};
 use crate::storage::codec::{decoder, is_compressed};
-use crate::storage::spool::{Copied, copy, temporary};
+use crate::storage::spool::{self, Copied, copy, temporary};
 use crate::storage::{self, FileReader, Location, StorageOptions, failure, read_at};
 
 mod archive;
@@ -147,7 +147,7 @@ impl Shard {
 
     /// What an index file beside the shard says.
     pub(crate) fn indexed(&self) -> Option<Index> {
-        self.location.as_file().and_then(Index::read)
+        self.location.as_file().and_then(|path| Index::read(path, &self.reading.keys))
     }
 
     /// The length of a file and what its ends hash to; of an object that would have to be asked for.
@@ -197,12 +197,13 @@ impl Shard {
         found: &mut Found<'_>,
     ) -> Result<OpenShard, DataError> {
         let io = |source| io_error(&self.name, source);
-        let spool = || temporary(limits.spool_dir.as_deref()).map_err(io);
+        let no_room = |source| spool::failed(limits.spool_dir.as_deref(), source);
+        let spool = || temporary(limits.spool_dir.as_deref()).map_err(no_room);
         let (mut file, mut is_spooled) = match &self.location {
             Location::File(path) => (open_file(path)?, false),
             Location::Url(url) => {
                 let file = spool()?;
-                storage::fetch(url, storage, &file, limits.max_spool_bytes)?;
+                storage::fetch(url, storage, &file, limits)?;
                 (file, true)
             }
         };
@@ -211,7 +212,7 @@ impl Shard {
         if Kind::of(&start, &self.name) == Kind::Compressed {
             let unpacked = spool()?;
             let reader = BufReader::with_capacity(1 << 16, FileReader::new(&file, length));
-            match copy(&mut decoder(&start, reader), &unpacked, limits.max_spool_bytes).map_err(io)? {
+            match copy(&mut decoder(&start, reader), &unpacked, limits.max_spool_bytes).map_err(no_room)? {
                 Copied::Whole => {}
                 Copied::Cut(error) => cut = Some(failure(&self.name, "a whole compressed file", error.to_string())),
                 Copied::TooMuch => return Err(self.too_large(limits)),
@@ -232,7 +233,8 @@ impl Shard {
         let mut index = None;
         if rows {
             let archive = spool()?;
-            let made = table::to_archive(file, &archive, self, limits, found)?;
+            let mut made = table::to_archive(file, &archive, self, limits, found)?;
+            made.set_keys(&self.reading.keys);
             (file, is_spooled, length) = (archive, true, made.length());
             index = Some(Arc::new(made));
         }
@@ -252,6 +254,7 @@ impl Shard {
                 if let Some(cut) = cut {
                     found(&mut index, cut);
                 }
+                index.set_keys(&self.reading.keys);
                 Arc::new(index)
             }
         };

@@ -22,11 +22,11 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
-use super::writer::RecordWriter;
+use super::writer::{RecordWriter, WriteError};
 use super::{Form, Found, Index, Shard, ShardLimits, pages};
 use crate::error::{DataError, Place};
 use crate::records::{ImageSource, Reading, Record, RecordKeys, parse_object};
-use crate::storage::failure;
+use crate::storage::{failure, spool};
 
 const IMAGES: [&str; 5] = ["jpg", "png", "webp", "image", "binary"];
 const PATHS: [&str; 2] = ["image_rpath", "image_path"];
@@ -89,7 +89,7 @@ pub(super) fn to_archive(
         }
         first = first.saturating_add(rows);
     }
-    let (_, index) = table.out.finish().map_err(|source| crate::json::io_error(&shard.name, source))?;
+    let (_, index) = table.out.finish().map_err(|source| spool::failed(limits.spool_dir.as_deref(), source))?;
     Ok(index)
 }
 
@@ -180,7 +180,13 @@ impl Table<'_> {
             match self.record(values, columns, *row) {
                 Ok(Some(record)) => {
                     if let Err(error) = self.out.write(&format!("{row:09}"), &record) {
-                        return Ok(Err(error.at(&self.shard.name)));
+                        return Ok(Err(match error {
+                            // Of its own making, when there are more records than a shard can have.
+                            WriteError::Io(source) if source.kind() != std::io::ErrorKind::Other => {
+                                spool::failed(self.limits.spool_dir.as_deref(), source)
+                            }
+                            error => error.at(&self.shard.name),
+                        }));
                     }
                     if self.out.offset > self.limits.max_spool_bytes {
                         return Ok(Err(self.shard.too_large(self.limits)));
@@ -224,7 +230,9 @@ impl Table<'_> {
                 }
             } else if is(&columns.path) {
                 object.entry("image_rpath").or_insert_with(|| texts(&field));
-            } else if let Some(text) = text(&field) {
+            } else if !matches!(field, Field::Null) {
+                let text = text(&field)
+                    .ok_or_else(|| wrong(&name, "JSON in a string", crate::error::excerpt(&field.to_string())))?;
                 let value: Value = serde_json::from_str(&text)
                     .map_err(|error| wrong(&name, "JSON", format!("{:?}: {error}", crate::error::excerpt(&text))))?;
                 object.insert(name, value);

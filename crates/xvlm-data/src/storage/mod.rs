@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::{DataError, Place};
+use crate::shards::ShardLimits;
 
 pub(crate) mod atomic;
 pub(crate) mod codec;
@@ -24,9 +25,11 @@ pub struct StorageOptions {
     /// Settings of object stores by their names in `object_store`, such as `aws_endpoint` or `google_service_account`;
     /// they go before those of the environment (`AWS_ENDPOINT`, …).
     pub settings: Vec<(String, String)>,
-    /// How often a request that fails, or a transfer that breaks off, is taken up again. Default 5.
+    /// How often a request that fails, or a transfer that breaks off, is taken up again; one of which nothing comes for
+    /// `timeout` times two more than this is given up anyway. Default 5.
     pub retries: u32,
-    /// How long a server may be silent. Default 30 seconds.
+    /// How long a server may be silent, and half of how long a shard that could not be opened is left alone. Default 30
+    /// seconds.
     pub timeout: Duration,
 }
 
@@ -76,15 +79,15 @@ impl Location {
     }
 }
 
-/// Fetches an object into `file`, up to `limit` bytes.
+/// Fetches an object into `file`, up to `limits.max_spool_bytes`.
 #[cfg(feature = "remote")]
-pub(crate) fn fetch(url: &str, options: &StorageOptions, file: &File, limit: u64) -> Result<(), DataError> {
-    remote::fetch(url, options, file, limit)
+pub(crate) fn fetch(url: &str, options: &StorageOptions, file: &File, limits: &ShardLimits) -> Result<(), DataError> {
+    remote::fetch(url, options, file, limits)
 }
 
 /// What feature `remote` would do.
 #[cfg(not(feature = "remote"))]
-pub(crate) fn fetch(url: &str, _: &StorageOptions, _: &File, _: u64) -> Result<(), DataError> {
+pub(crate) fn fetch(url: &str, _: &StorageOptions, _: &File, _: &ShardLimits) -> Result<(), DataError> {
     Err(needs_feature(url))
 }
 

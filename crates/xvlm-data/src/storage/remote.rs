@@ -8,7 +8,7 @@ use std::io::{Seek, SeekFrom, Write};
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::{OnceLock, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
@@ -19,8 +19,9 @@ use object_store::{BackoffConfig, ClientConfigKey, Error, GetOptions, GetRange, 
 use tokio::runtime::Runtime;
 use tokio::time::{sleep, timeout};
 
-use super::{StorageOptions, failure, shown};
+use super::{StorageOptions, failure, shown, spool};
 use crate::error::DataError;
+use crate::shards::ShardLimits;
 
 /// After so many bytes since the last failure a connection counts as one that works.
 const PROGRESS: u64 = 8 << 20;
@@ -35,17 +36,23 @@ struct Place {
     base: String,
 }
 
-pub(super) fn fetch(url: &str, options: &StorageOptions, file: &File, limit: u64) -> Result<(), DataError> {
+pub(super) fn fetch(url: &str, options: &StorageOptions, file: &File, limits: &ShardLimits) -> Result<(), DataError> {
     let place = place(url, options)?;
     let name = Path::new(shown(url));
-    let file = file.try_clone().map_err(|error| failure(name, "a temporary file", error.to_string()))?;
-    let options = options.clone();
+    let spool = |source| spool::failed(limits.spool_dir.as_deref(), source);
+    let file = file.try_clone().map_err(spool)?;
+    let (options, limit) = (options.clone(), limits.max_spool_bytes);
     let result = wait(async move { Download { place, options, file, limit, reached: 0 }.run().await })
         .map_err(|message| failure(name, "a runtime for object storage", message))?;
     // What is behind the question mark may be a signature.
     let query = url.strip_prefix(shown(url)).filter(|query| !query.is_empty());
     let found = |found: String| query.map_or(found.clone(), |query| found.replace(query, "?…"));
-    result.map_err(|message| failure(name, "an object that can be fetched", found(message)))
+    result.map_err(|broken| match broken {
+        Broken::Dropped(message) | Broken::Lost(message) => {
+            failure(name, "an object that can be fetched", found(message))
+        }
+        Broken::Spool(source) => spool(source),
+    })
 }
 
 /// The URLs of the objects in a folder, and in its folders if `all`.
@@ -162,42 +169,51 @@ enum Broken {
     Dropped(String),
     /// It would be no use.
     Lost(String),
+    /// It has nowhere to go.
+    Spool(std::io::Error),
 }
 
 impl Download {
-    async fn run(&mut self) -> Result<(), String> {
+    async fn run(&mut self) -> Result<(), Broken> {
         let (mut failures, mut version) = (0, None);
+        // The store takes up requests again by itself, so counting attempts would be no bound on the time.
+        let patience = self.options.timeout.saturating_mul(self.options.retries.saturating_add(2));
+        let mut since = Instant::now();
         loop {
             let before = self.reached;
-            let dropped = match self.part(&mut version).await {
+            let left = patience.saturating_sub(since.elapsed());
+            let dropped = match self.part(&mut version, left).await {
                 Ok(()) => return Ok(()),
-                Err(Broken::Lost(message)) => return Err(message),
                 Err(Broken::Dropped(message)) => message,
+                Err(other) => return Err(other),
             };
             if self.reached >= before.saturating_add(PROGRESS) {
                 failures = 0;
             }
+            if self.reached > before {
+                since = Instant::now();
+            }
             failures += 1;
-            if failures > self.options.retries {
-                return Err(format!("{dropped}, after {} of its bytes, in {failures} attempts", self.reached));
+            if failures > self.options.retries || since.elapsed() >= patience {
+                let reached = self.reached;
+                return Err(Broken::Lost(format!("{dropped}, after {reached} of its bytes, in {failures} attempts")));
             }
             let pause = Duration::from_millis(100) * 2u32.saturating_pow(failures - 1);
             sleep(pause.min(LONGEST_PAUSE)).await;
         }
     }
 
-    /// Fetches what is missing, as far as the connection holds.
-    async fn part(&mut self, version: &mut Option<ObjectMeta>) -> Result<(), Broken> {
+    /// Fetches what is missing, as far as the connection holds, if there is an answer in the time that is `left`.
+    async fn part(&mut self, version: &mut Option<ObjectMeta>, left: Duration) -> Result<(), Broken> {
         let patience = self.options.timeout;
         let silent = || Broken::Dropped(format!("no answer in {patience:?}"));
         let options = GetOptions {
             range: (self.reached > 0).then_some(GetRange::Offset(self.reached)),
-            // Of another object the rest would not fit.
-            if_match: version.as_ref().and_then(|meta| meta.e_tag.clone()),
+            // Of another object the rest would not fit. A weak tag never matches (RFC 9110, section 13.1.1).
+            if_match: version.as_ref().and_then(|meta| meta.e_tag.clone()).filter(|tag| !tag.starts_with("W/")),
             ..GetOptions::default()
         };
-        let whole_time = patience * (self.options.retries + 2);
-        let answer = timeout(whole_time, self.place.store.get_opts(&self.place.key, options)).await;
+        let answer = timeout(left, self.place.store.get_opts(&self.place.key, options)).await;
         let answer = match answer.map_err(|_| silent())? {
             Err(Error::NotSupported { .. }) if self.reached > 0 => {
                 // The server knows of no parts, so it has to be from the start.
@@ -238,7 +254,7 @@ impl Download {
     }
 
     fn write(&mut self, work: impl FnOnce(&mut File) -> std::io::Result<()>) -> Result<(), Broken> {
-        work(&mut self.file).map_err(|error| Broken::Lost(format!("no room in the temporary file: {error}")))
+        work(&mut self.file).map_err(Broken::Spool)
     }
 }
 

@@ -4,12 +4,19 @@ use std::fs::File;
 use std::io::{self, BufWriter, ErrorKind, Read, Write};
 use std::path::Path;
 
+use crate::error::DataError;
+
 /// A nameless temporary file.
 pub(crate) fn temporary(folder: Option<&Path>) -> io::Result<File> {
     match folder {
         Some(folder) => tempfile::tempfile_in(folder),
         None => tempfile::tempfile(),
     }
+}
+
+/// What became of a temporary file in this folder.
+pub(crate) fn failed(folder: Option<&Path>, source: io::Error) -> DataError {
+    DataError::Spool { folder: folder.map_or_else(std::env::temp_dir, Path::to_path_buf), source }
 }
 
 /// How copying ended.
