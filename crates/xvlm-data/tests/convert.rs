@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 use xvlm_data::annotations::{Coco, Conceptual, OpenImages, Reason, Records};
 use xvlm_data::convert::{Compression, ConvertOptions, ConvertProgress, Form, Job, MANIFEST, Manifest, convert};
 use xvlm_data::{
-    DataError, Dataset, DatasetConfig, DecodeOptions, Encoded, ImageSource, Index, Picture, Record, SourceConfig,
-    StorageOptions, read_jsonl,
+    DataError, Dataset, DatasetConfig, DecodeOptions, Encoded, ImageSource, Index, Picture, Record, RecordKeys,
+    SourceConfig, StorageOptions, read_jsonl,
 };
 
 /// A set of `count` images with a caption and two boxes each; images whose number divides by 10 are missing.
