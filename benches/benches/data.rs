@@ -1,15 +1,22 @@
-//! What becomes of one image on its way into a batch, step by step and as a whole, on one core.
+//! What becomes of one image on its way into a batch, step by step and as a whole, and what becomes of batches, on one core.
 //!
 //! `photo.jpg` is made of noise whose spectrum falls as that of photographs does, with some shapes: 640 × 480 pixels in
 //! 4:2:0 at quality 90, as large as the photographs of COCO are.
 
 use std::error::Error;
 use std::hint::black_box;
+use std::path::Path;
+use std::sync::Arc;
 
-use criterion::{BatchSize, Criterion};
+use candle_core::Device;
+use criterion::{BatchSize, Criterion, Throughput};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use xvlm::data::{DataError, DecodeOptions, Encoded, Picture, RandAugment, RandomResizedCrop, Rect, View};
+use xvlm::data::{
+    BatchBuilder, BatchConfig, CaptionBatch, DataError, Dataset, DecodeOptions, Element, Encoded, ImageCache,
+    ImageSource, Origin, Picture, Place, RandAugment, RandomResizedCrop, Record, Rect, RegionBatch, TextTokenizer,
+    View,
+};
 use xvlm_benches::criterion;
 
 static PHOTO: &[u8] = include_bytes!("../photo.jpg");
@@ -82,11 +89,57 @@ fn everything(criterion: &mut Criterion) {
     criterion.bench_function("an image, as in pre-training", |bencher| bencher.iter(|| one().expect("an image")));
 }
 
+/// Records in memory, each the photograph with a caption and four regions.
+fn records() -> Vec<Record> {
+    let element = |x: u16, y: u16| Element {
+        bbox: [x, y, 240, 180].map(f32::from),
+        texts: vec!["a shape of one colour before a grey cloud".to_owned()],
+        attributes: Vec::new(),
+        labels: Vec::new(),
+    };
+    let photo: Arc<[u8]> = PHOTO.into();
+    let record = |n| Record {
+        image: ImageSource::Bytes(Arc::clone(&photo)),
+        captions: vec!["some shapes of several colours before grey clouds".to_owned()],
+        elems: vec![element(40, 30), element(340, 30), element(40, 260), element(340, 260)],
+        questions: Vec::new(),
+        origin: Origin { file: Path::new("memory").into(), place: Place::Item(n) },
+    };
+    (0..256).map(record).collect()
+}
+
+fn collating(criterion: &mut Criterion) -> Result<(), Box<dyn Error>> {
+    let dataset = Arc::new(Dataset::from_records(records()));
+    let words = "a shape of one colour before grey cloud some shapes several colours clouds".split(' ');
+    let tokenizer = TextTokenizer::from_vocabulary(&words.map(str::to_owned).collect::<Vec<_>>())?;
+    let cache = Arc::new(ImageCache::new(0));
+    let builder = BatchBuilder::new(dataset, Arc::new(tokenizer), BatchConfig::default(), cache)?;
+    let (captions, regions) = (builder.captions(0)?, builder.regions(0)?);
+    let images = |count: usize| Throughput::Elements(count as u64);
+
+    let mut group = criterion.benchmark_group("collate");
+    group.throughput(images(captions.images));
+    group.bench_function("captions", |bencher| bencher.iter(|| black_box(builder.captions(0).expect("a batch"))));
+    group.bench_function("captions to tensors", |bencher| {
+        let to_tensors = |batch: CaptionBatch| batch.to_tensors(&Device::Cpu).expect("tensors");
+        bencher.iter_batched(|| captions.clone(), to_tensors, BatchSize::LargeInput);
+    });
+    group.throughput(images(regions.images));
+    group.bench_function("regions", |bencher| bencher.iter(|| black_box(builder.regions(0).expect("a batch"))));
+    group.bench_function("regions to tensors", |bencher| {
+        let to_tensors = |batch: RegionBatch| batch.to_tensors(&Device::Cpu).expect("tensors");
+        bencher.iter_batched(|| regions.clone(), to_tensors, BatchSize::LargeInput);
+    });
+    group.finish();
+    Ok(())
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     let mut criterion = criterion();
     decoding(&mut criterion)?;
     augmenting(&mut criterion)?;
     everything(&mut criterion);
+    collating(&mut criterion)?;
     criterion.final_summary();
     Ok(())
 }

@@ -62,16 +62,23 @@ fn extend(bits: u32, size: u32) -> i32 {
 /// Bits of several codes and their values that are passed over at once.
 const SKIP: u32 = 12;
 
-/// Several codes with their values: `length | advance << 8`. They take `length` bits and lead `advance` coefficients on; 0 if not even
-/// one fits. The mark that the rest of a block is 0 is no part of them.
-#[derive(Clone, Copy)]
-struct Several(u16);
+/// Several codes with their values. The mark that the rest of a block is 0 is no part of them.
+#[derive(Clone, Copy, Default)]
+struct Several {
+    /// The bits they take; 0 if not even one fits.
+    length: u8,
+    /// How many coefficients they lead on.
+    advance: u8,
+}
+
+// Each code takes a bit or more and leads 16 coefficients on at most.
+const _: () = assert!(SKIP * 16 <= u8::MAX as u32 && SKIP >= LOOK);
 
 /// A Huffman code.
 pub(super) struct Huffman {
     look: Box<[Entry; 1 << LOOK]>,
-    /// Empty unless it is for coefficients but the first.
-    several: Vec<Several>,
+    /// None, each, unless it is for coefficients but the first.
+    several: Box<[Several; 1 << SKIP]>,
     /// For each length the first code that is longer, as the upper of 16 bits.
     limits: [u32; 17],
     /// For each length what to add to a code for its index among `symbols`.
@@ -105,7 +112,12 @@ impl Huffman {
             limits[length as usize] = code << (16 - length);
             code <<= 1;
         }
-        let several = if is_dc { Vec::new() } else { several(&look) };
+        let mut several = Box::new([Several::default(); 1 << SKIP]);
+        if !is_dc {
+            for (bits, several) in (0..).zip(several.iter_mut()) {
+                *several = Several::new(&look, bits);
+            }
+        }
         Some(Self { look, several, limits, offsets, symbols: symbols.to_vec(), is_dc })
     }
 
@@ -149,22 +161,21 @@ impl Huffman {
     }
 }
 
-/// For all values of [`SKIP`] bits the codes that are whole in them.
-fn several(look: &[Entry; 1 << LOOK]) -> Vec<Several> {
-    let of = |bits: u32| {
+impl Several {
+    /// The codes that are whole in the [`SKIP`] bits `bits`.
+    fn new(look: &[Entry; 1 << LOOK], bits: u32) -> Self {
         let (mut length, mut advance) = (0, 0);
         loop {
             // Zeros come in behind; a code that needs them is not taken.
             let entry = look[(bits << length & ((1 << SKIP) - 1)) as usize >> (SKIP - LOOK)];
             let whole = entry.extra() == 0 && length + entry.length() <= SKIP;
             if !whole || entry.run() == Entry::END {
-                return Several((length | advance << 8) as u16);
+                return Self { length: length as u8, advance: advance as u8 };
             }
             length += entry.length();
             advance += entry.run() + 1;
         }
-    };
-    (0..1 << SKIP).map(of).collect()
+    }
 }
 
 /// Reads the entropy-coded data, from which stuffed bytes and markers have been removed.
@@ -244,12 +255,11 @@ impl<'a> Bits<'a> {
         loop {
             self.refill();
             for _ in 0..2 {
-                let Several(several) = table.several[(self.buffer >> (64 - SKIP)) as usize];
-                let (length, advance) = (u32::from(several & 0xFF), u32::from(several >> 8));
+                let Several { length, advance } = table.several[(self.buffer >> (64 - SKIP)) as usize];
                 // What would lead behind the block belongs, in part, to the next one.
-                if k + advance < 64 {
-                    self.drop(length);
-                    k += advance;
+                if k + u32::from(advance) < 64 {
+                    self.drop(length.into());
+                    k += u32::from(advance);
                 }
             }
             k += self.next(table)?.0 + 1;
@@ -257,5 +267,65 @@ impl<'a> Bits<'a> {
                 return Some(());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// How many symbols of each length: in turn, of the codes that are left, a share of so many 256ths.
+    fn counts(shares: [u8; 16]) -> [u8; 16] {
+        let mut left = 1u32;
+        shares.map(|share| {
+            left *= 2;
+            // What is left doubles with each length; more than are taken here have no use.
+            let count = (left * u32::from(share)).div_ceil(256).min(16);
+            left = (left - count).min(1 << 10);
+            count as u8
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+
+        #[test]
+        fn blocks_are_passed_over_as_they_are_read(
+            shares in any::<[u8; 16]>(),
+            drawn in proptest::collection::vec((0u8..16, 1u8..=10), 256),
+            marks in any::<[u8; 2]>(),
+            mut data in proptest::collection::vec(any::<u8>(), 64..512),
+        ) {
+            let end = data.len();
+            data.extend([0; Bits::PADDING]);
+            let mut symbols: Vec<u8> = drawn.iter().map(|(run, size)| run << 4 | size).collect();
+            // The end of a block, and sixteen zeros: often short ones.
+            for (mark, symbol) in marks.into_iter().zip([0, 0xF0]) {
+                symbols[usize::from(mark) >> 4] = symbol;
+            }
+            let table = Huffman::new(&counts(shares), &symbols, false).expect("a code");
+            let (mut read, mut passed) = (Bits::new(&data, 0), Bits::new(&data, 0));
+            while !read.overran(end) {
+                let mut block = [0.0; 128];
+                let known = read.block(&table, &[1.0; 64], &mut block).is_some();
+                prop_assert_eq!(passed.skip_block(&table).is_some(), known);
+                if !known {
+                    break;
+                }
+                prop_assert_eq!(8 * read.position as u32 - read.left, 8 * passed.position as u32 - passed.left);
+            }
+        }
+    }
+
+    #[test]
+    fn codes_of_one_bit_lead_as_far_as_there_is_room_for() {
+        // Sixteen zeros are one bit, the end of a block is the other.
+        let mut counts = [0; 16];
+        counts[0] = 2;
+        let table = Huffman::new(&counts, &[0xF0, 0], false).expect("a code");
+        let Several { length, advance } = table.several[0];
+        assert_eq!((u32::from(length), u32::from(advance)), (SKIP, 16 * SKIP));
     }
 }
