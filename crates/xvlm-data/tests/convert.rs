@@ -124,7 +124,7 @@ fn every_form_reads_back_as_it_was() {
             };
             let mut wanted: Vec<String> = (0..5).map(|i| format!("coco-{i:05}.{end}")).collect();
             if compression == Compression::None {
-                let index = Index::read(&out.join(&wanted[4]), &xvlm_data::RecordKeys::default()).unwrap();
+                let index = Index::read(&out.join(&wanted[4]), &RecordKeys::default()).unwrap();
                 assert_eq!(index.len() as u64, manifest.shards[4].records);
                 wanted = wanted.into_iter().flat_map(|name| [name.clone(), format!("{name}.idx")]).collect();
             }
