@@ -66,12 +66,16 @@ impl Default for CheckConfig {
 /// Reads every record of a data set as training would, whichever part of it a step may draw: the image is decoded, every
 /// box has to be inside of it, every text of the image or of an element has to have a word. What is first found wrong with each
 /// broken record goes to `broken`, and after every few hundred records their number to `progress`.
+///
+/// # Errors
+///
+/// [`DataError::Spool`]: without temporary files nothing can be said of the records.
 pub fn check(
     dataset: &Dataset,
     config: &CheckConfig,
     broken: &mut dyn FnMut(&str),
     progress: &mut dyn FnMut(u64),
-) -> Findings {
+) -> Result<Findings, DataError> {
     let mut findings = Findings::default();
     let mut images = HashSet::new();
     let mut chunk: Vec<Result<Arc<Record>, DataError>> = Vec::with_capacity(CHUNK);
@@ -96,15 +100,18 @@ pub fn check(
         }
         progress(seen);
     };
-    let Ok(()) = dataset.visit(|read| {
+    dataset.visit(|read| {
+        if let Err(error @ DataError::Spool { .. }) = read {
+            return Err(error);
+        }
         chunk.push(read);
         if chunk.len() == CHUNK {
             look(&mut chunk);
         }
-        Ok::<_, std::convert::Infallible>(())
-    });
+        Ok(())
+    })?;
     look(&mut chunk);
-    findings
+    Ok(findings)
 }
 
 /// What became of a record.

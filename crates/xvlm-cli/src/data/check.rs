@@ -47,7 +47,7 @@ impl Check {
         let findings = Stage::run("records", |at| {
             let broken = &mut |message: &str| output::say(message);
             let all = dataset.found().try_into().unwrap_or(usize::MAX);
-            Ok::<_, CliError>(check(&dataset, &config, broken, &mut |seen| at(seen as usize, all.max(seen as usize))))
+            check(&dataset, &config, broken, &mut |seen| at(seen as usize, all.max(seen as usize)))
         })?;
         let report = Report {
             records: findings.records,
