@@ -325,7 +325,9 @@ fn a_shard_that_can_be_opened_later_is_as_if_it_always_could() {
     }
     assert_eq!((dataset.found(), dataset.broken().total(), dataset.broken().reasons().len()), (50, 10, 1));
 
-    fs::write(path(2), good).unwrap();
+    // Whole at once: the next window is being fetched meanwhile.
+    fs::write(folder.path().join(".aside"), good).unwrap();
+    fs::rename(folder.path().join(".aside"), path(2)).unwrap();
     assert!((0..51).any(|position| patient.record(position).is_err()));
     (0..60).for_each(|position| drop(order_of.record(position)));
     let fresh = order(&open(Duration::ZERO));
