@@ -38,8 +38,11 @@ fn folder() -> TempDir {
     let pretraining = Pretraining::new(&model, 7, &Device::Cpu).unwrap();
     let config = ModelConfig { max_words: 40, ..ModelConfig::of(model) };
     let parameters = pretraining.parameters();
+    let weights = |parameters: &[(String, candle_core::Var)]| -> Vec<_> {
+        parameters.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect()
+    };
     let write = |name: &str, parameters| {
-        Model::write(&dir.path().join(name), &config, parameters, &tokenizer, StoredType::F32).unwrap();
+        Model::write(&dir.path().join(name), &config, weights(parameters), &tokenizer, StoredType::F32).unwrap();
     };
     write("model", parameters);
     write("lacking", &parameters[1..]);
