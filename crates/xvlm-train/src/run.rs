@@ -278,3 +278,45 @@ fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, TrainError> {
 pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
     if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    fn row() -> MetricsRow {
+        let losses = BTreeMap::from([("itc".to_owned(), 1.5)]);
+        MetricsRow { iteration: 1, losses, lr: 0.1, grad_norm: 2.0, images_per_second: 3.0, elapsed_seconds: 4.0 }
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_row_that_finds_no_room_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunFolder::new(dir.path()).unwrap();
+        std::os::unix::fs::symlink("/dev/full", run.metrics_path()).unwrap();
+        let error = run.append(&row()).unwrap_err().to_string();
+        assert!(
+            error.contains("metrics.jsonl: ") && error.ends_with("once there is room, the run can be resumed"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn the_best_may_be_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunFolder::new(dir.path()).unwrap();
+        assert_eq!(run.best().unwrap(), None);
+        let best = Best { iteration: 5, score: 0.5, by: crate::Criterion::Score, losses: 2 };
+        run.keep_best(Some(&best)).unwrap();
+        assert_eq!(run.best().unwrap(), None);
+        fs::create_dir(run.checkpoint(5)).unwrap();
+        assert_eq!(run.best().unwrap(), Some((best, run.checkpoint(5))));
+        run.keep_best(None).unwrap();
+        assert_eq!(run.best().unwrap(), None);
+        fs::write(dir.path().join("checkpoints/best.json"), "{}").unwrap();
+        let error = run.best().unwrap_err().to_string();
+        assert!(error.contains("best.json: expected iteration and score of a checkpoint"), "{error}");
+    }
+}
