@@ -223,7 +223,7 @@ impl RunFolder {
         };
         rename().map_err(TrainError::io(&path))?;
         let best = standing.judge.best.as_ref().filter(|_| config.keep_best);
-        self.keep_best(best)?;
+        self.write_best(best)?;
         let checkpoints = self.checkpoints()?;
         let surplus = checkpoints.len().saturating_sub(config.keep_checkpoints);
         let is_best = |iteration| best.is_some_and(|best| best.iteration == iteration);
@@ -234,7 +234,7 @@ impl RunFolder {
     }
 
     /// Writes which checkpoint is the best.
-    pub(crate) fn keep_best(&self, best: Option<&Best>) -> Result<(), TrainError> {
+    pub(crate) fn write_best(&self, best: Option<&Best>) -> Result<(), TrainError> {
         let (parent, path) = (self.checkpoints_path(), self.checkpoints_path().join(BEST));
         let write = || {
             let Some(best) = best else {
@@ -309,11 +309,11 @@ mod tests {
         let run = RunFolder::new(dir.path()).unwrap();
         assert_eq!(run.best().unwrap(), None);
         let best = Best { iteration: 5, score: 0.5, by: crate::Criterion::Score, losses: 2 };
-        run.keep_best(Some(&best)).unwrap();
+        run.write_best(Some(&best)).unwrap();
         assert_eq!(run.best().unwrap(), None);
         fs::create_dir(run.checkpoint(5)).unwrap();
         assert_eq!(run.best().unwrap(), Some((best, run.checkpoint(5))));
-        run.keep_best(None).unwrap();
+        run.write_best(None).unwrap();
         assert_eq!(run.best().unwrap(), None);
         fs::write(dir.path().join("checkpoints/best.json"), "{}").unwrap();
         let error = run.best().unwrap_err().to_string();

@@ -200,7 +200,7 @@ impl Start {
             return Err(TrainError::Occupied { path: run.path().to_path_buf(), found });
         }
         let last_row = run.rewind(standing.iteration)?;
-        run.keep_best(standing.judge.best.as_ref().filter(|_| config.keep_best))?;
+        run.write_best(standing.judge.best.as_ref().filter(|_| config.keep_best))?;
         Ok(Self { standing, last_row })
     }
 }

@@ -87,13 +87,12 @@ fn newest(run: &Path) -> u64 {
 fn assert_same(left: &Path, right: &Path) {
     let newest = newest(left);
     assert_eq!(names(&left.join("checkpoints")), names(&right.join("checkpoints")));
-    let checkpoint = PathBuf::from(format!("checkpoints/{newest:07}"));
-    let [weights, optimizer] = ["weights", "optimizer"].map(|file| checkpoint.join(file).with_extension("safetensors"));
-    for file in [&weights, &optimizer, "checkpoints/best.json".as_ref(), "model/model.safetensors".as_ref()] {
-        assert!(fs::read(left.join(file)).unwrap() == fs::read(right.join(file)).unwrap(), "{}", file.display());
+    let of_checkpoint = ["weights", "optimizer"].map(|name| format!("{newest:07}/{name}.safetensors"));
+    let of_run = ["best.json", "../model/model.safetensors", "../best/model.safetensors"].map(str::to_owned);
+    for file in of_checkpoint.iter().chain(&of_run) {
+        let [left, right] = [left, right].map(|run| fs::read(run.join("checkpoints").join(file)).unwrap());
+        assert!(left == right, "{file}");
     }
-    let best = "best/model.safetensors";
-    assert!(fs::read(left.join(best)).unwrap() == fs::read(right.join(best)).unwrap());
     let rows = |run: &Path| -> Vec<Value> {
         let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
         let row = |line: &str| -> Value {

@@ -1,5 +1,7 @@
-//! Where numbers stop being finite is found and named: in a picture, in a weight, or on the way to the losses.
+//! What stops a run is named: numbers that are not finite, in a picture, in a weight or on the way to the losses; workers that
+//! die; a configuration that is not the one it began with.
 
+use std::fs;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
@@ -8,10 +10,13 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use xvlm_data::scenes::{self, Split, SynthOptions};
+use xvlm_data::{CaptionTensors, Loader, LoaderConfig};
 use xvlm_tasks::pretrain::{self, Batch, Launch, PretrainBatches, Pretraining};
 use xvlm_tasks::{PretrainConfig, TaskError};
 use xvlm_train::ranks::{Alone, Communicator};
-use xvlm_train::{Batches, Silent, Step, TrainError, Trainable};
+use xvlm_train::{
+    Batches, BoxError, Job, Progress, RunFolder, Silent, Step, TrainConfig, TrainError, Trainable, train,
+};
 
 /// A folder with pictures, and the configuration of a small run on them.
 fn world(train: Value) -> (TempDir, PretrainConfig) {
@@ -94,7 +99,7 @@ fn the_first_output_is_named() {
     // Finite, but what they make is not.
     for (name, expected) in [
         ("text_encoder.bert.encoder.layer.0.output.LayerNorm.weight", "output of layer.0"),
-        ("vision_encoder.layers.0.blocks.1.mlp.fc2.weight", "output of layers.0.blocks.1"),
+        ("vision_encoder.layers.0.blocks.1.mlp.fc1.weight", "output of layers.0.blocks.1"),
     ] {
         let (_, weight) = pretraining.parameters().iter().find(|(other, _)| other == name).unwrap();
         let before = weight.as_detached_tensor().copy().unwrap();
@@ -122,4 +127,62 @@ fn a_run_that_explodes_says_where_and_keeps_what_was_good() {
     assert_eq!(error.to_string().matches("pretrain.jsonl:").count(), records.len().min(8), "{error}");
     // It is the same each time, from the checkpoint before.
     assert_eq!(run(&config, true).unwrap_err().to_string(), error.to_string());
+}
+
+#[test]
+fn a_worker_that_dies_is_told_and_loses_nothing() {
+    struct Dying(Loader<u64>, CaptionTensors);
+    impl Batches<Batch> for Dying {
+        fn next(&mut self) -> Result<Vec<Vec<Batch>>, BoxError> {
+            self.0.next()?;
+            Ok(vec![vec![Batch::Captions(self.1.clone())]])
+        }
+    }
+    let (pretraining, mut batches) = first_batches();
+    let Batch::Captions(batch) = batches.remove(0) else { panic!("images come first") };
+    let dir = TempDir::new().unwrap();
+    let run = RunFolder::new(dir.path()).unwrap();
+    let build = |step| if step == 3 { panic!("out of luck") } else { Ok(step) };
+    let config = TrainConfig { iterations: 6, checkpoint_every: 2, ..TrainConfig::default() };
+    let loader = |start| Loader::starting_at(start, LoaderConfig::default(), build);
+    let dying = |start| -> Result<Box<dyn Batches<Batch>>, BoxError> { Ok(Box::new(Dying(loader(start)?, batch))) };
+    let error = train(&pretraining, dying, &config, &Job::alone(&run, false), &mut Silent).err().unwrap().to_string();
+    assert!(error.starts_with("iteration 4: batches: ") && error.ends_with("found a panic: out of luck"), "{error}");
+    assert_eq!(run.checkpoints().unwrap().last().unwrap().0, 2);
+}
+
+#[derive(Default)]
+struct Warnings(Vec<String>);
+
+impl Progress for Warnings {
+    fn warning(&mut self, message: &str) {
+        self.0.push(message.to_owned());
+    }
+}
+
+#[test]
+fn a_setting_that_is_new_was_its_default() {
+    let (dir, config) = world(json!({ "iterations": 1 }));
+    let run = |config: &PretrainConfig, resume, warnings: &mut Warnings| {
+        pretrain::run(config, &dir.path().join("run"), &Launch::alone(resume), &Device::Cpu, warnings)
+    };
+    let mut warnings = Warnings::default();
+    run(&config, false, &mut warnings).unwrap();
+    run(&config, true, &mut warnings).unwrap();
+    assert_eq!(warnings.0, [""; 0]);
+
+    let path = dir.path().join("run/config.yaml");
+    let text = fs::read_to_string(&path).unwrap();
+    let older = text.replace("  label_share: 0.0\n", "");
+    assert_ne!(text, older);
+    fs::write(&path, &older).unwrap();
+    let mut changed = config.clone();
+    changed.data.label_share = 0.5;
+    let error = run(&changed, true, &mut warnings).unwrap_err().to_string();
+    assert!(error.contains("config.yaml: data.label_share: expected 0.0, as the run began, found 0.5"), "{error}");
+    warnings.0.clear();
+    run(&config, true, &mut warnings).unwrap();
+    assert_eq!(warnings.0.len(), 1, "{:?}", warnings.0);
+    assert!(warnings.0[0].contains("config.yaml: the run began without data.label_share = 0.0"), "{:?}", warnings.0);
+    assert_eq!(fs::read_to_string(&path).unwrap(), text);
 }
