@@ -132,7 +132,7 @@ fn a_run_that_is_killed_twenty_times_ends_in_the_same_weights() {
         assert_eq!(output.status.code(), None, "kill {kill}: {}", stderr(&output));
         in_the_middle += u64::from(is_writing(&run));
     }
-    assert!(in_the_middle > 0 && newest(&run) < 44);
+    assert!(in_the_middle >= 3 && newest(&run) < 44);
     let report = finished(dir, "killed", "--resume");
     assert_eq!((&report["iterations"], &report["stopped"]), (&json!(44), &json!(false)));
     assert_same(&dir.join("whole"), &run);
