@@ -13,6 +13,7 @@ mod predict;
 mod pretrain;
 mod progress;
 mod report;
+mod signals;
 mod synth;
 
 use std::path::PathBuf;
