@@ -58,6 +58,13 @@ impl Tape {
         Ok(seen)
     }
 
+    /// The variables that `loss` was computed from, whether through segments of this tape or past them: no other gets a
+    /// gradient.
+    pub fn variables(&self, loss: &Tensor) -> Vec<Tensor> {
+        let segments = self.segments.borrow();
+        segments.iter().flat_map(|segment| &segment.leaves).cloned().chain(leaves(loss)).collect()
+    }
+
     /// Adds to `gradients` that of `loss`, a scalar, with respect to every variable it was computed from, whether through
     /// segments of this tape or past them. `ready` is told each of these variables, with its gradient, when nothing will be
     /// added any more. The tape is empty afterwards.
