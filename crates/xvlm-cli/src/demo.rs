@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
@@ -15,6 +16,7 @@ use xvlm::metrics::retrieval::RetrievalScores;
 use xvlm::metrics::vqa::ExactScores;
 use xvlm::tasks::captioning::{self, CaptionScores};
 use xvlm::tasks::{Model, PretrainConfig, fill, grounding, pretrain, retrieval, vqa};
+use xvlm::train::ranks::{Alone, Communicator};
 use xvlm::train::{LossCurve, Warmup, loss_curves, read_metrics};
 use xvlm::{Picture, Predictor};
 
@@ -160,8 +162,9 @@ impl Demo {
         let options =
             SynthOptions { scenes: TRAINING_SCENES, seed: TRAINING_SEED, split: Split::Seen, embed_images: false };
         write_scenes("training scenes", &data, options)?;
-        pretrain::run(&first, &align, false, &device, &mut Training::new())?;
-        pretrain::run(&second, &run, false, &device, &mut Training::new())?;
+        let alone: Arc<dyn Communicator> = Arc::new(Alone);
+        pretrain::run(&first, &align, false, &device, &alone, &mut Training::new())?;
+        pretrain::run(&second, &run, false, &device, &alone, &mut Training::new())?;
         let curves = loss_curves(&read_metrics(&run.join("metrics.jsonl"))?);
         let model = run.join("model");
         Ok((Predictor::from_folder(&model, &device)?, model.display().to_string(), curves))

@@ -109,11 +109,17 @@ impl Launch {
             return Err(wrong(size, "at least 1", "0"));
         }
         if launch.rank >= launch.size {
-            return Err(wrong(rank, "a number below that of all processes", format!("{} of {}", launch.rank, launch.size)));
+            return Err(wrong(
+                rank,
+                "a number below that of all processes",
+                format!("{} of {}", launch.rank, launch.size),
+            ));
         }
         let host = get("MASTER_ADDR").or_else(|| get(by)).filter(|host| !host.is_empty());
         let port = match get("MASTER_PORT") {
-            Some(port) => port.parse().ok().filter(|port| *port > 0).ok_or_else(|| wrong("MASTER_PORT", "a port", port))?,
+            Some(port) => {
+                port.parse().ok().filter(|port| *port > 0).ok_or_else(|| wrong("MASTER_PORT", "a port", port))?
+            }
             None => launch.port,
         };
         match host {
@@ -170,13 +176,8 @@ mod tests {
         find(&get).map_err(|error| error.to_string())
     }
 
-    const TORCHRUN: [(&str, &str); 5] = [
-        ("RANK", "9"),
-        ("WORLD_SIZE", "16"),
-        ("LOCAL_RANK", "1"),
-        ("MASTER_ADDR", "node0"),
-        ("MASTER_PORT", "4000"),
-    ];
+    const TORCHRUN: [(&str, &str); 5] =
+        [("RANK", "9"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "node0"), ("MASTER_PORT", "4000")];
     const SLURM: [(&str, &str); 4] = [
         ("SLURM_PROCID", "3"),
         ("SLURM_NTASKS", "8"),

@@ -125,7 +125,8 @@ impl Reducer {
             self.know(i, gradients.get(&self.variables[i]).cloned())?;
         }
         let line = self.line.as_ref();
-        let sums = (0..self.sent).map(|_| line.map_or_else(|| Err(ended(&*self.ranks)), |line| line.receive(&*self.ranks)));
+        let sums =
+            (0..self.sent).map(|_| line.map_or_else(|| Err(ended(&*self.ranks)), |line| line.receive(&*self.ranks)));
         let sums = sums.collect::<Result<Vec<_>, _>>()?;
         self.sent = 0;
         self.buckets.iter_mut().for_each(Bucket::clear);
@@ -235,8 +236,8 @@ impl Line {
             }
         };
         let thread = thread::Builder::new().name("gradients".to_owned()).spawn(work);
-        let thread = thread
-            .map_err(|error| TrainError::Ranks { rank, operation: "start of a thread", source: error.into() })?;
+        let thread =
+            thread.map_err(|error| TrainError::Ranks { rank, operation: "start of a thread", source: error.into() })?;
         Ok(Self { buckets: Some(buckets), sums, thread: Some(thread) })
     }
 
@@ -283,4 +284,138 @@ fn flat(pieces: Vec<Piece>, device: &Device) -> candle_core::Result<Tensor> {
     let mut all = numbers.collect::<candle_core::Result<Vec<_>>>()?;
     all.push(there);
     Tensor::cat(&all, 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ranks::Threads;
+    use candle_core::Var;
+
+    const SIZES: [usize; 5] = [3, 4, 2, 5, 1];
+
+    /// A rank's variables, and the gradients of a step: none of the variables for which `has` says so.
+    fn of(rank: usize, step: usize, has: impl Fn(usize) -> bool, variables: &[Tensor]) -> Vec<Option<Tensor>> {
+        let gradient = |i: usize| {
+            let numbers = (0..SIZES[i]).map(|n| 0.1 + (rank * 7 + step * 5 + i * 3 + n) as f32 / 3.0);
+            Tensor::from_iter(numbers, variables[i].device()).unwrap()
+        };
+        (0..SIZES.len()).map(|i| has(i).then(|| gradient(i))).collect()
+    }
+
+    /// Runs `work` on each rank.
+    fn on_ranks<R: Send>(size: usize, work: impl Fn(Arc<dyn Communicator>) -> R + Sync) -> Vec<R> {
+        thread::scope(|scope| {
+            let all =
+                Threads::new(size).into_iter().map(|ranks| scope.spawn(|| work(Arc::new(ranks)))).collect::<Vec<_>>();
+            all.into_iter().map(|rank| rank.join().unwrap()).collect()
+        })
+    }
+
+    fn variables() -> Vec<Tensor> {
+        let variable = |size: &usize| Var::zeros(*size, DType::F32, &Device::Cpu).unwrap().as_tensor().clone();
+        SIZES.iter().map(variable).collect()
+    }
+
+    /// Variable 1 has a gradient on rank 0 only, variable 3 on none, but in the last step everywhere.
+    fn has(rank: usize, step: usize, i: usize) -> bool {
+        step == 2 || (i != 3 && (i != 1 || rank == 0))
+    }
+
+    /// The means after each step, and whether buckets were on their way before the step was over.
+    fn reduced(ranks: &Arc<dyn Communicator>, told: bool) -> (Vec<Vec<Option<Vec<f32>>>>, bool) {
+        let (rank, variables) = (ranks.rank(), variables());
+        let mut reducer = Reducer::of(ranks, variables.clone(), 6);
+        let mut early = false;
+        let steps = (0..3).map(|step| {
+            let mut gradients = Gradients::default();
+            for (variable, gradient) in variables.iter().zip(of(rank, step, |i| has(rank, step, i), &variables)) {
+                gradient.into_iter().for_each(|gradient| gradients.insert(variable, gradient));
+            }
+            if told {
+                // A graph over just the variables that have a gradient.
+                let there = variables.iter().filter(|variable| gradients.get(variable).is_some());
+                let loss = there.fold(Tensor::zeros((), DType::F32, &Device::Cpu).unwrap(), |sum, variable| {
+                    (sum + variable.sum_all().unwrap()).unwrap()
+                });
+                reducer.start(&Tape::default(), &loss, &Gradients::default()).unwrap();
+                // Not all ranks have them ready in the same order.
+                let mut order = [4, 2, 3, 0, 1];
+                order.rotate_left(rank);
+                for i in order {
+                    if let Some(gradient) = gradients.get(&variables[i]) {
+                        reducer.ready(&variables[i], gradient).unwrap();
+                    }
+                }
+                early |= reducer.sent > 0;
+            }
+            reducer.finish(&mut gradients).unwrap();
+            let numbers = |variable: &Tensor| gradients.get(variable).map(|mean| mean.to_vec1::<f32>().unwrap());
+            variables.iter().map(numbers).collect()
+        });
+        (steps.collect(), early)
+    }
+
+    #[test]
+    fn the_means_are_those_of_all_ranks_sooner_or_later() {
+        for size in 2..=4 {
+            let later = on_ranks(size, |ranks| reduced(&ranks, false).0);
+            let sooner = on_ranks(size, |ranks| reduced(&ranks, true));
+            for (means, (soon, early)) in later.iter().zip(&sooner) {
+                assert!(early, "something is sent while the backward pass goes on");
+                assert_eq!((means, soon), (&later[0], &later[0]), "{size} ranks");
+            }
+            let variables = variables();
+            for (step, found) in later[0].iter().enumerate() {
+                for (i, found) in found.iter().enumerate() {
+                    let given =
+                        (0..size).filter_map(|rank| of(rank, step, |i| has(rank, step, i), &variables).swap_remove(i));
+                    let given: Vec<Vec<f32>> = given.map(|gradient| gradient.to_vec1().unwrap()).collect();
+                    assert_eq!(found.is_some(), !given.is_empty(), "step {step}, variable {i}");
+                    for (n, found) in found.iter().flatten().enumerate() {
+                        let mean = given.iter().map(|numbers| numbers[n]).sum::<f32>() / size as f32;
+                        assert!((found - mean).abs() < 1e-5, "step {step}, variable {i}: {found} for {mean}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn who_leaves_lets_nobody_wait() {
+        let results = on_ranks(3, |ranks| {
+            let (rank, variables) = (ranks.rank(), variables());
+            let mut reducer = Reducer::of(&ranks, variables.clone(), 6);
+            let mut step = || {
+                let mut gradients = Gradients::default();
+                variables.iter().for_each(|variable| gradients.insert(variable, variable.clone()));
+                reducer.finish(&mut gradients)
+            };
+            step()?;
+            if rank == 1 { Ok(()) } else { step() }
+        });
+        assert!(results[1].is_ok());
+        for rank in [0, 2] {
+            let error = results[rank].as_ref().unwrap_err().to_string();
+            assert!(error.contains("rank 1 has left"), "{error}");
+        }
+    }
+
+    #[test]
+    fn buckets_follow_the_order_of_rank_0() {
+        let orders = on_ranks(2, |ranks| {
+            let variables = variables();
+            let mut reducer = Reducer::of(&ranks, variables.clone(), 6);
+            let mut gradients = Gradients::default();
+            let order = if ranks.rank() == 0 { [2, 0, 4, 1] } else { [0, 1, 2, 4] };
+            for i in order {
+                gradients.insert(&variables[i], variables[i].clone());
+                reducer.ready(&variables[i], &variables[i]).unwrap();
+            }
+            reducer.finish(&mut gradients).unwrap();
+            reducer.buckets.iter().map(|bucket| bucket.variables.clone()).collect::<Vec<_>>()
+        });
+        // Of at most 6 numbers: 2 + 3 + 1, 4, 5.
+        assert_eq!(orders, [vec![vec![2, 0, 4], vec![1], vec![3]], vec![vec![2, 0, 4], vec![1], vec![3]]]);
+    }
 }

@@ -56,7 +56,10 @@ fn give(listener: &TcpListener, size: usize, deadline: Instant, bytes: &[u8]) ->
                 if Instant::now() >= deadline {
                     let count = here.iter().filter(|here| **here).count();
                     let address = listener.local_addr()?;
-                    return Err(format!("{address}: expected {size} ranks, found {count}; rank {missing} has not come").into());
+                    return Err(format!(
+                        "{address}: expected {size} ranks, found {count}; rank {missing} has not come"
+                    )
+                    .into());
                 }
                 thread::sleep(AGAIN);
             }
@@ -128,7 +131,10 @@ mod tests {
         let others = [2, 1].map(|rank| thread::spawn(met(rank)));
         // Somebody else knocks.
         let stranger = thread::spawn(move || {
-            while TcpStream::connect(("127.0.0.1", first.port)).and_then(|mut s| s.write_all(b"GET / HTTP/1.1\r\n\r\n")).is_err() {
+            while TcpStream::connect(("127.0.0.1", first.port))
+                .and_then(|mut s| s.write_all(b"GET / HTTP/1.1\r\n\r\n"))
+                .is_err()
+            {
                 thread::sleep(Duration::from_millis(1));
             }
         });
