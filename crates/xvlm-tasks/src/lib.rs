@@ -24,7 +24,7 @@ mod search;
 pub mod vqa;
 
 pub use align::Negatives;
-pub use config::{Objective, PretrainConfig, RegionStream};
+pub use config::{ItcGradient, Objective, PretrainConfig, RegionStream};
 pub use error::{ConfigProblem, TaskError};
 pub use generate::{LABEL_SMOOTHING, Source, Written, writing_loss};
 pub use model::{ImageTokens, Model, ModelConfig, Texts};

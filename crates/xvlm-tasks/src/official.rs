@@ -13,7 +13,7 @@ use xvlm_encoders::{
 };
 use xvlm_train::{OptimizerConfig, ScheduleConfig, TrainConfig, Warmup};
 
-use crate::config::{PretrainConfig, RegionStream, suggestion};
+use crate::config::{ItcGradient, PretrainConfig, RegionStream, suggestion};
 use crate::error::ConfigProblem;
 use crate::model::ModelConfig;
 use crate::search::Search;
@@ -269,6 +269,8 @@ pub fn pretrain_config(config: &Value, path: &Path) -> Result<PretrainConfig, Co
             seed,
             ..TrainConfig::default()
         },
+        // What the published models were trained with.
+        itc_gradient: ItcGradient::Original,
         stored: xvlm_weights::StoredType::F32,
     })
 }
