@@ -156,9 +156,9 @@ pub(crate) fn check_model(model: &XvlmConfig, task: Task) -> Result<(), String> 
     let mut sized = model.clone();
     // 0 stands for as many as the tokenizer knows.
     sized.text_config.vocab_size = sized.text_config.vocab_size.max(1);
-    sized.validate().map_err(|error| {
-        format!("model.{}: expected {}, found {}", error.field, error.expected, error.found)
-    })?;
+    sized
+        .validate()
+        .map_err(|error| format!("model.{}: expected {}, found {}", error.field, error.expected, error.found))?;
     match model.task == task {
         true => Ok(()),
         false => Err(format!("model.task: expected {}, found {}", task.name(), model.task.name())),
@@ -216,7 +216,7 @@ impl PretrainConfig {
 
     /// Iterations in place of epochs, where `ranks` processes train together.
     pub fn fix_length(&mut self, ranks: usize) {
-        let batch = self.data.batch_size.saturating_mul(ranks) as u64;
+        let batch = self.data.batch_size.saturating_mul(ranks).saturating_mul(self.train.accumulate) as u64;
         self.train.fix_length(self.train_dataset_size.unwrap_or(0), batch);
     }
 }

@@ -24,6 +24,7 @@ use crate::error::{ConfigProblem, TaskError};
 use crate::generate::{LABEL_SMOOTHING, Source, writing_loss};
 use crate::model::{Model, ModelConfig, check_texts};
 use crate::search::Search;
+use crate::yaml::Configuration;
 
 /// Bounds of the temperature after each step (the original's `xvlm.temp.clamp_`).
 const TEMPERATURE: (f64, f64) = (0.001, 0.5);
@@ -230,6 +231,7 @@ pub fn run(
     progress: &mut dyn Progress,
 ) -> std::result::Result<Summary, TaskError> {
     let mut config = config.clone();
+    config.fix_length(1);
     let builder = Arc::new(open_batches(&mut config, Some(out), progress)?);
     let pretraining = Pretraining::to_train(&config.model, &config.train, device)?.with_objectives(&config.objectives);
     if let Some(dir) = &config.init_from {
@@ -337,8 +339,9 @@ fn check_count(sources: &[SourceConfig], dataset: &Dataset, need: Need) -> std::
 /// Writes `config.yaml` into the folder of the run; a run that is resumed must be configured as it was, but for what only
 /// says how long to go on, how quickly, and what to leave behind.
 fn keep_config(config: &PretrainConfig, run: &RunFolder, resume: bool) -> std::result::Result<(), TaskError> {
-    const FREE: [&str; 8] = [
+    const FREE: [&str; 9] = [
         "/train",
+        "/train_dataset_size",
         "/loader",
         "/image_cache_mib",
         "/stored",

@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use xvlm_data::Padding;
 use xvlm_encoders::{Activation, SwinConfig, Task, TextModel, VisionConfig, VitConfig, XvlmConfig};
 use xvlm_tasks::{PretrainConfig, official};
-use xvlm_train::Warmup;
+use xvlm_train::{Precision, Warmup};
 
 const SWIN: &str = r#"{
   "ckpt": "data/swin.pth", "vision_width": 1024, "image_res": 384, "window_size": 12, "embed_dim": 128,
@@ -145,7 +145,8 @@ fn a_pre_training_run_is_read_whole() {
     assert_eq!((data.padding, data.tokenized), (Padding::Repeats, false));
     assert_eq!((data.max_words, data.max_tokens, data.seed), (30, 33, 7));
     assert_eq!((data.masking.mask_prob, data.masking.max_masks, data.masking.skipgram_size), (0.2, 6, 2));
-    assert_eq!(config.train.iterations, 3 * 16);
+    assert_eq!((config.train.epochs, config.train_dataset_size), (Some(3), Some(1000)));
+    assert_eq!((config.train.precision, config.loader.workers), (Precision::F16, 4));
     assert_eq!((config.train.optimizer.lr, config.train.optimizer.lr_mult), (1e-4, 3.0));
     assert_eq!(config.train.schedule.warmup, Warmup::Fraction(0.1));
     assert_eq!((config.train.clip, config.train.log_every), (Some(2.0), 5));
@@ -160,9 +161,9 @@ fn tokens_and_the_vocabulary_of_roberta_are_understood() {
     };
     let both =
         PRETRAIN.replace("tokenized: False, ", "tokenized: True, ").replace("iter_perc", "tokenized: True, iter_perc");
-    assert!(open(&both).unwrap().data.tokenized);
-    let error = open(&PRETRAIN.replace("tokenized: False, ", "tokenized: True, ")).unwrap_err();
-    assert!(error.contains("regions.tokenized: expected true, as in images, found false"), "{error}");
+    let of = |text: &str| (open(text).unwrap().data.tokenized, open(text).unwrap().data.regions_tokenized);
+    assert_eq!(of(&both), (true, None));
+    assert_eq!(of(&PRETRAIN.replace("tokenized: False, ", "tokenized: True, ")), (true, Some(false)));
     let clip = "use_clip_vit: True\nuse_swin: False";
     let roberta = PRETRAIN
         .replace("use_clip_vit: False\nuse_swin: True", clip)

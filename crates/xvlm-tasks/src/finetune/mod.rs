@@ -297,7 +297,8 @@ impl Serialize for FinetuneConfig {
         }
         let Self { task, tokenizer, init_from, model, loader, image_cache_mib, train, stored } = self;
         let (image_cache_mib, stored, data) = (*image_cache_mib, *stored, task.data());
-        Printed { task, tokenizer, init_from, model, data, loader, image_cache_mib, train, stored }.serialize(serializer)
+        Printed { task, tokenizer, init_from, model, data, loader, image_cache_mib, train, stored }
+            .serialize(serializer)
     }
 }
 
@@ -326,7 +327,9 @@ impl Configuration for FinetuneConfig {
         };
         let epochs = self.train.as_ref().and_then(|train| train.epochs);
         match epochs.filter(|&epochs| start_eval >= epochs) {
-            Some(epochs) => Err(format!("task.start_eval: expected less than train.epochs ({epochs}), found {start_eval}")),
+            Some(epochs) => {
+                Err(format!("task.start_eval: expected less than train.epochs ({epochs}), found {start_eval}"))
+            }
             None => Ok(()),
         }
     }
@@ -348,7 +351,8 @@ impl FinetuneConfig {
             Purpose::Finetune(_) => Ok(preset.text),
             Purpose::Pretrain => {
                 let known = Self::presets().collect::<Vec<_>>().join(", ");
-                let message = format!("expected one for fine-tuning ({known}), found {name}, which is for pre-training");
+                let message =
+                    format!("expected one for fine-tuning ({known}), found {name}, which is for pre-training");
                 Err(ConfigProblem { file: "preset".to_owned(), message })
             }
         }

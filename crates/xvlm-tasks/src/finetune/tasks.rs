@@ -299,7 +299,12 @@ fn at_least_one(fields: &[(&str, u64)]) -> Result<(), String> {
 }
 
 fn check_files(train_file: &[PathBuf], test_file: &[PathBuf], trains: bool) -> Result<(), String> {
-    ensure(!trains || !train_file.is_empty(), "train_file", "at least one file, since there is a section train", "none")?;
+    ensure(
+        !trains || !train_file.is_empty(),
+        "train_file",
+        "at least one file, since there is a section train",
+        "none",
+    )?;
     ensure(!test_file.is_empty(), "test_file", "at least one file", "none")
 }
 

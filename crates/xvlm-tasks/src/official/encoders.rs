@@ -152,4 +152,3 @@ pub fn vision_config(config: &Value, path: &Path) -> Result<VisionConfig, Config
 pub fn text_config(config: &Value, path: &Path) -> Result<BertConfig, ConfigProblem> {
     bert(&Section::new(config, path)?)
 }
-

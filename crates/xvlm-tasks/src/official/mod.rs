@@ -173,4 +173,3 @@ fn tokenizer(root: &Section, model: TextModel) -> Result<PathBuf, ConfigProblem>
     };
     Ok(PathBuf::from(root.text_or("text_encoder", folder)?).join(file))
 }
-

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use xvlm_data::{BatchConfig, LoaderConfig, MaskingGenerator, RecordKeys, SourceConfig};
 use xvlm_encoders::Task;
-use xvlm_train::{OptimizerConfig, ScheduleConfig, TrainConfig, Warmup};
+use xvlm_train::{OptimizerConfig, Precision, ScheduleConfig, TrainConfig, Warmup};
 
 use super::section::Section;
 use super::{from_official, tokenizer};
@@ -44,7 +44,7 @@ pub fn pretrain_config(config: &Value, path: &Path) -> Result<PretrainConfig, Co
     let (images, regions) = (root.section("images")?, root.section("regions")?);
     root.expect_off("calc_image_bbox_loss")?;
     root.expect_off("load_bertL_by_sep")?;
-    let tokenized = images.flag_or("tokenized", false)?;
+    let [tokenized, regions_tokenized] = [images.flag_or("tokenized", false)?, regions.flag_or("tokenized", false)?];
     let model = from_official(config, path, Task::Pretrain)?;
     let train = training(&root, OptimizerConfig::default().lr_mult_names)?;
     Ok(PretrainConfig {
@@ -60,6 +60,7 @@ pub fn pretrain_config(config: &Value, path: &Path) -> Result<PretrainConfig, Co
             seed: train.seed,
             batch_size: images.size("batch_size")?,
             tokenized,
+            regions_tokenized: (regions_tokenized != tokenized).then_some(regions_tokenized),
             masking: masking(&root)?,
             ..region_batches(&regions, &model)?
         },
@@ -128,7 +129,12 @@ pub(super) fn training(root: &Section, lr_mult_names: Vec<String>) -> Result<Tra
     optimizer.expect_text("opt", "adamW")?;
     schedule.expect_text("sched", "linear")?;
     accelerator.expect_text("FP16_LOSS_SCALE", "dynamic")?;
-    accelerator.expect("GRAD_ACCUMULATE_STEPS", 1)?;
+    // 16 bits with weights in 32 (apex's O1 and O2); what keeps these apart is settled by the model here.
+    let precision = match accelerator.text_or("FP16_OPT_LEVEL", "O0")?.as_str() {
+        "O0" => Precision::F32,
+        "O1" | "O2" => Precision::F16,
+        other => return Err(accelerator.problem("FP16_OPT_LEVEL", "O0, O1 or O2", other)),
+    };
     let clip = match root.has("accelerator") {
         true => accelerator.number_or("CLIP_GRAD_NORM", 1.0)?,
         false => 0.0,
@@ -155,6 +161,8 @@ pub(super) fn training(root: &Section, lr_mult_names: Vec<String>) -> Result<Tra
             ..ScheduleConfig::default()
         },
         clip: (clip > 0.0).then_some(clip as f32),
+        accumulate: accelerator.size_or("GRAD_ACCUMULATE_STEPS", 1)?,
+        precision,
         seed: accelerator.size_or("RNG_SEED", 42)? as u64,
         ..TrainConfig::default()
     };
