@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use xvlm_data::Padding;
 use xvlm_encoders::{Activation, SwinConfig, Task, TextModel, VisionConfig, VitConfig, XvlmConfig};
+use xvlm_tasks::finetune::{FinetuneConfig, FinetuneKind};
 use xvlm_tasks::{PretrainConfig, official};
 use xvlm_train::{Precision, Warmup};
 
@@ -236,7 +237,8 @@ fn encoders_alone() {
 /// Files that say something, with bytes changed, taken out and put in.
 fn mutated() -> impl Strategy<Value = Vec<u8>> {
     let edit = (any::<prop::sample::Index>(), any::<u8>(), 0..4u8);
-    (prop::sample::select(vec![PRETRAIN, SWIN_384, SWIN, BERT]), prop::collection::vec(edit, 1..8)).prop_map(
+    let vqa = FinetuneConfig::preset_text("vqa").unwrap();
+    (prop::sample::select(vec![PRETRAIN, SWIN_384, SWIN, BERT, vqa]), prop::collection::vec(edit, 1..8)).prop_map(
         |(text, edits)| {
             let mut bytes = text.as_bytes().to_vec();
             for (place, byte, kind) in edits {
@@ -264,5 +266,7 @@ proptest! {
         std::fs::write(&path, bytes).unwrap();
         let _ = official::model_config(&path, Task::Pretrain);
         let _ = PretrainConfig::open(&path, &[]);
+        let _ = FinetuneConfig::open(&path, FinetuneKind::Vqa, &[]);
+        let _ = FinetuneConfig::open(&path, FinetuneKind::CaptioningPretrain, &[]);
     }
 }

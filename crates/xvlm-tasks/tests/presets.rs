@@ -310,8 +310,6 @@ fn presets_are_what_the_original_says() {
                 match &mut expected.task {
                     FinetuneTask::NlvrPretrain(own) | FinetuneTask::CaptioningPretrain(own) => own.train_file.clear(),
                     FinetuneTask::BboxPretrain(own) => own.train_file_regions.clear(),
-                    // The size of training batches, where nothing is trained, is one of this form alone.
-                    FinetuneTask::Nlvr(_) | FinetuneTask::WeakGrounding(_) | FinetuneTask::Bbox(_) => {}
                     _ => {}
                 }
                 assert_eq!(*config, expected, "{}", preset.name);
@@ -435,7 +433,6 @@ fn what_the_original_would_mean_otherwise_is_refused() {
     refused(Vqa, "vqa", "num_dec_layers: 6", "num_dec_layers: 4", "num_dec_layers: expected 6, found 4");
     refused(Vqa, "vqa", "start_eval: 7", "start_eval: 10", "task.start_eval: expected less than train.epochs (10)");
     refused(WeakGrounding, "grounding-weak", "block_num: 9", "block_num: 3", "task.block_num: expected a layer with");
-    refused(WeakGrounding, "grounding-weak", "det_file: 'data", "image_root: 'data", "duplicate");
     refused(Bbox, "refcoco-bbox", "refcoco_data: 'data/finetune/'\n", "", "task.refcoco_data: expected a folder");
     refused(BboxPretrain, "refcoco-bbox-pretrain", "iter_perc: 1.0", "iter_perc: 0.5", "regions.iter_perc: expected 1");
     refused(Captioning, "captioning-coco", "label_smoothing: 0.1", "label_smoothing: 1.0", "task.label_smoothing");
@@ -450,6 +447,21 @@ fn what_the_original_would_mean_otherwise_is_refused() {
     refused(CaptioningPretrain, "captioning-pretrain", "CLIP_GRAD_NORM", "CLIP_GRAD", "did you mean `CLIP_GRAD_NORM`?");
     refused(CaptioningPretrain, "captioning-pretrain", "O1", "O3", "accelerator.FP16_OPT_LEVEL: expected O0, O1 or O2");
     refused(CaptioningPretrain, "captioning-pretrain", "num_workers", "num_worker", "did you mean `num_workers`?");
+}
+
+#[test]
+fn a_model_of_no_size_is_refused() {
+    let folder = repository(&original("vqa"));
+    let bert = folder.path().join("configs/config_bert.json");
+    let text = std::fs::read_to_string(&bert).unwrap();
+    for (from, to) in [(": 12, \"pad", ": 4294967296, \"pad"), ("fusion_layer\": 6", "fusion_layer\": 60")] {
+        std::fs::write(&bert, text.replace(from, to)).unwrap();
+        let path = folder.path().join("configs/run.yaml");
+        let yaml = original("vqa").replace("num_dec_layers: 6\n", "");
+        std::fs::write(&path, yaml).unwrap();
+        let error = FinetuneConfig::open(&path, FinetuneKind::Vqa, &[]).unwrap_err().to_string();
+        assert!(error.contains("run.yaml: ") && error.contains("text_config."), "{error}");
+    }
 }
 
 #[test]

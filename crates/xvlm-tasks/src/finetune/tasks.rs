@@ -11,7 +11,7 @@ use crate::search::Search;
 /// One file, or a list of them.
 fn files<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
     #[derive(Deserialize)]
-    #[serde(untagged, expecting = "a file or a list of files")]
+    #[serde(untagged, expecting = "expected a file or a list of files")]
     enum Files {
         One(PathBuf),
         Many(Vec<PathBuf>),

@@ -30,6 +30,7 @@ const WORKERS: usize = 4;
 pub fn finetune_config(config: &Value, path: &Path, kind: FinetuneKind) -> Result<FinetuneConfig, ConfigProblem> {
     let root = Section::new(config, path)?;
     let model = from_official(config, path, kind.model_task())?;
+    model.model.validate().map_err(|error| root.problem(error.field, &error.expected, &error.found))?;
     root.expect_off("load_bertL_by_sep")?;
     let loader = match kind {
         FinetuneKind::NlvrPretrain | FinetuneKind::CaptioningPretrain => workers(&root.section("images")?)?,
