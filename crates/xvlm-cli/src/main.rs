@@ -10,6 +10,7 @@ mod eval;
 mod output;
 mod plot;
 mod predict;
+mod presets;
 mod pretrain;
 mod progress;
 mod report;
@@ -43,6 +44,7 @@ enum Command {
     Eval(eval::Eval),
     Synth(synth::Synth),
     Pretrain(pretrain::Pretrain),
+    Presets(presets::Presets),
     Data(data::Data),
 }
 
@@ -58,6 +60,7 @@ impl Command {
             Self::Eval(command) => command.run(),
             Self::Synth(command) => command.run(),
             Self::Pretrain(command) => command.run(),
+            Self::Presets(command) => command.run(),
             Self::Data(command) => command.run(),
         }
     }

@@ -29,7 +29,7 @@ pub(crate) struct Pretrain {
     #[arg(long, value_name = "FILE", conflicts_with = "preset", required_unless_present = "preset")]
     config: Option<PathBuf>,
     /// Configuration that is built in: scenes-align and scenes (the two stages of the built-in
-    /// model) or base-4m (the paper's)
+    /// model), base-4m and base-16m (the paper's)
     #[arg(long, value_name = "NAME")]
     preset: Option<String>,
     /// Folder of the run

@@ -30,6 +30,7 @@ use crate::error::{ConfigProblem, TaskError};
 use crate::generate::{LABEL_SMOOTHING, Source, writing_loss};
 use crate::model::{Model, ModelConfig, check_texts};
 use crate::search::Search;
+use crate::yaml::Configuration;
 
 /// Bounds of the temperature after each step (the original's `xvlm.temp.clamp_`).
 const TEMPERATURE: (f64, f64) = (0.001, 0.5);
@@ -327,6 +328,7 @@ pub fn run(
     let mut silent = Silent;
     let progress = if is_first_rank { progress } else { &mut silent };
     let mut config = config.clone();
+    config.fix_length(ranks.size());
     let builder = open_batches(&mut config, Some(out), progress)?.for_rank(ranks.rank(), ranks.size());
     let builder = Arc::new(builder);
     let pretraining = Pretraining::to_train(&config.model, &config.train, device)?
@@ -479,8 +481,9 @@ fn keep_config(
     resume: bool,
     progress: &mut dyn Progress,
 ) -> std::result::Result<(), TaskError> {
-    const FREE: [&str; 8] = [
+    const FREE: [&str; 9] = [
         "/train",
+        "/train_dataset_size",
         "/loader",
         "/image_cache_mib",
         "/stored",

@@ -247,6 +247,31 @@ fn pretrain_leaves_a_model() {
 }
 
 #[test]
+fn presets_are_listed_and_printed() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let list = json(dir, "presets");
+    let list = list.as_array().unwrap();
+    let entry = list.iter().find(|entry| entry["name"] == "vqa-480").unwrap();
+    let expected = json!({
+        "name": "vqa-480", "task": "vqa", "image_res": 480, "data": "VQA v2, VG questions", "official": "VQA_480.yaml",
+    });
+    assert_eq!(*entry, expected);
+    let lines = text(dir, "presets");
+    assert_eq!(lines.lines().count(), list.len());
+    assert!(lines.lines().any(|line| line.split_whitespace().eq(["refcoco-bbox", "bbox", "384", "px", "RefCOCO+"])));
+
+    let yaml = text(dir, "presets refcoco-bbox");
+    assert!(yaml.starts_with("# ") && yaml.contains("name: bbox"), "{yaml}");
+    assert_eq!(json(dir, "presets refcoco-bbox")["task"]["name"], "bbox");
+    assert_eq!(json(dir, "presets base-16m")["train"]["epochs"], 38);
+    refused(dir, "presets refcoco-box", &["unknown preset `refcoco-box`", "did you mean `refcoco-bbox`?"]);
+    let expected = ["pre-training (scenes-align, ", "refcoco-bbox, which is for fine-tuning (bbox)"];
+    refused(dir, "pretrain --preset refcoco-bbox --out run", &expected);
+    refused(dir, "pretrain --preset refcoco-bbox --print-config", &expected);
+}
+
+#[test]
 fn a_run_goes_on_as_it_began() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();

@@ -235,6 +235,7 @@ impl BatchBuilder {
         }
     }
 
+    /// For the texts of captions.
     fn texts(&self) -> TextMaker<'_> {
         TextMaker {
             tokenizer: &self.tokenizer,
@@ -244,6 +245,12 @@ impl BatchBuilder {
             tokenized: self.config.tokenized,
             masking: Some(&self.config.masking),
         }
+    }
+
+    /// For the texts of regions.
+    fn region_texts(&self) -> TextMaker<'_> {
+        let texts = self.texts();
+        TextMaker { tokenized: self.config.regions_tokenized.unwrap_or(texts.tokenized), ..texts }
     }
 }
 
