@@ -10,6 +10,7 @@
 mod checkpoint;
 mod config;
 mod error;
+mod events;
 mod metrics;
 mod optimizer;
 mod run;
@@ -23,7 +24,8 @@ use rand_chacha::ChaCha8Rng;
 pub use checkpoint::difference;
 pub use config::{Decay, OptimizerConfig, ScheduleConfig, TrainConfig, Warmup};
 pub use error::{BoxError, TrainError};
-pub use metrics::{LossCurve, MetricsRow, loss_curves, read_metrics};
+pub use events::EventFile;
+pub use metrics::{LossCurve, MetricsRow, loss_curves, peak_memory_mib, read_metrics};
 pub use optimizer::Optimizer;
 pub use run::RunFolder;
 pub use train::train;
@@ -114,6 +116,8 @@ pub struct StepReport<'a> {
     pub eta: Duration,
     /// Time trained since the run began, without interruptions.
     pub elapsed: Duration,
+    /// The most memory that the process had at once so far, in MiB; none where the system does not tell it.
+    pub peak_memory_mib: Option<u64>,
 }
 
 /// How a run ended.
@@ -131,4 +135,6 @@ pub struct Summary {
     pub images_per_second: f64,
     /// Time trained since the run began, without interruptions.
     pub elapsed: Duration,
+    /// The most memory that the process had at once so far, in MiB; none where the system does not tell it.
+    pub peak_memory_mib: Option<u64>,
 }

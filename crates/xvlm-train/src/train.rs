@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::config::TrainConfig;
 use crate::error::{BoxError, TrainError};
-use crate::metrics::MetricsRow;
+use crate::metrics::{MetricsRow, peak_memory_mib};
 use crate::optimizer::Optimizer;
 use crate::run::RunFolder;
 use crate::{Batches, Losses, Progress, StepReport, Summary, Trainable};
@@ -82,6 +82,7 @@ pub fn train<M: Trainable>(
             let left = Duration::try_from_secs_f64(per_iteration * (config.iterations - done) as f64);
             let left = left.unwrap_or(Duration::MAX);
             let eta = config.time_limit().map_or(left, |limit| left.min(limit.saturating_sub(elapsed)));
+            let peak_memory_mib = peak_memory_mib();
             progress.step(&StepReport {
                 iteration,
                 of: config.iterations,
@@ -91,9 +92,11 @@ pub fn train<M: Trainable>(
                 images_per_second,
                 eta,
                 elapsed,
+                peak_memory_mib,
             });
             let (losses, elapsed_seconds) = (losses.into_iter().collect(), elapsed.as_secs_f64());
-            let row = MetricsRow { iteration, losses, lr, grad_norm, images_per_second, elapsed_seconds };
+            let row =
+                MetricsRow { iteration, losses, lr, grad_norm, images_per_second, elapsed_seconds, peak_memory_mib };
             run.append(&row)?;
             last_row = Some(row);
         }
@@ -109,6 +112,7 @@ pub fn train<M: Trainable>(
         losses: last_row.map_or_else(Vec::new, |row| row.losses.into_iter().collect()),
         images_per_second: trained_on as f64 / clock.since_start().as_secs_f64().max(1e-9),
         elapsed: clock.elapsed(),
+        peak_memory_mib: peak_memory_mib(),
     };
     progress.finish(&summary);
     Ok(summary)

@@ -139,7 +139,7 @@ fn killed(at: &Path, iteration: u64) {
 
 /// What of metrics does not depend on the time.
 fn lasting(at: &Path) -> Vec<MetricsRow> {
-    let timeless = |row| MetricsRow { images_per_second: 0.0, elapsed_seconds: 0.0, ..row };
+    let timeless = |row| MetricsRow { images_per_second: 0.0, elapsed_seconds: 0.0, peak_memory_mib: None, ..row };
     read_metrics(&at.join("metrics.jsonl")).unwrap().into_iter().map(timeless).collect()
 }
 
