@@ -42,6 +42,7 @@ enum Command {
     Eval(eval::Eval),
     Synth(synth::Synth),
     Pretrain(pretrain::Pretrain),
+    Plot(plot::Plot),
     Data(data::Data),
 }
 
@@ -57,6 +58,7 @@ impl Command {
             Self::Eval(command) => command.run(),
             Self::Synth(command) => command.run(),
             Self::Pretrain(command) => command.run(),
+            Self::Plot(command) => command.run(),
             Self::Data(command) => command.run(),
         }
     }

@@ -10,12 +10,13 @@ use xvlm::train::Summary;
 
 use crate::DeviceArgs;
 use crate::output::{self, CliError};
+use crate::plot;
 use crate::progress::Training;
 
 /// Pre-train a model on image-text pairs and on boxes with texts
 ///
-/// The folder of the run gets metrics.jsonl (a row of losses every `train.log_every` iterations), checkpoints, and at
-/// the end the finished model in model/.
+/// The folder of the run gets metrics.jsonl (a row of losses every `train.log_every` iterations), the same in
+/// tensorboard/, checkpoints, and at the end the finished model in model/ and its losses in losses.png and losses.svg.
 #[derive(Args)]
 pub(crate) struct Pretrain {
     /// Configuration file (YAML)
@@ -55,6 +56,7 @@ struct Report {
     losses: BTreeMap<String, f64>,
     images_per_second: f64,
     elapsed_seconds: f64,
+    peak_memory_mib: Option<u64>,
 }
 
 impl Pretrain {
@@ -68,7 +70,12 @@ impl Pretrain {
         };
         let out = self.out.unwrap_or_default();
         let summary = pretrain::run(&config, &out, self.resume, &self.device.open()?, &mut Training::new())?;
-        let Summary { iterations, optimizer_steps, out_of_time, losses, images_per_second, elapsed } = summary;
+        // The model is finished: a figure that cannot be written is no reason to fail.
+        if let Err(error) = plot::write_into(&out) {
+            output::say(&format!("no figure of the losses: {error}"));
+        }
+        let Summary { iterations, optimizer_steps, out_of_time, losses, images_per_second, elapsed, peak_memory_mib } =
+            summary;
         let report = Report {
             model: out.join("model"),
             metrics: out.join("metrics.jsonl"),
@@ -78,6 +85,7 @@ impl Pretrain {
             losses: losses.into_iter().collect(),
             images_per_second,
             elapsed_seconds: elapsed.as_secs_f64(),
+            peak_memory_mib,
         };
         output::print(self.json, &report, |report| {
             let mut rows = vec![
@@ -86,6 +94,9 @@ impl Pretrain {
                 ("images per second".to_owned(), Some(format!("{:.0}", report.images_per_second))),
                 ("minutes".to_owned(), Some(format!("{:.1}", report.elapsed_seconds / 60.0))),
             ];
+            if let Some(mebibytes) = report.peak_memory_mib {
+                rows.push(("peak memory".to_owned(), Some(format!("{mebibytes} MiB"))));
+            }
             rows.extend(report.losses.iter().map(|(name, loss)| (format!("loss {name}"), Some(format!("{loss:.4}")))));
             output::table(&rows)
         })
