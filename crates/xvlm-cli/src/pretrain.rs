@@ -53,6 +53,7 @@ struct Report {
     iterations: u64,
     optimizer_steps: u64,
     out_of_time: bool,
+    stopped: bool,
     losses: BTreeMap<String, f64>,
     images_per_second: f64,
     elapsed_seconds: f64,
@@ -74,14 +75,23 @@ impl Pretrain {
         if let Err(error) = plot::write_into(&out) {
             output::say(&format!("no figure of the losses: {error}"));
         }
-        let Summary { iterations, optimizer_steps, out_of_time, losses, images_per_second, elapsed, peak_memory_mib } =
-            summary;
+        let Summary {
+            iterations,
+            optimizer_steps,
+            out_of_time,
+            stopped,
+            losses,
+            images_per_second,
+            elapsed,
+            peak_memory_mib,
+        } = summary;
         let report = Report {
             model: out.join("model"),
             metrics: out.join("metrics.jsonl"),
             iterations,
             optimizer_steps,
             out_of_time,
+            stopped,
             losses: losses.into_iter().collect(),
             images_per_second,
             elapsed_seconds: elapsed.as_secs_f64(),

@@ -183,21 +183,21 @@ mod tests {
             let mut rest = content.as_slice();
             let mut is_first = true;
             while let Some(event) = next_record(&mut rest) {
-                let fields = fields(event);
+                let parts = fields(event);
                 let number =
-                    |field| fields.iter().find(|(number, ..)| *number == field).map_or(0, |(_, value, _)| *value);
-                let bytes = |field| fields.iter().find(|(number, ..)| *number == field).map(|(.., bytes)| *bytes);
+                    |field| parts.iter().find(|(number, ..)| *number == field).map_or(0, |(_, value, _)| *value);
+                let bytes = |field| parts.iter().find(|(number, ..)| *number == field).map(|(.., bytes)| *bytes);
                 let wall = f64::from_bits(number(1));
                 assert!(wall > 1.6e9 && wall < 1e11, "{wall}");
                 assert_eq!(bytes(3), is_first.then_some(VERSION.as_bytes()), "the version, first and only there");
                 is_first = false;
                 let step = number(2);
                 if let Some(session) = bytes(7) {
-                    assert_eq!(super::tests::fields(session), [(1, START, &[][..])]);
+                    assert_eq!(fields(session), [(1, START, &[][..])]);
                     scalars.values_mut().for_each(|points| points.retain(|(other, _)| *other < step));
                 }
-                for (_, _, value) in bytes(5).map(super::tests::fields).unwrap_or_default() {
-                    let value = super::tests::fields(value);
+                for (_, _, value) in bytes(5).map(fields).unwrap_or_default() {
+                    let value = fields(value);
                     assert_eq!((value[0].0, value[1].0), (1, 2));
                     let tag = String::from_utf8(value[0].2.to_vec()).unwrap();
                     scalars.entry(tag).or_default().push((step, f32::from_bits(value[1].1 as u32)));
