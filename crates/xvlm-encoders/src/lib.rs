@@ -12,6 +12,7 @@
 
 mod bert;
 mod config;
+mod cost;
 mod decoding;
 mod heads;
 mod layers;
@@ -26,6 +27,7 @@ pub use bert::{Attention, Bert, Concepts};
 pub use config::{
     Activation, BertConfig, ConfigError, SwinConfig, Task, TextModel, VisionConfig, VitConfig, VitFamily, XvlmConfig,
 };
+pub use cost::{Cost, Load, Part};
 pub use decoding::Decoding;
 pub use heads::{Head, MlmHead};
 pub use layers::{LayerNorm, Linear};

@@ -18,6 +18,7 @@ pub mod grounding;
 mod model;
 pub mod nlvr;
 pub mod official;
+pub mod plan;
 pub mod pretrain;
 pub mod retrieval;
 mod search;

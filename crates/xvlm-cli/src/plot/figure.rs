@@ -145,7 +145,7 @@ fn tick_step(length: f64, most: usize) -> f64 {
 /// Round numbers from `low` to `high`, as they are written.
 fn ticks(low: f64, high: f64, most: usize) -> Vec<(f64, String)> {
     let step = tick_step(high - low, most);
-    let decimals = (-step.log10() + 1e-9).ceil().max(0.0) as usize;
+    let decimals = (-step.log10() - 1e-9).ceil().max(0.0) as usize;
     let first = (low / step).ceil() as i64;
     // 0 is written without a sign.
     let tick = |i: i64| (i as f64 * step, format!("{:.decimals$}", i as f64 * step + 0.0));
@@ -273,6 +273,7 @@ mod tests {
     fn ticks_are_round() {
         assert_eq!(labels(ticks(0.13, 2.07, 5)), ["0.5", "1.0", "1.5", "2.0"]);
         assert_eq!(labels(ticks(-0.03, 0.021, 5)), ["-0.02", "0.00", "0.02"]);
+        assert_eq!(labels(ticks(0.0, 0.31, 5)), ["0.0", "0.1", "0.2", "0.3"]);
         assert_eq!(labels(ticks(3.0, 1200.0, 5)), ["500", "1000"]);
         assert_eq!(labels(log_ticks(-3.1, 1.2)), ["0.001", "0.01", "0.1", "1", "10"]);
         assert_eq!(labels(log_ticks(0.0, 1.0)), ["1", "2", "5", "10"]);
