@@ -6,6 +6,7 @@
 mod data;
 mod demo;
 mod draw;
+mod dry_run;
 mod eval;
 mod output;
 mod plot;

@@ -9,6 +9,7 @@ use xvlm::tasks::{PretrainConfig, pretrain};
 use xvlm::train::Summary;
 
 use crate::DeviceArgs;
+use crate::dry_run;
 use crate::output::{self, CliError};
 use crate::plot;
 use crate::progress::Training;
@@ -27,7 +28,7 @@ pub(crate) struct Pretrain {
     #[arg(long, value_name = "NAME")]
     preset: Option<String>,
     /// Folder of the run
-    #[arg(long, value_name = "DIR", required_unless_present = "print_config")]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["print_config", "dry_run"])]
     out: Option<PathBuf>,
     /// Go on from the newest checkpoint in the folder of the run
     #[arg(long)]
@@ -35,8 +36,15 @@ pub(crate) struct Pretrain {
     /// Replace one value of the configuration, such as train.optimizer.lr=1e-4; the value is YAML; repeatable
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    /// Print what the run is going to be (parameters, memory, FLOPs, data, schedule, first batches), draw the first batches
+    /// into first-batch.png if there is an --out, and stop
+    #[arg(long, conflicts_with = "resume")]
+    dry_run: bool,
+    /// Number of processes that a --dry-run is about
+    #[arg(long, value_name = "N", requires = "dry_run", value_parser = clap::value_parser!(u16).range(1..))]
+    ranks: Option<u16>,
     /// Print the preset and do nothing else
-    #[arg(long, requires = "preset", conflicts_with_all = ["out", "resume", "set", "json"])]
+    #[arg(long, requires = "preset", conflicts_with_all = ["out", "resume", "set", "json", "dry_run"])]
     print_config: bool,
     #[command(flatten)]
     device: DeviceArgs,
@@ -69,6 +77,9 @@ impl Pretrain {
             (Some(path), _) => PretrainConfig::open(path, &self.set)?,
             (None, preset) => PretrainConfig::preset(preset.as_deref().unwrap_or_default(), &self.set)?,
         };
+        if self.dry_run {
+            return dry_run::run(&config, self.ranks.unwrap_or(1).into(), self.out.as_deref(), self.json);
+        }
         let out = self.out.unwrap_or_default();
         let summary = pretrain::run(&config, &out, self.resume, &self.device.open()?, &mut Training::new())?;
         // The model is finished: a figure that cannot be written is no reason to fail.

@@ -109,7 +109,7 @@ impl Inspect {
         };
         builder.broken().iter().for_each(say_broken);
         if let Some(path) = &self.out {
-            output::write(path, &sheet(&samples, side as u32).to_png()?)?;
+            output::write(path, &sheet(&samples.iter().collect::<Vec<_>>(), side as u32).to_png()?)?;
         }
         output::print(self.json, &samples, |samples| list(samples))
     }
@@ -154,7 +154,7 @@ fn pictures(pixels: &[f32], side: usize) -> impl Iterator<Item = Picture> {
 }
 
 /// The pictures side by side, each with its boxes.
-pub(crate) fn sheet(samples: &[Sample], side: u32) -> Picture {
+pub(crate) fn sheet(samples: &[&Sample], side: u32) -> Picture {
     /// Pixels of white between two pictures.
     const GAP: u32 = 4;
     let columns = (1..).find(|n| n * n >= samples.len()).unwrap_or(1).max(1) as u32;
