@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use xvlm::data::{TextBatch, TextTokenizer};
-use xvlm::encoders::Part;
+use xvlm::encoders::cost::Part;
 use xvlm::tasks::PretrainConfig;
 use xvlm::tasks::plan::{self, FirstBatches, Memory, ParameterCounts, Plan, Schedule, Stream};
 
@@ -173,8 +173,9 @@ fn of_schedule(rows: &mut Rows, schedule: &Schedule) {
     heading(rows, "Schedule");
     row(rows, "iterations", thousands(schedule.iterations));
     row(rows, "warm-up, iterations", thousands(schedule.warmup));
-    row(rows, "highest learning rate", format!("{:.1e}", schedule.peak_lr));
-    row(rows, "last learning rate", format!("{:.1e}", schedule.final_lr));
+    let rate = |rate: f64| if rate == 0.0 { "0".to_owned() } else { format!("{rate:.1e}") };
+    row(rows, "highest learning rate", rate(schedule.peak_lr));
+    row(rows, "last learning rate", rate(schedule.final_lr));
     row(rows, "batches of an optimizer step", format!("{} × {} processes", schedule.accumulate, schedule.ranks));
 }
 

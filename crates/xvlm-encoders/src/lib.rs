@@ -6,13 +6,14 @@
 //! - [`Decoding`]: texts written token by token, with what was computed for earlier tokens.
 //! - [`Head`]: the two-layer perceptrons for matching, boxes and statements about two images.
 //! - [`Parameters`]: where trainable numbers live, and how they are initialised; [`Blueprint`]: the same without numbers.
+//! - [`cost`]: what a training step costs in memory and in products of matrices.
 //! - [`Pass`]: what differs between training and inference; holds the generator of all randomness.
 //!
 //! *Architecture invariant:* nothing here has seen a label or a file.
 
 mod bert;
 mod config;
-mod cost;
+pub mod cost;
 mod decoding;
 mod heads;
 mod layers;
@@ -27,7 +28,6 @@ pub use bert::{Attention, Bert, Concepts};
 pub use config::{
     Activation, BertConfig, ConfigError, SwinConfig, Task, TextModel, VisionConfig, VitConfig, VitFamily, XvlmConfig,
 };
-pub use cost::{Cost, Load, Part};
 pub use decoding::Decoding;
 pub use heads::{Head, MlmHead};
 pub use layers::{LayerNorm, Linear};

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
-use xvlm_encoders::{Blueprint, Load, Part, Xvlm, XvlmConfig};
+use xvlm_encoders::cost::{Load, Part};
+use xvlm_encoders::{Blueprint, Xvlm, XvlmConfig};
 
 const LOAD: Load = Load {
     images: 3,

@@ -7,7 +7,8 @@ use peak_alloc::PeakAlloc;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
-use xvlm_encoders::{Attention, Concepts, Load, Parameters, Pass, Regions, Xvlm, XvlmConfig};
+use xvlm_encoders::cost::Load;
+use xvlm_encoders::{Attention, Concepts, Parameters, Pass, Regions, Xvlm, XvlmConfig};
 use xvlm_kernels::Tape;
 
 #[global_allocator]

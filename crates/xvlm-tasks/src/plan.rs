@@ -5,7 +5,8 @@
 
 use serde::Serialize;
 use xvlm_data::{BatchBuilder, BatchConfig, CaptionBatch, RegionBatch};
-use xvlm_encoders::{Blueprint, Cost, Load, Part, Xvlm};
+use xvlm_encoders::cost::{Cost, Load, Part};
+use xvlm_encoders::{Blueprint, Xvlm};
 use xvlm_train::{Precision, Progress, TrainConfig, Warmup};
 
 use crate::config::{Objective, PretrainConfig};

@@ -187,6 +187,20 @@ fn a_resumed_run_is_the_same_run_to_the_bit() {
 }
 
 #[test]
+fn each_time_training_goes_on_there_is_an_event_file() {
+    let [dir, without] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let files = |at: &Path| fs::read_dir(at.join("tensorboard")).map_or(0, |files| files.count());
+    killed(dir.path(), 13);
+    assert_eq!(files(dir.path()), 1);
+    for _ in ["to its end", "with nothing left to do"] {
+        go(&Regression::new(), STREAM, &config(), dir.path(), true).unwrap();
+        assert_eq!(files(dir.path()), 2);
+    }
+    go(&Regression::new(), STREAM, &TrainConfig { tensorboard: false, ..config() }, without.path(), false).unwrap();
+    assert_eq!(files(without.path()), 0);
+}
+
+#[test]
 fn resuming_a_finished_run_brings_its_model() {
     let dir = tempfile::tempdir().unwrap();
     let [trained, resumed] = [Regression::new(), Regression::new()];
