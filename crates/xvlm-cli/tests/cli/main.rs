@@ -235,7 +235,7 @@ fn pretrain_leaves_a_model() {
     assert_eq!(fs::read_to_string(dir.join("run/metrics.jsonl")).unwrap().lines().count(), 2);
     json(dir, "ground --model run/model --image data/images/000000.png --text a~star");
     let figure = Picture::open(&dir.join("run/losses.png")).unwrap();
-    assert!(figure.width() > 600 && fs::read_to_string(dir.join("run/losses.svg")).unwrap().contains(">giou</text>"));
+    assert!(figure.width() > 600 && fs::read_to_string(dir.join("run/losses.svg")).unwrap().contains(">itc</text>"));
     assert_eq!(names(&dir.join("run/tensorboard")).len(), 1);
     if cfg!(target_os = "linux") {
         assert!(report["peak_memory_mib"].as_u64().unwrap() > 1, "{report}");
