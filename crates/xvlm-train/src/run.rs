@@ -293,7 +293,16 @@ mod tests {
 
     fn row() -> MetricsRow {
         let losses = BTreeMap::from([("itc".to_owned(), 1.5)]);
-        MetricsRow { iteration: 1, losses, lr: 0.1, grad_norm: 2.0, images_per_second: 3.0, elapsed_seconds: 4.0 }
+        MetricsRow {
+            iteration: 1,
+            losses,
+            lr: 0.1,
+            grad_norm: 2.0,
+            loss_scale: None,
+            images_per_second: 3.0,
+            elapsed_seconds: 4.0,
+            peak_memory_mib: None,
+        }
     }
 
     #[test]
