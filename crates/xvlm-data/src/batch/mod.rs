@@ -126,6 +126,13 @@ impl BatchBuilder {
         self.captions.len().unwrap_or(0).div_ceil(step)
     }
 
+    /// The records that caption batches and region batches are drawn from, as far as their number is known, and the shards
+    /// that these lie in.
+    #[must_use]
+    pub fn sizes(&self) -> [(Option<u64>, usize); 2] {
+        [&self.captions, &self.regions].map(|order| (order.len(), order.dataset().shards()))
+    }
+
     /// Broken records met so far, among those that were drawn and in shards that were opened for it: the first few of each
     /// reason.
     #[must_use]
@@ -235,6 +242,7 @@ impl BatchBuilder {
         }
     }
 
+    /// For the texts of captions.
     fn texts(&self) -> TextMaker<'_> {
         TextMaker {
             tokenizer: &self.tokenizer,
@@ -244,6 +252,12 @@ impl BatchBuilder {
             tokenized: self.config.tokenized,
             masking: Some(&self.config.masking),
         }
+    }
+
+    /// For the texts of regions.
+    fn region_texts(&self) -> TextMaker<'_> {
+        let texts = self.texts();
+        TextMaker { tokenized: self.config.regions_tokenized.unwrap_or(texts.tokenized), ..texts }
     }
 }
 
