@@ -122,7 +122,7 @@ pub enum TrainError {
         /// The iteration, from 1.
         iteration: u64,
         /// Name of the loss, or `gradient norm`.
-        loss: String,
+        loss: &'static str,
         /// Its value.
         value: f64,
         /// The first tensor on the way to it that has such numbers, if it is known.

@@ -268,7 +268,7 @@ fn total(losses: &Losses, scale: f64) -> Result<(Tensor, Values), TrainError> {
 }
 
 fn not_finite(
-    loss: &str,
+    loss: &'static str,
     value: f64,
     tensor: Option<String>,
     records: Vec<String>,
@@ -276,7 +276,7 @@ fn not_finite(
     run: &RunFolder,
 ) -> TrainError {
     let checkpoint = run.checkpoints().ok().and_then(|mut all| all.pop()).map(|(_, path)| path);
-    TrainError::NotFinite { iteration, loss: loss.to_owned(), value, tensor, records, checkpoint }
+    TrainError::NotFinite { iteration, loss, value, tensor, records, checkpoint }
 }
 
 /// Time trained since the run began.

@@ -256,7 +256,7 @@ fn f16_stops_when_no_scale_helps() {
     let config = config(Precision::F16);
     let error = train(&model, |_| Ok(Box::new(Units)), &config, &Job::alone(&run, false), &mut Silent).err().unwrap();
     // 65536 was halved sixteen times.
-    assert!(matches!(&error, TrainError::NotFinite { iteration: 17, loss, .. } if loss == "gradient norm"), "{error}");
+    assert!(matches!(&error, TrainError::NotFinite { iteration: 17, loss, .. } if *loss == "gradient norm"), "{error}");
 }
 
 #[test]

@@ -447,7 +447,7 @@ fn two_processes_do_not_train_in_one_folder() {
 fn some_records_are_named_and_the_others_counted() {
     let records = |count: usize| {
         let records = (1..=count).map(|i| format!("a.jsonl:{i}")).collect();
-        let (loss, tensor) = ("itc".to_owned(), None);
+        let (loss, tensor) = ("itc", None);
         TrainError::NotFinite { iteration: 1, loss, value: f64::NAN, tensor, records, checkpoint: None }.to_string()
     };
     assert!(records(8).contains("; the batch was made of a.jsonl:1, a.jsonl:2,"), "{}", records(8));
@@ -491,7 +491,7 @@ fn stops_at_nan_and_keeps_what_was_good() {
     let TrainError::NotFinite { iteration: 13, loss, value, checkpoint: Some(checkpoint), .. } = &error else {
         panic!("{error}")
     };
-    assert_eq!(loss, "first");
+    assert_eq!(*loss, "first");
     assert!(value.is_nan() && checkpoint.ends_with("checkpoints/0000010"));
     assert!(error.to_string().starts_with("iteration 13: first: expected a finite number, found NaN; the last"));
     assert!(model.numbers().iter().all(|number| number.is_finite()));
