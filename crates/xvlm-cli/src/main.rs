@@ -14,6 +14,7 @@ mod presets;
 mod pretrain;
 mod progress;
 mod report;
+mod signals;
 mod synth;
 
 use std::path::PathBuf;

@@ -26,6 +26,10 @@ pub(crate) enum CliError {
     /// The result could not be written as JSON.
     #[error("result: {0}")]
     Json(#[from] serde_json::Error),
+    /// The system does not tell of signals.
+    #[cfg(unix)]
+    #[error("signals: {0}")]
+    Signals(io::Error),
     /// stdout does not take the result.
     #[error("stdout: {0}")]
     Stdout(io::Error),

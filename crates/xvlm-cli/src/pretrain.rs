@@ -5,17 +5,22 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
-use xvlm::tasks::{PretrainConfig, pretrain};
+use xvlm::tasks::PretrainConfig;
+use xvlm::tasks::pretrain::{self, Launch};
 use xvlm::train::Summary;
 
 use crate::DeviceArgs;
 use crate::output::{self, CliError};
 use crate::progress::Training;
+use crate::signals;
 
 /// Pre-train a model on image-text pairs and on boxes with texts
 ///
 /// The folder of the run gets metrics.jsonl (a row of losses every `train.log_every` iterations), checkpoints, and at
-/// the end the finished model in model/.
+/// the end the finished model in model/ and that of the best checkpoint in best/.
+///
+/// SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 let it finish the iteration it is at, save, and exit with 0; --resume then goes
+/// on as if nothing had happened. A second SIGTERM or SIGINT ends it at once.
 #[derive(Args)]
 pub(crate) struct Pretrain {
     /// Configuration file (YAML)
@@ -47,7 +52,10 @@ pub(crate) struct Pretrain {
 /// How a run ended.
 #[derive(Serialize)]
 struct Report {
-    model: PathBuf,
+    /// If the run is finished.
+    model: Option<PathBuf>,
+    /// The model of the best checkpoint, if it is finished and has one.
+    best: Option<PathBuf>,
     metrics: PathBuf,
     iterations: u64,
     optimizer_steps: u64,
@@ -68,10 +76,12 @@ impl Pretrain {
             (None, preset) => PretrainConfig::preset(preset.as_deref().unwrap_or_default(), &self.set)?,
         };
         let out = self.out.unwrap_or_default();
-        let summary = pretrain::run(&config, &out, self.resume, &self.device.open()?, &mut Training::new())?;
+        let launch = Launch { stop: signals::asked_to_stop()?, ..Launch::alone(self.resume) };
+        let summary = pretrain::run(&config, &out, &launch, &self.device.open()?, &mut Training::new())?;
         let Summary { iterations, optimizer_steps, out_of_time, stopped, losses, images_per_second, elapsed } = summary;
         let report = Report {
-            model: out.join("model"),
+            model: (!stopped).then(|| out.join("model")),
+            best: (!stopped && config.train.keep_best).then(|| out.join("best")).filter(|best| best.exists()),
             metrics: out.join("metrics.jsonl"),
             iterations,
             optimizer_steps,
@@ -82,8 +92,9 @@ impl Pretrain {
             elapsed_seconds: elapsed.as_secs_f64(),
         };
         output::print(self.json, &report, |report| {
+            let model = report.model.as_ref().map(|model| model.display().to_string());
             let mut rows = vec![
-                ("model".to_owned(), Some(report.model.display().to_string())),
+                ("model".to_owned(), Some(model.unwrap_or_else(|| "none yet: go on with --resume".to_owned()))),
                 ("iterations".to_owned(), Some(report.iterations.to_string())),
                 ("images per second".to_owned(), Some(format!("{:.0}", report.images_per_second))),
                 ("minutes".to_owned(), Some(format!("{:.1}", report.elapsed_seconds / 60.0))),

@@ -21,6 +21,7 @@ mod columns;
 mod cross_entropy;
 mod embedding;
 mod error;
+mod finite;
 #[cfg(gpu)]
 mod gpu;
 mod graph;
@@ -47,6 +48,7 @@ pub use boxes::{
 pub use cross_entropy::{IGNORE, cross_entropy};
 pub use embedding::embedding;
 pub use error::KernelError;
+pub use finite::all_finite;
 #[cfg(feature = "emulation")]
 pub use gpu::emulated;
 pub use linear::{linear, linear_without_bias};

@@ -7,9 +7,11 @@
 //! batches are those of that iteration, and randomness is a function of seed and iteration. (A time limit is the exception:
 //! no two runs take the same time.)
 
+mod best;
 mod checkpoint;
 mod config;
 mod error;
+mod files;
 mod metrics;
 mod optimizer;
 pub mod ranks;
@@ -23,6 +25,7 @@ use std::time::Duration;
 use candle_core::{Tensor, Var};
 use rand_chacha::ChaCha8Rng;
 
+pub use best::{Best, Criterion};
 pub use checkpoint::difference;
 pub use config::{Decay, OptimizerConfig, Precision, ScheduleConfig, TrainConfig, Warmup};
 pub use error::{BoxError, TrainError};

@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Tensor};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
 use xvlm_kernels::{Gradients, Tape};
 
+use crate::checkpoint::Standing;
 use crate::config::TrainConfig;
 use crate::error::{BoxError, TrainError};
 use crate::metrics::MetricsRow;
@@ -62,13 +64,15 @@ pub fn train<M: Trainable>(
     config.check()?;
     let Job { run, ranks, .. } = job;
     let is_first_rank = ranks.rank() == 0;
+    let _lock = is_first_rank.then(|| run.lock()).transpose()?;
     let mut optimizer = Optimizer::new(model.parameters(), config)?;
     let mut reducer = Reducer::new(ranks, &optimizer);
 
     // Where to start.
-    let Start { mut done, elapsed, mut last_row } =
-        if is_first_rank { Start::of(job, config, &mut optimizer)? } else { Start::default() };
-    let (first, clock) = (done, Clock::start(elapsed));
+    let Start { standing, mut last_row } =
+        if is_first_rank { Start::of(job, config, &mut optimizer, progress)? } else { Start::default() };
+    let Standing { iteration: mut done, elapsed, tally, mut judge } = standing;
+    let (first, clock, mut meter) = (done, Clock::start(elapsed), Meter::new(tally));
     let mut batches = batches(done).map_err(|source| TrainError::Batches { iteration: done + 1, source })?;
     progress.start(config.iterations, done);
 
@@ -76,7 +80,6 @@ pub fn train<M: Trainable>(
     let is_last =
         |done, elapsed| done >= config.iterations || config.time_limit().is_some_and(|limit| elapsed >= limit);
     let mut last = is_last(done, clock.elapsed());
-    let mut meter = Meter::new();
     let mut trained_on = 0;
     while !last {
         let iteration = done + 1;
@@ -102,8 +105,9 @@ pub fn train<M: Trainable>(
                     true => reducer.ready(variable, gradient),
                     false => Ok(()),
                 };
-                tape.backward(&total, &mut gradients, ready).map_err(TrainError::tensor("gradient"))?;
-                meter.add_losses(&values);
+                tape.backward(total, &mut gradients, ready).map_err(TrainError::tensor("gradient"))?;
+                meter.tally.add_losses(&values);
+                judge.add(&values);
                 trained_on += M::samples(batch);
             }
             reducer.finish(&mut gradients)?;
@@ -115,15 +119,17 @@ pub fn train<M: Trainable>(
                 return Err(not_finite("gradient norm", norm, tensor, records, iteration, run));
             }
             model.after_step().map_err(|source| TrainError::Model { iteration, source })?;
-            meter.add_step(norm, micro_batches.iter().map(M::samples).sum());
+            meter.tally.add_step(norm, micro_batches.iter().map(M::samples).sum());
         }
         done = iteration;
-        stopped = job.stop.load(Ordering::Relaxed);
-        last = stopped || is_last(done, clock.elapsed());
+        let ends = is_last(done, clock.elapsed());
+        stopped = job.stop.load(Ordering::Relaxed) && !ends;
+        last = stopped || ends;
 
-        // A checkpoint comes with a report, so that the means of a resumed run begin where they did in this one.
-        let save = last || done % config.checkpoint_every == 0;
-        if save || done % config.log_every == 0 {
+        // A checkpoint comes with a report and is compared with those before; but not where the run is only interrupted, so
+        // that one that was interrupted leaves the same behind as one that was not.
+        let is_due = ends || done % config.checkpoint_every == 0;
+        if is_due || done % config.log_every == 0 {
             let Report { losses, grad_norm, images_per_second } = meter.report();
             let elapsed = clock.elapsed();
             let per_iteration = clock.since_start().as_secs_f64() / (done - first) as f64;
@@ -141,12 +147,18 @@ pub fn train<M: Trainable>(
                 elapsed,
             });
             let (losses, elapsed_seconds) = (losses.into_iter().collect(), elapsed.as_secs_f64());
-            let row = MetricsRow { iteration, losses, lr, grad_norm, images_per_second, elapsed_seconds };
+            let loss_scale = optimizer.loss_scale.dynamic();
+            let row = MetricsRow { iteration, losses, lr, grad_norm, loss_scale, images_per_second, elapsed_seconds };
             run.append(&row)?;
             last_row = Some(row);
         }
-        if save {
-            run.save(done, clock.elapsed(), config, &optimizer)?;
+        if is_due && config.keep_best {
+            judge.compare(done, model.score().map_err(|source| TrainError::Model { iteration, source })?);
+        }
+        if is_due || stopped {
+            let tally = meter.tally.clone();
+            let standing = Standing { iteration: done, elapsed: clock.elapsed(), tally, judge: judge.clone() };
+            run.save(&standing, config, &optimizer)?;
         }
     }
 
@@ -166,26 +178,31 @@ pub fn train<M: Trainable>(
 /// Where a run begins.
 #[derive(Default)]
 struct Start {
-    /// Iterations done before.
-    done: u64,
-    elapsed: Duration,
+    standing: Standing,
     last_row: Option<MetricsRow>,
 }
 
 impl Start {
     /// Of the run in a folder, which is brought to the state of its last checkpoint, as is the optimizer.
-    fn of(job: &Job, config: &TrainConfig, optimizer: &mut Optimizer) -> Result<Self, TrainError> {
+    fn of(
+        job: &Job,
+        config: &TrainConfig,
+        optimizer: &mut Optimizer,
+        progress: &mut dyn Progress,
+    ) -> Result<Self, TrainError> {
         let Job { run, resume, .. } = job;
-        let mut start = Self::default();
-        if *resume && let Some(checkpoint) = run.latest()? {
+        let mut standing = Standing::default();
+        if *resume && let Some(checkpoint) = run.latest(progress)? {
             checkpoint.check(config)?;
             checkpoint.restore(optimizer)?;
-            start = Self { done: checkpoint.state.iteration, elapsed: checkpoint.state.elapsed(), last_row: None };
+            standing = checkpoint.standing().clone();
         } else if let Some((_, newest)) = run.checkpoints()?.pop() {
             let found = newest.display().to_string();
             return Err(TrainError::Occupied { path: run.path().to_path_buf(), found });
         }
-        Ok(Self { last_row: run.rewind(start.done)?, ..start })
+        let last_row = run.rewind(standing.iteration)?;
+        run.keep_best(standing.judge.best.as_ref().filter(|_| config.keep_best))?;
+        Ok(Self { standing, last_row })
     }
 }
 
@@ -249,12 +266,19 @@ impl Clock {
     }
 }
 
-/// What happened since the last report.
+/// What happened since the last report, and when that was.
 struct Meter {
     since: Instant,
-    steps: u64,
+    tally: Tally,
+}
+
+/// What happened since the last report.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Tally {
     samples: usize,
-    grad_norm: f64,
+    /// Sum and number of the norms that are finite.
+    grad_norm: (f64, u64),
     /// Name, sum and number of values, in the order in which they first came.
     losses: Vec<(String, f64, u64)>,
 }
@@ -265,15 +289,12 @@ struct Report {
     images_per_second: f64,
 }
 
-impl Meter {
-    fn new() -> Self {
-        Self { since: Instant::now(), steps: 0, samples: 0, grad_norm: 0.0, losses: Vec::new() }
-    }
-
+impl Tally {
     fn add_step(&mut self, grad_norm: f64, samples: usize) {
-        self.steps += 1;
         self.samples += samples;
-        self.grad_norm += grad_norm;
+        if grad_norm.is_finite() {
+            self.grad_norm = (self.grad_norm.0 + grad_norm, self.grad_norm.1 + 1);
+        }
     }
 
     fn add_losses(&mut self, losses: &[(&str, f64)]) {
@@ -284,13 +305,20 @@ impl Meter {
             }
         }
     }
+}
+
+impl Meter {
+    fn new(tally: Tally) -> Self {
+        Self { since: Instant::now(), tally }
+    }
 
     /// The means, of which the next begin anew.
     fn report(&mut self) -> Report {
-        let Self { since, steps, samples, grad_norm, losses } = std::mem::replace(self, Self::new());
+        let Self { since, tally: Tally { samples, grad_norm: (norms, steps), losses } } =
+            std::mem::replace(self, Self::new(Tally::default()));
         Report {
             losses: losses.into_iter().map(|(name, sum, count)| (name, sum / count as f64)).collect(),
-            grad_norm: grad_norm / steps.max(1) as f64,
+            grad_norm: norms / steps.max(1) as f64,
             images_per_second: samples as f64 / since.elapsed().as_secs_f64().max(1e-9),
         }
     }

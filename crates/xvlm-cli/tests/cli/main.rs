@@ -1,6 +1,8 @@
 //! The built program, with a tiny untrained model: what it prints and writes, and what it refuses.
 
 mod data;
+#[cfg(unix)]
+mod interrupted;
 
 use std::fs;
 use std::path::Path;

@@ -7,6 +7,7 @@
 //!
 //! All kinds share one way for texts (`texts`) and one for pixels (`pixels`).
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,6 +19,7 @@ use crate::config::BatchConfig;
 use crate::dataset::Dataset;
 use crate::error::DataError;
 use crate::image::ImageCache;
+use crate::loader::panic_message;
 use crate::order::{Order, generator};
 use crate::records::Record;
 use crate::shards::Need;
@@ -178,12 +180,20 @@ impl BatchBuilder {
             };
             self.check_found(order.dataset())?;
             let origin = record.as_ref().ok().map(|record| record.origin.clone());
-            match record.and_then(|record| sample(&record, &mut rng, &samples)) {
+            let made = record.and_then(|record| {
+                let make = AssertUnwindSafe(|| sample(&record, &mut rng, &samples));
+                catch_unwind(make).unwrap_or_else(|panic| {
+                    Err(DataError::RecordPanic { origin: record.origin.to_string(), message: panic_message(&*panic) })
+                })
+            });
+            match made {
                 Ok(sample) => {
                     self.lock_broken().seen += 1;
                     samples.push(sample);
                     failures = 0;
                 }
+                // A mistake of this program, not of the record: nothing tells what else is wrong.
+                Err(error @ DataError::RecordPanic { .. }) => return Err(error),
                 Err(error) => {
                     failures += 1;
                     // Twice as many failures in a row as there are records: nothing works at all.
