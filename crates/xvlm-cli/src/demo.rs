@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
@@ -15,6 +16,7 @@ use xvlm::metrics::retrieval::RetrievalScores;
 use xvlm::metrics::vqa::ExactScores;
 use xvlm::tasks::captioning::{self, CaptionScores};
 use xvlm::tasks::{Model, PretrainConfig, fill, grounding, pretrain, retrieval, vqa};
+use xvlm::train::ranks::{Alone, Communicator};
 use xvlm::train::{LossCurve, Warmup, loss_curves, read_metrics};
 use xvlm::{Picture, Predictor};
 

@@ -89,6 +89,14 @@ impl DeviceArgs {
     fn open(&self) -> Result<Device, CliError> {
         Ok(xvlm::device(&self.device)?)
     }
+
+    /// The same for one of several processes: `cuda` is a GPU of its own.
+    fn open_for_rank(&self) -> Result<Device, CliError> {
+        match xvlm::train::ranks::local_rank().map_err(xvlm::Error::from)? {
+            Some(rank) if self.device == "cuda" => Ok(xvlm::device(&format!("cuda:{rank}"))?),
+            _ => self.open(),
+        }
+    }
 }
 
 impl ModelArgs {

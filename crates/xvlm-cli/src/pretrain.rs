@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::Serialize;
 use xvlm::tasks::PretrainConfig;
 use xvlm::tasks::pretrain::{self, Launch};
 use xvlm::train::Summary;
+use xvlm::train::ranks::{self, Engine};
 
 use crate::DeviceArgs;
 use crate::output::{self, CliError};
@@ -42,11 +44,27 @@ pub(crate) struct Pretrain {
     /// Print the preset and do nothing else
     #[arg(long, requires = "preset", conflicts_with_all = ["out", "resume", "set", "json"])]
     print_config: bool,
+    /// What to train in several processes with, once mpirun, torchrun or srun has started them
+    #[arg(long, value_name = "ENGINE", value_enum, default_value_t = Ranks::Auto)]
+    ranks: Ranks,
     #[command(flatten)]
     device: DeviceArgs,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
+}
+
+/// What processes talk through.
+#[derive(Clone, Copy, ValueEnum)]
+enum Ranks {
+    /// NCCL between GPUs, MPI between CPUs, nothing if there is one process
+    Auto,
+    /// Nothing: one process
+    Alone,
+    /// MPI
+    Mpi,
+    /// NCCL; each process has a GPU
+    Nccl,
 }
 
 /// How a run ended.
@@ -76,8 +94,26 @@ impl Pretrain {
             (None, preset) => PretrainConfig::preset(preset.as_deref().unwrap_or_default(), &self.set)?,
         };
         let out = self.out.unwrap_or_default();
-        let launch = Launch { stop: signals::asked_to_stop()?, ..Launch::alone(self.resume) };
-        let summary = pretrain::run(&config, &out, &launch, &self.device.open()?, &mut Training::new())?;
+        let device = self.device.open_for_rank()?;
+        let engine = match self.ranks {
+            Ranks::Auto => Engine::find(device.is_cuda()).map_err(xvlm::Error::from)?,
+            Ranks::Alone => Engine::Alone,
+            Ranks::Mpi => Engine::Mpi,
+            Ranks::Nccl => Engine::Nccl,
+        };
+        let ranks = ranks::connect(engine, &device).map_err(xvlm::Error::from)?;
+        let launch = Launch { resume: self.resume, stop: signals::asked_to_stop()?, ranks: Arc::clone(&ranks) };
+        let summary = match pretrain::run(&config, &out, &launch, &device, &mut Training::new()) {
+            // The others wait for this one.
+            Err(error) if ranks.size() > 1 => {
+                output::say(&format!("error on rank {} of {}: {error}", ranks.rank(), ranks.size()));
+                ranks.abort(1)
+            }
+            ended => ended?,
+        };
+        if ranks.rank() > 0 {
+            return Ok(());
+        }
         let Summary { iterations, optimizer_steps, out_of_time, stopped, losses, images_per_second, elapsed } = summary;
         let report = Report {
             model: (!stopped).then(|| out.join("model")),

@@ -42,6 +42,9 @@ pub struct PretrainConfig {
     /// starts from random weights first learns to see and to read.
     #[serde(default = "default_objectives")]
     pub objectives: Vec<Objective>,
+    /// How strongly ITC pulls, if several processes train together.
+    #[serde(default)]
+    pub itc_gradient: ItcGradient,
     /// How often the region stream gets a batch.
     #[serde(default)]
     pub regions: RegionStream,
@@ -81,6 +84,18 @@ pub enum Objective {
 impl Objective {
     /// All of them.
     pub const ALL: [Self; 5] = [Self::Itc, Self::Itm, Self::Mlm, Self::Box, Self::Generation];
+}
+
+/// What ITC, which compares the samples of all processes, adds to the gradient of the features of each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ItcGradient {
+    /// As much as if one process had all samples, whatever the number of processes.
+    #[default]
+    Whole,
+    /// As much as in the official code: the mean over processes divides it by their number, although each has only its own
+    /// part of it. So beside the other losses, ITC trains the encoders with 1/8 of its weight on the paper's 8 GPUs.
+    Original,
 }
 
 fn default_objectives() -> Vec<Objective> {

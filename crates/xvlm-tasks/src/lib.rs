@@ -28,7 +28,7 @@ pub mod vqa;
 mod yaml;
 
 pub use align::Negatives;
-pub use config::{Objective, PretrainConfig, RegionStream};
+pub use config::{ItcGradient, Objective, PretrainConfig, RegionStream};
 pub use error::{ConfigProblem, TaskError};
 pub use finetune::FinetuneConfig;
 pub use generate::{LABEL_SMOOTHING, Source, Written, writing_loss};

@@ -18,12 +18,14 @@ use xvlm_data::{
 use xvlm_encoders::{Parameters, Pass, Regions, Xvlm, XvlmConfig};
 use xvlm_kernels::all_finite;
 use xvlm_losses as losses;
-use xvlm_train::ranks::{Alone, Communicator};
-use xvlm_train::{Batches, BoxError, Job, Losses, Progress, RunFolder, Step, Summary, TrainConfig, Trainable, Trained};
+use xvlm_train::ranks::{self, Alone, Communicator};
+use xvlm_train::{
+    Batches, BoxError, Job, Losses, Progress, RunFolder, Silent, Step, Summary, TrainConfig, Trainable, Trained,
+};
 use xvlm_weights::{LoadRules, ModelFolder};
 
 use crate::align::{Alignment, BoxTargets, Named, Negatives};
-use crate::config::{Objective, PretrainConfig};
+use crate::config::{ItcGradient, Objective, PretrainConfig};
 use crate::error::{ConfigProblem, TaskError};
 use crate::generate::{LABEL_SMOOTHING, Source, writing_loss};
 use crate::model::{Model, ModelConfig, check_texts};
@@ -46,6 +48,7 @@ pub struct Pretraining {
     model: Xvlm,
     parameters: Vec<(String, Var)>,
     objectives: Vec<Objective>,
+    itc_gradient: ItcGradient,
 }
 
 impl Pretraining {
@@ -70,7 +73,7 @@ impl Pretraining {
 
     /// A model with its parameters.
     pub fn with_model(model: Xvlm, parameters: Vec<(String, Var)>) -> Self {
-        Self { model, parameters, objectives: Objective::ALL.to_vec() }
+        Self { model, parameters, objectives: Objective::ALL.to_vec(), itc_gradient: ItcGradient::default() }
     }
 
     /// The same, with the losses of some objectives only.
@@ -85,11 +88,16 @@ impl Pretraining {
             Batch::Regions(batch) => Some(batch.row_weights.as_slice()),
         };
         let mut negatives = |scores: &Tensor, keys: &[i64]| losses::hard_negatives(scores, keys, weights, step.rng);
-        let mut losses = self.losses_of(batch, pass, &mut negatives)?;
+        let mut losses = self.losses_among(batch, pass, &mut negatives, step.ranks)?;
         if let Batch::Regions(_) = batch {
             losses.0.iter_mut().for_each(|(name, _)| *name = of_regions(name));
         }
         Ok(losses)
+    }
+
+    /// The same, with another gradient of ITC where several processes train together.
+    pub fn with_itc_gradient(self, itc_gradient: ItcGradient) -> Self {
+        Self { itc_gradient, ..self }
     }
 
     fn has(&self, objective: Objective) -> bool {
@@ -106,17 +114,37 @@ impl Pretraining {
     /// # Errors
     /// If a tensor operation fails.
     pub fn losses_of(&self, batch: &Batch, pass: &Pass, negatives: Negatives) -> Result<Losses> {
+        self.losses_among(batch, pass, negatives, &(Arc::new(Alone) as _))
+    }
+
+    /// The same where `ranks` train together: ITC compares the samples of all, negatives are chosen among this one's own.
+    ///
+    /// # Errors
+    /// If a tensor operation fails, or another rank does not answer.
+    pub fn losses_among(
+        &self,
+        batch: &Batch,
+        pass: &Pass,
+        negatives: Negatives,
+        ranks: &Arc<dyn Communicator>,
+    ) -> Result<Losses> {
         Ok(Losses(match batch {
-            Batch::Captions(batch) => self.captions(batch, pass, negatives)?,
-            Batch::Regions(batch) => self.regions(batch, pass, negatives)?,
+            Batch::Captions(batch) => self.captions(batch, pass, negatives, ranks)?,
+            Batch::Regions(batch) => self.regions(batch, pass, negatives, ranks)?,
         }))
     }
 
     /// Image stream: ITC, ITM and MLM of each image with its text, and the texts that are to be generated.
-    fn captions(&self, batch: &CaptionTensors, pass: &Pass, negatives: Negatives) -> Result<Named> {
+    fn captions(
+        &self,
+        batch: &CaptionTensors,
+        pass: &Pass,
+        negatives: Negatives,
+        ranks: &Arc<dyn Communicator>,
+    ) -> Result<Named> {
         let images = self.model.encode_image(&batch.pixels, pass)?;
         let mut named =
-            self.alignment(pass, None).losses(&batch.text, Some(&Source::whole(&images)?), None, negatives)?;
+            self.alignment(pass, None, ranks).losses(&batch.text, Some(&Source::whole(&images)?), None, negatives)?;
         if let Some(generation) = batch.generation.as_ref().filter(|_| self.has(Objective::Generation)) {
             named.push(("generation", writing_loss(&self.model, generation, &images, LABEL_SMOOTHING, pass)?));
         }
@@ -124,17 +152,30 @@ impl Pretraining {
     }
 
     /// Region stream: the same for each region with its text, and the box of the text in the whole image.
-    fn regions(&self, batch: &RegionTensors, pass: &Pass, negatives: Negatives) -> Result<Named> {
+    fn regions(
+        &self,
+        batch: &RegionTensors,
+        pass: &Pass,
+        negatives: Negatives,
+        ranks: &Arc<dyn Communicator>,
+    ) -> Result<Named> {
         let regions = Regions { index: &batch.image_index, mask: &batch.region_mask };
         let (concepts, images) = self.model.encode_regions(&batch.pixels, regions, pass)?;
         let concepts = Source { tokens: concepts, mask: batch.region_mask.clone() };
         let targets =
             BoxTargets { images: &images, index: &batch.image_index, boxes: &batch.boxes, is_image: &batch.is_image };
-        self.alignment(pass, Some(&batch.row_weights)).losses(&batch.text, Some(&concepts), Some(targets), negatives)
+        let alignment = self.alignment(pass, Some(&batch.row_weights), ranks);
+        alignment.losses(&batch.text, Some(&concepts), Some(targets), negatives)
     }
 
-    fn alignment<'a>(&'a self, pass: &'a Pass, weights: Option<&'a [f32]>) -> Alignment<'a> {
-        Alignment { model: &self.model, objectives: &self.objectives, pass, weights }
+    fn alignment<'a>(
+        &'a self,
+        pass: &'a Pass,
+        weights: Option<&'a [f32]>,
+        ranks: &'a Arc<dyn Communicator>,
+    ) -> Alignment<'a> {
+        let ranks = Some((ranks, self.itc_gradient));
+        Alignment { model: &self.model, objectives: &self.objectives, pass, weights, ranks }
     }
 }
 
@@ -270,8 +311,11 @@ impl Launch {
 /// `out/model`: that of the last iteration. With [`TrainConfig::keep_best`], the model of the best checkpoint is in
 /// `out/best`. A run that is asked to stop has no model until it is resumed and finished.
 ///
+/// Of several `ranks`, each calls this; rank 0 writes, and tells `progress`.
+///
 /// # Errors
-/// If a file cannot be read or written, too many records are broken, or the loss is not finite.
+/// If a file cannot be read or written, too many records are broken, or the loss is not finite. Other ranks may then be
+/// waiting for this one, until it calls [`Communicator::abort`].
 pub fn run(
     config: &PretrainConfig,
     out: &Path,
@@ -279,10 +323,17 @@ pub fn run(
     device: &Device,
     progress: &mut dyn Progress,
 ) -> std::result::Result<Summary, TaskError> {
+    let ranks = &launch.ranks;
+    let is_first_rank = ranks.rank() == 0;
+    let mut silent = Silent;
+    let progress = if is_first_rank { progress } else { &mut silent };
     let mut config = config.clone();
-    config.fix_length(launch.ranks.size());
-    let builder = Arc::new(open_batches(&mut config, Some(out), progress)?);
-    let pretraining = Pretraining::to_train(&config.model, &config.train, device)?.with_objectives(&config.objectives);
+    config.fix_length(ranks.size());
+    let builder = open_batches(&mut config, Some(out), progress)?.for_rank(ranks.rank(), ranks.size());
+    let builder = Arc::new(builder);
+    let pretraining = Pretraining::to_train(&config.model, &config.train, device)?
+        .with_objectives(&config.objectives)
+        .with_itc_gradient(config.itc_gradient);
     if let Some(dir) = &config.init_from {
         let files = ModelFolder::open(dir)?;
         xvlm_weights::assign(&files.name, &files.tensors, &pretraining.parameters, &LoadRules::default())?;
@@ -291,12 +342,18 @@ pub fn run(
         Ok(Box::new(PretrainBatches::new(Arc::clone(&builder), &config, start, device)?))
     };
     let run = RunFolder::new(out)?;
-    let Launch { resume, stop, ranks } = launch;
-    keep_config(&config, &run, *resume, progress)?;
+    let Launch { resume, stop, .. } = launch;
+    if is_first_rank {
+        keep_config(&config, &run, *resume, progress)?;
+    }
     let job = Job { run: &run, resume: *resume, ranks: Arc::clone(ranks), stop: Arc::clone(stop) };
     let Trained { summary, weights } = xvlm_train::train(&pretraining, batches, &config.train, &job, progress)?;
     let (drawn, broken) = builder.counts();
-    if broken > 0 {
+    let [drawn, broken] = ranks::sum(&**ranks, [drawn as f64, broken as f64])?;
+    if !is_first_rank {
+        return Ok(summary);
+    }
+    if broken > 0.0 {
         progress.warning(&format!("{broken} of {drawn} records that were drawn are broken:"));
         builder.broken().iter().for_each(|record| progress.warning(&format!("  {record}")));
     }

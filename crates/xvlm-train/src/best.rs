@@ -1,8 +1,12 @@
 //! Which checkpoint is the best.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+
+use crate::error::TrainError;
+use crate::ranks::{Communicator, merge};
 
 /// How good a checkpoint is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -44,6 +48,14 @@ impl Judge {
             let (sum, count) = self.since.entry(name.to_owned()).or_default();
             (*sum, *count) = (*sum + value, *count + 1);
         }
+    }
+
+    /// Makes the sums those of all ranks.
+    pub(crate) fn merge(&mut self, ranks: &Arc<dyn Communicator>) -> Result<(), TrainError> {
+        let own = std::mem::take(&mut self.since).into_iter().map(|(name, (sum, count))| (name, sum, count));
+        let all = merge(ranks, own.collect())?;
+        self.since = all.into_iter().map(|(name, sum, count)| (name, (sum, count))).collect();
+        Ok(())
     }
 
     /// Compares the checkpoint of an iteration with the best so far; the next is judged by the losses that follow.

@@ -132,6 +132,16 @@ pub enum TrainError {
         /// The last checkpoint, which is good.
         checkpoint: Option<PathBuf>,
     },
+    /// What started this process left something in its environment that makes no sense, or that this build cannot do.
+    #[error("{variable}: expected {expected}, found {found}")]
+    Environment {
+        /// The variable of the environment, or what it was to say.
+        variable: String,
+        /// What it should be.
+        expected: &'static str,
+        /// What it is.
+        found: String,
+    },
     /// Processes that train together could not talk to each other.
     #[error("rank {rank}: {operation}: {source}")]
     Ranks {

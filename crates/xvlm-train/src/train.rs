@@ -16,9 +16,9 @@ use crate::config::TrainConfig;
 use crate::error::{BoxError, TrainError};
 use crate::metrics::MetricsRow;
 use crate::optimizer::Optimizer;
-use crate::ranks::{Alone, Communicator, Reducer};
+use crate::ranks::{Alone, Communicator, Reducer, agree, merge, share, sum};
 use crate::run::RunFolder;
-use crate::{Batches, Losses, Progress, Step, StepReport, Summary, Trainable};
+use crate::{Batches, Losses, Progress, Silent, Step, StepReport, Summary, Trainable};
 
 /// Where a run is kept, who else takes part, and how it is asked to stop.
 pub struct Job<'a> {
@@ -52,8 +52,12 @@ pub struct Trained {
 /// `batches` is called once, with the number of iterations already done, and gives the batches of those that follow.
 /// Resuming a finished run brings the model to its end.
 ///
+/// With several ranks, each calls this with batches of its own; all begin with the weights of rank 0, and `progress` is told
+/// on rank 0 alone.
+///
 /// # Errors
-/// [`TrainError`]; the checkpoints made before stay.
+/// [`TrainError`]; the checkpoints made before stay. Other ranks may then be waiting for this one, until it calls
+/// [`Communicator::abort`].
 pub fn train<M: Trainable>(
     model: &M,
     batches: impl FnOnce(u64) -> Result<Box<dyn Batches<M::Batch>>, BoxError>,
@@ -64,14 +68,17 @@ pub fn train<M: Trainable>(
     config.check()?;
     let Job { run, ranks, .. } = job;
     let is_first_rank = ranks.rank() == 0;
+    let mut silent = Silent;
+    let progress = if is_first_rank { progress } else { &mut silent };
     let _lock = is_first_rank.then(|| run.lock()).transpose()?;
     let mut optimizer = Optimizer::new(model.parameters(), config)?;
-    let mut reducer = Reducer::new(ranks, &optimizer);
+    let mut reducer = Reducer::new(ranks, &optimizer, config.bucket_mib);
 
-    // Where to start.
+    // Where to start: rank 0 knows.
     let Start { standing, mut last_row } =
         if is_first_rank { Start::of(job, config, &mut optimizer, progress)? } else { Start::default() };
-    let Standing { iteration: mut done, elapsed, tally, mut judge } = standing;
+    let Standing { iteration: done, elapsed, tally, mut judge } = standing;
+    let (mut done, mut elapsed) = share(&**ranks, &mut optimizer, done, elapsed)?;
     let (first, clock, mut meter) = (done, Clock::start(elapsed), Meter::new(tally));
     let mut batches = batches(done).map_err(|source| TrainError::Batches { iteration: done + 1, source })?;
     progress.start(config.iterations, done);
@@ -79,11 +86,11 @@ pub fn train<M: Trainable>(
     let mut stopped = false;
     let is_last =
         |done, elapsed| done >= config.iterations || config.time_limit().is_some_and(|limit| elapsed >= limit);
-    let mut last = is_last(done, clock.elapsed());
+    let mut last = is_last(done, elapsed);
     let mut trained_on = 0;
     while !last {
         let iteration = done + 1;
-        let lr = config.learning_rate(done, clock.elapsed());
+        let lr = config.learning_rate(done, elapsed);
         let mut rng = generator(config.seed, done, ranks.rank());
         for micro_batches in batches.next().map_err(|source| TrainError::Batches { iteration, source })? {
             let mut gradients = Gradients::default();
@@ -96,11 +103,15 @@ pub fn train<M: Trainable>(
                 let (total, values) = total(&losses, scale)?;
                 drop(losses);
                 if let Some((name, value)) = values.iter().find(|(_, value)| !value.is_finite()) {
-                    let step = &mut Step { rng: &mut drawn.clone(), tape: &tape, ranks };
+                    // The others may have no such numbers, and take no part in looking for them.
+                    let step = &mut Step { rng: &mut drawn.clone(), tape: &tape, ranks: &(Arc::new(Alone) as _) };
                     let tensor = model.first_not_finite(batch, step);
                     return Err(not_finite(name, *value, tensor, M::records(batch), iteration, run));
                 }
                 // Gradients that no batch will add to any more are on their way to the other ranks while the others are made.
+                if is_last {
+                    reducer.start(&tape, &total, &gradients)?;
+                }
                 let ready = |variable: &Tensor, gradient: &Tensor| match is_last {
                     true => reducer.ready(variable, gradient),
                     false => Ok(()),
@@ -122,16 +133,16 @@ pub fn train<M: Trainable>(
             meter.tally.add_step(norm, micro_batches.iter().map(M::samples).sum());
         }
         done = iteration;
-        let ends = is_last(done, clock.elapsed());
-        stopped = job.stop.load(Ordering::Relaxed) && !ends;
+        (stopped, elapsed) = agree(&**ranks, job.stop.load(Ordering::Relaxed), clock.elapsed())?;
+        let ends = is_last(done, elapsed);
+        stopped &= !ends;
         last = stopped || ends;
 
         // A checkpoint comes with a report and is compared with those before; but not where the run is only interrupted, so
         // that one that was interrupted leaves the same behind as one that was not.
         let is_due = ends || done % config.checkpoint_every == 0;
         if is_due || done % config.log_every == 0 {
-            let Report { losses, grad_norm, images_per_second } = meter.report();
-            let elapsed = clock.elapsed();
+            let Report { losses, grad_norm, images_per_second } = meter.report(ranks)?;
             let per_iteration = clock.since_start().as_secs_f64() / (done - first) as f64;
             let left = Duration::try_from_secs_f64(per_iteration * (config.iterations - done) as f64);
             let left = left.unwrap_or(Duration::MAX);
@@ -149,26 +160,34 @@ pub fn train<M: Trainable>(
             let (losses, elapsed_seconds) = (losses.into_iter().collect(), elapsed.as_secs_f64());
             let loss_scale = optimizer.loss_scale.dynamic();
             let row = MetricsRow { iteration, losses, lr, grad_norm, loss_scale, images_per_second, elapsed_seconds };
-            run.append(&row)?;
+            if is_first_rank {
+                run.append(&row)?;
+            }
             last_row = Some(row);
         }
         if is_due && config.keep_best {
+            judge.merge(ranks)?;
             judge.compare(done, model.score().map_err(|source| TrainError::Model { iteration, source })?);
         }
-        if is_due || stopped {
-            let tally = meter.tally.clone();
-            let standing = Standing { iteration: done, elapsed: clock.elapsed(), tally, judge: judge.clone() };
+        if stopped {
+            // Rank 0 keeps what the others counted too.
+            judge.merge(ranks)?;
+            meter.tally.merge(ranks)?;
+        }
+        if (is_due || stopped) && is_first_rank {
+            let standing = Standing { iteration: done, elapsed, tally: meter.tally.clone(), judge: judge.clone() };
             run.save(&standing, config, &optimizer)?;
         }
     }
 
+    let [trained_on] = sum(&**ranks, [trained_on as f64])?;
     let summary = Summary {
         iterations: done,
         optimizer_steps: optimizer.steps,
         out_of_time: done < config.iterations && !stopped,
         stopped,
         losses: last_row.map_or_else(Vec::new, |row| row.losses.into_iter().collect()),
-        images_per_second: trained_on as f64 / clock.since_start().as_secs_f64().max(1e-9),
+        images_per_second: trained_on / clock.since_start().as_secs_f64().max(1e-9),
         elapsed: clock.elapsed(),
     };
     progress.finish(&summary);
@@ -290,6 +309,14 @@ struct Report {
 }
 
 impl Tally {
+    /// Makes the sums those of all ranks. Norms are the same on all.
+    fn merge(&mut self, ranks: &Arc<dyn Communicator>) -> Result<(), TrainError> {
+        self.losses = merge(ranks, std::mem::take(&mut self.losses))?;
+        let [samples] = sum(&**ranks, [self.samples as f64])?;
+        self.samples = samples as usize;
+        Ok(())
+    }
+
     fn add_step(&mut self, grad_norm: f64, samples: usize) {
         self.samples += samples;
         if grad_norm.is_finite() {
@@ -312,15 +339,16 @@ impl Meter {
         Self { since: Instant::now(), tally }
     }
 
-    /// The means, of which the next begin anew.
-    fn report(&mut self) -> Report {
-        let Self { since, tally: Tally { samples, grad_norm: (norms, steps), losses } } =
-            std::mem::replace(self, Self::new(Tally::default()));
-        Report {
+    /// The means over all ranks, of which the next begin anew.
+    fn report(&mut self, ranks: &Arc<dyn Communicator>) -> Result<Report, TrainError> {
+        let Self { since, mut tally } = std::mem::replace(self, Self::new(Tally::default()));
+        tally.merge(ranks)?;
+        let Tally { samples, grad_norm: (norms, steps), losses } = tally;
+        Ok(Report {
             losses: losses.into_iter().map(|(name, sum, count)| (name, sum / count as f64)).collect(),
             grad_norm: norms / steps.max(1) as f64,
             images_per_second: samples as f64 / since.elapsed().as_secs_f64().max(1e-9),
-        }
+        })
     }
 }
 

@@ -3,6 +3,8 @@
 mod data;
 #[cfg(unix)]
 mod interrupted;
+#[cfg(feature = "mpi")]
+mod ranks;
 
 use std::fs;
 use std::path::Path;

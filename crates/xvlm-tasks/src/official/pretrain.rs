@@ -9,7 +9,7 @@ use xvlm_train::{OptimizerConfig, Precision, ScheduleConfig, TrainConfig, Warmup
 
 use super::section::Section;
 use super::{from_official, tokenizer};
-use crate::config::{PretrainConfig, RegionStream, default_cache, default_stored};
+use crate::config::{ItcGradient, PretrainConfig, RegionStream, default_cache, default_stored};
 use crate::error::ConfigProblem;
 use crate::model::ModelConfig;
 use crate::training::Training;
@@ -55,6 +55,8 @@ pub fn pretrain_config(config: &Value, path: &Path) -> Result<PretrainConfig, Co
         tokenizer: Some(tokenizer(&root, model.model.text_config.model_type)?),
         init_from: None,
         objectives: crate::Objective::ALL.to_vec(),
+        // What the published models were trained with.
+        itc_gradient: ItcGradient::Original,
         regions: RegionStream { iter_perc: regions.number("iter_perc")? },
         data: BatchConfig {
             seed: train.seed,
