@@ -6,6 +6,7 @@
 mod data;
 mod demo;
 mod draw;
+mod dry_run;
 mod eval;
 mod output;
 mod plot;
@@ -44,6 +45,7 @@ enum Command {
     Eval(eval::Eval),
     Synth(synth::Synth),
     Pretrain(pretrain::Pretrain),
+    Plot(plot::Plot),
     Presets(presets::Presets),
     Data(data::Data),
 }
@@ -60,6 +62,7 @@ impl Command {
             Self::Eval(command) => command.run(),
             Self::Synth(command) => command.run(),
             Self::Pretrain(command) => command.run(),
+            Self::Plot(command) => command.run(),
             Self::Presets(command) => command.run(),
             Self::Data(command) => command.run(),
         }

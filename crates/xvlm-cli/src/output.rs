@@ -93,6 +93,11 @@ pub(crate) fn write(path: &Path, content: &[u8]) -> Result<(), CliError> {
     Ok(xvlm::weights::write_file_atomically(path, |out| out.write_all(content))?)
 }
 
+/// Text as HTML or SVG.
+pub(crate) fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
 /// Rows of a table: a name and a value, or a heading.
 pub(crate) type Rows = Vec<(String, Option<String>)>;
 

@@ -12,14 +12,17 @@ use xvlm::train::Summary;
 use xvlm::train::ranks::{self, Engine};
 
 use crate::DeviceArgs;
+use crate::dry_run;
 use crate::output::{self, CliError};
+use crate::plot;
 use crate::progress::Training;
 use crate::signals;
 
 /// Pre-train a model on image-text pairs and on boxes with texts
 ///
-/// The folder of the run gets metrics.jsonl (a row of losses every `train.log_every` iterations), checkpoints, and at
-/// the end the finished model in model/ and that of the best checkpoint in best/.
+/// The folder of the run gets metrics.jsonl (a row of losses every `train.log_every` iterations), the same in
+/// tensorboard/, checkpoints, and at the end the finished model in model/, that of the best checkpoint in best/, and the
+/// losses in losses.png and losses.svg.
 ///
 /// SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 let it finish the iteration it is at, save, and exit with 0; --resume then goes
 /// on as if nothing had happened. A second SIGTERM or SIGINT ends it at once.
@@ -33,7 +36,7 @@ pub(crate) struct Pretrain {
     #[arg(long, value_name = "NAME")]
     preset: Option<String>,
     /// Folder of the run
-    #[arg(long, value_name = "DIR", required_unless_present = "print_config")]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["print_config", "dry_run"])]
     out: Option<PathBuf>,
     /// Go on from the newest checkpoint in the folder of the run
     #[arg(long)]
@@ -41,8 +44,15 @@ pub(crate) struct Pretrain {
     /// Replace one value of the configuration, such as train.optimizer.lr=1e-4; the value is YAML; repeatable
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    /// Print what the run is going to be (parameters, memory, FLOPs, data, schedule, first batches), draw the first batches
+    /// into first-batch.png if there is an --out, and stop
+    #[arg(long, conflicts_with = "resume")]
+    dry_run: bool,
+    /// Number of processes that a --dry-run is about
+    #[arg(long, value_name = "N", requires = "dry_run", value_parser = clap::value_parser!(u16).range(1..))]
+    processes: Option<u16>,
     /// Print the preset and do nothing else
-    #[arg(long, requires = "preset", conflicts_with_all = ["out", "resume", "set", "json"])]
+    #[arg(long, requires = "preset", conflicts_with_all = ["out", "resume", "set", "json", "dry_run"])]
     print_config: bool,
     /// What to train in several processes with, once mpirun, torchrun or srun has started them
     #[arg(long, value_name = "ENGINE", value_enum, default_value_t = Ranks::Auto)]
@@ -82,6 +92,7 @@ struct Report {
     losses: BTreeMap<String, f64>,
     images_per_second: f64,
     elapsed_seconds: f64,
+    peak_memory_mib: Option<u64>,
 }
 
 impl Pretrain {
@@ -93,6 +104,9 @@ impl Pretrain {
             (Some(path), _) => PretrainConfig::open(path, &self.set)?,
             (None, preset) => PretrainConfig::preset(preset.as_deref().unwrap_or_default(), &self.set)?,
         };
+        if self.dry_run {
+            return dry_run::run(&config, self.processes.unwrap_or(1).into(), self.out.as_deref(), self.json);
+        }
         let out = self.out.unwrap_or_default();
         let device = self.device.open_for_rank()?;
         let engine = match self.ranks {
@@ -114,7 +128,20 @@ impl Pretrain {
         if ranks.rank() > 0 {
             return Ok(());
         }
-        let Summary { iterations, optimizer_steps, out_of_time, stopped, losses, images_per_second, elapsed } = summary;
+        // The model is finished: a figure that cannot be written is no reason to fail.
+        if let Err(error) = plot::write_into(&out) {
+            output::say(&format!("no figure of the losses: {error}"));
+        }
+        let Summary {
+            iterations,
+            optimizer_steps,
+            out_of_time,
+            stopped,
+            losses,
+            images_per_second,
+            elapsed,
+            peak_memory_mib,
+        } = summary;
         let report = Report {
             model: (!stopped).then(|| out.join("model")),
             best: (!stopped && config.train.keep_best).then(|| out.join("best")).filter(|best| best.exists()),
@@ -126,6 +153,7 @@ impl Pretrain {
             losses: losses.into_iter().collect(),
             images_per_second,
             elapsed_seconds: elapsed.as_secs_f64(),
+            peak_memory_mib,
         };
         output::print(self.json, &report, |report| {
             let model = report.model.as_ref().map(|model| model.display().to_string());
@@ -135,6 +163,9 @@ impl Pretrain {
                 ("images per second".to_owned(), Some(format!("{:.0}", report.images_per_second))),
                 ("minutes".to_owned(), Some(format!("{:.1}", report.elapsed_seconds / 60.0))),
             ];
+            if let Some(mebibytes) = report.peak_memory_mib {
+                rows.push(("peak memory".to_owned(), Some(format!("{mebibytes} MiB"))));
+            }
             rows.extend(report.losses.iter().map(|(name, loss)| (format!("loss {name}"), Some(format!("{loss:.4}")))));
             output::table(&rows)
         })

@@ -19,6 +19,7 @@ pub mod grounding;
 mod model;
 pub mod nlvr;
 pub mod official;
+pub mod plan;
 pub mod presets;
 pub mod pretrain;
 pub mod retrieval;

@@ -38,6 +38,8 @@ pub struct TrainConfig {
     pub ema_decay: Option<f64>,
     /// Iterations from one report (and row of metrics) to the next; each checkpoint and the end are reported too. 50.
     pub log_every: u64,
+    /// Whether the same also goes to event files, for TensorBoard. Yes.
+    pub tensorboard: bool,
     /// Iterations from one checkpoint to the next; the end makes one too. 1000: what an interruption can cost.
     pub checkpoint_every: u64,
     /// How many checkpoints to keep. 2: should the disk damage the last one, there is another.
@@ -69,6 +71,7 @@ impl Default for TrainConfig {
             bucket_mib: 25,
             ema_decay: None,
             log_every: 50,
+            tensorboard: true,
             checkpoint_every: 1000,
             keep_checkpoints: 2,
             keep_best: true,

@@ -23,6 +23,7 @@ const BEST: &str = "best.json";
 ///
 /// ```text
 /// metrics.jsonl                 a row a report
+/// tensorboard/                  the same in event files, one each time training starts or goes on
 /// checkpoints/0001000/          after 1000 iterations
 ///     weights.safetensors       the parameters
 ///     optimizer.safetensors     first_moment.NAME, second_moment.NAME, steps.NAME of each parameter
@@ -65,6 +66,11 @@ impl RunFolder {
     /// Its `metrics.jsonl`, for [`read_metrics`](crate::read_metrics).
     pub fn metrics_path(&self) -> PathBuf {
         self.path.join("metrics.jsonl")
+    }
+
+    /// Where its [`EventFile`](crate::EventFile)s are: the folder to give TensorBoard.
+    pub fn tensorboard_path(&self) -> PathBuf {
+        self.path.join("tensorboard")
     }
 
     fn checkpoints_path(&self) -> PathBuf {

@@ -14,7 +14,8 @@ use xvlm_kernels::{Gradients, Tape};
 use crate::checkpoint::Standing;
 use crate::config::TrainConfig;
 use crate::error::{BoxError, TrainError};
-use crate::metrics::MetricsRow;
+use crate::events::EventFile;
+use crate::metrics::{MetricsRow, peak_memory_mib};
 use crate::optimizer::Optimizer;
 use crate::ranks::{Alone, Communicator, Reducer, agree, merge, share, sum};
 use crate::run::RunFolder;
@@ -87,6 +88,8 @@ pub fn train<M: Trainable>(
     let is_last =
         |done, elapsed| done >= config.iterations || config.time_limit().is_some_and(|limit| elapsed >= limit);
     let mut last = is_last(done, elapsed);
+    let for_tensorboard = is_first_rank && config.tensorboard && !last;
+    let mut events = for_tensorboard.then(|| EventFile::begin(&run.tensorboard_path(), done)).transpose()?;
     let mut trained_on = 0;
     while !last {
         let iteration = done + 1;
@@ -147,6 +150,7 @@ pub fn train<M: Trainable>(
             let left = Duration::try_from_secs_f64(per_iteration * (config.iterations - done) as f64);
             let left = left.unwrap_or(Duration::MAX);
             let eta = config.time_limit().map_or(left, |limit| left.min(limit.saturating_sub(elapsed)));
+            let peak_memory_mib = peak_memory_mib();
             progress.step(&StepReport {
                 iteration,
                 of: config.iterations,
@@ -156,12 +160,22 @@ pub fn train<M: Trainable>(
                 images_per_second,
                 eta,
                 elapsed,
+                peak_memory_mib,
             });
             let (losses, elapsed_seconds) = (losses.into_iter().collect(), elapsed.as_secs_f64());
-            let loss_scale = optimizer.loss_scale.dynamic();
-            let row = MetricsRow { iteration, losses, lr, grad_norm, loss_scale, images_per_second, elapsed_seconds };
+            let row = MetricsRow {
+                iteration,
+                losses,
+                lr,
+                grad_norm,
+                loss_scale: optimizer.loss_scale.dynamic(),
+                images_per_second,
+                elapsed_seconds,
+                peak_memory_mib,
+            };
             if is_first_rank {
                 run.append(&row)?;
+                events.as_mut().map_or(Ok(()), |events| events.append(&row))?;
             }
             last_row = Some(row);
         }
@@ -189,6 +203,7 @@ pub fn train<M: Trainable>(
         losses: last_row.map_or_else(Vec::new, |row| row.losses.into_iter().collect()),
         images_per_second: trained_on / clock.since_start().as_secs_f64().max(1e-9),
         elapsed: clock.elapsed(),
+        peak_memory_mib: peak_memory_mib(),
     };
     progress.finish(&summary);
     Ok(Trained { summary, weights: optimizer.finished_weights()? })

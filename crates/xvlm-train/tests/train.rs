@@ -143,7 +143,7 @@ fn killed(at: &Path, iteration: u64) {
 
 /// What of metrics does not depend on the time.
 fn lasting(at: &Path) -> Vec<MetricsRow> {
-    let timeless = |row| MetricsRow { images_per_second: 0.0, elapsed_seconds: 0.0, ..row };
+    let timeless = |row| MetricsRow { images_per_second: 0.0, elapsed_seconds: 0.0, peak_memory_mib: None, ..row };
     read_metrics(&at.join("metrics.jsonl")).unwrap().into_iter().map(timeless).collect()
 }
 
@@ -187,6 +187,20 @@ fn a_resumed_run_is_the_same_run_to_the_bit() {
     for file in ["weights.safetensors", "optimizer.safetensors"] {
         assert_eq!(bytes(whole.path(), 20, file), bytes(parts.path(), 20, file), "{file}");
     }
+}
+
+#[test]
+fn each_time_training_goes_on_there_is_an_event_file() {
+    let [dir, without] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let files = |at: &Path| fs::read_dir(at.join("tensorboard")).map_or(0, |files| files.count());
+    killed(dir.path(), 13);
+    assert_eq!(files(dir.path()), 1);
+    for _ in ["to its end", "with nothing left to do"] {
+        go(&Regression::new(), STREAM, &config(), dir.path(), true).unwrap();
+        assert_eq!(files(dir.path()), 2);
+    }
+    go(&Regression::new(), STREAM, &TrainConfig { tensorboard: false, ..config() }, without.path(), false).unwrap();
+    assert_eq!(files(without.path()), 0);
 }
 
 #[test]

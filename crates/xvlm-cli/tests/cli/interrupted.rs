@@ -89,9 +89,9 @@ fn assert_same(left: &Path, right: &Path) {
     assert_eq!(names(&left.join("checkpoints")), names(&right.join("checkpoints")));
     let checkpoint = PathBuf::from(format!("checkpoints/{newest:07}"));
     let [weights, optimizer] = ["weights", "optimizer"].map(|file| checkpoint.join(file).with_extension("safetensors"));
-    let [best, model] = ["checkpoints/best.json", "model/model.safetensors"].map(Path::new);
-    for file in [weights.as_path(), &optimizer, best, model] {
-        assert!(fs::read(left.join(file)).unwrap() == fs::read(right.join(file)).unwrap(), "{}", file.display());
+    let [best, model] = ["checkpoints/best.json", "model/model.safetensors"].map(PathBuf::from);
+    for file in [weights, optimizer, best, model] {
+        assert!(fs::read(left.join(&file)).unwrap() == fs::read(right.join(&file)).unwrap(), "{}", file.display());
     }
     let best = "best/model.safetensors";
     assert!(fs::read(left.join(best)).unwrap() == fs::read(right.join(best)).unwrap());

@@ -126,6 +126,13 @@ impl BatchBuilder {
         self.captions.len().unwrap_or(0).div_ceil(step)
     }
 
+    /// The records that caption batches and region batches are drawn from, as far as their number is known, and the shards
+    /// that these lie in.
+    #[must_use]
+    pub fn sizes(&self) -> [(Option<u64>, usize); 2] {
+        [&self.captions, &self.regions].map(|order| (order.len(), order.dataset().shards()))
+    }
+
     /// Broken records met so far, among those that were drawn and in shards that were opened for it: the first few of each
     /// reason.
     #[must_use]

@@ -55,8 +55,6 @@ pub fn pretrain_config(config: &Value, path: &Path) -> Result<PretrainConfig, Co
         tokenizer: Some(tokenizer(&root, model.model.text_config.model_type)?),
         init_from: None,
         objectives: crate::Objective::ALL.to_vec(),
-        // What the published models were trained with.
-        itc_gradient: ItcGradient::Original,
         regions: RegionStream { iter_perc: regions.number("iter_perc")? },
         data: BatchConfig {
             seed: train.seed,
@@ -70,6 +68,8 @@ pub fn pretrain_config(config: &Value, path: &Path) -> Result<PretrainConfig, Co
         image_cache_mib: default_cache(),
         model: model.model,
         train,
+        // What the published models were trained with.
+        itc_gradient: ItcGradient::Original,
         stored: default_stored(),
     })
 }
