@@ -6,6 +6,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use xvlm_data::{BatchConfig, DatasetConfig, ItemConfig, SourceConfig};
 use xvlm_encoders::BertConfig;
 
+use crate::config::ItcGradient;
 use crate::search::Search;
 
 /// One file, or a list of them.
@@ -43,6 +44,9 @@ pub struct RetrievalTask {
     pub batch_size_test_text: usize,
     /// How many candidates of the dual encoder are matched, both ways. 256 for COCO, 128 for Flickr30k.
     pub k_test: usize,
+    /// How strongly ITC pulls, if several processes train together.
+    #[serde(default)]
+    pub itc_gradient: ItcGradient,
     /// Batches: section `data` of the file.
     #[serde(skip)]
     pub data: ItemConfig,
@@ -142,6 +146,9 @@ pub struct WeakGroundingTask {
     pub vlue_test: bool,
     /// The layer whose cross attention is looked at, counted from the first text layer.
     pub block_num: usize,
+    /// How strongly ITC pulls, if several processes train together.
+    #[serde(default)]
+    pub itc_gradient: ItcGradient,
     /// Phrases at a time in evaluation.
     pub batch_size_test: usize,
     /// Batches: section `data` of the file.

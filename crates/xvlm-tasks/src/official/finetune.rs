@@ -10,7 +10,7 @@ use xvlm_encoders::BertConfig;
 use super::pretrain::{masking, region_batches, sources, training, workers};
 use super::section::Section;
 use super::{from_official, tokenizer};
-use crate::config::{default_cache, default_stored};
+use crate::config::{ItcGradient, default_cache, default_stored};
 use crate::error::ConfigProblem;
 use crate::finetune::{
     Baseline, BboxPretrainTask, BboxTask, CaptioningTask, FinetuneConfig, FinetuneKind, FinetuneTask, NlvrTask,
@@ -100,6 +100,7 @@ fn task(root: &Section, kind: FinetuneKind, model: &ModelConfig) -> Result<Finet
             batch_size_test: root.size("batch_size_test")?,
             batch_size_test_text: root.size("batch_size_test_text")?,
             k_test: root.size("k_test")?,
+            itc_gradient: ItcGradient::Original,
         }),
         FinetuneKind::Vqa => FinetuneTask::Vqa(VqaTask {
             data: items(root, "batch_size_train")?,
@@ -135,6 +136,7 @@ fn task(root: &Section, kind: FinetuneKind, model: &ModelConfig) -> Result<Finet
             det_file: root.path("det_file")?,
             coco_file: root.path("coco_file")?,
             vlue_test,
+            itc_gradient: ItcGradient::Original,
             block_num: root.size("block_num")?,
             batch_size_test: root.size("batch_size")?,
         }),
