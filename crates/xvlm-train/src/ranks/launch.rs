@@ -26,11 +26,7 @@ impl Engine {
     }
 
     fn find_in(get: Get, on_gpu: bool) -> Result<Self, TrainError> {
-        let ranks = match Launch::find_in(get)? {
-            Some(launch) => launch.size,
-            None => mpi_ranks(get)?.map_or(1, |(_, size)| size),
-        };
-        let engine = match (ranks, on_gpu) {
+        let engine = match (ranks_in(get)?, on_gpu) {
             (0 | 1, _) => return Ok(Self::Alone),
             (_, true) => Self::Nccl,
             (_, false) => Self::Mpi,
@@ -91,12 +87,12 @@ impl Launch {
     }
 
     fn find_in(get: Get) -> Result<Option<Self>, TrainError> {
-        let names = [["RANK", "WORLD_SIZE", "LOCAL_RANK"], ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"]];
-        let [torch, slurm] = names.map(|names| names[..2].iter().any(|name| get(name).is_some()));
-        let (by, [rank, size, local]) = match (torch, slurm) {
-            (true, _) => ("MASTER_ADDR", names[0]),
-            (false, true) => ("SLURM_LAUNCH_NODE_IPADDR", names[1]),
-            (false, false) => return Ok(None),
+        let (by, [rank, size, local]) = if get("RANK").or_else(|| get("WORLD_SIZE")).is_some() {
+            ("MASTER_ADDR", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+        } else if by_slurm(get) {
+            ("SLURM_LAUNCH_NODE_IPADDR", ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"])
+        } else {
+            return Ok(None);
         };
         let launch = Self {
             rank: number(get, rank, "the number of this process")?,
@@ -140,21 +136,29 @@ pub fn local_rank() -> Result<Option<usize>, TrainError> {
 }
 
 fn local_rank_in(get: Get) -> Result<Option<usize>, TrainError> {
-    if let Some((local, _)) = mpi_ranks(get)? {
-        return Ok(Some(local));
-    }
-    let names = ["LOCAL_RANK", "SLURM_LOCALID"];
-    let found = names.into_iter().find(|name| get(name).is_some());
+    let slurm = by_slurm(get).then_some("SLURM_LOCALID");
+    let names = [Some("LOCAL_RANK"), Some("OMPI_COMM_WORLD_LOCAL_RANK"), slurm, Some("MPI_LOCALRANKID")];
+    let found = names.into_iter().flatten().find(|name| get(name).is_some());
     found.map(|name| number(get, name, "the number of this process on its machine")).transpose()
 }
 
-/// The number of this process on its machine, and how many there are in all, as MPI's `mpirun` says: that of Open MPI, or of
-/// MPICH and its like.
-fn mpi_ranks(get: Get) -> Result<Option<(usize, usize)>, TrainError> {
-    let names = [("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"), ("MPI_LOCALRANKID", "PMI_SIZE")];
-    let Some((local, size)) = names.into_iter().find(|(_, size)| get(size).is_some()) else { return Ok(None) };
-    let size = number(get, size, "the number of processes")?;
-    Ok(Some((if get(local).is_some() { number(get, local, "a number")? } else { 0 }, size)))
+/// How many processes were started together, as far as the environment says: by `torchrun`, Open MPI, Slurm, or MPICH and its
+/// like.
+#[cfg(feature = "mpi")]
+pub(super) fn ranks() -> Result<usize, TrainError> {
+    ranks_in(&from_process)
+}
+
+fn ranks_in(get: Get) -> Result<usize, TrainError> {
+    let slurm = by_slurm(get).then_some("SLURM_NTASKS");
+    let names = [Some("WORLD_SIZE"), Some("OMPI_COMM_WORLD_SIZE"), slurm, Some("PMI_SIZE")];
+    let found = names.into_iter().flatten().find(|name| get(name).is_some());
+    found.map_or(Ok(1), |name| number(get, name, "the number of processes"))
+}
+
+/// Whether `srun` started this process. What Open MPI starts inside a job of Slurm has the variables of the job.
+fn by_slurm(get: Get) -> bool {
+    get("SLURM_PROCID").is_some() && get("OMPI_COMM_WORLD_SIZE").is_none()
 }
 
 fn number(get: Get, name: &str, expected: &'static str) -> Result<usize, TrainError> {
@@ -200,6 +204,8 @@ mod tests {
     #[test]
     fn what_slurm_sets() {
         assert_eq!(of(Launch::find_in, &SLURM), Ok(Some(launch(3, 8, 3, "10.0.0.1", 29500))));
+        assert_eq!((of(ranks_in, &SLURM), of(local_rank_in, &SLURM)), (Ok(8), Ok(Some(3))));
+        assert_eq!(of(Launch::find_in, &SLURM[1..]), Ok(None), "in a shell of `salloc`");
         let other = [&SLURM[..], &[("MASTER_ADDR", "node7"), ("MASTER_PORT", "29501")]].concat();
         assert_eq!(of(Launch::find_in, &other), Ok(Some(launch(3, 8, 3, "node7", 29501))));
     }
@@ -209,7 +215,10 @@ mod tests {
         let set = [("OMPI_COMM_WORLD_SIZE", "4"), ("OMPI_COMM_WORLD_LOCAL_RANK", "2"), ("OMPI_COMM_WORLD_RANK", "2")];
         assert_eq!(of(Launch::find_in, &set), Ok(None));
         assert_eq!(of(local_rank_in, &set), Ok(Some(2)));
-        assert_eq!(of(mpi_ranks, &set), Ok(Some((2, 4))));
+        assert_eq!(of(ranks_in, &set), Ok(4));
+        let in_a_job = [&set[..], &SLURM].concat();
+        assert_eq!(of(Launch::find_in, &in_a_job), Ok(None), "the job's variables are not this process'");
+        assert_eq!((of(ranks_in, &in_a_job), of(local_rank_in, &in_a_job)), (Ok(4), Ok(Some(2))));
     }
 
     #[test]

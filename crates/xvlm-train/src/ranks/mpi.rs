@@ -7,8 +7,8 @@ use mpi::environment::Universe;
 use mpi::topology::SimpleCommunicator;
 use mpi::traits::{Communicator as _, CommunicatorCollectives as _, Equivalence, Root as _};
 
-use super::Communicator;
 use super::owner::Owner;
+use super::{Communicator, launch};
 use crate::error::{BoxError, TrainError};
 
 /// The processes that `mpirun` or `srun` started; one, if this was started without.
@@ -25,7 +25,8 @@ impl Mpi {
     /// Initialises MPI, which a process can do once.
     ///
     /// # Errors
-    /// [`TrainError::Ranks`] if it was initialised before, or cannot be called from a thread.
+    /// [`TrainError::Ranks`] if it was initialised before, or cannot be called from a thread; [`TrainError::Environment`] if
+    /// several processes were started, of which it sees one: `torchrun` starts none that know each other over MPI.
     pub fn start() -> Result<Self, TrainError> {
         let initialise = || match mpi::initialize_with_threading(Threading::Funneled) {
             Some((universe, Threading::Funneled | Threading::Serialized | Threading::Multiple)) => Ok(universe),
@@ -38,7 +39,15 @@ impl Mpi {
             let (rank, size) = owner.ask(find)?;
             Ok(Self { owner, rank, size })
         };
-        start().map_err(|source| TrainError::Ranks { rank: 0, operation: "start of MPI", source })
+        let mpi = start().map_err(|source| TrainError::Ranks { rank: 0, operation: "start of MPI", source })?;
+        match launch::ranks()? {
+            started if mpi.size == 1 && started > 1 => Err(TrainError::Environment {
+                variable: "MPI".to_owned(),
+                expected: "all the processes that were started together",
+                found: format!("1 of {started}"),
+            }),
+            _ => Ok(mpi),
+        }
     }
 
     /// Hands the numbers of a tensor to `work`, and makes a tensor of what it returns: of the same size, or of as many rows

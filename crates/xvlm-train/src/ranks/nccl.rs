@@ -15,7 +15,7 @@ use crate::error::{BoxError, TrainError};
 
 /// The processes that `torchrun`, `srun` or `mpirun` started, each with a GPU of its own.
 ///
-/// They find together over MPI where this was started by `mpirun` (feature `mpi`), else over TCP, as [`Launch`] says. A thread
+/// They find together over TCP as [`Launch`] says, or over MPI where it says nothing (feature `mpi`). A thread
 /// of its own makes all calls into NCCL, on a stream of its own: that waits, by an event, for what the tensor is computed
 /// from, and the thread waits for the stream. Meanwhile the stream that computes goes on. Tensors of the host are moved to the
 /// GPU and back.
@@ -65,7 +65,7 @@ impl Nccl {
     }
 
     fn run(&self, name: &'static str, tensor: &Tensor, operation: Operation) -> Result<Tensor, TrainError> {
-        let run = || {
+        let run = || -> Result<Tensor, BoxError> {
             let home = tensor.device();
             let here = tensor.to_device(&Device::Cuda(self.device.clone()))?.contiguous()?;
             let dtype = here.dtype();
@@ -80,7 +80,7 @@ impl Nccl {
             };
             Ok(done?.to_dtype(dtype)?.to_device(home)?)
         };
-        run().map_err(|source: BoxError| TrainError::Ranks { rank: self.rank, operation: name, source })
+        run().map_err(|source| TrainError::Ranks { rank: self.rank, operation: name, source })
     }
 
     fn each<T>(&self, tensor: Tensor, operation: Operation) -> Result<Tensor, BoxError>
@@ -129,7 +129,7 @@ impl Talk {
 
 /// This rank, how many there are, and the name of their group, which rank 0 makes.
 fn found() -> Result<(usize, usize, [u8; 128]), TrainError> {
-    let make = || Ok(Id::new().map_err(said)?.internal().map(|byte| byte as u8));
+    let make = || -> Result<[u8; 128], BoxError> { Ok(Id::new().map_err(said)?.internal().map(|byte| byte as u8)) };
     match Launch::find()? {
         Some(launch) => Ok((launch.rank, launch.size, meet(&launch, Launch::PATIENCE, make)?)),
         #[cfg(feature = "mpi")]
