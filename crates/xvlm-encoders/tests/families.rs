@@ -130,7 +130,9 @@ fn every_task_computes_in_half_types() -> Result<()> {
                     let length =
                         gradients.get(&var).map(|g| g.to_dtype(DType::F32)?.abs()?.sum_all()?.to_scalar::<f32>());
                     let length = length.expect(&name)?;
-                    assert!(length.is_finite() && (length > 0.0 || name.ends_with("bias")), "{of}: {name}: {length}");
+                    // The gradients of keys are small, and those of f16 without a scaled loss soon 0.
+                    let may_vanish = name.ends_with("bias") || name.contains("key");
+                    assert!(length.is_finite() && (length > 0.0 || may_vanish), "{of}: {name}: {length}");
                 }
             }
         }
