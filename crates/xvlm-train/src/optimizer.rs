@@ -317,7 +317,9 @@ mod tests {
             let parameters = [("a".to_owned(), weight(precision.dtype(), 1.0))];
             let mut optimizer = Optimizer::new(&parameters, &plain(precision)).unwrap();
             // With a gradient that is always the same, Adam steps by the learning rate. Half of it is lost beside 1, in both types.
-            (0..1000).for_each(|_| drop(step(&mut optimizer, &parameters, 1e-4)));
+            for _ in 0..1000 {
+                step(&mut optimizer, &parameters, 1e-4);
+            }
             let finished = optimizer.finished_weights().unwrap();
             assert!((number(&finished[0].1) - 0.9).abs() < 1e-4, "{}", finished[0].1);
             assert_eq!((finished[0].1.dtype(), number(&parameters[0].1)), (DType::F32, rounded));
