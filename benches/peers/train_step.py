@@ -212,11 +212,13 @@ class Training:
         return loss.item()
 
     def steps(self, count):
-        start = time.perf_counter()
+        cpu, start = time.process_time(), time.perf_counter()
         for _ in range(count):
             loss = self.step()
         seconds = time.perf_counter() - start
-        result = {"steps": count, "seconds": round(seconds, 4), "loss": loss, "peak_memory": peak_memory()}
+        cpu = time.process_time() - cpu
+        result = {"steps": count, "seconds": round(seconds, 4), "cpu_seconds": round(cpu, 4)}
+        result.update({"loss": loss, "peak_memory": peak_memory()})
         print(json.dumps(result), flush=True)
 
 

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use candle_core::Tensor;
 use clap::Args;
@@ -193,14 +193,14 @@ impl Ours {
             Stream::ImageText => builder.captions(step).map(Batch::Captions).map(Some),
             Stream::Regions => builder.regions(step).map(Batch::Regions).map(Some),
         };
-        let (cpu, wall) = (cpu_time()?, Instant::now());
+        let (cpu, wall) = (served::cpu_time()?, Instant::now());
         let mut loader = Loader::new(LoaderConfig { workers: self.workers, ahead: 2 * self.workers }, build)?;
         let mut images = 0;
         while let Some(batch) = loader.next()? {
             images += batch.into_tensors()?.dim(0)?;
         }
         let seconds = wall.elapsed().as_secs_f64();
-        Ok(Pass { images, seconds, cpu_seconds: (cpu_time()? - cpu).as_secs_f64() })
+        Ok(Pass { images, seconds, cpu_seconds: (served::cpu_time()? - cpu).as_secs_f64() })
     }
 }
 
@@ -217,17 +217,6 @@ impl Batch {
             Self::Regions(batch) => batch.to_tensors(&Device::Cpu)?.pixels,
         })
     }
-}
-
-/// CPU time that this process has used in all its threads (proc_pid_stat(5), fields 14 and 15).
-fn cpu_time() -> Result<Duration, Box<dyn std::error::Error>> {
-    /// Ticks a second: fixed for every Linux that programs see.
-    const TICKS: u32 = 100;
-    let stat = std::fs::read_to_string("/proc/self/stat")?;
-    // The name of the program, in parentheses, may hold spaces.
-    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
-    let ticks: u32 = fields.skip(11).take(2).map(str::parse::<u32>).sum::<Result<_, _>>()?;
-    Ok(Duration::from_secs(ticks.into()) / TICKS)
 }
 
 fn print(report: &Report) {

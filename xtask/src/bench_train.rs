@@ -91,6 +91,8 @@ fn name(value: impl ValueEnum) -> String {
 #[derive(Deserialize)]
 struct Timed {
     seconds: f64,
+    /// Of all threads.
+    cpu_seconds: f64,
     /// Bytes, since it began.
     peak_memory: u64,
 }
@@ -98,14 +100,17 @@ struct Timed {
 #[derive(Serialize)]
 struct Side {
     images_per_second: f64,
+    images_per_cpu_second: f64,
     peak_memory_bytes: u64,
 }
 
 impl Side {
     /// The median step, and the most memory.
     fn of(steps: &[Timed], batch: usize) -> Self {
+        let rate = |seconds: fn(&Timed) -> f64| batch as f64 / served::median(steps.iter().map(seconds).collect());
         Self {
-            images_per_second: batch as f64 / served::median(steps.iter().map(|step| step.seconds).collect()),
+            images_per_second: rate(|step| step.seconds),
+            images_per_cpu_second: rate(|step| step.cpu_seconds),
             peak_memory_bytes: steps.iter().map(|step| step.peak_memory).max().unwrap_or(0),
         }
     }
@@ -199,13 +204,16 @@ fn serve(step: &Step, batch: usize) -> Done {
     println!("{}", json!({ "ready": count }));
     for line in std::io::stdin().lock().lines() {
         let steps: usize = line?.trim().parse()?;
-        let start = Instant::now();
+        let (cpu, start) = (served::cpu_time()?, Instant::now());
         let mut loss = 0.0;
         for _ in 0..steps {
             loss = train()?;
         }
         let seconds = start.elapsed().as_secs_f64();
-        println!("{}", json!({ "seconds": seconds, "loss": loss, "peak_memory": peak_memory()? }));
+        let cpu_seconds = (served::cpu_time()? - cpu).as_secs_f64();
+        let answer =
+            json!({ "seconds": seconds, "cpu_seconds": cpu_seconds, "loss": loss, "peak_memory": peak_memory()? });
+        println!("{answer}");
     }
     Ok(())
 }
@@ -270,5 +278,6 @@ fn print(report: &Report) {
     println!("| | ours | peer | ratio |\n|---|---|---|---|");
     let gigabytes = |side: &Side| side.peak_memory_bytes as f64 / 1e9;
     row("images/s", 3, ours.images_per_second, peer.as_ref().map(|peer| peer.images_per_second));
+    row("images per CPU second", 3, ours.images_per_cpu_second, peer.as_ref().map(|peer| peer.images_per_cpu_second));
     row("peak memory, GB", 2, gigabytes(ours), peer.as_ref().map(gigabytes));
 }

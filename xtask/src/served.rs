@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -80,6 +81,17 @@ pub(crate) fn succeed(command: &mut Command) -> Done {
         status if status.success() => Ok(()),
         status => Err(format!("{command:?}: {status}").into()),
     }
+}
+
+/// CPU time that this process has used in all its threads (proc_pid_stat(5), fields 14 and 15).
+pub(crate) fn cpu_time() -> Outcome<Duration> {
+    /// Ticks a second: fixed for every Linux that programs see.
+    const TICKS: u32 = 100;
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    // The name of the program, in parentheses, may hold spaces.
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+    let ticks: u32 = fields.skip(11).take(2).map(str::parse::<u32>).sum::<Result<_, _>>()?;
+    Ok(Duration::from_secs(ticks.into()) / TICKS)
 }
 
 /// The median of numbers, of which there is at least one.
