@@ -1,6 +1,7 @@
 //! The built-in model as it is used and as it is trained, and the vision encoder of the base model.
 
 use std::error::Error;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use candle_core::DType;
@@ -12,7 +13,8 @@ use xvlm::data::{BatchBuilder, Dataset, ImageCache, TextTokenizer, read_jsonl};
 use xvlm::encoders::{Parameters, Pass, VisionConfig, VitConfig, Xvlm, XvlmConfig};
 use xvlm::tasks::PretrainConfig;
 use xvlm::tasks::pretrain::{Batch, Pretraining};
-use xvlm::train::{Optimizer, Trainable};
+use xvlm::train::ranks::{Alone, Communicator};
+use xvlm::train::{Gradients, Optimizer, Step, Trainable};
 use xvlm::{Device, Picture, Predictor};
 use xvlm_benches::{criterion, device, random_at};
 
@@ -62,8 +64,9 @@ fn training(criterion: &mut Criterion) -> Done {
         BatchBuilder::new(Arc::new(Dataset::from_records(records?)), Arc::new(tokenizer), config.data.clone(), cache)?;
     let device = device();
     let pretraining = Pretraining::new(&config.model, 0, &device)?;
-    let mut optimizer = Optimizer::new(pretraining.parameters(), &config.train.optimizer)?;
+    let mut optimizer = Optimizer::new(pretraining.parameters(), &config.train)?;
     let mut rng = ChaCha8Rng::seed_from_u64(0);
+    let ranks: Arc<dyn Communicator> = Arc::new(Alone);
 
     let mut group = criterion.benchmark_group("pre-training of the built-in model");
     let mut steps = 0..;
@@ -79,10 +82,13 @@ fn training(criterion: &mut Criterion) -> Done {
     ] {
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
-                let losses = pretraining.losses(&batch, &mut rng).expect("losses").0;
+                let tape = Rc::default();
+                let mut step = Step { rng: &mut rng, tape: &tape, ranks: &ranks };
+                let losses = pretraining.losses(&batch, &mut step).expect("losses").0;
                 let total = losses.iter().skip(1).try_fold(losses[0].1.clone(), |sum, (_, loss)| sum + loss);
-                let gradients = total.and_then(|total| total.backward()).expect("gradients");
-                done(&device, optimizer.step(&gradients, 1e-4, Some(1.0)))
+                let mut gradients = Gradients::default();
+                tape.backward(&total.expect("sum"), &mut gradients, |_, _| Ok(())).expect("gradients");
+                done(&device, optimizer.step(&gradients, 1e-4))
             });
         });
     }

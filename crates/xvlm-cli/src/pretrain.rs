@@ -52,6 +52,7 @@ struct Report {
     iterations: u64,
     optimizer_steps: u64,
     out_of_time: bool,
+    stopped: bool,
     losses: BTreeMap<String, f64>,
     images_per_second: f64,
     elapsed_seconds: f64,
@@ -68,13 +69,14 @@ impl Pretrain {
         };
         let out = self.out.unwrap_or_default();
         let summary = pretrain::run(&config, &out, self.resume, &self.device.open()?, &mut Training::new())?;
-        let Summary { iterations, optimizer_steps, out_of_time, losses, images_per_second, elapsed } = summary;
+        let Summary { iterations, optimizer_steps, out_of_time, stopped, losses, images_per_second, elapsed } = summary;
         let report = Report {
             model: out.join("model"),
             metrics: out.join("metrics.jsonl"),
             iterations,
             optimizer_steps,
             out_of_time,
+            stopped,
             losses: losses.into_iter().collect(),
             images_per_second,
             elapsed_seconds: elapsed.as_secs_f64(),

@@ -48,6 +48,8 @@ pub struct CaptionTensors {
     pub text: TextTensors,
     /// Rows for a decoder.
     pub generation: Option<GenerationTensors>,
+    /// `[N]`: where each record is, in words.
+    pub origins: Vec<String>,
 }
 
 /// Images with texts of parts of them on a device; see [`RegionBatch`].
@@ -67,6 +69,8 @@ pub struct RegionTensors {
     pub is_image: Vec<bool>,
     /// `[B]`: 0 at rows that the contrastive loss leaves out, 1 at all others.
     pub row_weights: Vec<f32>,
+    /// `[N]`: where each record is, in words.
+    pub origins: Vec<String>,
 }
 
 /// Questions on a device; see [`QuestionBatch`].
@@ -171,6 +175,7 @@ impl CaptionBatch {
             pixels: images(self.pixels, self.images, device)?,
             text: self.text.to_tensors(device)?,
             generation: generation.transpose()?,
+            origins: self.origins,
         })
     }
 }
@@ -191,6 +196,7 @@ impl RegionBatch {
             region_mask: Tensor::from_vec(self.region_mask, (rows, columns), device)?,
             is_image: self.is_image,
             row_weights: self.row_weights,
+            origins: self.origins,
         })
     }
 }

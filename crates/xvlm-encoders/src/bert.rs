@@ -3,6 +3,8 @@
 //!
 //! Parameter names are those of the official checkpoints (`encoder.layer.6.crossattention.self.query.weight`).
 
+use std::sync::Arc;
+
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use xvlm_kernels as kernels;
@@ -111,7 +113,7 @@ impl Bert {
         pass.keep(|| "embeddings".to_owned(), &x);
         let bias = hide(mask)?;
         for layer in &self.layers[..self.config.fusion_layer] {
-            x = layer.forward(&x, &bias, attention, None, pass)?;
+            x = layer.forward(x, &bias, attention, None, pass)?;
         }
         Ok(x)
     }
@@ -140,14 +142,30 @@ impl Bert {
             candle_core::bail!("concepts to fuse with: expected at least one, found none");
         }
         let bias = hide(mask)?;
-        let seen = concepts.iter().map(|concepts| hide(concepts.mask)).collect::<Result<Vec<_>>>()?;
+        let look = |concepts: &Concepts| {
+            // All layers read the tokens: the gradients are added up here, before they go further down.
+            let tokens = concepts.tokens.clone();
+            Ok(Look {
+                tokens: pass.segment(move |_| Ok(tokens.clone()))?,
+                index: concepts.index.into(),
+                seen: hide(concepts.mask)?,
+            })
+        };
+        let looks = concepts.iter().map(look).collect::<Result<Vec<_>>>()?;
         let mut x = text.clone();
-        let looks = concepts.iter().zip(&seen).cycle();
-        for (layer, looks) in self.layers[self.config.fusion_layer..].iter().zip(looks) {
-            x = layer.forward(&x, &bias, attention, Some(looks), pass)?;
+        for (layer, look) in self.layers[self.config.fusion_layer..].iter().zip(looks.iter().cycle()) {
+            x = layer.forward(x, &bias, attention, Some(look), pass)?;
         }
         Ok(x)
     }
+}
+
+/// What a fusion layer looks at: patch tokens, the row of them that each text sees, and what is added to the scores.
+#[derive(Clone, Debug)]
+struct Look {
+    tokens: Tensor,
+    index: Arc<[u32]>,
+    seen: Tensor,
 }
 
 /// The place of each token among those that are not padding, from `padding + 1`; `padding` for padding.
@@ -191,17 +209,20 @@ impl Layer {
 
     fn forward(
         &self,
-        x: &Tensor,
+        x: Tensor,
         bias: &Tensor,
         attention: Attention,
-        concepts: Option<(&Concepts, &Tensor)>,
+        look: Option<&Look>,
         pass: &Pass,
     ) -> Result<Tensor> {
-        let mut x = self.attention.forward(x, bias, attention, pass)?;
-        if let (Some(cross), Some((concepts, seen))) = (&self.cross, concepts) {
-            x = cross.look(&x, &cross.read(concepts.tokens)?, concepts.index, seen, self.number, pass)?;
-        }
-        let x = self.feed(&x, pass)?;
+        let (layer, bias, look) = (self.clone(), bias.clone(), look.cloned());
+        let x = pass.segment(move |pass| {
+            let mut x = layer.attention.forward(&x, &bias, attention, pass)?;
+            if let (Some(cross), Some(Look { tokens, index, seen })) = (&layer.cross, &look) {
+                x = cross.look(&x, &cross.read(tokens)?, index, seen, layer.number, pass)?;
+            }
+            layer.feed(&x, pass)
+        })?;
         pass.keep(|| format!("layer.{}", self.number), &x);
         Ok(x)
     }

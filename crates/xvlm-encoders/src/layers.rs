@@ -146,6 +146,7 @@ impl PatchEmbedding {
         }
         let side = res / patch;
         let patches = pixels
+            .to_dtype(self.weight.dtype())?
             .reshape((n, 3, side, patch, side, patch))?
             .permute([0, 2, 4, 1, 3, 5])?
             .contiguous()?

@@ -15,21 +15,29 @@ use rand_chacha::ChaCha8Rng;
 #[derive(Clone)]
 pub struct Parameters {
     seed: Option<u64>,
+    frozen: Arc<[String]>,
     vars: Arc<Mutex<BTreeMap<String, Var>>>,
 }
 
 impl Parameters {
     /// No parameters yet.
     pub fn new(seed: u64) -> Self {
-        Self { seed: Some(seed), vars: Arc::default() }
+        Self { seed: Some(seed), frozen: Arc::default(), vars: Arc::default() }
     }
 
     /// Parameters that start as zeros: to be filled from a file.
     pub fn zeros() -> Self {
-        Self { seed: None, vars: Arc::default() }
+        Self { seed: None, frozen: Arc::default(), vars: Arc::default() }
     }
 
-    /// What models are built from: hands out parameters and keeps them here.
+    /// The same, of which those whose name contains one of these parts have no gradient.
+    #[must_use]
+    pub fn freezing(self, names: &[String]) -> Self {
+        Self { frozen: names.into(), ..self }
+    }
+
+    /// What models are built from: hands out parameters and keeps them here. Scalars, such as a temperature, are `f32` whatever
+    /// the type: there are few of them, and each counts.
     pub fn builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
         VarBuilder::from_backend(Box::new(self.clone()), dtype, device.clone())
     }
@@ -43,6 +51,12 @@ impl Parameters {
     /// Number of trainable numbers.
     pub fn count(&self) -> usize {
         self.named().iter().map(|(_, var)| var.elem_count()).sum()
+    }
+
+    /// What the model computes with.
+    fn handed_out(&self, name: &str, var: &Var) -> Tensor {
+        let frozen = self.frozen.iter().any(|part| name.contains(part));
+        if frozen { var.as_detached_tensor() } else { var.as_tensor().clone() }
     }
 
     fn draw(&self, shape: &Shape, name: &str, init: Init) -> Vec<f32> {
@@ -130,11 +144,12 @@ impl SimpleBackend for Parameters {
             if *var.shape() != shape {
                 candle_core::bail!("parameter {name}: expected shape {shape:?}, found {:?}", var.shape());
             }
-            return Ok(var.as_tensor().clone());
+            return Ok(self.handed_out(name, var));
         }
+        let dtype = if shape.rank() == 0 { DType::F32 } else { dtype };
         let values = Tensor::from_vec(self.draw(&shape, name, init), shape, device)?.to_dtype(dtype)?;
         let var = Var::from_tensor(&values)?;
-        let tensor = var.as_tensor().clone();
+        let tensor = self.handed_out(name, &var);
         vars.insert(name.to_owned(), var);
         Ok(tensor)
     }
@@ -142,7 +157,7 @@ impl SimpleBackend for Parameters {
     fn get_unchecked(&self, name: &str, _dtype: DType, _device: &Device) -> Result<Tensor> {
         let vars = self.vars.lock().unwrap_or_else(PoisonError::into_inner);
         match vars.get(name) {
-            Some(var) => Ok(var.as_tensor().clone()),
+            Some(var) => Ok(self.handed_out(name, var)),
             None => candle_core::bail!("parameter {name}: expected one of the model's, found none of that name"),
         }
     }

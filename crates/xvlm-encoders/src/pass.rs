@@ -2,11 +2,12 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
 use candle_core::{Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use xvlm_kernels as kernels;
+use xvlm_kernels::{self as kernels, Tape};
 
 /// One forward pass: for inference nothing is random; for training all randomness comes from the generator given.
 ///
@@ -14,6 +15,7 @@ use xvlm_kernels as kernels;
 #[derive(Default)]
 pub struct Pass {
     rng: Option<RefCell<ChaCha8Rng>>,
+    tape: Option<Rc<Tape>>,
     kept: Option<RefCell<BTreeMap<String, Tensor>>>,
     attention: Option<WatchedAttention>,
 }
@@ -31,7 +33,16 @@ impl Pass {
 
     /// A training pass whose randomness follows from the next number of `rng`.
     pub fn training(rng: &mut ChaCha8Rng) -> Self {
-        Self { rng: Some(RefCell::new(ChaCha8Rng::seed_from_u64(rng.random()))), ..Self::default() }
+        Self::seeded(Some(rng.random()))
+    }
+
+    fn seeded(seed: Option<u64>) -> Self {
+        Self { rng: seed.map(|seed| RefCell::new(ChaCha8Rng::seed_from_u64(seed))), ..Self::default() }
+    }
+
+    /// The same pass with each block and layer as a segment of a tape, which the backward pass is then to be made with.
+    pub fn on(self, tape: &Rc<Tape>) -> Self {
+        Self { tape: Some(Rc::clone(tape)), ..self }
     }
 
     /// The same pass, keeping the output of every block and layer.
@@ -61,6 +72,22 @@ impl Pass {
     pub(crate) fn keep(&self, name: impl FnOnce() -> String, x: &Tensor) {
         if let Some(kept) = &self.kept {
             kept.borrow_mut().insert(name(), x.clone());
+        }
+    }
+
+    /// Runs a piece of the pass that draws numbers of its own, the same each time: a segment of the tape, if there is one. Who
+    /// looks inside a pass sees it whole.
+    pub(crate) fn segment(&self, run: impl Fn(&Self) -> Result<Tensor> + 'static) -> Result<Tensor> {
+        let seed = self.rng.as_ref().map(|rng| rng.borrow_mut().random());
+        match (&self.tape, &self.kept, &self.attention) {
+            (Some(tape), None, None) => tape.segment(move || run(&Self::seeded(seed))),
+            _ => {
+                let swap = |piece| self.rng.as_ref().zip(piece).map(|(rng, piece)| rng.replace(piece));
+                let whole = swap(seed.map(ChaCha8Rng::seed_from_u64));
+                let result = run(self);
+                swap(whole);
+                result
+            }
         }
     }
 

@@ -98,11 +98,13 @@ impl Swin {
         }
         for (i, stage) in self.stages.iter().enumerate() {
             for (j, block) in stage.blocks.iter().enumerate() {
-                x = block.forward(&x, pass)?;
+                let block = block.clone();
+                x = pass.segment(move |pass| block.forward(&x, pass))?;
                 pass.keep(|| format!("layers.{i}.blocks.{j}"), &x);
             }
             if let Some(merging) = &stage.merging {
-                x = merging.forward(&x)?;
+                let merging = merging.clone();
+                x = pass.segment(move |_| merging.forward(&x))?;
             }
             pass.keep(|| format!("layers.{i}"), &x);
         }

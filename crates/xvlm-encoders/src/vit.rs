@@ -97,7 +97,8 @@ impl Vit {
                 x = Tensor::cat(&[&x.index_select(&index, 0)?, &x], 0)?;
                 bias = Tensor::cat(&[&hide(regions.mask)?, &bias], 0)?;
             }
-            x = block.forward(&x, &bias, pass)?;
+            let (block, seen) = (block.clone(), bias.clone());
+            x = pass.segment(move |pass| block.forward(&x, &seen, pass))?;
             pass.keep(|| format!("block.{i}"), &x);
         }
         self.norm.forward(&x)

@@ -22,6 +22,13 @@ impl Fresh {
         Self { storage, shape: shape.into() }
     }
 
+    /// The scalar 0, of the type and on the device of a tensor.
+    pub(crate) fn zero(like: &Tensor) -> Result<Self> {
+        let zero = Tensor::zeros((), like.dtype(), like.device())?;
+        let (storage, layout) = zero.storage_and_layout();
+        Ok(Self::new(storage.try_clone(layout)?, ()))
+    }
+
     /// The result as a tensor without a history.
     pub(crate) fn detached(self) -> Tensor {
         Tensor::from_storage(self.storage, self.shape, BackpropOp::none(), false)

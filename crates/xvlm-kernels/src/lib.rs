@@ -35,6 +35,7 @@ mod real;
 mod resize;
 mod simd;
 mod softmax;
+mod tape;
 mod window;
 
 pub use activation::{bias_gelu, gelu, quick_gelu};
@@ -54,4 +55,5 @@ pub use optim::{AdamW, Update, adamw_step};
 pub use pool::{Cover, patch_pool};
 pub use resize::resize_bicubic;
 pub use softmax::{log_softmax, softmax};
+pub use tape::{Gradients, Tape};
 pub use window::{WindowShape, window_attention};

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 use xvlm_data::{Picture, TextTokenizer, pre_caption};
@@ -136,12 +136,11 @@ impl Model {
     pub fn write(
         dir: &Path,
         config: &ModelConfig,
-        parameters: &[(String, Var)],
+        weights: impl IntoIterator<Item = (String, Tensor)>,
         tokenizer: &TextTokenizer,
         stored: StoredType,
     ) -> Result<(), TaskError> {
-        let tensors: BTreeMap<String, Tensor> =
-            parameters.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();
+        let tensors: BTreeMap<String, Tensor> = weights.into_iter().collect();
         Ok(ModelFolder::write(dir, &config.to_json()?, &tensors, &tokenizer.to_bytes(), stored)?)
     }
 

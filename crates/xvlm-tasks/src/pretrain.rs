@@ -6,16 +6,16 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use xvlm_data::{
-    BatchBuilder, CaptionBatch, CaptionTensors, DataError, Dataset, DatasetConfig, ImageCache, Loader, LoaderConfig,
-    Need, RegionBatch, RegionTensors, SourceConfig, StorageOptions, TextTokenizer, scenes,
+    BatchBuilder, CaptionBatch, CaptionTensors, DataError, Dataset, DatasetConfig, ImageCache, Loader, Need,
+    RegionBatch, RegionTensors, SourceConfig, StorageOptions, TextTokenizer, scenes,
 };
 use xvlm_encoders::{Parameters, Pass, Regions, Xvlm, XvlmConfig};
 use xvlm_losses as losses;
-use xvlm_train::{Batches, BoxError, Losses, Progress, RunFolder, Summary, Trainable};
+use xvlm_train::{Batches, BoxError, Job, Losses, Progress, RunFolder, Step, Summary, TrainConfig, Trainable, Trained};
 use xvlm_weights::{LoadRules, ModelFolder};
 
 use crate::align::{Alignment, BoxTargets, Named, Negatives};
@@ -49,8 +49,17 @@ impl Pretraining {
     /// # Errors
     /// If the sizes do not fit together.
     pub fn new(config: &XvlmConfig, seed: u64, device: &Device) -> Result<Self> {
-        let parameters = Parameters::new(seed);
-        let model = Xvlm::new(config, parameters.builder(DType::F32, device))?;
+        Self::to_train(config, &TrainConfig { seed, ..TrainConfig::default() }, device)
+    }
+
+    /// A freshly initialised model that computes in the configured precision, of which the parts that are frozen have no
+    /// gradients.
+    ///
+    /// # Errors
+    /// If the sizes do not fit together.
+    pub fn to_train(config: &XvlmConfig, train: &TrainConfig, device: &Device) -> Result<Self> {
+        let parameters = Parameters::new(train.seed).freezing(&train.optimizer.frozen_names);
+        let model = Xvlm::new(config, parameters.builder(train.precision.dtype(), device))?;
         Ok(Self::with_model(model, parameters.named()))
     }
 
@@ -127,13 +136,13 @@ impl Trainable for Pretraining {
         &self.parameters
     }
 
-    fn losses(&self, batch: &Batch, rng: &mut ChaCha8Rng) -> std::result::Result<Losses, BoxError> {
-        let pass = Pass::training(rng);
+    fn losses(&self, batch: &Batch, step: &mut Step) -> std::result::Result<Losses, BoxError> {
+        let pass = Pass::training(step.rng).on(step.tape);
         let weights = match batch {
             Batch::Captions(_) => None,
             Batch::Regions(batch) => Some(batch.row_weights.as_slice()),
         };
-        let mut negatives = |scores: &Tensor, keys: &[i64]| losses::hard_negatives(scores, keys, weights, rng);
+        let mut negatives = |scores: &Tensor, keys: &[i64]| losses::hard_negatives(scores, keys, weights, step.rng);
         let mut losses = self.losses_of(batch, &pass, &mut negatives)?;
         if let Batch::Regions(_) = batch {
             losses.0.iter_mut().for_each(|(name, _)| *name = of_regions(name));
@@ -148,6 +157,13 @@ impl Trainable for Pretraining {
         }
     }
 
+    fn records(batch: &Batch) -> Vec<String> {
+        match batch {
+            Batch::Captions(batch) => batch.origins.clone(),
+            Batch::Regions(batch) => batch.origins.clone(),
+        }
+    }
+
     fn after_step(&self) -> std::result::Result<(), BoxError> {
         for (_, temperature) in self.parameters.iter().filter(|(name, _)| name == "temp") {
             temperature.set(&temperature.clamp(TEMPERATURE.0, TEMPERATURE.1)?)?;
@@ -159,6 +175,7 @@ impl Trainable for Pretraining {
 /// The batches of a run in order, built ahead on worker threads.
 pub struct PretrainBatches {
     loader: Loader<(CaptionBatch, Option<RegionBatch>)>,
+    accumulate: usize,
     device: Device,
 }
 
@@ -169,29 +186,34 @@ impl PretrainBatches {
     /// If the system starts no thread.
     pub fn new(
         builder: Arc<BatchBuilder>,
-        iter_perc: f64,
+        config: &PretrainConfig,
         start: u64,
-        workers: LoaderConfig,
         device: &Device,
     ) -> std::result::Result<Self, DataError> {
-        let build = move |step: u64| {
+        let (iter_perc, accumulate) = (config.regions.iter_perc, config.train.accumulate);
+        let build = move |number: u64| {
+            // Whether there are regions is one question an iteration.
             let mut rng = ChaCha8Rng::seed_from_u64(builder.config().seed);
-            rng.set_stream(step);
-            let regions = if rng.random_bool(iter_perc) { Some(builder.regions(step)?) } else { None };
-            Ok((builder.captions(step)?, regions))
+            rng.set_stream(number / accumulate as u64);
+            let regions = if rng.random_bool(iter_perc) { Some(builder.regions(number)?) } else { None };
+            Ok((builder.captions(number)?, regions))
         };
-        Ok(Self { loader: Loader::starting_at(start, workers, build)?, device: device.clone() })
+        let loader = Loader::starting_at(start * accumulate as u64, config.loader.clone(), build)?;
+        Ok(Self { loader, accumulate, device: device.clone() })
     }
 }
 
 impl Batches<Batch> for PretrainBatches {
-    fn next(&mut self) -> std::result::Result<Vec<Batch>, BoxError> {
-        let (captions, regions) = self.loader.next()?;
-        let mut batches = vec![Batch::Captions(captions.to_tensors(&self.device)?)];
-        if let Some(regions) = regions {
-            batches.push(Batch::Regions(regions.to_tensors(&self.device)?));
+    fn next(&mut self) -> std::result::Result<Vec<Vec<Batch>>, BoxError> {
+        let (mut captions, mut regions) = (Vec::new(), Vec::new());
+        for _ in 0..self.accumulate {
+            let (caption_batch, region_batch) = self.loader.next()?;
+            captions.push(Batch::Captions(caption_batch.to_tensors(&self.device)?));
+            if let Some(batch) = region_batch {
+                regions.push(Batch::Regions(batch.to_tensors(&self.device)?));
+            }
         }
-        Ok(batches)
+        Ok(if regions.is_empty() { vec![captions] } else { vec![captions, regions] })
     }
 }
 
@@ -209,18 +231,18 @@ pub fn run(
 ) -> std::result::Result<Summary, TaskError> {
     let mut config = config.clone();
     let builder = Arc::new(open_batches(&mut config, Some(out), progress)?);
-    let pretraining = Pretraining::new(&config.model, config.train.seed, device)?.with_objectives(&config.objectives);
+    let pretraining = Pretraining::to_train(&config.model, &config.train, device)?.with_objectives(&config.objectives);
     if let Some(dir) = &config.init_from {
         let files = ModelFolder::open(dir)?;
         xvlm_weights::assign(&files.name, &files.tensors, &pretraining.parameters, &LoadRules::default())?;
     }
     let batches = |start| -> std::result::Result<Box<dyn Batches<Batch>>, BoxError> {
-        let (iter_perc, workers) = (config.regions.iter_perc, config.loader.clone());
-        Ok(Box::new(PretrainBatches::new(Arc::clone(&builder), iter_perc, start, workers, device)?))
+        Ok(Box::new(PretrainBatches::new(Arc::clone(&builder), &config, start, device)?))
     };
     let run = RunFolder::new(out)?;
     keep_config(&config, &run, resume)?;
-    let summary = xvlm_train::train(&pretraining, batches, &config.train, &run, resume, progress)?;
+    let job = Job::alone(&run, resume);
+    let Trained { summary, weights } = xvlm_train::train(&pretraining, batches, &config.train, &job, progress)?;
     let (drawn, broken) = builder.counts();
     if broken > 0 {
         progress.warning(&format!("{broken} of {drawn} records that were drawn are broken:"));
@@ -233,7 +255,7 @@ pub fn run(
         prompt: config.data.generation.clone().unwrap_or_default().prompt,
         search: Search::default(),
     };
-    Model::write(&out.join("model"), &model, &pretraining.parameters, builder.tokenizer(), config.stored)?;
+    Model::write(&out.join("model"), &model, weights, builder.tokenizer(), config.stored)?;
     Ok(summary)
 }
 

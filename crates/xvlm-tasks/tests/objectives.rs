@@ -1,9 +1,10 @@
 //! Which losses a pre-training step has, and that together they reach every parameter.
 
 use std::collections::BTreeSet;
+use std::rc::Rc;
 use std::sync::Arc;
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
@@ -13,7 +14,8 @@ use xvlm_data::{BatchBuilder, BatchConfig, Dataset, GenerationConfig, ImageCache
 use xvlm_encoders::Pass;
 use xvlm_tasks::Objective;
 use xvlm_tasks::pretrain::{Batch, Pretraining};
-use xvlm_train::Trainable;
+use xvlm_train::ranks::{Alone, Communicator};
+use xvlm_train::{Gradients, Step, Tape, Trainable};
 
 /// A tiny model and a batch of each stream.
 fn world() -> (Pretraining, [Batch; 2]) {
@@ -55,8 +57,13 @@ fn world_with(config: BatchConfig) -> (Pretraining, [Batch; 2]) {
 }
 
 fn names(pretraining: &Pretraining, batch: &Batch) -> Vec<&'static str> {
-    let losses = pretraining.losses(batch, &mut ChaCha8Rng::seed_from_u64(0)).unwrap().0;
-    losses.into_iter().map(|(name, _)| name).collect()
+    losses(pretraining, batch).0.into_iter().map(|(name, _)| name).collect()
+}
+
+fn losses(pretraining: &Pretraining, batch: &Batch) -> (Vec<(&'static str, Tensor)>, Rc<Tape>) {
+    let (tape, ranks) = (Rc::default(), Arc::new(Alone) as Arc<dyn Communicator>);
+    let mut step = Step { rng: &mut ChaCha8Rng::seed_from_u64(0), tape: &tape, ranks: &ranks };
+    (pretraining.losses(batch, &mut step).unwrap().0, tape)
 }
 
 #[test]
@@ -86,7 +93,7 @@ fn masked_repeats_leave_the_contrastive_loss_as_it_is() {
         for seed in 0..20 {
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
             let Batch::Regions(batch) = &regions else { unreachable!() };
-            let mut negatives = |scores: &candle_core::Tensor, keys: &[i64]| {
+            let mut negatives = |scores: &Tensor, keys: &[i64]| {
                 let pairs = xvlm_losses::hard_negatives(scores, keys, Some(&batch.row_weights), &mut rng)?;
                 let (first, second) = pairs.split_at(pairs.len() / 2);
                 candidates.extend(first.iter().map(|pair| pair.concept).chain(second.iter().map(|pair| pair.text)));
@@ -113,8 +120,7 @@ fn masked_repeats_leave_the_contrastive_loss_as_it_is() {
 fn a_loss_does_not_depend_on_the_others() {
     let (mut pretraining, batches) = world();
     let value = |pretraining: &Pretraining, batch: &Batch, name: &str| {
-        let losses = pretraining.losses(batch, &mut ChaCha8Rng::seed_from_u64(0)).unwrap().0;
-        let loss = losses.into_iter().find(|(found, _)| *found == name).unwrap().1;
+        let loss = losses(pretraining, batch).0.into_iter().find(|(found, _)| *found == name).unwrap().1;
         loss.to_scalar::<f32>().unwrap()
     };
     let all = ["region_itc", "region_itm", "region_mlm", "bbox"].map(|name| value(&pretraining, &batches[1], name));
@@ -135,9 +141,10 @@ fn every_parameter_gets_a_gradient() {
     let (pretraining, batches) = world();
     let mut reached = BTreeSet::new();
     for batch in &batches {
-        let losses = pretraining.losses(batch, &mut ChaCha8Rng::seed_from_u64(0)).unwrap().0;
+        let (losses, tape) = losses(&pretraining, batch);
         let total = losses.iter().skip(1).fold(losses[0].1.clone(), |sum, (_, loss)| (sum + loss).unwrap());
-        let gradients = total.backward().unwrap();
+        let mut gradients = Gradients::default();
+        tape.backward(&total, &mut gradients, |_, _| Ok(())).unwrap();
         for (name, var) in pretraining.parameters() {
             let gradient = gradients.get(var).map(|g| g.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap());
             reached.extend(gradient.filter(|g| *g > 0.0).map(|_| name.clone()));

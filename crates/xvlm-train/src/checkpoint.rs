@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -18,6 +18,7 @@ use crate::run::sync_folder;
 
 const WEIGHTS: &str = "weights.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
+const AVERAGES: &str = "ema.safetensors";
 const STATE: &str = "state.json";
 
 /// What the optimizer's file calls what it knows of a parameter.
@@ -35,6 +36,8 @@ pub(crate) struct State {
     pub(crate) optimizer_steps: u64,
     /// Time trained.
     pub(crate) elapsed_seconds: f64,
+    /// What losses are multiplied by, and for how many steps it has been that.
+    pub(crate) loss_scale: (f64, u64),
     /// The [`TrainConfig`], as it was written; with the seed, which together with the iteration is all there is to the
     /// state of random generators.
     pub(crate) config: Value,
@@ -54,8 +57,17 @@ pub(crate) fn write(
     config: &TrainConfig,
     optimizer: &Optimizer,
 ) -> io::Result<()> {
-    let weights = optimizer.slots.iter().map(|slot| (slot.name.to_owned(), slot.parameter.as_tensor()));
-    write_tensors(&folder.join(WEIGHTS), weights.collect())?;
+    let wide =
+        |(name, weights): (&str, &Var)| Ok((name.to_owned(), weights.as_detached_tensor().to_dtype(DType::F32)?));
+    let weights = optimizer.weights().into_iter().map(wide).collect::<candle_core::Result<Vec<_>>>();
+    let weights = weights.map_err(io::Error::other)?;
+    write_tensors(&folder.join(WEIGHTS), weights.iter().map(|(name, weights)| (name.clone(), weights)).collect())?;
+
+    let averages = optimizer.slots.iter().filter_map(|slot| Some((slot.name.to_owned(), slot.average.as_deref()?)));
+    let averages: Vec<_> = averages.collect();
+    if !averages.is_empty() {
+        write_tensors(&folder.join(AVERAGES), averages)?;
+    }
 
     let steps = optimizer.slots.iter().map(|slot| Tensor::new(slot.steps as i64, &Device::Cpu));
     let steps = steps.collect::<candle_core::Result<Vec<_>>>().map_err(io::Error::other)?;
@@ -66,7 +78,8 @@ pub(crate) fn write(
     write_tensors(&folder.join(OPTIMIZER), known.collect())?;
 
     let (optimizer_steps, elapsed_seconds) = (optimizer.steps, elapsed.as_secs_f64());
-    let state = State { iteration, optimizer_steps, elapsed_seconds, config: written(config)? };
+    let loss_scale = (optimizer.loss_scale.factor, optimizer.loss_scale.finite_steps);
+    let state = State { iteration, optimizer_steps, elapsed_seconds, loss_scale, config: written(config)? };
     let mut file = File::create(folder.join(STATE))?;
     file.write_all(&serde_json::to_vec_pretty(&state)?)?;
     file.sync_all()?;
@@ -91,6 +104,8 @@ pub(crate) struct Checkpoint {
     folder: PathBuf,
     weights: Vec<u8>,
     optimizer: Vec<u8>,
+    /// If there are any.
+    averages: Option<Vec<u8>>,
 }
 
 impl Checkpoint {
@@ -120,7 +135,8 @@ impl Checkpoint {
             }
         };
         let (weights, optimizer) = (whole(WEIGHTS)?, whole(OPTIMIZER)?);
-        Ok(Self { state, folder: folder.to_path_buf(), weights, optimizer })
+        let averages = folder.join(AVERAGES).exists().then(|| whole(AVERAGES)).transpose()?;
+        Ok(Self { state, folder: folder.to_path_buf(), weights, optimizer, averages })
     }
 
     /// Checks that what follows from the iterations so far is still configured as it was. What only says how long to go
@@ -131,7 +147,7 @@ impl Checkpoint {
     pub(crate) fn check(&self, config: &TrainConfig) -> Result<(), TrainError> {
         let path = self.folder.join(STATE);
         let now = written(config).map_err(|error| TrainError::io(&path)(error.into()))?;
-        for field in ["optimizer", "schedule", "clip", "seed"] {
+        for field in ["optimizer", "schedule", "clip", "accumulate", "precision", "ema_decay", "seed"] {
             if let Some((field, expected, found)) = difference(field, &self.state.config[field], &now[field]) {
                 return Err(TrainError::Changed { path, field, expected, found });
             }
@@ -144,21 +160,27 @@ impl Checkpoint {
     /// # Errors
     /// [`TrainError::Mismatch`] if it is of another model.
     pub(crate) fn restore(&self, optimizer: &mut Optimizer) -> Result<(), TrainError> {
-        let weights = Tensors::new(self.folder.join(WEIGHTS), &self.weights, optimizer.slots.len())?;
+        let all = optimizer.weights();
+        let weights = Tensors::new(self.folder.join(WEIGHTS), &self.weights, all.len())?;
+        for (name, variable) in all {
+            weights.restore(name, variable)?;
+        }
+        let averages = self.averages.as_ref();
+        let averages =
+            averages.map(|bytes| Tensors::new(self.folder.join(AVERAGES), bytes, optimizer.slots.len())).transpose()?;
         let known = Tensors::new(self.folder.join(OPTIMIZER), &self.optimizer, 3 * optimizer.slots.len())?;
         for slot in &mut optimizer.slots {
             let [first, second, steps] = optimizer_names(slot);
-            for (file, name, variable) in [
-                (&weights, slot.name, slot.parameter),
-                (&known, &first, &slot.first_moment),
-                (&known, &second, &slot.second_moment),
-            ] {
-                let value = file.get(name, DType::F32, variable.dims(), variable.device())?;
-                variable.set(&value).map_err(TrainError::tensor(name))?;
-            }
+            known.restore(&first, &slot.first_moment)?;
+            known.restore(&second, &slot.second_moment)?;
             let value = known.get(&steps, DType::I64, &[], &Device::Cpu)?;
             slot.steps = value.to_scalar::<i64>().map_err(TrainError::tensor(&steps))? as u64;
+            slot.narrow().map_err(TrainError::tensor(slot.name))?;
+            if let (Some(file), Some(average)) = (&averages, &slot.average) {
+                file.restore(slot.name, average)?;
+            }
         }
+        (optimizer.loss_scale.factor, optimizer.loss_scale.finite_steps) = self.state.loss_scale;
         optimizer.steps = self.state.optimizer_steps;
         Ok(())
     }
@@ -182,6 +204,12 @@ impl<'a> Tensors<'a> {
             Ok(tensors) => Ok(Self { path, tensors }),
             Err(error) => Err(TrainError::Damaged { path, expected: "safetensors", found: error.to_string() }),
         }
+    }
+
+    fn restore(&self, name: &str, variable: &Var) -> Result<(), TrainError> {
+        let value = self.get(name, DType::F32, variable.dims(), variable.device())?;
+        let narrow = value.to_dtype(variable.dtype()).and_then(|value| variable.set(&value));
+        narrow.map_err(TrainError::tensor(name))
     }
 
     fn get(&self, name: &str, dtype: DType, shape: &[usize], device: &Device) -> Result<Tensor, TrainError> {

@@ -4,6 +4,7 @@
 use std::f64::consts::PI;
 use std::time::Duration;
 
+use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
@@ -21,6 +22,17 @@ pub struct TrainConfig {
     /// Largest norm of the gradient of all parameters together: a longer one is scaled down to it, so that a batch out of
     /// the ordinary does not throw the model off. 1; `null` for no clipping.
     pub clip: Option<f32>,
+    /// Batches whose gradients are averaged to one optimizer step. 1. More make a large batch of small ones, where memory is
+    /// short; what is compared within a batch, as in ITC, still meets only its own.
+    pub accumulate: usize,
+    /// The type in which the model computes. f32.
+    pub precision: Precision,
+    /// Whether the inside of transformer blocks is computed anew for the backward pass instead of being kept: about a third
+    /// more work, and a fraction of the memory. The gradients are the same to the bit. No.
+    pub recompute: bool,
+    /// Also keep a mean of the weights over past steps, each counting this factor less than the one after it, such as 0.9999;
+    /// the finished model has these. None by default, as in the official code.
+    pub ema_decay: Option<f64>,
     /// Iterations from one report (and row of metrics) to the next; each checkpoint and the end are reported too. 50.
     pub log_every: u64,
     /// Iterations from one checkpoint to the next; the end makes one too. 1000: what an interruption can cost.
@@ -45,11 +57,41 @@ impl Default for TrainConfig {
             optimizer: OptimizerConfig::default(),
             schedule: ScheduleConfig::default(),
             clip: Some(1.0),
+            accumulate: 1,
+            precision: Precision::F32,
+            recompute: false,
+            ema_decay: None,
             log_every: 50,
             checkpoint_every: 1000,
             keep_checkpoints: 2,
             seed: 42,
             time_limit_minutes: None,
+        }
+    }
+}
+
+/// The type in which a model computes. Weights, moments and sums of gradients are kept in f32 whatever it is, and losses are
+/// f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// 16 bits with the range of 32: half the memory, and faster where processors have instructions for it.
+    Bf16,
+    /// 16 bits of a small range. Losses are scaled up, so that gradients do not vanish, by a factor that is halved when one
+    /// overflows (the step is then left out) and doubled after 2000 steps without.
+    F16,
+}
+
+impl Precision {
+    /// The type of parameters and activations.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+            Self::F16 => DType::F16,
         }
     }
 }
@@ -75,6 +117,8 @@ pub struct OptimizerConfig {
     /// Parts of names: a parameter that contains one does not decay. By default biases and the scales of normalisations,
     /// in the original's words. (It does decay the temperature; add `temp` if that is not wanted.)
     pub no_decay_names: Vec<String>,
+    /// Parts of names: a parameter that contains one is not trained. None.
+    pub frozen_names: Vec<String>,
 }
 
 impl Default for OptimizerConfig {
@@ -88,6 +132,7 @@ impl Default for OptimizerConfig {
             lr_mult: 2.0,
             lr_mult_names: names(&["temp", "vision_proj", "text_proj", "itm_head", "bbox_head", "crossattention"]),
             no_decay_names: names(&["bias", "LayerNorm.weight", "norm.weight", "norm1.weight", "norm2.weight"]),
+            frozen_names: Vec::new(),
         }
     }
 }
@@ -101,6 +146,11 @@ impl OptimizerConfig {
     /// The factor on the learning rate of the parameter of this name.
     pub fn lr_mult_of(&self, parameter: &str) -> f64 {
         if contains_any(parameter, &self.lr_mult_names) { self.lr_mult } else { 1.0 }
+    }
+
+    /// Whether the parameter of this name is left as it is.
+    pub fn freezes(&self, parameter: &str) -> bool {
+        contains_any(parameter, &self.frozen_names)
     }
 }
 
@@ -194,6 +244,7 @@ impl TrainConfig {
         let final_lr = self.schedule.final_lr_fraction;
         let clip = self.clip.unwrap_or(1.0);
         let limit = self.time_limit_minutes.unwrap_or(1.0);
+        let ema = self.ema_decay.unwrap_or(0.0);
         // What `Duration` can hold without a second thought: 19 000 years.
         let fits = positive(limit) && limit < 1e10;
         let rules = [
@@ -211,6 +262,8 @@ impl TrainConfig {
             (warmup.0, "schedule.warmup", "a number of iterations, or a fraction of 0 to 1", warmup.1),
             (fraction(final_lr), "schedule.final_lr_fraction", "0 to 1", final_lr.to_string()),
             (positive(clip.into()), "clip", "a positive number or null", clip.to_string()),
+            (self.accumulate > 0, "accumulate", "at least 1", self.accumulate.to_string()),
+            (decays(ema), "ema_decay", "a number from 0 to below 1, or null", ema.to_string()),
             (self.log_every > 0, "log_every", "at least 1", self.log_every.to_string()),
             (self.checkpoint_every > 0, "checkpoint_every", "at least 1", self.checkpoint_every.to_string()),
             (self.keep_checkpoints > 0, "keep_checkpoints", "at least 1", self.keep_checkpoints.to_string()),

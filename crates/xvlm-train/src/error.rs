@@ -108,8 +108,8 @@ pub enum TrainError {
     },
     /// A loss or the gradient is infinite or not a number. Nothing was updated or saved with it.
     #[error(
-        "iteration {iteration}: {loss}: expected a finite number, found {value}; {}",
-        checkpoint.as_ref().map_or("there is no checkpoint yet".into(), |path| format!("the last checkpoint is {}", path.display()))
+        "iteration {iteration}: {loss}: expected a finite number, found {value}{}",
+        circumstances(tensor, records, checkpoint)
     )]
     NotFinite {
         /// The iteration, from 1.
@@ -118,8 +118,22 @@ pub enum TrainError {
         loss: String,
         /// Its value.
         value: f64,
+        /// The first tensor on the way to it that has such numbers, if it is known.
+        tensor: Option<String>,
+        /// Where the samples of the batch come from.
+        records: Vec<String>,
         /// The last checkpoint, which is good.
         checkpoint: Option<PathBuf>,
+    },
+    /// Processes that train together could not talk to each other.
+    #[error("rank {rank}: {operation}: {source}")]
+    Ranks {
+        /// This process.
+        rank: usize,
+        /// What it asked for.
+        operation: &'static str,
+        /// Why it did not get it.
+        source: BoxError,
     },
     /// A tensor operation failed: a loss that is no scalar, a device that does not answer, or no memory.
     #[error("{name}: {source}")]
@@ -141,4 +155,15 @@ impl TrainError {
     pub(crate) fn tensor(name: &str) -> impl FnOnce(candle_core::Error) -> Self {
         move |source| Self::Tensor { name: name.to_owned(), source: Box::new(source) }
     }
+}
+
+/// What there is to say of a number that is not finite.
+fn circumstances(tensor: &Option<String>, records: &[String], checkpoint: &Option<PathBuf>) -> String {
+    let tensor = tensor.as_ref().map(|name| format!("; the first tensor with such numbers is {name}"));
+    let records = (!records.is_empty()).then(|| format!("; the batch was made of {}", records.join(", ")));
+    let checkpoint = match checkpoint {
+        Some(path) => format!("; the last checkpoint is {}", path.display()),
+        None => "; there is no checkpoint yet".to_owned(),
+    };
+    format!("{}{}{checkpoint}", tensor.unwrap_or_default(), records.unwrap_or_default())
 }

@@ -12,38 +12,67 @@ mod config;
 mod error;
 mod metrics;
 mod optimizer;
+pub mod ranks;
 mod run;
 mod train;
 
+use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use candle_core::{Tensor, Var};
 use rand_chacha::ChaCha8Rng;
 
 pub use checkpoint::difference;
-pub use config::{Decay, OptimizerConfig, ScheduleConfig, TrainConfig, Warmup};
+pub use config::{Decay, OptimizerConfig, Precision, ScheduleConfig, TrainConfig, Warmup};
 pub use error::{BoxError, TrainError};
 pub use metrics::{LossCurve, MetricsRow, loss_curves, read_metrics};
 pub use optimizer::Optimizer;
 pub use run::RunFolder;
-pub use train::train;
+pub use xvlm_kernels::{Gradients, Tape};
+
+pub use train::{Job, Trained, train};
+
+use ranks::Communicator;
 
 /// A model with its losses. The loop knows nothing else about it.
 pub trait Trainable {
     /// What one optimizer step learns from.
     type Batch: Send + 'static;
 
-    /// The parameters with their names, in a fixed order; each `f32` and listed once.
+    /// The parameters with their names, in a fixed order; each listed once, and of the type the model computes in.
     fn parameters(&self) -> &[(String, Var)];
 
-    /// The losses of one batch; their plain sum is minimised. All randomness of the step comes from `rng`.
+    /// The losses of one batch; their plain sum is minimised.
     ///
     /// # Errors
     /// Whatever keeps the model from computing them; the loop stops with it.
-    fn losses(&self, batch: &Self::Batch, rng: &mut ChaCha8Rng) -> Result<Losses, BoxError>;
+    fn losses(&self, batch: &Self::Batch, step: &mut Step) -> Result<Losses, BoxError>;
 
     /// Number of samples in a batch: what images per second count.
     fn samples(batch: &Self::Batch) -> usize;
+
+    /// Where the samples of a batch come from, for people to look them up when a loss is not finite.
+    fn records(batch: &Self::Batch) -> Vec<String> {
+        let _ = batch;
+        Vec::new()
+    }
+
+    /// The first tensor on the way to the losses of a batch that has numbers that are not finite, by its name. Asked when a
+    /// loss is not; `step` draws what it drew for the losses.
+    fn first_not_finite(&self, batch: &Self::Batch, step: &mut Step) -> Option<String> {
+        let _ = (batch, step);
+        None
+    }
+
+    /// How good the model is now, a number that is higher for a better one: asked at each checkpoint, to keep the best. The
+    /// mean of the losses since the checkpoint before tells if there is none.
+    ///
+    /// # Errors
+    /// Whatever keeps the model from being evaluated; the loop stops with it.
+    fn score(&self) -> Result<Option<f64>, BoxError> {
+        Ok(None)
+    }
 
     /// Constraints on parameters after an optimizer step, such as the bounds of a temperature.
     ///
@@ -54,16 +83,27 @@ pub trait Trainable {
     }
 }
 
+/// What a model computes the losses of a batch with.
+pub struct Step<'a> {
+    /// Where all randomness of the step comes from; another on each rank.
+    pub rng: &'a mut ChaCha8Rng,
+    /// For the pieces of the forward pass, of which the backward pass will make the most.
+    pub tape: &'a Rc<Tape>,
+    /// The other processes, for losses that compare with their samples.
+    pub ranks: &'a Arc<dyn Communicator>,
+}
+
 /// The losses of a batch by name: tensors of one element.
 pub struct Losses(pub Vec<(&'static str, Tensor)>);
 
 /// The batches of a run.
 pub trait Batches<B> {
-    /// The batches of the next iteration, each for an optimizer step of its own, at the same learning rate.
+    /// The optimizer steps of the next iteration, all at the same learning rate: of each the batches that it averages the
+    /// gradients of.
     ///
     /// # Errors
     /// Whatever keeps them from being built; the loop stops with it.
-    fn next(&mut self) -> Result<Vec<B>, BoxError>;
+    fn next(&mut self) -> Result<Vec<Vec<B>>, BoxError>;
 }
 
 /// Where the loop tells how far it is. The methods do nothing unless implemented.
@@ -125,6 +165,8 @@ pub struct Summary {
     pub optimizer_steps: u64,
     /// Whether the time limit ended it before the configured number of iterations.
     pub out_of_time: bool,
+    /// Whether it was asked to stop before that.
+    pub stopped: bool,
     /// Mean of each loss in the last report.
     pub losses: Vec<(String, f64)>,
     /// Samples trained on per second since training was started or resumed.

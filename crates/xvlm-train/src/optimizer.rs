@@ -2,11 +2,10 @@
 
 use std::collections::{HashMap, HashSet};
 
-use candle_core::backprop::GradStore;
-use candle_core::{DType, Var};
-use xvlm_kernels::{AdamW, Update, adamw_step};
+use candle_core::{DType, Tensor, Var};
+use xvlm_kernels::{AdamW, Gradients, Update, adamw_step};
 
-use crate::config::OptimizerConfig;
+use crate::config::{OptimizerConfig, Precision, TrainConfig};
 use crate::error::TrainError;
 
 /// AdamW with the original's four groups: with and without decay, with and without a multiplied learning rate.
@@ -14,33 +13,64 @@ pub struct Optimizer<'a> {
     pub(crate) slots: Vec<Slot<'a>>,
     /// Steps since the run began.
     pub(crate) steps: u64,
+    pub(crate) loss_scale: LossScale,
+    parameters: &'a [(String, Var)],
     config: OptimizerConfig,
+    clip: Option<f32>,
+    ema_decay: Option<f64>,
 }
 
 /// A parameter with what the optimizer knows of it.
 pub(crate) struct Slot<'a> {
     pub(crate) name: &'a str,
     pub(crate) parameter: &'a Var,
+    /// The parameter in `f32`, if it is of another type itself.
+    pub(crate) master: Option<Var>,
     pub(crate) first_moment: Var,
     pub(crate) second_moment: Var,
+    /// The mean of the weights over past steps, if one is kept.
+    pub(crate) average: Option<Var>,
     /// Steps of this parameter: it makes none where it has no gradient, so that the bias correction is each one's own.
     pub(crate) steps: u64,
     weight_decay: f64,
     lr_mult: f64,
 }
 
+impl Slot<'_> {
+    /// The weights as they are trained: `f32`.
+    pub(crate) fn weights(&self) -> &Var {
+        self.master.as_ref().unwrap_or(self.parameter)
+    }
+
+    /// Brings what depends on the weights after them.
+    fn follow(&self, ema_decay: Option<f64>) -> candle_core::Result<()> {
+        self.narrow()?;
+        if let (Some(average), Some(decay)) = (&self.average, ema_decay) {
+            let old = (average.as_detached_tensor() * decay)?;
+            average.set(&(old + (self.weights().as_detached_tensor() * (1.0 - decay))?)?)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the parameter its master's weights, if it has one.
+    pub(crate) fn narrow(&self) -> candle_core::Result<()> {
+        let narrow = |master: &Var| self.parameter.set(&master.as_detached_tensor().to_dtype(self.parameter.dtype())?);
+        self.master.as_ref().map_or(Ok(()), narrow)
+    }
+}
+
 impl<'a> Optimizer<'a> {
     /// An optimizer that has seen no gradient yet.
     ///
     /// # Errors
-    /// [`TrainError::Parameter`] if a parameter is not `f32` or listed twice.
-    pub fn new(parameters: &'a [(String, Var)], config: &OptimizerConfig) -> Result<Self, TrainError> {
+    /// [`TrainError::Parameter`] if a parameter is of a type that cannot be trained, or listed twice.
+    pub fn new(parameters: &'a [(String, Var)], config: &TrainConfig) -> Result<Self, TrainError> {
         let mut slots: Vec<Slot> = Vec::with_capacity(parameters.len());
         let (mut names, mut tensors) = (HashSet::new(), HashMap::new());
         for (name, parameter) in parameters {
             let wrong = |expected, found| TrainError::Parameter { name: name.clone(), expected, found };
-            if parameter.dtype() != DType::F32 {
-                return Err(wrong("dtype F32", format!("{:?}", parameter.dtype())));
+            if !matches!(parameter.dtype(), DType::F32 | DType::BF16 | DType::F16) {
+                return Err(wrong("dtype F32, BF16 or F16", format!("{:?}", parameter.dtype())));
             }
             if !names.insert(name) {
                 return Err(wrong("a name of its own", "another parameter of this name".into()));
@@ -48,35 +78,67 @@ impl<'a> Optimizer<'a> {
             if let Some(other) = tensors.insert(parameter.id(), name) {
                 return Err(wrong("a tensor of its own", format!("that of {other}")));
             }
-            let zeros =
-                || parameter.zeros_like().and_then(|zeros| Var::from_tensor(&zeros)).map_err(TrainError::tensor(name));
+            if config.optimizer.freezes(name) {
+                continue;
+            }
+            let wide = || parameter.as_detached_tensor().to_dtype(DType::F32);
+            let copy = || wide().and_then(|wide| Var::from_tensor(&wide)).map_err(TrainError::tensor(name));
+            let zeros = || {
+                let zeros = Tensor::zeros(parameter.shape(), DType::F32, parameter.device());
+                zeros.and_then(|zeros| Var::from_tensor(&zeros)).map_err(TrainError::tensor(name))
+            };
             slots.push(Slot {
                 name,
                 parameter,
+                master: (parameter.dtype() != DType::F32).then(copy).transpose()?,
                 first_moment: zeros()?,
                 second_moment: zeros()?,
+                average: config.ema_decay.map(|_| copy()).transpose()?,
                 steps: 0,
-                weight_decay: config.weight_decay_of(name),
-                lr_mult: config.lr_mult_of(name),
+                weight_decay: config.optimizer.weight_decay_of(name),
+                lr_mult: config.optimizer.lr_mult_of(name),
             });
         }
-        Ok(Self { slots, steps: 0, config: config.clone() })
+        Ok(Self {
+            slots,
+            steps: 0,
+            loss_scale: LossScale::new(config.precision),
+            parameters,
+            config: config.optimizer.clone(),
+            clip: config.clip,
+            ema_decay: config.ema_decay,
+        })
     }
 
-    /// One step at learning rate `lr`, with the gradient scaled down to the norm `clip` if it is longer. Returns its norm
-    /// before that, over all parameters; if this is not finite, nothing was changed.
+    /// What a loss is to be multiplied by before its gradient is taken: 1 but for `f16`.
+    pub fn loss_scale(&self) -> f64 {
+        self.loss_scale.factor
+    }
+
+    /// One step at learning rate `lr` with the gradients of the scaled loss, which are scaled down to the norm `clip` if theirs
+    /// is longer. Returns their norm (without the loss's scale) before that, over all parameters; if this is not finite,
+    /// nothing was changed but the scale.
     ///
     /// A parameter without a gradient stays as it is, moments and all, as in PyTorch.
     ///
     /// # Errors
     /// [`TrainError::Tensor`] if a tensor operation fails.
-    pub fn step(&mut self, gradients: &GradStore, lr: f64, clip: Option<f32>) -> Result<f64, TrainError> {
+    pub fn step(&mut self, gradients: &Gradients, lr: f64) -> Result<f64, TrainError> {
         let OptimizerConfig { betas: (beta1, beta2), eps, .. } = self.config;
-        let settings = AdamW { beta1, beta2, eps, max_norm: clip.map(f64::from) };
-        let with_gradients = self.slots.iter().filter_map(|slot| Some((slot, gradients.get(slot.parameter)?)));
+        let settings = AdamW { beta1, beta2, eps, max_norm: self.clip.map(f64::from) };
+        let scale = self.loss_scale.factor;
+        let unscaled = |gradient: &Tensor| match scale {
+            1.0 => Ok(gradient.clone()),
+            _ => gradient.to_dtype(DType::F32)?.affine(1.0 / scale, 0.0),
+        };
+        let known = |slot: &Slot| gradients.get(slot.parameter).map(unscaled).transpose();
+        let known = self.slots.iter().map(known).collect::<candle_core::Result<Vec<_>>>();
+        let known = known.map_err(TrainError::tensor("gradient"))?;
+        let with_gradients =
+            self.slots.iter().zip(&known).filter_map(|(slot, gradient)| Some((slot, gradient.as_ref()?)));
         let updates: Vec<Update> = with_gradients
             .map(|(slot, gradient)| Update {
-                parameter: slot.parameter,
+                parameter: slot.weights(),
                 first_moment: &slot.first_moment,
                 second_moment: &slot.second_moment,
                 gradient,
@@ -86,12 +148,92 @@ impl<'a> Optimizer<'a> {
             })
             .collect();
         let norm = adamw_step(&settings, &updates).map_err(TrainError::tensor("optimizer step"))?;
+        self.loss_scale.update(norm);
         if norm.is_finite() {
-            let moved = self.slots.iter_mut().filter(|slot| gradients.get(slot.parameter).is_some());
-            moved.for_each(|slot| slot.steps += 1);
+            let moved = self.slots.iter_mut().zip(&known).filter(|(_, gradient)| gradient.is_some());
+            for (slot, _) in moved {
+                slot.steps += 1;
+                slot.follow(self.ema_decay).map_err(TrainError::tensor(slot.name))?;
+            }
             self.steps += 1;
         }
         Ok(norm)
+    }
+
+    /// The first parameter whose gradient has a number that is not finite.
+    pub(crate) fn first_not_finite(&self, gradients: &Gradients) -> Option<&str> {
+        let is_finite = |gradient: &Tensor| -> candle_core::Result<bool> {
+            Ok(gradient.to_dtype(DType::F32)?.abs()?.max_all()?.to_scalar::<f32>()?.is_finite())
+        };
+        let slot = self.slots.iter().find(|slot| {
+            let gradient = gradients.get(slot.parameter).filter(|gradient| gradient.elem_count() > 0);
+            gradient.is_some_and(|gradient| !is_finite(gradient).unwrap_or(true))
+        })?;
+        Some(slot.name)
+    }
+
+    /// Every parameter's weights as they are trained, frozen ones among them.
+    pub(crate) fn weights(&self) -> Vec<(&str, &Var)> {
+        self.all(Slot::weights)
+    }
+
+    /// Every parameter's weights as a finished model has them, frozen ones among them: `f32`, and means over past steps where
+    /// these are kept.
+    ///
+    /// # Errors
+    /// [`TrainError::Tensor`] if a tensor operation fails.
+    pub fn finished_weights(&self) -> Result<Vec<(String, Tensor)>, TrainError> {
+        let weights = self.all(|slot| slot.average.as_ref().unwrap_or_else(|| slot.weights()));
+        let wide = |(name, weights): (&str, &Var)| {
+            let wide = weights.as_detached_tensor().to_dtype(DType::F32).map_err(TrainError::tensor(name))?;
+            Ok((name.to_owned(), wide))
+        };
+        weights.into_iter().map(wide).collect()
+    }
+
+    fn all<'b>(&'b self, of: impl Fn(&'b Slot<'a>) -> &'b Var) -> Vec<(&'b str, &'b Var)> {
+        let trained: HashMap<&str, &Slot> = self.slots.iter().map(|slot| (slot.name, slot)).collect();
+        let weights = |(name, parameter): &'b (String, Var)| {
+            (name.as_str(), trained.get(name.as_str()).map_or(parameter, |slot| of(slot)))
+        };
+        self.parameters.iter().map(weights).collect()
+    }
+}
+
+/// What losses are multiplied by, so that small gradients can be told from 0 in `f16` (Micikevicius et al. 2018); the
+/// numbers are those of `torch.amp.GradScaler`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct LossScale {
+    pub(crate) factor: f64,
+    /// Finite steps since the factor was changed.
+    pub(crate) finite_steps: u64,
+    is_dynamic: bool,
+}
+
+impl LossScale {
+    const START: f64 = 65536.0;
+    const DOUBLED_AFTER: u64 = 2000;
+
+    fn new(precision: Precision) -> Self {
+        let is_dynamic = precision == Precision::F16;
+        Self { factor: if is_dynamic { Self::START } else { 1.0 }, finite_steps: 0, is_dynamic }
+    }
+
+    /// Whether a gradient that is not finite may be due to the factor.
+    pub(crate) fn can_fall(&self) -> bool {
+        self.is_dynamic && self.factor > 1.0
+    }
+
+    fn update(&mut self, norm: f64) {
+        if !self.is_dynamic {
+            return;
+        }
+        self.finite_steps = if norm.is_finite() { self.finite_steps + 1 } else { 0 };
+        if !norm.is_finite() {
+            self.factor = (self.factor / 2.0).max(1.0);
+        } else if self.finite_steps == Self::DOUBLED_AFTER {
+            (self.factor, self.finite_steps) = (self.factor * 2.0, 0);
+        }
     }
 }
 
@@ -99,17 +241,21 @@ impl<'a> Optimizer<'a> {
 mod tests {
     use super::*;
     use candle_core::Device;
+    use xvlm_kernels::Tape;
 
     /// Gradients of 3 and 4, as a norm of 5: what one step makes of two zeros.
     fn after(clip: Option<f32>, scale: f64) -> (f64, Vec<f32>) {
         let variable = || Var::new(&[0f32], &Device::Cpu).unwrap();
         let parameters = [("a".to_owned(), variable()), ("b".to_owned(), variable())];
         // A large eps, so that the length of the gradient shows.
-        let config = OptimizerConfig { eps: 10.0, ..OptimizerConfig::default() };
+        let optimizer = OptimizerConfig { eps: 10.0, ..OptimizerConfig::default() };
+        let config = TrainConfig { optimizer, clip, ..TrainConfig::default() };
         let mut optimizer = Optimizer::new(&parameters, &config).unwrap();
         let [a, b] = [(0, 3.0), (1, 4.0)]
             .map(|(i, slope): (usize, f64)| (parameters[i].1.as_tensor() * (slope * scale)).unwrap());
-        let norm = optimizer.step(&(a + b).unwrap().backward().unwrap(), 0.1, clip).unwrap();
+        let mut gradients = Gradients::default();
+        Tape::default().backward(&(a + b).unwrap().sum_all().unwrap(), &mut gradients, |_, _| Ok(())).unwrap();
+        let norm = optimizer.step(&gradients, 0.1).unwrap();
         (norm, parameters.iter().flat_map(|(_, parameter)| parameter.to_vec1().unwrap()).collect())
     }
 
@@ -128,5 +274,21 @@ mod tests {
         let (norm, parameters) = after(Some(1.0), f64::INFINITY);
         assert!(!norm.is_finite());
         assert_eq!(parameters, [0.0, 0.0]);
+    }
+
+    #[test]
+    fn the_loss_scale_falls_and_rises() {
+        let mut scale = LossScale::new(Precision::F16);
+        scale.update(f64::NAN);
+        assert_eq!((scale.factor, scale.can_fall()), (32768.0, true));
+        (0..1999).for_each(|_| scale.update(1.0));
+        assert_eq!(scale.factor, 32768.0);
+        scale.update(1.0);
+        assert_eq!((scale.factor, scale.finite_steps), (65536.0, 0));
+        (0..20).for_each(|_| scale.update(f64::INFINITY));
+        assert_eq!((scale.factor, scale.can_fall()), (1.0, false));
+        let mut none = LossScale::new(Precision::Bf16);
+        none.update(f64::NAN);
+        assert_eq!((none.factor, none.can_fall()), (1.0, false));
     }
 }

@@ -1,22 +1,53 @@
 //! The loop.
 
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Tensor};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+use xvlm_kernels::{Gradients, Tape};
 
 use crate::config::TrainConfig;
 use crate::error::{BoxError, TrainError};
 use crate::metrics::MetricsRow;
 use crate::optimizer::Optimizer;
+use crate::ranks::{Alone, Communicator, Reducer};
 use crate::run::RunFolder;
-use crate::{Batches, Losses, Progress, StepReport, Summary, Trainable};
+use crate::{Batches, Losses, Progress, Step, StepReport, Summary, Trainable};
 
-/// Trains a model in place; metrics and checkpoints go to `run`.
+/// Where a run is kept, who else takes part, and how it is asked to stop.
+pub struct Job<'a> {
+    /// Metrics and checkpoints go here; only rank 0 reads or writes it.
+    pub run: &'a RunFolder,
+    /// Go on from the newest checkpoint that is whole; from the beginning if there is none.
+    pub resume: bool,
+    /// The processes that train together.
+    pub ranks: Arc<dyn Communicator>,
+    /// Becomes true when training should save and stop after the iteration it is at.
+    pub stop: Arc<AtomicBool>,
+}
+
+impl<'a> Job<'a> {
+    /// One process that is not asked to stop.
+    pub fn alone(run: &'a RunFolder, resume: bool) -> Self {
+        Self { run, resume, ranks: Arc::new(Alone), stop: Arc::default() }
+    }
+}
+
+/// A model that was trained.
+pub struct Trained {
+    /// How it went.
+    pub summary: Summary,
+    /// Its weights in `f32`: with [`TrainConfig::ema_decay`] their means over past steps, which the model itself does not have.
+    pub weights: Vec<(String, Tensor)>,
+}
+
+/// Trains a model in place.
 ///
-/// `batches` is called once, with the number of iterations already done, and gives the batches of those that follow. With
-/// `resume`, training goes on from the newest checkpoint that is whole, and starts from the beginning if there is none.
+/// `batches` is called once, with the number of iterations already done, and gives the batches of those that follow.
 /// Resuming a finished run brings the model to its end.
 ///
 /// # Errors
@@ -25,53 +56,70 @@ pub fn train<M: Trainable>(
     model: &M,
     batches: impl FnOnce(u64) -> Result<Box<dyn Batches<M::Batch>>, BoxError>,
     config: &TrainConfig,
-    run: &RunFolder,
-    resume: bool,
+    job: &Job,
     progress: &mut dyn Progress,
-) -> Result<Summary, TrainError> {
+) -> Result<Trained, TrainError> {
     config.check()?;
-    let mut optimizer = Optimizer::new(model.parameters(), &config.optimizer)?;
+    let Job { run, ranks, .. } = job;
+    let is_first_rank = ranks.rank() == 0;
+    let mut optimizer = Optimizer::new(model.parameters(), config)?;
+    let mut reducer = Reducer::new(ranks, &optimizer);
 
     // Where to start.
-    let mut done = 0;
-    let mut before = Duration::ZERO;
-    if resume && let Some(checkpoint) = run.latest()? {
-        checkpoint.check(config)?;
-        checkpoint.restore(&mut optimizer)?;
-        done = checkpoint.state.iteration;
-        before = checkpoint.state.elapsed();
-    } else if let Some((_, newest)) = run.checkpoints()?.pop() {
-        let found = newest.display().to_string();
-        return Err(TrainError::Occupied { path: run.path().to_path_buf(), found });
-    }
-    let (first, clock) = (done, Clock::start(before));
-    let mut last_row = run.rewind(done)?;
+    let Start { mut done, elapsed, mut last_row } =
+        if is_first_rank { Start::of(job, config, &mut optimizer)? } else { Start::default() };
+    let (first, clock) = (done, Clock::start(elapsed));
     let mut batches = batches(done).map_err(|source| TrainError::Batches { iteration: done + 1, source })?;
     progress.start(config.iterations, done);
 
-    let is_last = |done| done >= config.iterations || config.time_limit().is_some_and(|limit| clock.elapsed() >= limit);
-    let mut last = is_last(done);
+    let mut stopped = false;
+    let is_last =
+        |done, elapsed| done >= config.iterations || config.time_limit().is_some_and(|limit| elapsed >= limit);
+    let mut last = is_last(done, clock.elapsed());
     let mut meter = Meter::new();
     let mut trained_on = 0;
     while !last {
         let iteration = done + 1;
         let lr = config.learning_rate(done, clock.elapsed());
-        let mut rng = generator(config.seed, done);
-        for batch in batches.next().map_err(|source| TrainError::Batches { iteration, source })? {
-            let losses = model.losses(&batch, &mut rng).map_err(|source| TrainError::Model { iteration, source })?;
-            let (total, values) = total(&losses)?;
-            for (name, value) in &values {
-                finite(name, *value, iteration, run)?;
+        let mut rng = generator(config.seed, done, ranks.rank());
+        for micro_batches in batches.next().map_err(|source| TrainError::Batches { iteration, source })? {
+            let mut gradients = Gradients::default();
+            let scale = optimizer.loss_scale() / micro_batches.len() as f64;
+            for (i, batch) in micro_batches.iter().enumerate() {
+                let is_last = i + 1 == micro_batches.len();
+                let (drawn, tape) = (rng.clone(), Rc::new(Tape::new(config.recompute)));
+                let step = &mut Step { rng: &mut rng, tape: &tape, ranks };
+                let losses = model.losses(batch, step).map_err(|source| TrainError::Model { iteration, source })?;
+                let (total, values) = total(&losses, scale)?;
+                drop(losses);
+                if let Some((name, value)) = values.iter().find(|(_, value)| !value.is_finite()) {
+                    let step = &mut Step { rng: &mut drawn.clone(), tape: &tape, ranks };
+                    let tensor = model.first_not_finite(batch, step);
+                    return Err(not_finite(name, *value, tensor, M::records(batch), iteration, run));
+                }
+                // Gradients that no batch will add to any more are on their way to the other ranks while the others are made.
+                let ready = |variable: &Tensor, gradient: &Tensor| match is_last {
+                    true => reducer.ready(variable, gradient),
+                    false => Ok(()),
+                };
+                tape.backward(&total, &mut gradients, ready).map_err(TrainError::tensor("gradient"))?;
+                meter.add_losses(&values);
+                trained_on += M::samples(batch);
             }
-            let gradients = total.backward().map_err(TrainError::tensor("gradient"))?;
-            let norm = optimizer.step(&gradients, lr, config.clip)?;
-            finite("gradient norm", norm, iteration, run)?;
+            reducer.finish(&mut gradients)?;
+            let may_overflow = optimizer.loss_scale.can_fall();
+            let norm = optimizer.step(&gradients, lr)?;
+            if !norm.is_finite() && !may_overflow {
+                let tensor = optimizer.first_not_finite(&gradients).map(|name| format!("gradient of {name}"));
+                let records = micro_batches.iter().flat_map(M::records).collect();
+                return Err(not_finite("gradient norm", norm, tensor, records, iteration, run));
+            }
             model.after_step().map_err(|source| TrainError::Model { iteration, source })?;
-            meter.add(&values, norm, M::samples(&batch));
-            trained_on += M::samples(&batch);
+            meter.add_step(norm, micro_batches.iter().map(M::samples).sum());
         }
         done = iteration;
-        last = is_last(done);
+        stopped = job.stop.load(Ordering::Relaxed);
+        last = stopped || is_last(done, clock.elapsed());
 
         // A checkpoint comes with a report, so that the means of a resumed run begin where they did in this one.
         let save = last || done % config.checkpoint_every == 0;
@@ -105,46 +153,79 @@ pub fn train<M: Trainable>(
     let summary = Summary {
         iterations: done,
         optimizer_steps: optimizer.steps,
-        out_of_time: done < config.iterations,
+        out_of_time: done < config.iterations && !stopped,
+        stopped,
         losses: last_row.map_or_else(Vec::new, |row| row.losses.into_iter().collect()),
         images_per_second: trained_on as f64 / clock.since_start().as_secs_f64().max(1e-9),
         elapsed: clock.elapsed(),
     };
     progress.finish(&summary);
-    Ok(summary)
+    Ok(Trained { summary, weights: optimizer.finished_weights()? })
+}
+
+/// Where a run begins.
+#[derive(Default)]
+struct Start {
+    /// Iterations done before.
+    done: u64,
+    elapsed: Duration,
+    last_row: Option<MetricsRow>,
+}
+
+impl Start {
+    /// Of the run in a folder, which is brought to the state of its last checkpoint, as is the optimizer.
+    fn of(job: &Job, config: &TrainConfig, optimizer: &mut Optimizer) -> Result<Self, TrainError> {
+        let Job { run, resume, .. } = job;
+        let mut start = Self::default();
+        if *resume && let Some(checkpoint) = run.latest()? {
+            checkpoint.check(config)?;
+            checkpoint.restore(optimizer)?;
+            start = Self { done: checkpoint.state.iteration, elapsed: checkpoint.state.elapsed(), last_row: None };
+        } else if let Some((_, newest)) = run.checkpoints()?.pop() {
+            let found = newest.display().to_string();
+            return Err(TrainError::Occupied { path: run.path().to_path_buf(), found });
+        }
+        Ok(Self { last_row: run.rewind(start.done)?, ..start })
+    }
 }
 
 /// Losses by name.
 type Values = Vec<(&'static str, f64)>;
 
-/// The generator of an iteration: its own stream of the seed, so that no state has to be kept.
-fn generator(seed: u64, iteration: u64) -> ChaCha8Rng {
-    // Data may be drawn from streams of the same seed; these must be others.
-    let mut rng = ChaCha8Rng::seed_from_u64(seed ^ u64::from_le_bytes(*b"training"));
+/// The generator of an iteration on a rank: its own stream of the seed, so that no state has to be kept.
+fn generator(seed: u64, iteration: u64, rank: usize) -> ChaCha8Rng {
+    // Data may be drawn from streams of the same seed; these must be others, and another for each rank.
+    let rank = (rank as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mut rng = ChaCha8Rng::seed_from_u64(seed ^ u64::from_le_bytes(*b"training") ^ rank);
     rng.set_stream(iteration);
     rng
 }
 
-/// The sum of the losses, to be differentiated, and the value of each. A device is waited for once.
-fn total(losses: &Losses) -> Result<(Tensor, Values), TrainError> {
+/// The scaled sum of the losses, to be differentiated, and the value of each. A device is waited for once.
+fn total(losses: &Losses, scale: f64) -> Result<(Tensor, Values), TrainError> {
     let scalar = |(name, loss): &(&'static str, Tensor)| {
         loss.to_dtype(DType::F32).and_then(|loss| loss.reshape(())).map_err(TrainError::tensor(name))
     };
     let scalars = losses.0.iter().map(scalar).collect::<Result<Vec<_>, _>>()?;
     let sum = || {
         let all = Tensor::stack(&scalars, 0)?;
-        Ok((all.sum_all()?, all.to_vec1::<f32>()?))
+        let sum = all.sum_all()?;
+        Ok((if scale == 1.0 { sum } else { (sum * scale)? }, all.to_vec1::<f32>()?))
     };
     let (total, values) = sum().map_err(TrainError::tensor("sum of the losses"))?;
     Ok((total, losses.0.iter().map(|(name, _)| *name).zip(values.into_iter().map(f64::from)).collect()))
 }
 
-fn finite(loss: &str, value: f64, iteration: u64, run: &RunFolder) -> Result<(), TrainError> {
-    if value.is_finite() {
-        return Ok(());
-    }
-    let checkpoint = run.checkpoints()?.pop().map(|(_, path)| path);
-    Err(TrainError::NotFinite { iteration, loss: loss.to_owned(), value, checkpoint })
+fn not_finite(
+    loss: &str,
+    value: f64,
+    tensor: Option<String>,
+    records: Vec<String>,
+    iteration: u64,
+    run: &RunFolder,
+) -> TrainError {
+    let checkpoint = run.checkpoints().ok().and_then(|mut all| all.pop()).map(|(_, path)| path);
+    TrainError::NotFinite { iteration, loss: loss.to_owned(), value, tensor, records, checkpoint }
 }
 
 /// Time trained since the run began.
@@ -189,10 +270,13 @@ impl Meter {
         Self { since: Instant::now(), steps: 0, samples: 0, grad_norm: 0.0, losses: Vec::new() }
     }
 
-    fn add(&mut self, losses: &[(&str, f64)], grad_norm: f64, samples: usize) {
+    fn add_step(&mut self, grad_norm: f64, samples: usize) {
         self.steps += 1;
         self.samples += samples;
         self.grad_norm += grad_norm;
+    }
+
+    fn add_losses(&mut self, losses: &[(&str, f64)]) {
         for &(name, value) in losses {
             match self.losses.iter_mut().find(|(known, ..)| known == name) {
                 Some((_, sum, count)) => (*sum, *count) = (*sum + value, *count + 1),
@@ -219,10 +303,11 @@ mod tests {
 
     #[test]
     fn each_iteration_draws_its_own_numbers() {
-        let draw = |seed, iteration| generator(seed, iteration).random::<u64>();
+        let draw = |seed, iteration| generator(seed, iteration, 0).random::<u64>();
         assert_eq!(draw(1, 5), draw(1, 5));
         assert_ne!(draw(1, 5), draw(1, 6));
         assert_ne!(draw(1, 5), draw(2, 5));
+        assert_ne!(draw(1, 5), generator(1, 5, 1).random::<u64>());
         let mut data = ChaCha8Rng::seed_from_u64(1);
         data.set_stream(5);
         assert_ne!(draw(1, 5), data.random::<u64>());

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor, Var};
 use serde_json::Value;
+use xvlm_kernels::{Gradients, Tape};
 use xvlm_train::{Optimizer, OptimizerConfig, ScheduleConfig, TrainConfig, Warmup};
 
 fn golden(name: &str) -> PathBuf {
@@ -60,7 +61,7 @@ fn steps() {
     };
     let parameters: Vec<(String, Var)> = tensors.iter().filter_map(initial).collect();
     assert_eq!(parameters.len(), 10);
-    let mut optimizer = Optimizer::new(&parameters, &config.optimizer).unwrap();
+    let mut optimizer = Optimizer::new(&parameters, &config).unwrap();
     let rates = tensors["out.lr"].to_vec2::<f64>().unwrap();
     for (step, rates) in rates.iter().enumerate() {
         let lr = config.learning_rate(step as u64, Duration::ZERO);
@@ -72,7 +73,9 @@ fn steps() {
             (parameter.as_tensor() * &tensors[&format!("in.grad.{step}.{name}")]).unwrap().sum_all().unwrap()
         });
         let sum = Tensor::stack(&products.collect::<Vec<_>>(), 0).unwrap().sum_all().unwrap();
-        optimizer.step(&sum.backward().unwrap(), lr, config.clip).unwrap();
+        let mut gradients = Gradients::default();
+        Tape::default().backward(&sum, &mut gradients, |_, _| Ok(())).unwrap();
+        optimizer.step(&gradients, lr).unwrap();
         for (name, parameter) in &parameters {
             let expected = numbers(&tensors[&format!("out.param.{step}.{name}")]);
             for (found, expected) in numbers(parameter).iter().zip(&expected) {

@@ -8,8 +8,8 @@ use candle_core::{Device, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use xvlm_train::{
-    Batches, BoxError, Losses, MetricsRow, OptimizerConfig, Progress, RunFolder, ScheduleConfig, Silent, StepReport,
-    Summary, TrainConfig, TrainError, Trainable, Warmup, loss_curves, read_metrics, train,
+    Batches, BoxError, Job, Losses, MetricsRow, OptimizerConfig, Progress, RunFolder, ScheduleConfig, Silent, Step,
+    StepReport, Summary, TrainConfig, TrainError, Trainable, Warmup, loss_curves, read_metrics, train,
 };
 
 const INPUTS: usize = 4;
@@ -50,8 +50,8 @@ impl Trainable for Regression {
         &self.parameters
     }
 
-    fn losses(&self, batch: &Points, rng: &mut ChaCha8Rng) -> Result<Losses, BoxError> {
-        let kept: Vec<f32> = (0..INPUTS * ROWS).map(|_| f32::from(u8::from(rng.random_bool(0.9)))).collect();
+    fn losses(&self, batch: &Points, step: &mut Step) -> Result<Losses, BoxError> {
+        let kept: Vec<f32> = (0..INPUTS * ROWS).map(|_| f32::from(u8::from(step.rng.random_bool(0.9)))).collect();
         let x = (&batch.x * Tensor::from_vec(kept, (ROWS, INPUTS), &Device::Cpu)?)?;
         let loss = |i: usize| -> candle_core::Result<Tensor> {
             let [weight, bias] = [i, i + 1].map(|i| self.parameters[i].1.as_tensor());
@@ -86,7 +86,7 @@ impl Stream {
 }
 
 impl Batches<Points> for Stream {
-    fn next(&mut self) -> Result<Vec<Points>, BoxError> {
+    fn next(&mut self) -> Result<Vec<Vec<Points>>, BoxError> {
         let iteration = self.iteration;
         self.iteration += 1;
         if self.fails_at == Some(iteration) {
@@ -102,7 +102,7 @@ impl Batches<Points> for Stream {
                 y[3] = f32::NAN;
             }
             let x = Tensor::from_vec(x, (ROWS, INPUTS), &Device::Cpu)?;
-            Ok(Points { x, y: Tensor::from_vec(y, ROWS, &Device::Cpu)?, second })
+            Ok(vec![Points { x, y: Tensor::from_vec(y, ROWS, &Device::Cpu)?, second }])
         };
         [false, true].into_iter().take(streams).map(batch).collect()
     }
@@ -127,7 +127,8 @@ fn go(
     resume: bool,
 ) -> Result<Summary, TrainError> {
     let run = RunFolder::new(at)?;
-    train(model, |iteration| stream.from(iteration), config, &run, resume, &mut Silent)
+    let trained = train(model, |iteration| stream.from(iteration), config, &Job::alone(&run, resume), &mut Silent)?;
+    Ok(trained.summary)
 }
 
 /// A run that ends before iteration `iteration`, as if killed there.
@@ -215,12 +216,12 @@ fn a_parameter_without_gradient_stays() {
     // Only iterations without a second batch.
     struct First(Stream);
     impl Batches<Points> for First {
-        fn next(&mut self) -> Result<Vec<Points>, BoxError> {
+        fn next(&mut self) -> Result<Vec<Vec<Points>>, BoxError> {
             self.0.next().map(|batches| batches.into_iter().take(1).collect())
         }
     }
     let run = RunFolder::new(dir.path()).unwrap();
-    train(&model, |_| Ok(Box::new(First(STREAM))), &config(), &run, false, &mut Silent).unwrap();
+    train(&model, |_| Ok(Box::new(First(STREAM))), &config(), &Job::alone(&run, false), &mut Silent).unwrap();
     let (before, after) = (Regression::new().numbers(), model.numbers());
     assert_ne!(before[..5], after[..5]);
     assert_eq!(before[5..], after[5..]);
@@ -251,7 +252,7 @@ fn survives(damage: impl Fn(&Path)) {
         from = Some(iteration);
         STREAM.from(iteration)
     };
-    train(&Regression::new(), start, &config(), &run, true, &mut Silent).unwrap();
+    train(&Regression::new(), start, &config(), &Job::alone(&run, true), &mut Silent).unwrap();
     assert_eq!(from, Some(5));
     assert_eq!(checkpoints(broken.path()), [15, 20]);
     assert_eq!(lasting(whole.path()), lasting(broken.path()));
@@ -321,7 +322,7 @@ fn stops_at_nan_and_keeps_what_was_good() {
     let model = Regression::new();
     let stream = Stream { breaks_at: Some(12), ..STREAM };
     let error = go(&model, stream, &config(), dir.path(), false).unwrap_err();
-    let TrainError::NotFinite { iteration: 13, loss, value, checkpoint: Some(checkpoint) } = &error else {
+    let TrainError::NotFinite { iteration: 13, loss, value, checkpoint: Some(checkpoint), .. } = &error else {
         panic!("{error}")
     };
     assert_eq!(loss, "first");
@@ -343,7 +344,7 @@ fn stops_at_an_infinite_gradient() {
         fn parameters(&self) -> &[(String, Var)] {
             &self.0
         }
-        fn losses(&self, _: &(), _: &mut ChaCha8Rng) -> Result<Losses, BoxError> {
+        fn losses(&self, _: &(), _: &mut Step) -> Result<Losses, BoxError> {
             Ok(Losses(vec![("root", self.0[0].1.sqrt()?)]))
         }
         fn samples(_: &()) -> usize {
@@ -352,17 +353,18 @@ fn stops_at_an_infinite_gradient() {
     }
     struct Units;
     impl Batches<()> for Units {
-        fn next(&mut self) -> Result<Vec<()>, BoxError> {
-            Ok(vec![()])
+        fn next(&mut self) -> Result<Vec<Vec<()>>, BoxError> {
+            Ok(vec![vec![()]])
         }
     }
     let dir = tempfile::tempdir().unwrap();
     let run = RunFolder::new(dir.path()).unwrap();
     let model = Root(vec![("x".into(), Var::new(0f32, &Device::Cpu).unwrap())]);
-    let error = train(&model, |_| Ok(Box::new(Units)), &config(), &run, false, &mut Silent).unwrap_err();
+    let error = train(&model, |_| Ok(Box::new(Units)), &config(), &Job::alone(&run, false), &mut Silent).err().unwrap();
     assert_eq!(
         error.to_string(),
-        "iteration 1: gradient norm: expected a finite number, found inf; there is no checkpoint yet"
+        "iteration 1: gradient norm: expected a finite number, found inf; the first tensor with such numbers is gradient of x; there is \
+         no checkpoint yet"
     );
     assert_eq!(model.0[0].1.to_scalar::<f32>().unwrap(), 0.0);
 }
@@ -415,7 +417,7 @@ fn parameters_are_checked() {
     assert_eq!(error.to_string(), "parameter second.bias: expected a tensor of its own, found that of first.bias");
     model.parameters[3] = ("second.bias".into(), Var::new(&[0f64], &Device::Cpu).unwrap());
     let error = go(&model, STREAM, &config(), dir.path(), false).unwrap_err();
-    assert_eq!(error.to_string(), "parameter second.bias: expected dtype F32, found F64");
+    assert_eq!(error.to_string(), "parameter second.bias: expected dtype F32, BF16 or F16, found F64");
 }
 
 #[test]
@@ -442,7 +444,7 @@ fn reports() {
     let dir = tempfile::tempdir().unwrap();
     killed(dir.path(), 12);
     let (run, mut heard) = (RunFolder::new(dir.path()).unwrap(), Heard::default());
-    train(&Regression::new(), |start| STREAM.from(start), &config(), &run, true, &mut heard).unwrap();
+    train(&Regression::new(), |start| STREAM.from(start), &config(), &Job::alone(&run, true), &mut heard).unwrap();
     assert_eq!(heard.start, Some((20, 10)));
     assert_eq!(heard.steps.iter().map(|step| step.0).collect::<Vec<_>>(), [12, 15, 16, 20]);
     assert!(heard.finished && heard.steps.iter().any(|step| step.1 == 2));

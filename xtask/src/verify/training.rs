@@ -1,5 +1,6 @@
 //! Pre-training steps, and the optimizer.
 
+use std::rc::Rc;
 use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -8,7 +9,7 @@ use xvlm::data::{CaptionTensors, RegionTensors, TextTensors};
 use xvlm::encoders::{Attention, Concepts, Pass, Regions, Task, Xvlm};
 use xvlm::losses::{Pair, negative_weights};
 use xvlm::tasks::pretrain::{Batch, Pretraining};
-use xvlm::train::{Optimizer, OptimizerConfig, ScheduleConfig, TrainConfig, Trainable, Warmup};
+use xvlm::train::{Gradients, Optimizer, OptimizerConfig, ScheduleConfig, Tape, TrainConfig, Trainable, Warmup};
 
 use super::case::{Case, Outcome, SAFE};
 use super::encoders::at;
@@ -65,7 +66,12 @@ impl Case<'_> {
         let text = self.text_tensors()?;
         let rows = text.ids.dim(0)?;
         if !self.has("in.idx_to_group_img") {
-            return Ok(Batch::Captions(CaptionTensors { pixels: self.images(rows, model)?, text, generation: None }));
+            return Ok(Batch::Captions(CaptionTensors {
+                pixels: self.images(rows, model)?,
+                text,
+                generation: None,
+                origins: Vec::new(),
+            }));
         }
         let image_index = self.index("in.idx_to_group_img")?;
         let images = 1 + image_index.iter().copied().max().unwrap_or(0) as usize;
@@ -77,6 +83,7 @@ impl Case<'_> {
             region_mask: self.mask("in.image_atts")?,
             is_image: self.integers("in.is_image")?.into_iter().map(|whole| whole == 1).collect(),
             row_weights: vec![1.0; rows],
+            origins: Vec::new(),
         }))
     }
 }
@@ -215,7 +222,7 @@ pub(super) fn optimizer(case: &Case) -> Outcome {
     for name in case.names("in.param.") {
         parameters.push((name.clone(), Var::from_tensor(&case.input(&format!("in.param.{name}"))?)?));
     }
-    let mut optimizer = Optimizer::new(&parameters, &config.optimizer)?;
+    let mut optimizer = Optimizer::new(&parameters, &TrainConfig { clip: None, ..config.clone() })?;
     let steps = case.input("out.lr")?.dim(0)?;
     let mut lrs = Vec::new();
     for step in 0..steps {
@@ -226,13 +233,19 @@ pub(super) fn optimizer(case: &Case) -> Outcome {
             products.push((parameter.as_tensor() * gradient)?.sum_all()?);
         }
         let lr = config.learning_rate(step as u64, Duration::ZERO);
-        optimizer.step(&sum(products.iter())?.backward()?, lr, None)?;
+        optimizer.step(&gradients(&Tape::default(), &sum(products.iter())?)?, lr)?;
         lrs.extend(rates(case, &config, step));
         for (name, parameter) in &parameters {
             case.check_within(&format!("out.param.{step}.{name}"), parameter, RTOL, 0.0)?;
         }
     }
     case.check_within("out.lr", &Tensor::from_vec(lrs, case.input("out.lr")?.shape(), &Device::Cpu)?, RTOL, 0.0)
+}
+
+fn gradients(tape: &Tape, loss: &Tensor) -> candle_core::Result<Gradients> {
+    let mut gradients = Gradients::default();
+    tape.backward(loss, &mut gradients, |_, _| Ok(()))?;
+    Ok(gradients)
 }
 
 /// Several steps of pre-training: losses, gradient norms, learning rates and the parameters at the end.
@@ -243,7 +256,7 @@ pub(super) fn steps(case: &Case, first: &Case) -> Outcome {
     let Built { model, parameters } = case.xvlm(Task::Pretrain)?;
     let batch = first.batch(&model)?;
     let pretraining = Pretraining::with_model(model, parameters);
-    let mut optimizer = Optimizer::new(pretraining.parameters(), &config.optimizer)?;
+    let mut optimizer = Optimizer::new(pretraining.parameters(), &config)?;
     let (images, texts) = (case.integers("draw.image_neg_idx")?, case.integers("draw.text_neg_idx")?);
     let shape = case.input("out.losses")?;
     let steps = shape.dim(0)?;
@@ -252,13 +265,15 @@ pub(super) fn steps(case: &Case, first: &Case) -> Outcome {
     for step in 0..steps {
         let drawn = step * rows..(step + 1) * rows;
         let pairs = Case::pairs(&images[drawn.clone()], &texts[drawn]);
-        let found = pretraining.losses_of(&batch, &Pass::inference(), &mut |_, _| Ok(pairs.clone()))?.0;
+        let tape = Rc::new(Tape::new(true));
+        let pass = Pass::inference().on(&tape);
+        let found = pretraining.losses_of(&batch, &pass, &mut |_, _| Ok(pairs.clone()))?.0;
         let total = sum(found.iter().map(|(_, loss)| loss))?;
         for (_, loss) in &found {
             losses.push(loss.flatten_all()?.to_vec1::<f32>()?[0]);
         }
         let lr = config.learning_rate(step as u64, Duration::ZERO);
-        norms.push(optimizer.step(&total.backward()?, lr, config.clip)? as f32);
+        norms.push(optimizer.step(&gradients(&tape, &total)?, lr)? as f32);
         pretraining.after_step().map_err(|error| error.to_string())?;
         lrs.extend(rates(case, &config, step));
     }
