@@ -6,9 +6,11 @@
 use std::io::BufRead;
 use std::path::PathBuf;
 use std::process::Command;
+use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use clap::{Args, ValueEnum};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -16,8 +18,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use xvlm::data::{CaptionTensors, RegionTensors, TextTensors};
 use xvlm::encoders::XvlmConfig;
+use xvlm::kernels::{Gradients, Tape};
 use xvlm::tasks::pretrain::{Batch, Pretraining};
-use xvlm::train::{Optimizer, OptimizerConfig, Trainable};
+use xvlm::train::ranks::{Alone, Communicator};
+use xvlm::train::{self, Optimizer, TrainConfig, Trainable};
 
 use crate::Done;
 use crate::served::{self, Served};
@@ -66,6 +70,9 @@ struct Step {
     /// What is computed in; parameters for optimizing are f32
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     precision: Precision,
+    /// Keep of each block only its result, here; the peer keeps everything
+    #[arg(long)]
+    recompute: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum, Serialize)]
@@ -164,6 +171,9 @@ impl BenchTrain {
     fn start_ours(&self) -> Outcome<(Served, Value)> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["bench-train", "--serve"]);
+        if self.step.recompute {
+            command.arg("--recompute");
+        }
         self.pass_on(&mut command);
         Served::start("our side", command)
     }
@@ -178,7 +188,7 @@ impl BenchTrain {
     }
 
     fn pass_on(&self, command: &mut Command) {
-        let Step { stream, precision } = self.step;
+        let Step { stream, precision, .. } = self.step;
         let batch = self.batch.to_string();
         command.args(["--stream", &name(stream), "--precision", &name(precision), "--batch", &batch]);
     }
@@ -187,16 +197,26 @@ impl BenchTrain {
 /// Our side.
 fn serve(step: &Step, batch: usize) -> Done {
     let device = Device::Cpu;
-    let pretraining = Pretraining::new(&XvlmConfig::base(RESOLUTION), 0, &device)?;
-    let mut optimizer = Optimizer::new(pretraining.parameters(), &OptimizerConfig::default())?;
+    let precision = match step.precision {
+        Precision::F32 => train::Precision::F32,
+        Precision::Bf16 => train::Precision::Bf16,
+    };
+    let config = TrainConfig { precision, recompute: step.recompute, clip: Some(1.0), ..TrainConfig::default() };
+    let pretraining = Pretraining::to_train(&XvlmConfig::base(RESOLUTION), &config, &device)?;
+    let mut optimizer = Optimizer::new(pretraining.parameters(), &config)?;
     let batch = draw(step.stream, batch, &device)?;
     let mut rng = ChaCha8Rng::seed_from_u64(0);
+    let ranks: Arc<dyn Communicator> = Arc::new(Alone);
     let mut train = || -> Outcome<f64> {
-        let losses = pretraining.losses(&batch, &mut rng).map_err(|error| error.to_string())?;
-        let losses = losses.0.iter().map(|(_, loss)| loss.reshape(1)).collect::<candle_core::Result<Vec<_>>>()?;
-        let total = Tensor::cat(&losses, 0)?.sum_all()?;
-        let gradients = total.backward()?;
-        optimizer.step(&gradients, 1e-4, Some(1.0))?;
+        let tape = Rc::new(Tape::new(config.recompute));
+        let step = &mut train::Step { rng: &mut rng, tape: &tape, ranks: &ranks };
+        let losses = pretraining.losses(&batch, step).map_err(|error| error.to_string())?.0;
+        let wide = |(_, loss): &(_, Tensor)| loss.to_dtype(DType::F32)?.reshape(1);
+        let total = Tensor::cat(&losses.iter().map(wide).collect::<candle_core::Result<Vec<_>>>()?, 0)?.sum_all()?;
+        drop(losses);
+        let mut gradients = Gradients::default();
+        tape.backward(&total, &mut gradients, |_, _| Ok(()))?;
+        optimizer.step(&gradients, 1e-4)?;
         Ok(total.to_scalar::<f32>()?.into())
     };
     train()?;
@@ -247,7 +267,9 @@ fn draw(stream: Stream, images: usize, device: &Device) -> Outcome<Batch> {
     };
     let pixels = Tensor::rand(-1f32, 1.0, (images, 3, RESOLUTION, RESOLUTION), device)?;
     Ok(match stream {
-        Stream::ImageText => Batch::Captions(CaptionTensors { pixels, text, generation: None }),
+        Stream::ImageText => {
+            Batch::Captions(CaptionTensors { pixels, text, generation: None, origins: vec![String::new(); rows] })
+        }
         Stream::Region => {
             let tokens = 1 + PATCHES * PATCHES;
             let covers = |i: usize| f32::from(i % tokens < 2 || i * 7919 % 10 < 3);
@@ -259,6 +281,7 @@ fn draw(stream: Stream, images: usize, device: &Device) -> Outcome<Batch> {
                 region_mask: Tensor::from_iter((0..rows * tokens).map(covers), device)?.reshape((rows, tokens))?,
                 is_image: (0..rows).map(|row| row % 2 == 1).collect(),
                 row_weights: vec![1.0; rows],
+                origins: vec![String::new(); rows],
             })
         }
     })
@@ -267,7 +290,8 @@ fn draw(stream: Stream, images: usize, device: &Device) -> Outcome<Batch> {
 fn print(report: &Report) {
     let Report { step, batch, steps, versions, ours, peer } = report;
     let (stream, precision) = (name(step.stream), name(step.precision));
-    println!("{stream}, {precision}, batch {batch}; medians of {steps} steps, taken in turn");
+    let kept = if step.recompute { "blocks computed again" } else { "everything kept" };
+    println!("{stream}, {precision}, batch {batch}, {kept} on our side; medians of {steps} steps, taken in turn");
     if let Some(versions) = versions {
         println!("peer: {versions}");
     }
