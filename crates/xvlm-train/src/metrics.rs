@@ -17,8 +17,12 @@ pub struct MetricsRow {
     pub losses: BTreeMap<String, f64>,
     /// Learning rate of the last iteration.
     pub lr: f64,
-    /// Mean norm of the gradient since the row before, before clipping.
+    /// Mean norm of the gradient since the row before, before clipping. Steps that were left out, as their gradient was not
+    /// finite, do not count.
     pub grad_norm: f64,
+    /// What losses are multiplied by for their gradients, in a run of precision f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f64>,
     /// Samples per second since the row before.
     pub images_per_second: f64,
     /// Time trained since the run began.

@@ -102,7 +102,7 @@ pub fn train<M: Trainable>(
                     true => reducer.ready(variable, gradient),
                     false => Ok(()),
                 };
-                tape.backward(&total, &mut gradients, ready).map_err(TrainError::tensor("gradient"))?;
+                tape.backward(total, &mut gradients, ready).map_err(TrainError::tensor("gradient"))?;
                 meter.add_losses(&values);
                 trained_on += M::samples(batch);
             }
@@ -141,7 +141,8 @@ pub fn train<M: Trainable>(
                 elapsed,
             });
             let (losses, elapsed_seconds) = (losses.into_iter().collect(), elapsed.as_secs_f64());
-            let row = MetricsRow { iteration, losses, lr, grad_norm, images_per_second, elapsed_seconds };
+            let loss_scale = optimizer.loss_scale.dynamic();
+            let row = MetricsRow { iteration, losses, lr, grad_norm, loss_scale, images_per_second, elapsed_seconds };
             run.append(&row)?;
             last_row = Some(row);
         }
@@ -252,6 +253,7 @@ impl Clock {
 /// What happened since the last report.
 struct Meter {
     since: Instant,
+    /// Those that were not left out.
     steps: u64,
     samples: usize,
     grad_norm: f64,
@@ -271,9 +273,11 @@ impl Meter {
     }
 
     fn add_step(&mut self, grad_norm: f64, samples: usize) {
-        self.steps += 1;
         self.samples += samples;
-        self.grad_norm += grad_norm;
+        if grad_norm.is_finite() {
+            self.steps += 1;
+            self.grad_norm += grad_norm;
+        }
     }
 
     fn add_losses(&mut self, losses: &[(&str, f64)]) {

@@ -233,7 +233,7 @@ pub(super) fn optimizer(case: &Case) -> Outcome {
             products.push((parameter.as_tensor() * gradient)?.sum_all()?);
         }
         let lr = config.learning_rate(step as u64, Duration::ZERO);
-        optimizer.step(&gradients(&Tape::default(), &sum(products.iter())?)?, lr)?;
+        optimizer.step(&gradients(&Tape::default(), sum(products.iter())?)?, lr)?;
         lrs.extend(rates(case, &config, step));
         for (name, parameter) in &parameters {
             case.check_within(&format!("out.param.{step}.{name}"), parameter, RTOL, 0.0)?;
@@ -242,7 +242,7 @@ pub(super) fn optimizer(case: &Case) -> Outcome {
     case.check_within("out.lr", &Tensor::from_vec(lrs, case.input("out.lr")?.shape(), &Device::Cpu)?, RTOL, 0.0)
 }
 
-fn gradients(tape: &Tape, loss: &Tensor) -> candle_core::Result<Gradients> {
+fn gradients(tape: &Tape, loss: Tensor) -> candle_core::Result<Gradients> {
     let mut gradients = Gradients::default();
     tape.backward(loss, &mut gradients, |_, _| Ok(()))?;
     Ok(gradients)
@@ -273,7 +273,7 @@ pub(super) fn steps(case: &Case, first: &Case) -> Outcome {
             losses.push(loss.flatten_all()?.to_vec1::<f32>()?[0]);
         }
         let lr = config.learning_rate(step as u64, Duration::ZERO);
-        norms.push(optimizer.step(&gradients(&tape, &total)?, lr)? as f32);
+        norms.push(optimizer.step(&gradients(&tape, total)?, lr)? as f32);
         pretraining.after_step().map_err(|error| error.to_string())?;
         lrs.extend(rates(case, &config, step));
     }
