@@ -214,10 +214,11 @@ fn serve(step: &Step, batch: usize) -> Done {
         let wide = |(_, loss): &(_, Tensor)| loss.to_dtype(DType::F32)?.reshape(1);
         let total = Tensor::cat(&losses.iter().map(wide).collect::<candle_core::Result<Vec<_>>>()?, 0)?.sum_all()?;
         drop(losses);
+        let value = total.to_scalar::<f32>()?;
         let mut gradients = Gradients::default();
-        tape.backward(&total, &mut gradients, |_, _| Ok(()))?;
+        tape.backward(total, &mut gradients, |_, _| Ok(()))?;
         optimizer.step(&gradients, 1e-4)?;
-        Ok(total.to_scalar::<f32>()?.into())
+        Ok(value.into())
     };
     train()?;
     let count: usize = pretraining.parameters().iter().map(|(_, parameter)| parameter.elem_count()).sum();

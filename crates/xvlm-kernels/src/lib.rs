@@ -53,7 +53,7 @@ pub use error::KernelError;
 pub use gpu::emulated;
 pub use linear::{gelu_linear, linear, linear_without_bias};
 pub use norm::{add_layer_norm, layer_norm};
-pub use optim::{AdamW, Update, adamw_step};
+pub use optim::{AdamW, Update, adamw_step, round_into};
 pub use pool::{Cover, patch_pool};
 pub use resize::resize_bicubic;
 pub use softmax::{log_softmax, softmax};
