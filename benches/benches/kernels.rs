@@ -62,6 +62,30 @@ impl Bench<'_> {
         Ok(())
     }
 
+    /// The linear layers of the base model's Swin stages, of four images, and of its texts, beside the same by `f32`
+    /// arithmetic on widened tensors.
+    fn widened_linear(&mut self) -> Result<()> {
+        for (m, k, n) in [
+            (4 * FIRST, 128, 512),
+            (4 * FIRST, 512, 128),
+            (FIRST, 256, 1024),
+            (4 * 196, 512, 2048),
+            (4 * LAST, 1024, 4096),
+            (4 * LAST, 4096, 1024),
+            (4 * WORDS, 768, 3072),
+        ] {
+            let (x, weight, bias) = (self.random(&[1, m, k])?, self.random(&[n, k])?, self.random(&[n])?);
+            let wide = |tensor: &Var| tensor.to_dtype(DType::F32);
+            let widened = || kernels::linear(&wide(&x)?, &wide(&weight)?, &wide(&bias)?)?.to_dtype(self.dtype);
+            let floors = [2, 6].map(|products| Floor::Flops(products * m * k * n));
+            let name = format!("linear {m}x{k}x{n} {} beside f32", self.dtype.as_str());
+            let ours = || kernels::linear(&x, &weight, &bias);
+            let (ours, plain) = (Box::new(ours), Box::new(widened));
+            self.comparison.measure(&Case { name, ours, plain, floors, dtype: DType::F32 })?;
+        }
+        Ok(())
+    }
+
     fn rows(&mut self) -> Result<()> {
         // Backward passes read the input and the gradient and write the input's gradient.
         let floors = |count: usize, bench: &Self| [bench.bytes(2 * count), bench.bytes(5 * count)];
@@ -230,6 +254,9 @@ impl Bench<'_> {
 
     fn all(&mut self) -> Result<()> {
         self.linear()?;
+        if self.dtype != DType::F32 {
+            self.widened_linear()?;
+        }
         self.rows()?;
         self.windows()?;
         self.attention()?;

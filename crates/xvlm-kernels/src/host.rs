@@ -80,6 +80,17 @@ impl<T> Disjoint<T> {
         Self(values.as_mut_ptr())
     }
 
+    /// Of memory that is not a slice, or not one of values yet.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn of(start: *mut T) -> Self {
+        Self(start)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn start(self) -> *mut T {
+        self.0
+    }
+
     /// # Safety
     /// `start..start + len` lies inside the slice this was made from, that slice outlives the result, and no other
     /// thread reads or writes the range meanwhile.

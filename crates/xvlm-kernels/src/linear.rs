@@ -11,7 +11,7 @@ use crate::graph::{Fresh, differentiable};
 use crate::host::{read, written};
 use crate::path::{Path, fused};
 use crate::real::Real;
-use crate::simd::halves::{self, Operand};
+use crate::simd::bf16::{Factor, Native, Product as Bf16Product};
 use crate::simd::{Matrix, all_threads, multiply, vectorized};
 
 /// `x · wᵀ + b`: `x [.., K]`, `weight [N, K]`, `bias [N]` → `[.., N]`. Sums are f32 for half types.
@@ -257,39 +257,50 @@ unsafe fn by_panels((n, k): (usize, usize), out: &mut [bf16], a: &[bf16], b: Mat
 }
 
 impl Product for bf16 {
+    fn outputs(sizes: Sizes, out: &mut [bf16], x: &[bf16], weight: &[bf16], bias: Option<&[bf16]>) {
+        let Some(native) = Native::find() else { return Widened::outputs(sizes, out, x, weight, bias) };
+        let (size, a, b) = ((sizes.rows, sizes.outputs, sizes.inputs), Factor::Along(x), Factor::Along(weight));
+        native.multiply(Bf16Product { size, a, b, bias, out });
+    }
+
+    fn inputs(sizes: Sizes, out: &mut [bf16], gradient: &[bf16], weight: &[bf16]) {
+        let Some(native) = Native::find() else { return Widened::inputs(sizes, out, gradient, weight) };
+        let (size, a, b) = ((sizes.rows, sizes.inputs, sizes.outputs), Factor::Along(gradient), Factor::Across(weight));
+        native.multiply(Bf16Product { size, a, b, bias: None, out });
+    }
+
+    fn weights(sizes: Sizes, out: &mut [bf16], gradient: &[bf16], x: &[bf16]) {
+        let Some(native) = Native::find() else { return Widened::weights(sizes, out, gradient, x) };
+        let (size, a, b) = ((sizes.outputs, sizes.inputs, sizes.rows), Factor::Across(gradient), Factor::Across(x));
+        native.multiply(Bf16Product { size, a, b, bias: None, out });
+    }
+}
+
+/// The products by `f32` arithmetic, of panels that are widened to it: for CPUs without instructions for `bf16`.
+struct Widened;
+
+impl Widened {
     fn outputs(
-        Sizes { rows, inputs, outputs }: Sizes,
+        Sizes { inputs, outputs, .. }: Sizes,
         out: &mut [bf16],
         x: &[bf16],
         weight: &[bf16],
         bias: Option<&[bf16]>,
     ) {
-        let [a, b] = [x, weight].map(|values| Operand { values, along: true });
-        if halves::multiply((rows, outputs, inputs), a, b, bias, out) {
-            return;
-        }
         let mut space = Vec::new();
         let weight = Matrix::rows(widen(weight, &mut space), inputs).transposed();
         // SAFETY: the tensors have these sizes.
         unsafe { by_panels((outputs, inputs), out, x, weight, bias) }
     }
 
-    fn inputs(Sizes { rows, inputs, outputs }: Sizes, out: &mut [bf16], gradient: &[bf16], weight: &[bf16]) {
-        let (a, b) = (Operand { values: gradient, along: true }, Operand { values: weight, along: false });
-        if halves::multiply((rows, inputs, outputs), a, b, None, out) {
-            return;
-        }
+    fn inputs(Sizes { inputs, outputs, .. }: Sizes, out: &mut [bf16], gradient: &[bf16], weight: &[bf16]) {
         let mut space = Vec::new();
         let weight = Matrix::rows(widen(weight, &mut space), inputs);
         // SAFETY: the tensors have these sizes.
         unsafe { by_panels((inputs, outputs), out, gradient, weight, None) }
     }
 
-    fn weights(Sizes { rows, inputs, outputs }: Sizes, out: &mut [bf16], gradient: &[bf16], x: &[bf16]) {
-        let [a, b] = [gradient, x].map(|values| Operand { values, along: false });
-        if halves::multiply((outputs, inputs, rows), a, b, None, out) {
-            return;
-        }
+    fn weights(Sizes { inputs, outputs, .. }: Sizes, out: &mut [bf16], gradient: &[bf16], x: &[bf16]) {
         let mut sums = vec![0f32; out.len()];
         let (mut wide_gradient, mut wide_x) = (Vec::new(), Vec::new());
         let panels = gradient.chunks((PANEL * outputs).max(1)).zip(x.chunks((PANEL * inputs).max(1)));
@@ -329,5 +340,135 @@ mod gpu {
         ];
         launch(Kernel { file: "linear", name: "add_bias" }, x, x.dtype(), team.grid, arguments)?;
         Ok(out.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+
+    /// One product of a layer, with the ways to compute it.
+    struct Case<'a> {
+        /// Rows, columns, and the summed dimension.
+        size: (usize, usize, usize),
+        a: Factor<'a>,
+        b: Factor<'a>,
+        bias: Option<&'a [bf16]>,
+        widened: &'a dyn Fn(&mut [bf16]),
+        chosen: &'a dyn Fn(&mut [bf16]),
+    }
+
+    impl Case<'_> {
+        fn check(&self, what: &str) {
+            let (m, n, k) = self.size;
+            let compute = |work: &dyn Fn(&mut [bf16])| {
+                let mut out = vec![bf16::NAN; m * n];
+                work(&mut out);
+                out
+            };
+            let (widened, chosen) = (compute(self.widened), compute(self.chosen));
+            let at = |factor: Factor, lines: usize, line: usize, depth: usize| match factor {
+                Factor::Along(values) => values[line * k + depth].widen(),
+                Factor::Across(values) => values[depth * lines + line].widen(),
+            };
+            for i in 0..m * n {
+                let (row, column) = (i / n, i % n);
+                let pair = |depth| (at(self.a, m, row, depth), at(self.b, n, column, depth));
+                let products = || (0..k).map(pair).map(|(a, b)| f64::from(a) * f64::from(b));
+                let bias = self.bias.map_or(0.0, |bias| bias[column].widen());
+                let wanted = products().sum::<f64>() + f64::from(bias);
+                let of_sums = (k + 1) as f64 * 2f64.powi(-24) * products().map(f64::abs).sum::<f64>();
+                for (way, found) in [("widened", &widened), ("chosen", &chosen)] {
+                    let error = (f64::from(found[i].widen()) - wanted).abs();
+                    let allowed = of_sums + 2f64.powi(-8) * wanted.abs() * 1.001 + 1e-30;
+                    assert!(
+                        error <= allowed,
+                        "{what} {:?} {way}: {} at {row}, {column}, wanted {wanted}",
+                        self.size,
+                        found[i]
+                    );
+                }
+                if Native::find().is_some() {
+                    // The very order that the instruction sums in.
+                    let step = |sum: f32, depth: usize| {
+                        if depth < k {
+                            let (a, b) = pair(depth);
+                            a.mul_add(b, sum)
+                        } else {
+                            sum
+                        }
+                    };
+                    let sum = (0..k).step_by(2).fold(0.0, |sum, depth| step(step(sum, depth + 1), depth));
+                    assert_eq!(
+                        chosen[i],
+                        <bf16 as Real>::narrow(sum + bias),
+                        "{what} {:?} at {row}, {column}",
+                        self.size
+                    );
+                }
+            }
+        }
+    }
+
+    /// All products of a layer of these sizes.
+    fn check(rows: usize, inputs: usize, outputs: usize, seed: u64) {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut random = |len: usize| -> Vec<bf16> {
+            (0..len).map(|_| <bf16 as Real>::narrow(rng.random_range(-1.0..1.0))).collect()
+        };
+        let (x, weight, bias, gradient) =
+            (random(rows * inputs), random(outputs * inputs), random(outputs), random(rows * outputs));
+        let (x, weight, gradient) = (&*x, &*weight, &*gradient);
+        let sizes = Sizes { rows, inputs, outputs };
+        for bias in [None, Some(&*bias)] {
+            Case {
+                size: (rows, outputs, inputs),
+                a: Factor::Along(x),
+                b: Factor::Along(weight),
+                bias,
+                widened: &|out| Widened::outputs(sizes, out, x, weight, bias),
+                chosen: &|out| bf16::outputs(sizes, out, x, weight, bias),
+            }
+            .check("outputs");
+        }
+        Case {
+            size: (rows, inputs, outputs),
+            a: Factor::Along(gradient),
+            b: Factor::Across(weight),
+            bias: None,
+            widened: &|out| Widened::inputs(sizes, out, gradient, weight),
+            chosen: &|out| bf16::inputs(sizes, out, gradient, weight),
+        }
+        .check("inputs");
+        Case {
+            size: (outputs, inputs, rows),
+            a: Factor::Across(gradient),
+            b: Factor::Across(x),
+            bias: None,
+            widened: &|out| Widened::weights(sizes, out, gradient, x),
+            chosen: &|out| bf16::weights(sizes, out, gradient, x),
+        }
+        .check("weights");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn bf16_layers_of_any_size(rows in 0usize..70, inputs in 1usize..70, outputs in 1usize..70, seed: u64) {
+            check(rows, inputs, outputs, seed);
+        }
+    }
+
+    #[test]
+    fn bf16_layers_of_several_blocks() {
+        // Deeper, wider and higher than a block, whole and with a rest, in each of the three products.
+        for (rows, inputs, outputs) in [(2049, 5, 33), (3, 2048, 15), (17, 3, 1537), (130, 515, 7), (1, 1025, 8193)] {
+            check(rows, inputs, outputs, 3);
+        }
     }
 }

@@ -1,0 +1,180 @@
+//! Packing a factor into panels `[pairs, lines]` of pairs of numbers that follow each other in the summed dimension.
+
+use std::arch::x86_64::*;
+
+use half::bf16;
+
+use super::Factor;
+use super::tile::{LANES, first_lanes};
+
+/// How many rows ahead of those it packs [`interleave`] asks the memory for, which does not see by itself what comes.
+const AHEAD: usize = 32;
+
+/// A factor in memory.
+#[derive(Clone, Copy)]
+pub(super) struct Source {
+    start: *const bf16,
+    /// Numbers from line to line, or from one number of a line to the next if that is `across`.
+    stride: usize,
+    pub(super) across: bool,
+}
+
+// SAFETY: what it points to is only read.
+unsafe impl Send for Source {}
+// SAFETY: as above.
+unsafe impl Sync for Source {}
+
+impl Source {
+    /// A factor of `lines` lines of `k` numbers.
+    ///
+    /// # Panics
+    /// If it has another size.
+    pub(super) fn of(factor: Factor, lines: usize, k: usize) -> Self {
+        let (values, stride, across) = match factor {
+            Factor::Along(values) => (values, k, false),
+            Factor::Across(values) => (values, lines, true),
+        };
+        assert!(values.len() == lines * k, "a factor of {lines} lines of {k} numbers");
+        Self { start: values.as_ptr(), stride, across }
+    }
+
+    /// Packs the numbers `depth..depth + depths` of the lines from `line` on into `out [depths / 2, width]`: `lines` of
+    /// them, and whatever for the rest of the width, but a zero for the second number of an odd last pair.
+    ///
+    /// # Safety
+    /// The CPU has AVX-512 F, BW and VL; the lines, one at least, and the depths are there; `out` has room.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub(super) unsafe fn pack(
+        self,
+        (line, lines): (usize, usize),
+        (depth, depths): (usize, usize),
+        width: usize,
+        out: *mut u32,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if self.across {
+                let start = self.start.add(depth * self.stride + line);
+                if width > LANES {
+                    interleave::<2>(start, self.stride, lines, depths, width, out)
+                } else {
+                    interleave::<1>(start, self.stride, lines, depths, width, out)
+                }
+            } else {
+                for from in (0..lines).step_by(LANES) {
+                    let start = self.start.add((line + from) * self.stride + depth);
+                    let lanes = first_lanes(width - from);
+                    transpose(start, self.stride, (lines - from).min(LANES), depths, lanes, width, out.add(from));
+                }
+            }
+        }
+    }
+}
+
+/// Packs `lines` lines that lie side by side, `stride` numbers from one number of a line to the next, into `V` vectors.
+///
+/// # Safety
+/// As for [`Source::pack`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn interleave<const V: usize>(
+    start: *const bf16,
+    stride: usize,
+    lines: usize,
+    depths: usize,
+    width: usize,
+    out: *mut u32,
+) {
+    let mut masks = [(0, 0); V];
+    for (v, masks) in masks.iter_mut().enumerate() {
+        *masks = (first_lanes(lines.saturating_sub(v * LANES)), first_lanes(width - v * LANES));
+    }
+    // SAFETY: the caller's promise; lanes that are not there are not read, and a prefetch may be of anything.
+    let pack = |row: *const bf16, next: Option<*const bf16>, out: *mut u32| unsafe {
+        for (v, (there, lanes)) in masks.iter().enumerate() {
+            let read =
+                |row: *const bf16| _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(*there, row.add(v * LANES).cast()));
+            let second = next.map_or(_mm512_setzero_si512(), read);
+            let both = _mm512_or_si512(read(row), _mm512_slli_epi32::<16>(second));
+            _mm512_mask_storeu_epi32(out.add(v * LANES).cast(), *lanes, both);
+        }
+    };
+    let (mut row, mut out) = (start, out);
+    for _ in 0..depths / 2 {
+        let next = row.wrapping_add(stride);
+        _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(AHEAD * stride).cast());
+        _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(AHEAD * stride).cast());
+        pack(row, Some(next), out);
+        (row, out) = (next.wrapping_add(stride), out.wrapping_add(width));
+    }
+    if !depths.is_multiple_of(2) {
+        pack(row, None, out);
+    }
+}
+
+/// Packs `lines` lines, `stride` numbers from one to the next, as the `lanes` of a vector, and `width` pairs on the next.
+///
+/// # Safety
+/// As for [`Source::pack`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn transpose(
+    start: *const bf16,
+    stride: usize,
+    lines: usize,
+    depths: usize,
+    lanes: __mmask16,
+    width: usize,
+    out: *mut u32,
+) {
+    const DEPTHS: usize = 2 * LANES;
+    let pack = |depth: usize, depths: usize| {
+        let there: __mmask32 = if depths < DEPTHS { (1 << depths) - 1 } else { !0 };
+        let mut rows = [_mm512_setzero_si512(); LANES];
+        for (line, row) in rows.iter_mut().enumerate() {
+            // Where there are no more lines, the last once more, for lanes that nobody reads.
+            // SAFETY: the caller's promise; numbers that are not there are not read.
+            *row = unsafe { _mm512_maskz_loadu_epi16(there, start.add(line.min(lines - 1) * stride + depth).cast()) };
+        }
+        let columns = transposed(rows);
+        for (pair, column) in columns.iter().enumerate() {
+            if pair < depths.div_ceil(2) {
+                // SAFETY: the caller's promise.
+                unsafe { _mm512_mask_storeu_epi32(out.add((depth / 2 + pair) * width).cast(), lanes, *column) };
+            }
+        }
+    };
+    for depth in (0..depths / DEPTHS * DEPTHS).step_by(DEPTHS) {
+        pack(depth, DEPTHS);
+    }
+    let rest = depths % DEPTHS;
+    if rest > 0 {
+        pack(depths - rest, rest);
+    }
+}
+
+/// 16 rows become columns: first blocks of four by four, then the places of the blocks.
+#[target_feature(enable = "avx512f")]
+fn transposed(rows: [__m512i; LANES]) -> [__m512i; LANES] {
+    // Quarter l of `fours[4q + i]` is column 4l + i of the rows from 4q on.
+    let mut fours = [_mm512_setzero_si512(); LANES];
+    for q in 0..4 {
+        let [a, b, c, d] = [rows[4 * q], rows[4 * q + 1], rows[4 * q + 2], rows[4 * q + 3]];
+        let (ab_low, ab_high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+        let (cd_low, cd_high) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+        fours[4 * q] = _mm512_unpacklo_epi64(ab_low, cd_low);
+        fours[4 * q + 1] = _mm512_unpackhi_epi64(ab_low, cd_low);
+        fours[4 * q + 2] = _mm512_unpacklo_epi64(ab_high, cd_high);
+        fours[4 * q + 3] = _mm512_unpackhi_epi64(ab_high, cd_high);
+    }
+    let mut columns = fours;
+    for i in 0..4 {
+        let [a, b, c, d] = [fours[i], fours[4 + i], fours[8 + i], fours[12 + i]];
+        // The even and the odd quarters of two vectors.
+        let (ab_even, ab_odd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
+        let (cd_even, cd_odd) = (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
+        columns[i] = _mm512_shuffle_i32x4::<0x88>(ab_even, cd_even);
+        columns[8 + i] = _mm512_shuffle_i32x4::<0xdd>(ab_even, cd_even);
+        columns[4 + i] = _mm512_shuffle_i32x4::<0x88>(ab_odd, cd_odd);
+        columns[12 + i] = _mm512_shuffle_i32x4::<0xdd>(ab_odd, cd_odd);
+    }
+    columns
+}
