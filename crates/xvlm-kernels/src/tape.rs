@@ -74,6 +74,13 @@ impl Tape {
         result
     }
 
+    /// The variables that `loss` was computed from, whether through segments of this tape or past them: no other gets a
+    /// gradient.
+    pub fn variables(&self, loss: &Tensor) -> Vec<Tensor> {
+        let segments = self.segments.borrow();
+        segments.iter().flat_map(|segment| &segment.leaves).cloned().chain(leaves(loss)).collect()
+    }
+
     /// Adds to `gradients` that of `loss`, a scalar, with respect to every variable it was computed from, whether through
     /// segments of this tape or past them. `ready` is told each of these variables once, with what `gradients` has of it, when
     /// nothing will be added any more. The tape is empty afterwards, and each piece of the graph is free as soon as its gradients are

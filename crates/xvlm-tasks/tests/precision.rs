@@ -191,7 +191,7 @@ fn trained(precision: Precision) -> BTreeMap<String, f64> {
     let mut config = PretrainConfig::preset("scenes", &[]).unwrap();
     config.model = serde_json::from_value(tiny("swin", "bert", 0.0)).unwrap();
     config.data = sizes();
-    config.train = TrainConfig { iterations: 150, precision, log_every: 50, seed: 1, ..config.train };
+    config.train = TrainConfig { iterations: 150, precision, log_every: 50, seed: 1, ..config.train.config }.into();
     config.train.optimizer.lr = 3e-3;
     config.train.schedule.warmup = Warmup::Iterations(20);
     let builder = Arc::new(builder(60, sizes()));

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use candle_core::{DType, Tensor, Var};
-use xvlm_kernels::{AdamW, Gradients, Update, adamw_step, round_into};
+use xvlm_kernels::{AdamW, Gradients, Update, adamw_step, all_finite, round_into};
 
 use crate::config::{OptimizerConfig, Precision, TrainConfig};
 use crate::error::TrainError;
@@ -174,13 +174,8 @@ impl<'a> Optimizer<'a> {
 
     /// The first parameter whose gradient has a number that is not finite.
     pub(crate) fn first_not_finite(&self, gradients: &Gradients) -> Option<&str> {
-        let is_finite = |gradient: &Tensor| -> candle_core::Result<bool> {
-            Ok(gradient.to_dtype(DType::F32)?.abs()?.max_all()?.to_scalar::<f32>()?.is_finite())
-        };
-        let slot = self.slots.iter().find(|slot| {
-            let gradient = gradients.get(slot.parameter).filter(|gradient| gradient.elem_count() > 0);
-            gradient.is_some_and(|gradient| !is_finite(gradient).unwrap_or(true))
-        })?;
+        let is_finite = |gradient: &Tensor| all_finite(gradient).unwrap_or(true);
+        let slot = self.slots.iter().find(|slot| gradients.get(slot.parameter).is_some_and(|it| !is_finite(it)))?;
         Some(slot.name)
     }
 
