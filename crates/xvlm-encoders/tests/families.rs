@@ -17,6 +17,10 @@ fn vision(family: &str) -> Value {
 }
 
 fn build(family: &str, text: &str, task: Task) -> (Xvlm, Parameters) {
+    build_in(DType::F32, family, text, task)
+}
+
+fn build_in(dtype: DType, family: &str, text: &str, task: Task) -> (Xvlm, Parameters) {
     let config: XvlmConfig = serde_json::from_value(json!({
         "task": task,
         "vision_config": vision(family),
@@ -29,7 +33,7 @@ fn build(family: &str, text: &str, task: Task) -> (Xvlm, Parameters) {
     }))
     .unwrap();
     let parameters = Parameters::new(1);
-    let model = Xvlm::new(&config, parameters.builder(DType::F32, &Device::Cpu)).unwrap();
+    let model = Xvlm::new(&config, parameters.builder(dtype, &Device::Cpu)).unwrap();
     let shapes = Blueprint::of(|vb| Xvlm::new(&config, vb)).unwrap().shapes();
     let named: Vec<_> = parameters.named().into_iter().map(|(name, var)| (name, var.dims().to_vec())).collect();
     assert_eq!(shapes.into_iter().collect::<Vec<_>>(), named, "a blueprint is of the same model");
@@ -84,7 +88,8 @@ fn everything(model: &Xvlm, task: Task, pass: &Pass) -> Result<Tensor> {
             results.extend([similarities.broadcast_div(model.temperature()?)?, model.match_logits(&fused)?]);
         }
     }
-    let squares = results.iter().map(|result| result.sqr()?.sum_all()).collect::<Result<Vec<_>>>()?;
+    let squares =
+        results.iter().map(|result| result.to_dtype(DType::F32)?.sqr()?.sum_all()).collect::<Result<Vec<_>>>()?;
     Tensor::stack(&squares, 0)?.sum_all()
 }
 
@@ -105,6 +110,45 @@ fn every_parameter_of_every_task_gets_a_gradient() -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+#[test]
+fn every_task_computes_in_half_types() -> Result<()> {
+    for (dtype, noise) in [(DType::BF16, 0.02), (DType::F16, 0.002)] {
+        for (family, text) in ["swin", "clip", "deit"].into_iter().flat_map(|f| ["bert", "roberta"].map(|t| (f, t))) {
+            for task in Task::ALL {
+                let (model, parameters) = build_in(dtype, family, text, task);
+                let total = everything(&model, task, &Pass::inference())?;
+                let (wide, _) = build(family, text, task);
+                let expected = everything(&wide, task, &Pass::inference())?.to_scalar::<f32>()?;
+                let (found, of) = (total.to_scalar::<f32>()?, format!("{dtype:?}, {family}, {text}, {}", task.name()));
+                assert!((found - expected).abs() < noise * expected, "{of}: {found} for {expected}");
+                let gradients = total.backward()?;
+                for (name, var) in parameters.named() {
+                    assert_eq!(var.dtype(), if var.rank() == 0 { DType::F32 } else { dtype }, "{of}: {name}");
+                    let length =
+                        gradients.get(&var).map(|g| g.to_dtype(DType::F32)?.abs()?.sum_all()?.to_scalar::<f32>());
+                    let length = length.expect(&name)?;
+                    assert!(length.is_finite() && (length > 0.0 || name.ends_with("bias")), "{of}: {name}: {length}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_losses_are_made_of_is_f32() -> Result<()> {
+    let (model, _) = build_in(DType::BF16, "swin", "bert", Task::Pretrain);
+    let tokens = Tensor::ones((2, 4, 16), DType::BF16, &Device::Cpu)?;
+    for found in [model.project_image(&tokens)?, model.project_text(&tokens)?, model.predict_box(&tokens)?] {
+        assert_eq!(found.dtype(), DType::F32);
+    }
+    // Of unit length to the last digits of f32, which bf16 does not have.
+    let length = model.project_text(&tokens)?.sqr()?.sum(1)?.to_vec1::<f32>()?;
+    assert!(length.iter().all(|length| (length - 1.0).abs() < 1e-6), "{length:?}");
+    assert_eq!(model.temperature()?.dtype(), DType::F32);
     Ok(())
 }
 
@@ -231,5 +275,24 @@ fn texts_written_token_by_token_are_the_same() {
             assert!(decoding.extend(&[vec![3]]).unwrap_err().to_string().contains("expected 4 continuations"));
             assert!(decoding.select(&[4]).unwrap_err().to_string().contains("below 4"));
         }
+    }
+}
+
+#[test]
+fn texts_are_written_in_half_types() {
+    for (dtype, noise) in [(DType::BF16, 0.1), (DType::F16, 0.01)] {
+        let (model, _) = build_in(dtype, "swin", "bert", Task::Captioning);
+        let images = model.encode_image(&pixels(2), &Pass::inference()).unwrap();
+        let mask = Tensor::ones((2, images.dim(1).unwrap()), DType::F32, &Device::Cpu).unwrap();
+        let looks = Concepts { tokens: &images, index: &[1, 0], mask: &mask };
+        let mut decoding = model.begin_texts(&looks, 8).unwrap();
+        let mut texts = vec![vec![2, 7, 9], vec![2, 11, 8]];
+        decoding.extend(&texts).unwrap();
+        let new = vec![vec![5], vec![6]];
+        let found = decoding.extend(&new).unwrap();
+        texts.iter_mut().zip(&new).for_each(|(text, new)| text.extend(new));
+        let difference = (found - decoded(&model, &texts, &looks, 0)).unwrap().abs().unwrap().max_all().unwrap();
+        let difference = difference.to_dtype(DType::F32).unwrap().to_scalar::<f32>().unwrap();
+        assert!(difference < noise, "{dtype:?}: {difference}");
     }
 }

@@ -53,7 +53,11 @@ fn sizes() -> BatchConfig {
 
 /// A batch of each stream.
 fn batches() -> [Batch; 2] {
-    let builder = builder(6, sizes());
+    batches_of(sizes())
+}
+
+fn batches_of(config: BatchConfig) -> [Batch; 2] {
+    let builder = builder(6, config);
     [
         Batch::Captions(builder.captions(0).unwrap().to_tensors(&Device::Cpu).unwrap()),
         Batch::Regions(builder.regions(0).unwrap().to_tensors(&Device::Cpu).unwrap()),
@@ -182,6 +186,25 @@ fn half_types_have_the_losses_and_gradients_of_f32() {
                     assert!(!counts || cosine > angle, "{of}, {name}: {cosine}, {length} of {longest}");
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn the_built_in_model_computes_in_bf16() {
+    let mut config = PretrainConfig::preset("scenes", &[]).unwrap();
+    config.model.text_config.vocab_size = tokenizer().vocab_size();
+    let build = |precision| model(serde_json::to_value(&config.model).unwrap(), precision, &[]);
+    let (half, wide) = (build(Precision::Bf16), build(Precision::F32));
+    for batch in batches_of(BatchConfig { resolution: 128, final_stride: 16, ..sizes() }) {
+        let (found, expected) = (Found::without_dropout(&half, &batch), Found::without_dropout(&wide, &batch));
+        for ((name, found), (_, expected)) in found.losses.iter().zip(&expected.losses) {
+            assert!((found - expected).abs() < 0.02 * expected, "{name}: {found} for {expected}");
+        }
+        let longest = expected.gradients.values().map(|g| compare(g, g).1).fold(0.0, f64::max);
+        for (name, expected) in expected.gradients.iter().filter(|(_, gradient)| gradient.len() > 1000) {
+            let (cosine, length) = compare(&found.gradients[name], expected);
+            assert!(length < 1e-3 * longest || cosine > 0.99, "{name}: {cosine}, {length} of {longest}");
         }
     }
 }
