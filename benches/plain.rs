@@ -62,10 +62,23 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, smoothing: f64) -> Result
     (chosen + (logs.sum_all()? * share)?)? / -(rows as f64)
 }
 
-fn attend(q: &Tensor, k: &Tensor, v: &Tensor, bias: &Tensor) -> Result<Tensor> {
+/// Dropout.
+///
+/// # Errors
+/// If candle fails.
+pub fn dropout(x: &Tensor, probability: f64) -> Result<Tensor> {
+    let kept = Tensor::rand(0f32, 1f32, x.shape(), x.device())?.ge(probability)?.to_dtype(x.dtype())?;
+    x * (kept / (1.0 - probability))?
+}
+
+fn attend(q: &Tensor, k: &Tensor, v: &Tensor, bias: &Tensor, dropped: Option<f64>) -> Result<Tensor> {
     let (b, heads, t, width) = q.dims4()?;
     let scores = (q.matmul(&k.t()?.contiguous()?)? * (width as f64).powf(-0.5))?.broadcast_add(bias)?;
-    softmax(&scores)?.matmul(v)?.transpose(1, 2)?.contiguous()?.reshape((b, t, heads * width))
+    let mut probabilities = softmax(&scores)?;
+    if let Some(probability) = dropped {
+        probabilities = dropout(&probabilities, probability)?;
+    }
+    probabilities.matmul(v)?.transpose(1, 2)?.contiguous()?.reshape((b, t, heads * width))
 }
 
 fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
@@ -73,14 +86,15 @@ fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
     x.reshape((b, t, heads, c / heads))?.transpose(1, 2)?.contiguous()
 }
 
-/// Self-attention over packed projections `[B, T, 3·C]`; `bias` can be added to `[B, heads, T, T]`.
+/// Self-attention over packed projections `[B, T, 3·C]`; `bias` can be added to `[B, heads, T, T]`. Probabilities are dropped with
+/// that of `dropped`.
 ///
 /// # Errors
 /// If candle fails.
-pub fn self_attention(qkv: &Tensor, bias: &Tensor, heads: usize) -> Result<Tensor> {
+pub fn self_attention(qkv: &Tensor, bias: &Tensor, heads: usize, dropped: Option<f64>) -> Result<Tensor> {
     let parts = qkv.chunk(3, 2)?;
     let part = |i: usize| split_heads(&parts[i], heads);
-    attend(&part(0)?, &part(1)?, &part(2)?, bias)
+    attend(&part(0)?, &part(1)?, &part(2)?, bias, dropped)
 }
 
 /// Cross-attention of `q [P, T, C]` at the rows `index [P]` of `kv [N, L, 2·C]`.
@@ -89,7 +103,7 @@ pub fn self_attention(qkv: &Tensor, bias: &Tensor, heads: usize) -> Result<Tenso
 /// If candle fails.
 pub fn cross_attention(q: &Tensor, kv: &Tensor, index: &Tensor, bias: &Tensor, heads: usize) -> Result<Tensor> {
     let kv = kv.index_select(index, 0)?.chunk(2, 2)?;
-    attend(&split_heads(q, heads)?, &split_heads(&kv[0], heads)?, &split_heads(&kv[1], heads)?, bias)
+    attend(&split_heads(q, heads)?, &split_heads(&kv[0], heads)?, &split_heads(&kv[1], heads)?, bias, None)
 }
 
 /// The mask of a shifted window attention, `[1, windows, 1, area, area]`.

@@ -2,7 +2,7 @@
 //! the least it could cost on this machine.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use xvlm::kernels::{self, AdamW, BoxFormat, Cover, KeyValueCache, Update, WindowShape};
+use xvlm::kernels::{self, AdamW, BoxFormat, Cover, Dropout, Dropped, KeyValueCache, Update, WindowShape};
 use xvlm_benches::{Case, Comparison, Floor, device, plain, random_at};
 
 /// Tokens of the first and the last stage of Swin-B, of the texts, and of the image they look at.
@@ -55,6 +55,9 @@ impl Bench<'_> {
             let floors = [2, 6].map(|products| Floor::Flops(products * m * k * n));
             let name = format!("linear {m}x{k}x{n}");
             self.case(&name, floors, || kernels::linear(&x, &weight, &bias), || plain::linear(&x, &weight, &bias))?;
+            let ours = || kernels::gelu_linear(&x, &weight, &bias);
+            let plain = || plain::linear(&x.gelu_erf()?, &weight, &bias);
+            self.case(&format!("gelu + linear {m}x{k}x{n}"), floors, ours, plain)?;
         }
         Ok(())
     }
@@ -93,6 +96,9 @@ impl Bench<'_> {
             self.case(&format!("gelu {rows}x512"), of_wide, || kernels::gelu(&wide), || wide.gelu_erf())?;
             let quick = || kernels::quick_gelu(&wide);
             self.case(&format!("quick gelu {rows}x512"), of_wide, quick, || plain::quick_gelu(&wide))?;
+            let dropout = Dropout { probability: 0.1, seed: 0 };
+            let ours = || kernels::dropout(&wide, dropout);
+            self.case(&format!("dropout {rows}x512"), of_wide, ours, || plain::dropout(&wide, 0.1))?;
             let bias = self.random(&[512])?;
             let shifted = || wide.broadcast_add(&bias)?.gelu_erf();
             let name = format!("bias + gelu {rows}x512");
@@ -114,6 +120,15 @@ impl Bench<'_> {
         let ours = || kernels::add_layer_norm(&texts, &residual, &weight, &bias, 1e-12);
         let plain = || plain::layer_norm(&(texts.as_tensor() + residual.as_tensor())?, &weight, &bias, 1e-12);
         self.case("residual + layer norm 320x768", [self.bytes(3 * count), self.bytes(7 * count)], ours, plain)?;
+
+        let branch = self.random(&[8, FIRST, 128])?;
+        let x = self.random(&[8, FIRST, 128])?;
+        let count = x.elem_count();
+        let scales = [0f32, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1];
+        let per_sample = Tensor::from_slice(&scales, (8, 1, 1), &self.device)?.to_dtype(self.dtype)?;
+        let ours = || kernels::add_branch(&x, &branch, Some(&scales));
+        let plain = || x.as_tensor() + branch.broadcast_mul(&per_sample)?;
+        self.case("residual branch 25088x128", [self.bytes(3 * count), self.bytes(5 * count)], ours, plain)?;
 
         for texts in [TEXTS, 8 * TEXTS] {
             let scores = self.random(&[texts, HEADS, WORDS, 145])?;
@@ -151,9 +166,12 @@ impl Bench<'_> {
     }
 
     fn attention(&mut self) -> Result<()> {
-        for (name, batch, t, causal) in
-            [("self", TEXTS, WORDS, false), ("causal", TEXTS, WORDS, true), ("self", 4, 197, false)]
-        {
+        for (name, batch, t, causal, dropped) in [
+            ("self", TEXTS, WORDS, false, None),
+            ("dropped self", TEXTS, WORDS, false, Some(0.1)),
+            ("causal", TEXTS, WORDS, true, None),
+            ("self", 4, 197, false, None),
+        ] {
             let qkv = self.random(&[batch, t, 3 * 768])?;
             let seen = self.zeros((batch, t))?;
             let mut bias = plain::score_bias(&seen, self.dtype)?;
@@ -161,9 +179,10 @@ impl Bench<'_> {
                 bias = bias.broadcast_add(&plain::causal_bias(t, &bias)?)?;
             }
             let floors = [4, 12].map(|products| Floor::Flops(products * batch * t * t * 768));
-            let ours = || kernels::self_attention(&qkv, &seen, HEADS, causal, None);
+            let dropout = dropped.map(|probability| Dropped::AtRandom(Dropout { probability, seed: 0 }));
+            let ours = || kernels::self_attention(&qkv, &seen, HEADS, causal, dropout);
             let name = format!("{name}-attention {batch}x{t}");
-            self.case(&name, floors, ours, || plain::self_attention(&qkv, &bias, HEADS))?;
+            self.case(&name, floors, ours, || plain::self_attention(&qkv, &bias, HEADS, dropped))?;
         }
         for images in [1, TEXTS] {
             let (q, kv) = (self.random(&[TEXTS, WORDS, 768])?, self.random(&[images, 145, 2 * 768])?);

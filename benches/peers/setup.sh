@@ -1,7 +1,7 @@
 #!/bin/sh
 # Usage: setup.sh TARGET_DIR
 #
-# Makes the virtual environment TARGET_DIR/env with what data_loader.py and make_jpegs.py need, from PyPI only.
+# Makes the virtual environment TARGET_DIR/env with what the scripts here need, from PyPI only.
 # PyPI's torch for x86-64 Linux is linked to the CUDA libraries; those without which `import torch` fails are
 # installed, the others (cusolver, curand, nvtx, triton, ...) and cuDNN's kernels, which it opens on use, are not.
 # Downloads (MB): torch 539, cudnn 519, cublas 405, cufft 218, nccl 216, cusparselt 170, cusparse 151, nvshmem 135,

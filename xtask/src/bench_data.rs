@@ -3,11 +3,10 @@
 //! Both read the same shards, with the same number of workers, and do the same work; `benches/peers` says what that is
 //! and sets the peer up. Passes alternate, so that whatever else the machine does meets both.
 
-use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use candle_core::Tensor;
 use clap::Args;
@@ -19,6 +18,7 @@ use xvlm::data::{
 };
 
 use crate::Done;
+use crate::served::{self, Served};
 
 /// Measure how many pictures a second the data streams give, beside PyTorch's DataLoader
 ///
@@ -81,11 +81,7 @@ struct Rate {
 impl Rate {
     /// Medians over passes.
     fn of(passes: &[Pass]) -> Self {
-        let median = |rate: fn(&Pass) -> f64| {
-            let mut rates: Vec<f64> = passes.iter().map(rate).collect();
-            rates.sort_by(f64::total_cmp);
-            rates[rates.len() / 2]
-        };
+        let median = |rate: fn(&Pass) -> f64| served::median(passes.iter().map(rate).collect());
         Self {
             images_per_second: median(|pass| pass.images as f64 / pass.seconds),
             images_per_cpu_second: median(|pass| pass.images as f64 / pass.cpu_seconds),
@@ -116,7 +112,7 @@ impl BenchData {
         }
         let shards = self.set_up()?;
         let mut peer =
-            if self.alone { None } else { Some(Peer::start(&self.peers, &shards, self.workers, self.images)?) };
+            if self.alone { None } else { Some(start_peer(&self.peers, &shards, self.workers, self.images)?) };
         let ours = Ours::new(&shards, self.workers)?;
         let mut rows = Vec::new();
         for stream in Stream::ALL {
@@ -124,14 +120,14 @@ impl BenchData {
             let (mut of_ours, mut of_peer) = (Vec::new(), Vec::new());
             for _ in 0..self.passes {
                 of_ours.push(ours.pass(stream, self.images)?);
-                if let Some(peer) = &mut peer {
-                    of_peer.push(peer.pass(stream)?);
+                if let Some((peer, _)) = &mut peer {
+                    of_peer.push(serde_json::from_value(peer.ask(stream.name())?)?);
                 }
             }
             let peer = peer.is_some().then(|| Rate::of(&of_peer));
             rows.push(Row { stream: stream.name(), ours: Rate::of(&of_ours), peer });
         }
-        let versions = peer.map(|peer| peer.versions.clone());
+        let versions = peer.map(|(_, versions)| versions);
         let report = Report { workers: self.workers, passes: self.passes, versions, rows };
         if self.json {
             println!("{}", serde_json::to_string_pretty(&report)?);
@@ -143,79 +139,28 @@ impl BenchData {
 
     /// Makes what is not there yet; gives the folder of the shards.
     fn set_up(&self) -> Result<PathBuf, Box<dyn std::error::Error>> {
-        let scripts = scripts();
-        if !self.peers.join("env/bin/python").is_file() {
-            succeed(Command::new("sh").arg(scripts.join("setup.sh")).arg(&self.peers))?;
-        }
+        served::set_up(&self.peers)?;
         let shards = self.peers.join("shards");
         if !shards.join("vocab.txt").is_file() {
-            succeed(Command::new(python(&self.peers)).arg(scripts.join("make_jpegs.py")).arg(&shards))?;
+            let mut command = Command::new(served::python(&self.peers));
+            served::succeed(command.arg(served::scripts().join("make_jpegs.py")).arg(&shards))?;
         }
         Ok(shards)
     }
 }
 
-fn scripts() -> PathBuf {
-    crate::root().join("benches/peers")
-}
-
-fn python(peers: &Path) -> PathBuf {
-    peers.join("env/bin/python")
-}
-
-fn succeed(command: &mut Command) -> Done {
-    // Its results would mix with the report.
-    match command.stdout(Stdio::null()).status()? {
-        status if status.success() => Ok(()),
-        status => Err(format!("{command:?}: {status}").into()),
-    }
-}
-
-/// PyTorch's DataLoader, waiting for the names of streams on its stdin.
-struct Peer {
-    child: Child,
-    questions: ChildStdin,
-    answers: BufReader<ChildStdout>,
-    versions: serde_json::Value,
-}
-
-impl Peer {
-    /// Starts it; it has warmed up when this returns.
-    fn start(peers: &Path, shards: &Path, workers: usize, images: usize) -> Result<Self, Box<dyn std::error::Error>> {
-        let mut command = Command::new(python(peers));
-        command.arg(scripts().join("data_loader.py")).arg(shards).arg("--serve");
-        command.args(["--workers", &workers.to_string(), "--images", &images.to_string()]);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-        let (questions, answers) = (child.stdin.take(), child.stdout.take());
-        let (questions, answers) = questions.zip(answers).ok_or("the peer's pipes are closed")?;
-        let mut peer = Self { child, questions, answers: BufReader::new(answers), versions: serde_json::Value::Null };
-        peer.versions = peer.answer()?["versions"].take();
-        Ok(peer)
-    }
-
-    fn answer(&mut self) -> Result<serde_json::Value, Box<dyn std::error::Error>> {
-        let mut line = String::new();
-        if self.answers.read_line(&mut line)? == 0 {
-            return Err(format!("the peer ended: {}", self.child.wait()?).into());
-        }
-        let answer: serde_json::Value = serde_json::from_str(&line)?;
-        match answer.get("error") {
-            Some(error) => Err(format!("the peer: {error}").into()),
-            None => Ok(answer),
-        }
-    }
-
-    fn pass(&mut self, stream: Stream) -> Result<Pass, Box<dyn std::error::Error>> {
-        writeln!(self.questions, "{}", stream.name())?;
-        Ok(serde_json::from_value(self.answer()?)?)
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+/// PyTorch's DataLoader, waiting for the names of streams; it has warmed up when this returns.
+fn start_peer(
+    peers: &Path,
+    shards: &Path,
+    workers: usize,
+    images: usize,
+) -> Result<(Served, serde_json::Value), Box<dyn std::error::Error>> {
+    let mut command = Command::new(served::python(peers));
+    command.arg(served::scripts().join("data_loader.py")).arg(shards).arg("--serve");
+    command.args(["--workers", &workers.to_string(), "--images", &images.to_string()]);
+    let (peer, mut ready) = Served::start("the peer", command)?;
+    Ok((peer, ready["versions"].take()))
 }
 
 /// The streams of this workspace.
@@ -248,14 +193,14 @@ impl Ours {
             Stream::ImageText => builder.captions(step).map(Batch::Captions).map(Some),
             Stream::Regions => builder.regions(step).map(Batch::Regions).map(Some),
         };
-        let (cpu, wall) = (cpu_time()?, Instant::now());
+        let (cpu, wall) = (served::cpu_time()?, Instant::now());
         let mut loader = Loader::new(LoaderConfig { workers: self.workers, ahead: 2 * self.workers }, build)?;
         let mut images = 0;
         while let Some(batch) = loader.next()? {
             images += batch.into_tensors()?.dim(0)?;
         }
         let seconds = wall.elapsed().as_secs_f64();
-        Ok(Pass { images, seconds, cpu_seconds: (cpu_time()? - cpu).as_secs_f64() })
+        Ok(Pass { images, seconds, cpu_seconds: (served::cpu_time()? - cpu).as_secs_f64() })
     }
 }
 
@@ -272,17 +217,6 @@ impl Batch {
             Self::Regions(batch) => batch.to_tensors(&Device::Cpu)?.pixels,
         })
     }
-}
-
-/// CPU time that this process has used in all its threads (proc_pid_stat(5), fields 14 and 15).
-fn cpu_time() -> Result<Duration, Box<dyn std::error::Error>> {
-    /// Ticks a second: fixed for every Linux that programs see.
-    const TICKS: u32 = 100;
-    let stat = std::fs::read_to_string("/proc/self/stat")?;
-    // The name of the program, in parentheses, may hold spaces.
-    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
-    let ticks: u32 = fields.skip(11).take(2).map(str::parse::<u32>).sum::<Result<_, _>>()?;
-    Ok(Duration::from_secs(ticks.into()) / TICKS)
 }
 
 fn print(report: &Report) {

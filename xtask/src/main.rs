@@ -1,10 +1,12 @@
 //! Chores of development: `cargo xtask COMMAND`.
 
 mod bench_data;
+mod bench_train;
 mod compare_scores;
 mod convert_weights;
 mod gpu_check;
 mod kernels_check;
+mod served;
 mod tidy;
 mod train_demo;
 mod verify;
@@ -34,6 +36,7 @@ enum Chore {
         arguments: Vec<String>,
     },
     BenchData(bench_data::BenchData),
+    BenchTrain(bench_train::BenchTrain),
     CompareScores(compare_scores::CompareScores),
     ConvertWeights(Box<convert_weights::ConvertWeights>),
     GpuCheck(gpu_check::GpuCheck),
@@ -72,6 +75,9 @@ fn main() -> ExitCode {
         }
         // As the program that is measured does.
         Chore::BenchData(chore) => {
+            xvlm::kernels::process::run(|| chore.run().map_err(|error| error.to_string())).map_err(Into::into)
+        }
+        Chore::BenchTrain(chore) => {
             xvlm::kernels::process::run(|| chore.run().map_err(|error| error.to_string())).map_err(Into::into)
         }
         Chore::CompareScores(chore) => chore.run(),

@@ -5,7 +5,7 @@
 //! of the forward pass, so that a step is three times this, and four times if activations are computed anew.
 //!
 //! *Activations* are the numbers that the graph of the forward pass keeps for the backward pass. They are counted operation by
-//! operation, as the modules of this crate are written; what an allocator adds, and what an operation needs while it
+//! operation, as the modules of this crate are written and computed on the CPU; what an allocator adds, and what an operation needs while it
 //! runs, is left out.
 
 use serde::Serialize;
@@ -169,7 +169,6 @@ fn swin_cost(config: &SwinConfig, load: &Load) -> Cost {
     // Their norm, and each kind of position that is added.
     let more = 1 + usize::from(config.ape) + usize::from(config.sine_positions > 0.0);
     let mut cost = Cost::between(flops, numbers + more * n * side * side * width);
-    let mut is_first = true;
     for (i, &depth) in config.depths.iter().enumerate() {
         let (area, hidden) = (config.window_size.min(side).pow(2), config.mlp_ratio * width);
         let rows = n * side * side;
@@ -179,13 +178,8 @@ fn swin_cost(config: &SwinConfig, load: &Load) -> Cost {
                 + linear(rows, width, width)
                 + linear(rows, width, hidden)
                 + linear(rows, hidden, width);
-            // Norm, queries, keys and values, attended, projected, sum; norm, hidden twice, out, sum.
-            let mut inside = rows * (10 * width + 2 * hidden);
-            // The first block drops nothing.
-            if config.drop_path_rate > 0.0 && !is_first {
-                inside += 2 * rows * width;
-            }
-            is_first = false;
+            // Norm, queries, keys and values, attended, projected, sum; norm, hidden, out, sum.
+            let inside = rows * (10 * width + hidden);
             let biases = 2 * area * area * config.num_heads[i];
             cost = cost.and(Cost::segment(flops, inside + biases, rows * width));
         }
@@ -224,30 +218,14 @@ fn vit_cost(config: &VitConfig, load: &Load) -> Cost {
             + linear(rows, width, width)
             + linear(rows, width, hidden)
             + linear(rows, hidden, width);
-        let attended =
-            kept_of_attention(sequences, tokens, width, config.num_attention_heads, config.attention_dropout);
         // Three layers for queries, keys and values are put together for each pass.
         let stacked = if is_clip { 3 * width * (width + 1) } else { 0 };
-        let inside = rows * (9 * width + 2 * hidden) + attended + stacked;
+        // What CLIP's activation gives is kept.
+        let hidden = if is_clip { 2 * hidden } else { hidden };
+        let inside = rows * (10 * width + hidden) + stacked;
         cost = cost.and(Cost::segment(flops, inside, rows * width));
     }
     cost.and(Cost::between(0, sequences * tokens * width))
-}
-
-/// Numbers kept from packed queries, keys and values to what is attended. With dropout the probabilities are, and what
-/// leads to them: scores, scaled, biased, normalised, the mask and its product; and copies of what goes in, by heads.
-fn kept_of_attention(sequences: usize, tokens: usize, width: usize, heads: usize, dropout: f64) -> usize {
-    let rows = sequences * tokens;
-    if dropout > 0.0 { rows * (9 * width + 6 * heads * tokens) } else { rows * width }
-}
-
-/// The same of cross attention, where dropout has each text copy the keys and values it looks at.
-fn kept_of_cross_attention(fused: usize, tokens: usize, seen: usize, config: &BertConfig) -> usize {
-    let (rows, width) = (fused * tokens, config.hidden_size);
-    match config.attention_probs_dropout_prob > 0.0 {
-        true => rows * (3 * width + 6 * config.num_attention_heads * seen) + 7 * fused * seen * width,
-        false => rows * width,
-    }
 }
 
 /// A layer of BERT without cross attention, as FLOPs and kept numbers.
@@ -258,18 +236,14 @@ fn layer(config: &BertConfig, sequences: usize, tokens: usize) -> (usize, usize)
         + linear(rows, width, width)
         + linear(rows, width, hidden)
         + linear(rows, hidden, width);
-    let (heads, dropout) = (config.num_attention_heads, config.attention_probs_dropout_prob);
-    // Queries, keys and values, projected, norm; hidden twice, out, norm. Three layers are put together for each pass.
-    let kept = rows * (7 * width + 2 * hidden)
-        + kept_of_attention(sequences, tokens, width, heads, dropout)
-        + 2 * dropped(config, rows)
-        + 3 * width * (width + 1);
+    // Queries, keys and values, attended, projected, norm; hidden, out, norm. Three layers are put together for each pass.
+    let kept = rows * (8 * width + hidden) + 2 * dropped(config, rows) + 3 * width * (width + 1);
     (flops, kept)
 }
 
-/// A dropout on hidden states: the mask and its product.
+/// What a dropout makes of hidden states.
 fn dropped(config: &BertConfig, rows: usize) -> usize {
-    if config.hidden_dropout_prob > 0.0 { 2 * rows * config.hidden_size } else { 0 }
+    if config.hidden_dropout_prob > 0.0 { rows * config.hidden_size } else { 0 }
 }
 
 fn text_cost(config: &BertConfig, load: &Load) -> Cost {
@@ -293,13 +267,8 @@ fn fusion_cost(config: &XvlmConfig, load: &Load, seen: usize) -> Cost {
         + 2 * linear(rows, width, width)
         + linear(read, vision_width, 2 * width)
         + load.fused * attention(load.tokens, seen, width);
-    // Queries, keys and values, projected, norm. Two layers are put together for each pass.
-    let kept = kept
-        + rows * 3 * width
-        + read * 2 * width
-        + kept_of_cross_attention(load.fused, load.tokens, seen, text)
-        + dropped(text, rows)
-        + 2 * width * (vision_width + 1);
+    // Queries, keys and values, attended, projected, norm. Two layers are put together for each pass.
+    let kept = kept + rows * 4 * width + read * 2 * width + dropped(text, rows) + 2 * width * (vision_width + 1);
     let layer = Cost::segment(flops, kept, rows * width);
     // The texts by rows, and the concepts, joined and as the begin of a graph.
     let between = Cost::between(0, rows * width + 2 * read * vision_width);

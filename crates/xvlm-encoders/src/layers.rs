@@ -109,10 +109,11 @@ pub(crate) struct FeedForward {
 
 impl FeedForward {
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.outer.forward(&match self.activation {
-            Activation::Gelu => self.inner.forward_gelu(x)?,
-            Activation::QuickGelu => kernels::quick_gelu(&self.inner.forward(x)?)?,
-        })
+        let x = self.inner.forward(x)?;
+        match self.activation {
+            Activation::Gelu => kernels::gelu_linear(&x, &self.outer.weight, &self.outer.bias),
+            Activation::QuickGelu => self.outer.forward(&kernels::quick_gelu(&x)?),
+        }
     }
 }
 

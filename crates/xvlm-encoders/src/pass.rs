@@ -116,8 +116,7 @@ impl Pass {
         dropout: f64,
         attend: impl FnOnce(Option<kernels::Dropped>) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let dropped = |probabilities: &Tensor| self.dropout(probabilities, dropout);
-        attend(self.drops(dropout).then_some(&dropped))
+        attend(self.drawn(dropout).map(kernels::Dropped::AtRandom))
     }
 
     /// As [`Self::attend`], for the cross-attention of a layer, which may be watched.
@@ -130,39 +129,33 @@ impl Pass {
         let Some(watched) = self.attention.as_ref().filter(|watched| watched.layer == layer) else {
             return self.attend(dropout, attend);
         };
-        attend(Some(&|probabilities: &Tensor| {
+        attend(Some(kernels::Dropped::By(&|probabilities: &Tensor| {
             let probabilities = Var::from_tensor(&probabilities.detach())?;
             let dropped = self.dropout(&probabilities, dropout);
             *watched.probabilities.borrow_mut() = Some(probabilities);
             dropped
-        }))
+        })))
     }
 
-    /// Whether `probability` has an effect in this pass.
-    fn drops(&self, probability: f64) -> bool {
-        self.rng.is_some() && probability > 0.0
+    /// Dropout with the next number of the generator; none if it has no effect in this pass.
+    fn drawn(&self, probability: f64) -> Option<kernels::Dropout> {
+        let rng = self.rng.as_ref().filter(|_| probability > 0.0)?;
+        Some(kernels::Dropout { probability, seed: rng.borrow_mut().random() })
     }
 
     /// Sets each number to 0 with the probability given and scales the others up (inverted dropout).
     pub(crate) fn dropout(&self, x: &Tensor, probability: f64) -> Result<Tensor> {
-        self.drop_with_shape(x, probability, x.dims().to_vec())
+        self.drawn(probability).map_or_else(|| Ok(x.clone()), |dropout| kernels::dropout(x, dropout))
     }
 
-    /// Stochastic depth (Huang et al. 2016): drops whole samples of a residual branch.
-    pub(crate) fn drop_path(&self, x: &Tensor, probability: f64) -> Result<Tensor> {
-        let mut shape = vec![1; x.rank()];
-        shape[0] = x.dim(0)?;
-        self.drop_with_shape(x, probability, shape)
-    }
-
-    fn drop_with_shape(&self, x: &Tensor, probability: f64, shape: Vec<usize>) -> Result<Tensor> {
-        let Some(rng) = self.rng.as_ref().filter(|_| probability > 0.0) else {
-            return Ok(x.clone());
-        };
-        let mut rng = rng.borrow_mut();
-        let scale = (1.0 / (1.0 - probability)) as f32;
-        let kept = |_| if rng.random::<f32>() < probability as f32 { 0.0 } else { scale };
-        let mask: Vec<f32> = (0..shape.iter().product()).map(kept).collect();
-        x.broadcast_mul(&Tensor::from_vec(mask, shape, x.device())?.to_dtype(x.dtype())?)
+    /// Adds a residual branch with stochastic depth (Huang et al. 2016): of `[N, ..]`, whole samples of it are dropped.
+    pub(crate) fn add_branch(&self, x: &Tensor, branch: &Tensor, probability: f64) -> Result<Tensor> {
+        let scales = self.rng.as_ref().filter(|_| probability > 0.0).map(|rng| {
+            let mut rng = rng.borrow_mut();
+            let scale = (1.0 / (1.0 - probability)) as f32;
+            let kept = |_| if rng.random::<f32>() < probability as f32 { 0.0 } else { scale };
+            (0..x.dims().first().copied().unwrap_or(0)).map(kept).collect::<Vec<f32>>()
+        });
+        kernels::add_branch(x, branch, scales.as_deref())
     }
 }

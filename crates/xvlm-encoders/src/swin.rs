@@ -184,9 +184,9 @@ impl Block {
         let bias = self.bias_table.index_select(&self.bias_index, 0)?;
         let bias = bias.t()?.contiguous()?.reshape(((), area, area))?;
         let attended = kernels::window_attention(&self.qkv.forward(&self.norm1.forward(x)?)?, &bias, self.window)?;
-        let x = (x + pass.drop_path(&self.projection.forward(&attended)?, self.drop_path)?)?;
+        let x = pass.add_branch(x, &self.projection.forward(&attended)?, self.drop_path)?;
         let fed = self.feed_forward.forward(&self.norm2.forward(&x)?)?;
-        x + pass.drop_path(&fed, self.drop_path)?
+        pass.add_branch(&x, &fed, self.drop_path)
     }
 }
 

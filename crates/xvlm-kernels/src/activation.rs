@@ -16,6 +16,11 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
     activate("gelu", Curve::Gelu, x)
 }
 
+/// The gradient of what [`gelu`] was given, on a fused path: of `x`, and the gradient of the result, both contiguous.
+pub(crate) fn gelu_gradient(x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+    Ok(backward(Curve::Gelu, x, None, gradient)?.detached())
+}
+
 /// `gelu(x + bias)`: `x [.., C]`, `bias [C]`.
 ///
 /// # Errors

@@ -4,6 +4,7 @@
 //! tensors: they compute their result first, with whatever the backward pass should remember of it, and [`differentiable`]
 //! attaches it to its inputs.
 
+use std::cell::RefCell;
 use std::sync::{Arc, Mutex};
 
 use candle_core::op::BackpropOp;
@@ -55,6 +56,20 @@ pub(crate) fn differentiable<const N: usize>(
     }
 }
 
+thread_local! {
+    static COLLECTED: RefCell<Option<Vec<(Tensor, Tensor)>>> = const { RefCell::new(None) };
+}
+
+/// Runs a backward pass of candle's. What operations of [`differentiable`] have for variables is not handed to candle, which would
+/// fill as many zeros and add it to them, but returned: each variable with a gradient, in the order in which they came, of
+/// which a variable may have several, beside those that candle has for it.
+pub(crate) fn collecting<R>(run: impl FnOnce() -> Result<R>) -> Result<(R, Vec<(Tensor, Tensor)>)> {
+    let outer = COLLECTED.replace(Some(Vec::new()));
+    let result = run();
+    let collected = COLLECTED.replace(outer).unwrap_or_default();
+    Ok((result?, collected))
+}
+
 type Backward = dyn Fn(&[&Tensor], &Tensor, &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync;
 
 struct Node {
@@ -97,7 +112,12 @@ impl Node {
         result: &Tensor,
         gradient: &Tensor,
     ) -> Result<[Option<Tensor>; N]> {
-        let gradients = (self.backward)(&inputs, result, &gradient.contiguous()?)?;
+        let mut gradients = (self.backward)(&inputs, result, &gradient.contiguous()?)?;
+        COLLECTED.with_borrow_mut(|collected| {
+            let Some(collected) = collected else { return };
+            let of_variables = inputs.iter().zip(&mut gradients).filter(|(input, _)| input.is_variable());
+            collected.extend(of_variables.filter_map(|(input, gradient)| Some(((*input).clone(), gradient.take()?))));
+        });
         Ok(<[_; N]>::try_from(gradients).expect("one for each input"))
     }
 }

@@ -19,6 +19,7 @@ mod attention;
 mod boxes;
 mod columns;
 mod cross_entropy;
+mod dropout;
 mod embedding;
 mod error;
 mod finite;
@@ -47,14 +48,15 @@ pub use boxes::{
     xyxy_to_cxcywh,
 };
 pub use cross_entropy::{IGNORE, cross_entropy};
+pub use dropout::{Dropout, add_branch, dropout};
 pub use embedding::embedding;
 pub use error::KernelError;
 pub use finite::all_finite;
 #[cfg(feature = "emulation")]
 pub use gpu::emulated;
-pub use linear::{linear, linear_without_bias};
+pub use linear::{gelu_linear, linear, linear_without_bias};
 pub use norm::{add_layer_norm, layer_norm};
-pub use optim::{AdamW, Update, adamw_step};
+pub use optim::{AdamW, Update, adamw_step, round_into};
 pub use pool::{Cover, patch_pool};
 pub use resize::resize_bicubic;
 pub use scaled::scale_gradient;

@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 
+use crate::activation::{gelu, gelu_gradient};
 use crate::columns::column_sums;
 use crate::error::{KernelError, check_shape};
 use crate::graph::{Fresh, differentiable};
@@ -48,6 +49,28 @@ pub fn linear_without_bias(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     differentiable(OP, [x, weight], y, |[x, weight], _, gradient| backward(x, weight, gradient))
 }
 
+/// `gelu(x) · wᵀ + b`: the second half of a feed-forward layer, of which nothing is kept for the backward pass but `x`. Sizes as of
+/// [`linear`].
+///
+/// # Errors
+/// As [`linear`].
+pub fn gelu_linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    const OP: &str = "gelu_linear";
+    let shape = check_weight(OP, x, weight)?;
+    check_shape(OP, "bias", bias, &[weight.dim(0)?])?;
+    if !matches!(Path::of(OP, &[("x", x), ("weight", weight), ("bias", bias)])?, Path::HostF32 | Path::HostBf16) {
+        return linear(&gelu(x)?, weight, bias);
+    }
+    let [x, weight, bias] = &[x.contiguous()?, weight.contiguous()?, bias.contiguous()?];
+    let y = forward(&gelu(&x.detach())?, weight, Some(bias), &shape)?;
+    differentiable(OP, [x, weight, bias], y, |[x, weight, bias], _, gradient| {
+        let tracks = [x.track_op(), weight.track_op()];
+        let [dactive, dweight] = gradients(&gelu(&x.detach())?, weight, gradient, tracks)?;
+        let dx = dactive.map(|dactive| gelu_gradient(x, &dactive)).transpose()?;
+        Ok([dx, dweight, bias.track_op().then(|| column_sums(gradient)).transpose()?])
+    })
+}
+
 /// The shape of the result.
 fn check_weight(op: &'static str, x: &Tensor, weight: &Tensor) -> Result<Vec<usize>> {
     let (outputs, _) = weight.dims2()?;
@@ -87,17 +110,26 @@ fn forward(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, shape: &[usize]) 
 
 /// The gradients of `x` and `weight`, where they are asked for.
 fn backward(x: &Tensor, weight: &Tensor, gradient: &Tensor) -> Result<[Option<Tensor>; 2]> {
+    gradients(x, weight, gradient, [x.track_op(), weight.track_op()])
+}
+
+fn gradients(
+    x: &Tensor,
+    weight: &Tensor,
+    gradient: &Tensor,
+    [of_x, of_weight]: [bool; 2],
+) -> Result<[Option<Tensor>; 2]> {
     fused!(x, T => {
         let sizes = Sizes::of(x, weight)?;
         let (xs, weights, gradients) = (&*read::<T>(x)?, &*read::<T>(weight)?, &*read::<T>(gradient)?);
         let dx = || written(x.shape(), |out: &mut [T]| T::inputs(sizes, out, gradients, weights)).detached();
         let dweight = || written(weight.shape(), |out: &mut [T]| T::weights(sizes, out, gradients, xs)).detached();
-        Ok([x.track_op().then(dx), weight.track_op().then(dweight)])
+        Ok([of_x.then(dx), of_weight.then(dweight)])
     }; {
         let rows = rows_of(gradient)?;
         let dx = || rows.matmul(&weight.detach())?.reshape(x.shape());
         let dweight = || rows.t()?.matmul(&rows_of(&x.detach())?);
-        Ok([x.track_op().then(dx).transpose()?, weight.track_op().then(dweight).transpose()?])
+        Ok([of_x.then(dx).transpose()?, of_weight.then(dweight).transpose()?])
     })
 }
 

@@ -273,6 +273,43 @@ fn change<R>(variable: &Var, work: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
     change.result.take().ok_or_else(|| candle_core::Error::Msg(format!("{OP}: a variable is not on the CPU")))
 }
 
+/// Sets a parameter to the numbers of its master, rounded to its type.
+///
+/// # Errors
+/// If shapes or devices differ.
+pub fn round_into(parameter: &Var, master: &Var) -> Result<()> {
+    struct Round<'a>(&'a [f32]);
+    impl InplaceOp1 for Round<'_> {
+        fn name(&self) -> &'static str {
+            "round_into"
+        }
+
+        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+            let (CpuStorage::BF16(values), Some((start, end))) = (storage, layout.contiguous_offsets()) else {
+                candle_core::bail!("round_into: expected a contiguous parameter of bf16")
+            };
+            let parts = values[start..end].par_chunks_mut(CHUNK).zip(self.0.par_chunks(CHUNK));
+            parts.for_each(|(out, values)| {
+                vectorized(
+                    #[inline(always)]
+                    || out.iter_mut().zip(values).for_each(|(out, x)| *out = Real::narrow(*x)),
+                );
+            });
+            Ok(())
+        }
+    }
+    let master = master.as_detached_tensor();
+    let fast = (parameter.dtype(), master.dtype()) == (DType::BF16, DType::F32)
+        && parameter.shape() == master.shape()
+        && parameter.is_contiguous()
+        && master.is_contiguous()
+        && [parameter.device(), master.device()].iter().all(|device| device.is_cpu());
+    match fast {
+        true => parameter.inplace_op1(&Round(&read::<f32>(&master)?)),
+        false => parameter.set(&master.to_dtype(parameter.dtype())?),
+    }
+}
+
 /// Σ x² of a tensor, waited for.
 fn sum_of_squares(x: &Tensor) -> Result<f64> {
     let wide = if x.device().is_cpu() { DType::F64 } else { DType::F32 };

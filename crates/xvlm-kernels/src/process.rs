@@ -23,6 +23,8 @@ fn keep_freed_memory() {
         libc::mallopt(libc::M_MMAP_THRESHOLD, 1024 * MIB);
         libc::mallopt(libc::M_TRIM_THRESHOLD, 1024 * MIB);
         libc::mallopt(libc::M_TOP_PAD, 64 * MIB);
+        // The memory of other arenas is given back when their last piece is free, whatever the thresholds say.
+        libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
 

@@ -12,7 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor, TensorId, Var};
 
-use crate::graph::{Fresh, differentiable};
+use crate::graph::{Fresh, collecting, differentiable};
 
 /// The segments of one forward pass.
 #[derive(Default)]
@@ -29,6 +29,9 @@ struct Segment {
     inside: Inside,
     leaves: Vec<Tensor>,
 }
+
+/// What one piece of the backward pass gives: candle's gradients, and those of variables that it was spared.
+type Found = (GradStore, Vec<(Tensor, Tensor)>);
 
 enum Inside {
     /// The result with the graph that made it.
@@ -104,9 +107,13 @@ impl Tape {
             is_used
         });
         let boundaries: HashSet<TensorId> = segments.iter().map(|segment| segment.boundary.id()).collect();
-        let mut take = |mut found: Option<GradStore>, leaves: Vec<Tensor>, gradients: &mut Gradients| {
+        let mut take = |found: Option<Found>, leaves: Vec<Tensor>, gradients: &mut Gradients| {
+            let (mut found, collected) = found.unzip();
+            for (variable, gradient) in collected.into_iter().flatten() {
+                gradients.add(&variable, gradient)?;
+            }
             leaves.into_iter().try_for_each(|leaf| {
-                if let Some(gradient) = found.as_mut().and_then(|found| found.remove(&leaf)) {
+                if let Some(gradient) = found.as_mut().and_then(|found: &mut GradStore| found.remove(&leaf)) {
                     gradients.add(&leaf, gradient)?;
                 }
                 let left = uses.entry(leaf.id()).or_insert(1);
@@ -117,7 +124,7 @@ impl Tape {
                 }
             })
         };
-        let found = loss.backward()?;
+        let found = collecting(|| loss.backward())?;
         drop(loss);
         take(Some(found), after, gradients)?;
         for Segment { boundary, inside, leaves } in segments {
@@ -129,7 +136,8 @@ impl Tape {
                         Inside::Kept(result) => result,
                         Inside::Recomputed(run) => self.compute(&run)?,
                     };
-                    Some(seeded(&result, gradient)?.backward()?)
+                    let seeded = seeded(&result, gradient)?;
+                    Some(collecting(|| seeded.backward())?)
                 }
                 // No gradient comes through what it was used in.
                 None => None,

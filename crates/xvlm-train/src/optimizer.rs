@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use candle_core::{DType, Tensor, Var};
-use xvlm_kernels::{AdamW, Gradients, Update, adamw_step, all_finite};
+use xvlm_kernels::{AdamW, Gradients, Update, adamw_step, all_finite, round_into};
 
 use crate::config::{OptimizerConfig, Precision, TrainConfig};
 use crate::error::TrainError;
@@ -53,8 +53,7 @@ impl Slot<'_> {
 
     /// Gives the parameter its master's weights, if it has one.
     pub(crate) fn narrow(&self) -> candle_core::Result<()> {
-        let narrow = |master: &Var| self.parameter.set(&master.as_detached_tensor().to_dtype(self.parameter.dtype())?);
-        self.master.as_ref().map_or(Ok(()), narrow)
+        self.master.as_ref().map_or(Ok(()), |master| round_into(self.parameter, master))
     }
 }
 

@@ -9,6 +9,7 @@ use std::ops::Range;
 use pulp::Arch;
 
 use super::softmax::{Softmax, SoftmaxBackward};
+use crate::dropout::Part;
 use crate::host::Disjoint;
 use crate::real::Real;
 use crate::simd::add_assign;
@@ -301,11 +302,20 @@ impl<'a> Scratch<'a> {
         arch.dispatch(Softmax { scores, scales: &mut self.scales[..tile] });
     }
 
-    /// Attention of these queries over the keys taken in.
-    pub(crate) fn forward<T: Real>(&mut self, arch: Arch, q: Source<T>, bias: Bias, mut out: Target<T>) {
+    /// Attention of these queries over the keys taken in. Of the probabilities, in the order `[queries, keys]`, `dropped` leaves
+    /// some.
+    pub(crate) fn forward<T: Real>(
+        &mut self,
+        arch: Arch,
+        q: Source<T>,
+        bias: Bias,
+        dropped: Option<Part>,
+        mut out: Target<T>,
+    ) {
         let stride = self.stride;
         for queries in self.extent.tiles() {
             self.weigh(arch, &queries, q, bias);
+            drop(self.scores, &self.extent, &queries, dropped);
             arch.dispatch(Product {
                 size: (queries.len(), stride, self.extent.seen(&queries)),
                 a: Rows { values: self.scores, stride: padded(&queries) },
@@ -329,6 +339,7 @@ impl<'a> Scratch<'a> {
         arch: Arch,
         q: Source<T>,
         bias: Bias,
+        dropped: Option<Part>,
         gradient: Source<T>,
         mut dq: Target<T>,
         mut bias_gradient: Option<(&mut [f32], usize)>,
@@ -354,9 +365,11 @@ impl<'a> Scratch<'a> {
                 out: self.slopes,
                 stride: tile,
             });
+            drop(self.slopes, &self.extent, &queries, dropped);
             let (weights, gradients) = (&mut self.scores[..seen * tile], &mut self.slopes[..seen * tile]);
             let sums = bias_gradient.as_mut().map(|(sums, stride)| (&mut sums[queries.start..], *stride));
             arch.dispatch(SoftmaxBackward { weights, scales: &self.scales[..tile], gradients, sums });
+            drop(self.scores, &self.extent, &queries, dropped);
             let sums = [(&mut *self.dv, &*self.scores, &*self.gradient), (&mut *self.dk, &*self.slopes, &*self.q)];
             for (out, pairs, rows) in sums {
                 arch.dispatch(Product {
@@ -401,6 +414,15 @@ impl<'a> Scratch<'a> {
                 dv.write(0..keys, self.dv, stride, |_| 1.0);
             },
         );
+    }
+}
+
+/// Drops some of the numbers of these queries, stored key by key.
+fn drop(values: &mut [f32], extent: &Extent, queries: &Range<usize>, dropped: Option<Part>) {
+    let Some(part) = dropped else { return };
+    let rows = values.chunks_exact_mut(padded(queries)).take(extent.seen(queries));
+    for (key, row) in rows.enumerate() {
+        part.multiply(row, (queries.start * extent.keys + key) as u32, extent.keys as u32);
     }
 }
 

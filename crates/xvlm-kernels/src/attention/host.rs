@@ -6,13 +6,20 @@ use rayon::prelude::*;
 
 use super::glance::Glance;
 use super::head::{Bias, Extent, Source, Span, Target, with_scratch};
+use crate::dropout::{Dropout, Part};
 use crate::graph::{Fresh, differentiable};
 use crate::host::{Disjoint, read, written};
 use crate::real::Real;
 use crate::simd::max;
 
-pub(super) fn self_attention<T: Real>(qkv: &Tensor, key_bias: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
-    let packed = Packed::of_self(qkv, heads, causal)?;
+pub(super) fn self_attention<T: Real>(
+    qkv: &Tensor,
+    key_bias: &Tensor,
+    heads: usize,
+    causal: bool,
+    dropout: Option<Dropout>,
+) -> Result<Tensor> {
+    let packed = Packed { dropout, ..Packed::of_self(qkv, heads, causal)? };
     let bias = anchored(key_bias)?;
     let result = packed.forward(&read::<T>(qkv)?, &read::<T>(qkv)?, &bias);
     differentiable("self_attention", [qkv], result, move |[qkv], _, gradient| {
@@ -26,8 +33,9 @@ pub(super) fn cross_attention<T: Real>(
     index: &[u32],
     key_bias: &Tensor,
     heads: usize,
+    dropout: Option<Dropout>,
 ) -> Result<Tensor> {
-    let packed = Packed::of_cross(q, kv, index, heads)?;
+    let packed = Packed { dropout, ..Packed::of_cross(q, kv, index, heads)? };
     let bias = anchored(key_bias)?;
     let result = packed.forward(&read::<T>(q)?, &read::<T>(kv)?, &bias);
     differentiable("cross_attention", [q, kv], result, move |[q, kv], _, gradient| {
@@ -80,6 +88,7 @@ struct Packed {
     capacity: usize,
     /// The keys and values that each sequence of queries looks at, where these are not its own.
     index: Option<Vec<u32>>,
+    dropout: Option<Dropout>,
 }
 
 impl Packed {
@@ -88,7 +97,18 @@ impl Packed {
         let c = packed / 3;
         let extent = Extent { queries: length, keys: length, width: c / heads, causal: causal.then_some(0) };
         let (q_stride, kv_stride, keys_at, capacity) = (packed, packed, c, length);
-        Ok(Self { rows, images: rows, heads, extent, q_stride, kv_stride, keys_at, capacity, index: None })
+        Ok(Self {
+            rows,
+            images: rows,
+            heads,
+            extent,
+            q_stride,
+            kv_stride,
+            keys_at,
+            capacity,
+            index: None,
+            dropout: None,
+        })
     }
 
     fn of_cross(q: &Tensor, kv: &Tensor, index: &[u32], heads: usize) -> Result<Self> {
@@ -97,7 +117,7 @@ impl Packed {
         let extent = Extent { queries, keys, width: c / heads, causal: None };
         let (q_stride, kv_stride, keys_at, capacity) = (c, 2 * c, 0, keys);
         let index = Some(index.to_vec());
-        Ok(Self { rows, images, heads, extent, q_stride, kv_stride, keys_at, capacity, index })
+        Ok(Self { rows, images, heads, extent, q_stride, kv_stride, keys_at, capacity, index, dropout: None })
     }
 
     fn of_cached(qkv: &Tensor, cache: &Tensor, past: usize, heads: usize) -> Result<Self> {
@@ -106,7 +126,18 @@ impl Packed {
         let c = packed / 3;
         let extent = Extent { queries, keys: past + queries, width: c / heads, causal: Some(past) };
         let (q_stride, kv_stride, keys_at) = (packed, 2 * c, 0);
-        Ok(Self { rows, images: rows, heads, extent, q_stride, kv_stride, keys_at, capacity, index: None })
+        Ok(Self {
+            rows,
+            images: rows,
+            heads,
+            extent,
+            q_stride,
+            kv_stride,
+            keys_at,
+            capacity,
+            index: None,
+            dropout: None,
+        })
     }
 
     fn c(&self) -> usize {
@@ -136,6 +167,11 @@ impl Packed {
         [start, start + self.c()].map(|start| self.span(start, self.kv_stride, head))
     }
 
+    /// What is dropped of the probabilities of a head.
+    fn dropped(&self, row: usize, head: usize) -> Option<Part> {
+        self.dropout.map(|dropout| dropout.part(row * self.heads + head))
+    }
+
     fn bias<'a>(&self, bias: &'a [f32], row: usize) -> &'a [f32] {
         &bias[row * self.extent.keys..][..self.extent.keys]
     }
@@ -159,13 +195,14 @@ impl Packed {
                 let bias = self.bias(bias, row);
                 // SAFETY: the rows of an output lie inside `out`, and each belongs to one item.
                 let out = unsafe { Target::new(out, self.outputs(row, head)) };
-                if extent.queries == 1 {
+                let dropped = self.dropped(row, head);
+                if extent.queries == 1 && dropped.is_none() {
                     // To copy the keys would cost more than to look at them where they lie.
                     arch.dispatch(Glance { extent, q, k, v, bias, out });
                 } else {
                     with_scratch(extent, false, |scratch| {
                         scratch.look_at(arch, k, v);
-                        scratch.forward(arch, q, Bias::Keys(bias), out);
+                        scratch.forward(arch, q, Bias::Keys(bias), dropped, out);
                     });
                 }
             });
@@ -229,7 +266,8 @@ impl Packed {
                 let gradient = Source { values: gradient, span: self.outputs(row, head) };
                 // SAFETY: the caller's promise.
                 let dq = unsafe { Target::new(d_queries, span) };
-                scratch.backward(arch, q, Bias::Keys(self.bias(bias, row)), gradient, dq, None);
+                let bias = Bias::Keys(self.bias(bias, row));
+                scratch.backward(arch, q, bias, self.dropped(row, head), gradient, dq, None);
             }
             // SAFETY: the caller's promise; keys and values lie side by side.
             let [dk, dv] = spans.map(|span| unsafe { Target::new(d_looked_at, span) });

@@ -3,6 +3,7 @@
 use candle_core::{D, DType, Result, Tensor};
 use half::bf16;
 
+use crate::dropout::Dropout;
 use crate::error::{KernelError, check_shape};
 use crate::host::cast;
 use crate::path::Path;
@@ -18,8 +19,43 @@ mod softmax;
 
 pub use decode::{KeyValueCache, cached_attention};
 
-/// Dropout on the attention probabilities: given the probabilities, returns them dropped out and rescaled.
-pub type Dropped<'a> = &'a dyn Fn(&Tensor) -> Result<Tensor>;
+/// What is done to the attention probabilities.
+#[derive(Clone, Copy)]
+pub enum Dropped<'a> {
+    /// Dropout; its parts are the probabilities of a head, `[T, keys]` each.
+    AtRandom(Dropout),
+    /// A function that is given all of them, `[B, heads, T, keys]`, and returns what is to be multiplied by the values.
+    By(&'a dyn Fn(&Tensor) -> Result<Tensor>),
+}
+
+impl Dropped<'_> {
+    /// The path that knows how: fused loops do dropout themselves.
+    fn path(this: Option<Self>, path: Path) -> Path {
+        match (this, path) {
+            (None, _) | (Some(Self::AtRandom(_)), Path::HostF32 | Path::HostBf16) => path,
+            _ => Path::Composed,
+        }
+    }
+
+    fn dropout(this: Option<Self>, op: &'static str) -> Result<Option<Dropout>> {
+        match this {
+            Some(Self::AtRandom(dropout)) => dropout.check(op).map(|()| Some(dropout)),
+            _ => Ok(None),
+        }
+    }
+
+    fn apply(self, probabilities: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::By(function) => function(probabilities),
+            Self::AtRandom(dropout) => {
+                let (_, _, queries, keys) = probabilities.dims4()?;
+                let factors = dropout.factors(probabilities.elem_count(), queries * keys);
+                let factors = Tensor::from_vec(factors, probabilities.shape(), probabilities.device())?;
+                probabilities * factors.to_dtype(probabilities.dtype())?
+            }
+        }
+    }
+}
 
 /// Multi-head self-attention.
 ///
@@ -35,27 +71,28 @@ pub fn self_attention(
     key_bias: &Tensor,
     heads: usize,
     causal: bool,
-    dropout: Option<Dropped>,
+    dropped: Option<Dropped>,
 ) -> Result<Tensor> {
     const OP: &str = "self_attention";
     let (b, t, packed) = qkv.dims3()?;
     let width = head_width(OP, packed, 3, heads)?;
     check_shape(OP, "key_bias", key_bias, &[b, t])?;
-    let path = if dropout.is_some() { Path::Composed } else { Path::for_tensor(qkv) };
+    let dropout = Dropped::dropout(dropped, OP)?;
+    let path = Dropped::path(dropped, Path::for_tensor(qkv));
     if path == Path::Composed {
         let part = |i: usize| split_heads(&qkv.narrow(2, i * width * heads, width * heads)?, heads);
         let mut bias = key_bias.detach().to_dtype(qkv.dtype())?.reshape((b, 1, 1, t))?;
         if causal {
             bias = bias.broadcast_add(&causal_bias(0, t, qkv)?)?;
         }
-        return composed(&part(0)?, &part(1)?, &part(2)?, &bias, dropout);
+        return composed(&part(0)?, &part(1)?, &part(2)?, &bias, dropped);
     }
     let (qkv, key_bias) = (&qkv.contiguous()?, as_bias(key_bias)?);
     match path {
         #[cfg(gpu)]
         Path::Gpu => gpu::self_attention(qkv, key_bias, heads, causal),
-        Path::HostBf16 => host::self_attention::<bf16>(qkv, &key_bias, heads, causal),
-        _ => host::self_attention::<f32>(qkv, &key_bias, heads, causal),
+        Path::HostBf16 => host::self_attention::<bf16>(qkv, &key_bias, heads, causal, dropout),
+        _ => host::self_attention::<f32>(qkv, &key_bias, heads, causal, dropout),
     }
 }
 
@@ -73,7 +110,7 @@ pub fn cross_attention(
     index: &[u32],
     key_bias: &Tensor,
     heads: usize,
-    dropout: Option<Dropped>,
+    dropped: Option<Dropped>,
 ) -> Result<Tensor> {
     const OP: &str = "cross_attention";
     let (pairs, _, c) = q.dims3()?;
@@ -90,20 +127,21 @@ pub fn cross_attention(
         return Err(KernelError::Shape { op: OP, argument: "kv", expected, found: kv.dims().to_vec() }.into());
     }
     let path = Path::of(OP, &[("q", q), ("kv", kv)])?;
-    let path = if dropout.is_some() { Path::Composed } else { path };
+    let dropout = Dropped::dropout(dropped, OP)?;
+    let path = Dropped::path(dropped, path);
     if path == Path::Composed {
         let kv = kv.contiguous()?.index_select(&Tensor::from_slice(index, pairs, q.device())?, 0)?;
         let k = split_heads(&kv.narrow(2, 0, width * heads)?, heads)?;
         let v = split_heads(&kv.narrow(2, width * heads, width * heads)?, heads)?;
         let bias = key_bias.detach().to_dtype(q.dtype())?.reshape((pairs, 1, 1, l))?;
-        return composed(&split_heads(q, heads)?, &k, &v, &bias, dropout);
+        return composed(&split_heads(q, heads)?, &k, &v, &bias, dropped);
     }
     let (q, kv, key_bias) = (&q.contiguous()?, &kv.contiguous()?, as_bias(key_bias)?);
     match path {
         #[cfg(gpu)]
         Path::Gpu => gpu::cross_attention(q, kv, index, key_bias, heads),
-        Path::HostBf16 => host::cross_attention::<bf16>(q, kv, index, &key_bias, heads),
-        _ => host::cross_attention::<f32>(q, kv, index, &key_bias, heads),
+        Path::HostBf16 => host::cross_attention::<bf16>(q, kv, index, &key_bias, heads, dropout),
+        _ => host::cross_attention::<f32>(q, kv, index, &key_bias, heads, dropout),
     }
 }
 
@@ -135,7 +173,7 @@ fn causal_bias(past: usize, new: usize, like: &Tensor) -> Result<Tensor> {
     Tensor::from_vec(values, (1, 1, new, keys), like.device())?.to_dtype(like.dtype())
 }
 
-fn composed(q: &Tensor, k: &Tensor, v: &Tensor, bias: &Tensor, dropout: Option<Dropped>) -> Result<Tensor> {
+fn composed(q: &Tensor, k: &Tensor, v: &Tensor, bias: &Tensor, dropped: Option<Dropped>) -> Result<Tensor> {
     let (b, heads, t, width) = q.dims4()?;
     if q.elem_count() == 0 {
         // candle takes no maximum of nothing; without numbers, one shape is like the other.
@@ -143,8 +181,8 @@ fn composed(q: &Tensor, k: &Tensor, v: &Tensor, bias: &Tensor, dropout: Option<D
     }
     let scores = (q.matmul(&k.t()?.contiguous()?)? * (width as f64).powf(-0.5))?.broadcast_add(bias)?;
     let mut probabilities = softmax(&scores, D::Minus1)?;
-    if let Some(dropout) = dropout {
-        probabilities = dropout(&probabilities)?;
+    if let Some(dropped) = dropped {
+        probabilities = dropped.apply(&probabilities)?;
     }
     probabilities.matmul(v)?.transpose(1, 2)?.contiguous()?.reshape((b, t, heads * width))
 }

@@ -161,7 +161,7 @@ impl Windows {
                         // item.
                         let out = unsafe { Target::new(out, self.span(window, head, 0, 1)) };
                         scratch.look_at(arch, part(1), part(2));
-                        scratch.forward(arch, part(0), self.bias(tables, window, head), out);
+                        scratch.forward(arch, part(0), self.bias(tables, window, head), None, out);
                     }
                 });
             });
@@ -228,7 +228,7 @@ impl Windows {
         let gradient = Source { values: gradient, span: self.span(window, head, 0, 1) };
         let bias = self.bias(tables, window, head);
         scratch.look_at(arch, part(1), part(2));
-        scratch.backward(arch, part(0), bias, gradient, dq, Some((sums, self.stride)));
+        scratch.backward(arch, part(0), bias, None, gradient, dq, Some((sums, self.stride)));
         scratch.finish(arch, dk, dv);
     }
 }

@@ -2,7 +2,7 @@ use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use xvlm_kernels::{self as kernels, KeyValueCache};
+use xvlm_kernels::{self as kernels, Dropout, Dropped, KeyValueCache};
 
 use crate::check::{Array, At, assert_close, check};
 
@@ -249,4 +249,64 @@ fn a_cache_says_what_does_not_fit() {
     assert!(step(&[2, 1, 12], &[2, 3]).0.is_ok());
     let found = cache.select(&[0, 2]).unwrap_err().to_string();
     assert!(found.contains("rows") && found.contains("below 2"), "{found}");
+}
+
+/// What dropout multiplies the probabilities of `heads` heads by, `[heads, queries, keys]`: what it does to ones.
+fn factors(dropout: Dropout, heads: usize, queries: usize, keys: usize) -> Vec<f64> {
+    let (width, seen) = (queries.max(keys), Tensor::zeros((1, keys), DType::F64, &Device::Cpu).unwrap());
+    let q = Tensor::zeros((1, queries, heads * width), DType::F64, &Device::Cpu).unwrap();
+    // Equal scores, and a value for each key that is its unit vector: the result is the probabilities.
+    let unit = Tensor::eye(width, DType::F64, &Device::Cpu).unwrap().narrow(0, 0, keys).unwrap();
+    let values = Tensor::cat(&vec![&unit; heads], 1).unwrap();
+    let kv = Tensor::cat(&[&values.zeros_like().unwrap(), &values], 1).unwrap().unsqueeze(0).unwrap();
+    let found = kernels::cross_attention(&q, &kv, &[0], &seen, heads, Some(Dropped::AtRandom(dropout))).unwrap();
+    let found = found.reshape((queries, heads, width)).unwrap().narrow(2, 0, keys).unwrap();
+    let found = (found.transpose(0, 1).unwrap() * keys as f64).unwrap();
+    found.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[test]
+fn dropout_is_the_same_on_every_path() {
+    let dropout = Dropout { probability: 0.3, seed: 5 };
+    for (t, heads, width) in [(1, 2, 4), (7, 2, 8), (70, 3, 8)] {
+        let kept = factors(dropout, 2 * heads, t, t);
+        let qkv = Array::random(&[2, t, 3 * heads * width], 1);
+        let bias = key_bias(2, t, false, 2);
+        let plain = |qkv: &Array| dropped_self_attention(qkv, &bias, heads, &kept);
+        check(
+            [qkv],
+            |[qkv]| plain(qkv),
+            |at, [qkv]| {
+                let dropped = Some(Dropped::AtRandom(dropout));
+                kernels::self_attention(qkv, &bias.tensor(at, true), heads, false, dropped)
+            },
+        );
+    }
+    let share = factors(dropout, 4, 60, 60).iter().filter(|factor| **factor == 0.0).count() as f64 / 14_400.0;
+    assert!((share - 0.3).abs() < 0.02, "{share}");
+    let wrong = Some(Dropped::AtRandom(Dropout { probability: 1.0, seed: 0 }));
+    let error = kernels::self_attention(&zeros(&[1, 2, 6]), &zeros(&[1, 2]), 1, false, wrong).unwrap_err().to_string();
+    assert!(error.contains("probability") && error.contains("below 1"), "{error}");
+}
+
+fn dropped_self_attention(qkv: &Array, bias: &Array, heads: usize, kept: &[f64]) -> Array {
+    let [b, t, packed] = qkv.shape[..] else { panic!("three dimensions") };
+    let c = packed / 3;
+    let width = c / heads;
+    let mut out = vec![0.0; b * t * c];
+    for i in 0..b {
+        for head in 0..heads {
+            let part =
+                |row: usize, part: usize| &qkv.values[(i * t + row) * packed + part * c + head * width..][..width];
+            for query in 0..t {
+                let of_key = |key: usize| kept[((i * heads + head) * t + query) * t + key];
+                let values: Vec<Vec<f64>> =
+                    (0..t).map(|key| part(key, 2).iter().map(|x| x * of_key(key)).collect()).collect();
+                let bias = |key: usize| bias.values[i * t + key];
+                let found = attended(part(query, 0), &|key| part(key, 1), &|key| &values[key], &bias, t);
+                out[(i * t + query) * c + head * width..][..width].copy_from_slice(&found);
+            }
+        }
+    }
+    Array::new(&[b, t, c], out)
 }

@@ -28,18 +28,38 @@ fn compare(shape: &[usize], n: usize, seed: u64) {
     check([x, weight], |[x, weight]| plain(x, weight, None), |_, [x, weight]| kernels::linear_without_bias(x, weight));
 }
 
+fn compare_gelu(shape: &[usize], n: usize, seed: u64) {
+    let k = *shape.last().unwrap();
+    let (x, weight, bias) =
+        (Array::random(shape, seed), Array::random(&[n, k], seed ^ 1), Array::random(&[n], seed ^ 2));
+    check(
+        [x.map(|x| 3.0 * x), weight, bias],
+        |[x, weight, bias]| plain(&x.map(crate::activation::gelu), weight, Some(bias)),
+        |_, [x, weight, bias]| kernels::gelu_linear(x, weight, bias),
+    );
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(10))]
 
     #[test]
     fn linears(batch in 0usize..4, rows in 1usize..6, k in 1usize..70, n in 1usize..70, seed: u64) {
         compare(&[batch, rows, k], n, seed);
+        compare_gelu(&[batch, rows, k], n, seed);
     }
 }
 
 #[test]
-fn more_rows_than_are_widened_at_a_time() {
+fn more_rows_than_are_taken_at_a_time() {
     compare(&[1030, 3], 4, 8);
+    compare(&[1030, 2], 4, 8);
+}
+
+/// Tiles, panels and parts of the summed dimension that are not filled.
+#[test]
+fn large_products() {
+    compare(&[203, 70], 134, 9);
+    compare(&[9, 2050], 5, 10);
 }
 
 #[test]

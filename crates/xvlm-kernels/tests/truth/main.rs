@@ -9,6 +9,7 @@ mod boxes;
 mod check;
 mod cross_entropy;
 mod device;
+mod dropout;
 mod embedding;
 mod linear;
 mod norm;

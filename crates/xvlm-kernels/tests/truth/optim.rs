@@ -1,6 +1,6 @@
 use candle_core::{DType, Device, Tensor, Var};
 use proptest::prelude::*;
-use xvlm_kernels::{AdamW, Update, adamw_step};
+use xvlm_kernels::{AdamW, Update, adamw_step, round_into};
 
 use crate::check::{Array, At, assert_close};
 use crate::device::Computer;
@@ -190,4 +190,21 @@ fn wrong_arguments_are_named_and_change_nothing() {
             assert_eq!(slots.each_ref().map(|slot| slot.arrays().map(|x| x.values)), before);
         });
     }
+}
+
+#[test]
+fn a_parameter_is_its_master_rounded() {
+    let numbers = Array::random(&[3, 9001], 1);
+    for at in At::all() {
+        at.computer.run(|| {
+            let wide = At { dtype: DType::F32, ..at.clone() };
+            let [master, parameter] = [&wide, &at].map(|at| Var::from_tensor(&numbers.tensor(at, false)).unwrap());
+            parameter.set(&parameter.zeros_like().unwrap()).unwrap();
+            round_into(&parameter, &master).unwrap();
+            let wanted = master.as_tensor().to_dtype(at.dtype).unwrap();
+            assert_eq!(Array::from(parameter.as_tensor()).values, Array::from(&wanted).values, "{at:?}");
+        });
+    }
+    let [a, b] = [2, 3].map(|count| Var::zeros(count, DType::F32, &Device::Cpu).unwrap());
+    assert!(round_into(&a, &b).is_err());
 }
