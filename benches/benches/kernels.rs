@@ -305,7 +305,7 @@ fn decoding(comparison: &mut Comparison, device: &Device) -> Result<()> {
     let again = || {
         (1..=TOKENS).try_for_each(|tokens| {
             let bias = bias.narrow(2, 0, tokens)?.narrow(3, 0, tokens)?;
-            plain::self_attention(&qkv.narrow(1, 0, tokens)?, &bias, HEADS).map(drop)
+            plain::self_attention(&qkv.narrow(1, 0, tokens)?, &bias, HEADS, None).map(drop)
         })
     };
     // Each step reads what is cached and its own row, and writes its keys, its values and its result.
