@@ -15,6 +15,7 @@ use crate::simd::bf16::{Factor, Native, Product as Bf16Product};
 use crate::simd::{Matrix, all_threads, multiply, vectorized};
 
 /// `x · wᵀ + b`: `x [.., K]`, `weight [N, K]`, `bias [N]` → `[.., N]`. Sums are f32 for half types.
+/// A CPU that has instructions for bf16 computes with them, and takes denormal bf16 numbers for 0.
 ///
 /// # Errors
 /// If the last dimension of `x` is not `K`, one of `K` and `N` is 0, or `bias` is not `[N]`.
@@ -467,7 +468,7 @@ mod tests {
     #[test]
     fn bf16_layers_of_several_blocks() {
         // Deeper, wider and higher than a block, whole and with a rest, in each of the three products.
-        for (rows, inputs, outputs) in [(2049, 5, 33), (3, 2048, 15), (17, 3, 1537), (130, 515, 7), (1, 1025, 8193)] {
+        for (rows, inputs, outputs) in [(2049, 5, 33), (3, 2048, 15), (17, 3, 1537), (130, 515, 7), (1, 1025, 7200)] {
             check(rows, inputs, outputs, 3);
         }
     }
