@@ -87,7 +87,7 @@ fn training(criterion: &mut Criterion) -> Done {
                 let losses = pretraining.losses(&batch, &mut step).expect("losses").0;
                 let total = losses.iter().skip(1).try_fold(losses[0].1.clone(), |sum, (_, loss)| sum + loss);
                 let mut gradients = Gradients::default();
-                tape.backward(&total.expect("sum"), &mut gradients, |_, _| Ok(())).expect("gradients");
+                tape.backward(total.expect("sum"), &mut gradients, |_, _| Ok(())).expect("gradients");
                 done(&device, optimizer.step(&gradients, 1e-4))
             });
         });

@@ -6,13 +6,16 @@
 mod data;
 mod demo;
 mod draw;
+mod dry_run;
 mod eval;
 mod output;
 mod plot;
 mod predict;
+mod presets;
 mod pretrain;
 mod progress;
 mod report;
+mod signals;
 mod synth;
 
 use std::path::PathBuf;
@@ -42,6 +45,8 @@ enum Command {
     Eval(eval::Eval),
     Synth(synth::Synth),
     Pretrain(pretrain::Pretrain),
+    Plot(plot::Plot),
+    Presets(presets::Presets),
     Data(data::Data),
 }
 
@@ -57,6 +62,8 @@ impl Command {
             Self::Eval(command) => command.run(),
             Self::Synth(command) => command.run(),
             Self::Pretrain(command) => command.run(),
+            Self::Plot(command) => command.run(),
+            Self::Presets(command) => command.run(),
             Self::Data(command) => command.run(),
         }
     }
@@ -84,6 +91,14 @@ struct DeviceArgs {
 impl DeviceArgs {
     fn open(&self) -> Result<Device, CliError> {
         Ok(xvlm::device(&self.device)?)
+    }
+
+    /// The same for one of several processes: `cuda` is a GPU of its own.
+    fn open_for_rank(&self) -> Result<Device, CliError> {
+        match xvlm::train::ranks::local_rank().map_err(xvlm::Error::from)? {
+            Some(rank) if self.device == "cuda" => Ok(xvlm::device(&format!("cuda:{rank}"))?),
+            _ => self.open(),
+        }
     }
 }
 

@@ -26,6 +26,10 @@ pub(crate) enum CliError {
     /// The result could not be written as JSON.
     #[error("result: {0}")]
     Json(#[from] serde_json::Error),
+    /// The system does not tell of signals.
+    #[cfg(unix)]
+    #[error("signals: {0}")]
+    Signals(io::Error),
     /// stdout does not take the result.
     #[error("stdout: {0}")]
     Stdout(io::Error),
@@ -87,6 +91,11 @@ pub(crate) fn say(line: &str) {
 /// Writes a file: wholly, or not at all.
 pub(crate) fn write(path: &Path, content: &[u8]) -> Result<(), CliError> {
     Ok(xvlm::weights::write_file_atomically(path, |out| out.write_all(content))?)
+}
+
+/// Text as HTML or SVG.
+pub(crate) fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
 /// Rows of a table: a name and a value, or a heading.

@@ -2,31 +2,41 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::Serialize;
-use xvlm::tasks::{PretrainConfig, pretrain};
+use xvlm::tasks::PretrainConfig;
+use xvlm::tasks::pretrain::{self, Launch};
 use xvlm::train::Summary;
+use xvlm::train::ranks::{self, Engine};
 
 use crate::DeviceArgs;
+use crate::dry_run;
 use crate::output::{self, CliError};
+use crate::plot;
 use crate::progress::Training;
+use crate::signals;
 
 /// Pre-train a model on image-text pairs and on boxes with texts
 ///
-/// The folder of the run gets metrics.jsonl (a row of losses every `train.log_every` iterations), checkpoints, and at
-/// the end the finished model in model/.
+/// The folder of the run gets metrics.jsonl (a row of losses every `train.log_every` iterations), the same in
+/// tensorboard/, checkpoints, and at the end the finished model in model/, that of the best checkpoint in best/, and the
+/// losses in losses.png and losses.svg.
+///
+/// SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 let it finish the iteration it is at, save, and exit with 0; --resume then goes
+/// on as if nothing had happened. A second SIGTERM or SIGINT ends it at once.
 #[derive(Args)]
 pub(crate) struct Pretrain {
     /// Configuration file (YAML)
     #[arg(long, value_name = "FILE", conflicts_with = "preset", required_unless_present = "preset")]
     config: Option<PathBuf>,
     /// Configuration that is built in: scenes-align and scenes (the two stages of the built-in
-    /// model) or base-4m (the paper's)
+    /// model), base-4m and base-16m (the paper's)
     #[arg(long, value_name = "NAME")]
     preset: Option<String>,
     /// Folder of the run
-    #[arg(long, value_name = "DIR", required_unless_present = "print_config")]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["print_config", "dry_run"])]
     out: Option<PathBuf>,
     /// Go on from the newest checkpoint in the folder of the run
     #[arg(long)]
@@ -34,9 +44,19 @@ pub(crate) struct Pretrain {
     /// Replace one value of the configuration, such as train.optimizer.lr=1e-4; the value is YAML; repeatable
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    /// Print what the run is going to be (parameters, memory, FLOPs, data, schedule, first batches), draw the first batches
+    /// into first-batch.png if there is an --out, and stop
+    #[arg(long, conflicts_with = "resume")]
+    dry_run: bool,
+    /// Number of processes that a --dry-run is about
+    #[arg(long, value_name = "N", requires = "dry_run", value_parser = clap::value_parser!(u16).range(1..))]
+    processes: Option<u16>,
     /// Print the preset and do nothing else
-    #[arg(long, requires = "preset", conflicts_with_all = ["out", "resume", "set", "json"])]
+    #[arg(long, requires = "preset", conflicts_with_all = ["out", "resume", "set", "json", "dry_run"])]
     print_config: bool,
+    /// What to train in several processes with, once mpirun, torchrun or srun has started them
+    #[arg(long, value_name = "ENGINE", value_enum, default_value_t = Ranks::Auto)]
+    ranks: Ranks,
     #[command(flatten)]
     device: DeviceArgs,
     /// Print the result as JSON
@@ -44,10 +64,26 @@ pub(crate) struct Pretrain {
     json: bool,
 }
 
+/// What processes talk through.
+#[derive(Clone, Copy, ValueEnum)]
+enum Ranks {
+    /// NCCL between GPUs, MPI between CPUs, nothing if there is one process
+    Auto,
+    /// Nothing: one process
+    Alone,
+    /// MPI
+    Mpi,
+    /// NCCL; each process has a GPU
+    Nccl,
+}
+
 /// How a run ended.
 #[derive(Serialize)]
 struct Report {
-    model: PathBuf,
+    /// If the run is finished.
+    model: Option<PathBuf>,
+    /// The model of the best checkpoint, if it is finished and has one.
+    best: Option<PathBuf>,
     metrics: PathBuf,
     iterations: u64,
     optimizer_steps: u64,
@@ -56,6 +92,7 @@ struct Report {
     losses: BTreeMap<String, f64>,
     images_per_second: f64,
     elapsed_seconds: f64,
+    peak_memory_mib: Option<u64>,
 }
 
 impl Pretrain {
@@ -67,11 +104,47 @@ impl Pretrain {
             (Some(path), _) => PretrainConfig::open(path, &self.set)?,
             (None, preset) => PretrainConfig::preset(preset.as_deref().unwrap_or_default(), &self.set)?,
         };
+        if self.dry_run {
+            return dry_run::run(&config, self.processes.unwrap_or(1).into(), self.out.as_deref(), self.json);
+        }
         let out = self.out.unwrap_or_default();
-        let summary = pretrain::run(&config, &out, self.resume, &self.device.open()?, &mut Training::new())?;
-        let Summary { iterations, optimizer_steps, out_of_time, stopped, losses, images_per_second, elapsed } = summary;
+        let device = self.device.open_for_rank()?;
+        let engine = match self.ranks {
+            Ranks::Auto => Engine::find(device.is_cuda()).map_err(xvlm::Error::from)?,
+            Ranks::Alone => Engine::Alone,
+            Ranks::Mpi => Engine::Mpi,
+            Ranks::Nccl => Engine::Nccl,
+        };
+        let ranks = ranks::connect(engine, &device).map_err(xvlm::Error::from)?;
+        let launch = Launch { resume: self.resume, stop: signals::asked_to_stop()?, ranks: Arc::clone(&ranks) };
+        let summary = match pretrain::run(&config, &out, &launch, &device, &mut Training::new()) {
+            // The others wait for this one.
+            Err(error) if ranks.size() > 1 => {
+                output::say(&format!("error on rank {} of {}: {error}", ranks.rank(), ranks.size()));
+                ranks.abort(1)
+            }
+            ended => ended?,
+        };
+        if ranks.rank() > 0 {
+            return Ok(());
+        }
+        // The model is finished: a figure that cannot be written is no reason to fail.
+        if let Err(error) = plot::write_into(&out) {
+            output::say(&format!("no figure of the losses: {error}"));
+        }
+        let Summary {
+            iterations,
+            optimizer_steps,
+            out_of_time,
+            stopped,
+            losses,
+            images_per_second,
+            elapsed,
+            peak_memory_mib,
+        } = summary;
         let report = Report {
-            model: out.join("model"),
+            model: (!stopped).then(|| out.join("model")),
+            best: (!stopped && config.train.keep_best).then(|| out.join("best")).filter(|best| best.exists()),
             metrics: out.join("metrics.jsonl"),
             iterations,
             optimizer_steps,
@@ -80,14 +153,19 @@ impl Pretrain {
             losses: losses.into_iter().collect(),
             images_per_second,
             elapsed_seconds: elapsed.as_secs_f64(),
+            peak_memory_mib,
         };
         output::print(self.json, &report, |report| {
+            let model = report.model.as_ref().map(|model| model.display().to_string());
             let mut rows = vec![
-                ("model".to_owned(), Some(report.model.display().to_string())),
+                ("model".to_owned(), Some(model.unwrap_or_else(|| "none yet: go on with --resume".to_owned()))),
                 ("iterations".to_owned(), Some(report.iterations.to_string())),
                 ("images per second".to_owned(), Some(format!("{:.0}", report.images_per_second))),
                 ("minutes".to_owned(), Some(format!("{:.1}", report.elapsed_seconds / 60.0))),
             ];
+            if let Some(mebibytes) = report.peak_memory_mib {
+                rows.push(("peak memory".to_owned(), Some(format!("{mebibytes} MiB"))));
+            }
             rows.extend(report.losses.iter().map(|(name, loss)| (format!("loss {name}"), Some(format!("{loss:.4}")))));
             output::table(&rows)
         })

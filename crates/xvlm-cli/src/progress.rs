@@ -124,6 +124,7 @@ impl Progress for Training {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
-        say(&format!("training: {} iterations in {}", summary.iterations, duration(summary.elapsed)));
+        let memory = summary.peak_memory_mib.map_or_else(String::new, |peak| format!(", at most {peak} MiB of memory"));
+        say(&format!("training: {} iterations in {}{memory}", summary.iterations, duration(summary.elapsed)));
     }
 }

@@ -9,7 +9,7 @@ use xvlm::train::LossCurve;
 
 use crate::demo::Scores;
 use crate::draw;
-use crate::output::Rows;
+use crate::output::{Rows, escape};
 use crate::plot;
 
 /// What the page shows.
@@ -79,11 +79,6 @@ pub(crate) struct Ranked {
     pub(crate) is_right: bool,
 }
 
-/// Text as HTML.
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
-}
-
 /// Words and punctuation, which texts of the built-in world separate by spaces, as people write them.
 fn sentence(text: &str) -> String {
     escape(&[",", ".", "?"].iter().fold(text.to_owned(), |text, sign| text.replace(&format!(" {sign}"), sign)))
@@ -146,9 +141,7 @@ impl Report<'_> {
         let tables: String = tables.map(|rows| format!("<table>{}</table>\n", all(rows, row))).collect();
         let _ = write!(page, "<h2>All scores</h2>\n<div class=\"scores\">{tables}</div>\n");
         if !self.curves.is_empty() {
-            let plots = all(&self.curves, |curve| {
-                format!("<figure><figcaption>{}</figcaption>{}</figure>", escape(&curve.name), plot::curve(curve))
-            });
+            let plots = all(&self.curves, |curve| format!("<figure>{}</figure>", plot::curve(curve)));
             let _ = write!(
                 page,
                 "<h2>How it was trained</h2>\n<p>Each loss over the iterations.</p>\n<div class=\"plots\">{plots}</div>\n"

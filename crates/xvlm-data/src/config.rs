@@ -47,6 +47,10 @@ pub struct BatchConfig {
     /// Whether texts are tokens of the vocabulary already, with single spaces between them: they are looked up as they are.
     /// Default false.
     pub tokenized: bool,
+    /// Whether those of the region stream are; if left out, as `tokenized` says. (The original's 16M configuration has tokens in
+    /// one stream alone.)
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub regions_tokenized: Option<bool>,
     /// Blanks for masked language modelling.
     pub masking: MaskingGenerator,
     /// The part that the image stream sees of an image. Null: all of it, always. Default [`RandomResizedCrop::pretraining`].
@@ -91,6 +95,7 @@ impl Default for BatchConfig {
             max_tokens: 40,
             append_sep: false,
             tokenized: false,
+            regions_tokenized: None,
             masking: MaskingGenerator::default(),
             crop: Some(RandomResizedCrop::pretraining()),
             augment: Some(RandAugment::pretraining()),

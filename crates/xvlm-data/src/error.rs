@@ -205,6 +205,14 @@ pub enum DataError {
     /// A worker thread that the system would not start.
     #[error("expected to start a worker thread, found {0}")]
     Thread(#[source] std::io::Error),
+    /// The code that makes a sample of a record panicked: a mistake of this program.
+    #[error("{origin}: expected a sample of this record, found a panic: {message}")]
+    RecordPanic {
+        /// Where the record is, in words.
+        origin: String,
+        /// The panic's message.
+        message: String,
+    },
     /// The code that builds a batch panicked on a loader's worker thread.
     #[error("building the batch of step {step}: expected a batch, found a panic: {message}")]
     WorkerPanic {

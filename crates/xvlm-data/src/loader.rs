@@ -50,6 +50,8 @@ struct State<T> {
     /// The step the next free worker takes.
     next: u64,
     ready: BTreeMap<u64, Result<T, DataError>>,
+    /// How many threads there are to build what is not ready.
+    workers: usize,
     stopped: bool,
 }
 
@@ -78,15 +80,32 @@ impl<T> Shared<T> {
             let step = state.next;
             state.next += 1;
             drop(state);
-            let built = catch_unwind(AssertUnwindSafe(|| build(step)))
-                .unwrap_or_else(|panic| Err(DataError::WorkerPanic { step, message: panic_message(&*panic) }));
+            // What a panic carries is dropped when the consumer has its message: that may panic, too, and end this thread.
+            let (built, _panic) = match catch_unwind(AssertUnwindSafe(|| build(step))) {
+                Ok(built) => (built, None),
+                Err(panic) => {
+                    let message = panic_message(&*panic);
+                    (Err(DataError::WorkerPanic { step, message }), Some(panic))
+                }
+            };
             self.lock().ready.insert(step, built);
             self.changed.notify_all();
         }
     }
 }
 
-fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+/// A worker that is there.
+struct Working<'a, T>(&'a Shared<T>);
+
+impl<T> Drop for Working<'_, T> {
+    fn drop(&mut self) {
+        self.0.lock().workers -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
+/// What a panic said.
+pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "of no text".to_owned())
 }
@@ -116,7 +135,7 @@ impl<T: Send + 'static> Loader<T> {
         config: LoaderConfig,
         build: impl Fn(u64) -> Result<T, DataError> + Send + Sync + 'static,
     ) -> Result<Self, DataError> {
-        let state = State { due: step, next: step, ready: BTreeMap::new(), stopped: false };
+        let state = State { due: step, next: step, ready: BTreeMap::new(), workers: 0, stopped: false };
         let shared =
             Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), ahead: config.ahead.max(1) as u64 });
         let build = Arc::new(build);
@@ -125,7 +144,11 @@ impl<T: Send + 'static> Loader<T> {
         for worker in 0..config.workers.max(1) {
             let (shared, build) = (Arc::clone(&loader.shared), Arc::clone(&build));
             let thread = std::thread::Builder::new().name(format!("loader {worker}"));
-            let handle = thread.spawn(move || shared.work(&*build));
+            loader.shared.lock().workers += 1;
+            let handle = thread.spawn(move || {
+                let _working = Working(&*shared);
+                shared.work(&*build);
+            });
             loader.workers.push(handle.map_err(DataError::Thread)?);
         }
         Ok(loader)
@@ -137,7 +160,8 @@ impl<T> Loader<T> {
     ///
     /// # Errors
     ///
-    /// What building it led to, or [`DataError::WorkerPanic`]; the step after it comes next.
+    /// What building it led to, or [`DataError::WorkerPanic`]; the step after it comes next. If no worker is left, the same
+    /// error for each step.
     #[expect(
         clippy::should_implement_trait,
         reason = "there is always a next one, so an iterator's Option would say nothing"
@@ -152,8 +176,12 @@ impl<T> Loader<T> {
                 self.shared.changed.notify_all();
                 return built;
             }
+            if state.workers == 0 {
+                let message = "the threads of all workers have ended".to_owned();
+                return Err(DataError::WorkerPanic { step: due, message });
+            }
             let start = Instant::now();
-            state = self.shared.wait_while(state, |state| !state.ready.contains_key(&due));
+            state = self.shared.wait_while(state, |state| !state.ready.contains_key(&due) && state.workers > 0);
             self.waited += start.elapsed();
         }
     }
@@ -172,7 +200,7 @@ impl<T> Drop for Loader<T> {
         self.shared.lock().stopped = true;
         self.shared.changed.notify_all();
         for worker in self.workers.drain(..) {
-            // A worker cannot panic: `build` is caught.
+            // If it panicked, the consumer was told.
             let _ = worker.join();
         }
     }

@@ -300,18 +300,29 @@ fn texts_may_be_tokens_already() {
     let dir = folder();
     let path = dir.path().join("records.jsonl");
     fs::write(dir.path().join("box.png"), picture(100, 80, [10, 20, 30, 40])).unwrap();
-    let record = json!({ "image_rpath": "box.png", "caption": " a white ##x,  [MASK] Box\n" });
+    let elem = json!({ "bb": [0, 0, 50, 40], "caption": "a white ##x" });
+    let record = json!({ "image_rpath": "box.png", "caption": " a white ##x,  [MASK] Box\n", "elems": [elem] });
     fs::write(&path, record.to_string()).unwrap();
-    let of = |tokenized| {
-        let config = BatchConfig { tokenized, batch_size: 1, append_sep: true, max_tokens: 8, ..config() };
-        builder(read_jsonl(&path).unwrap(), config).captions(0).unwrap().text
+    let both = |tokenized, regions_tokenized| {
+        let whole_image_text = false;
+        let (batch_size, max_images) = (1, 1);
+        let config = BatchConfig { tokenized, regions_tokenized, whole_image_text, batch_size, max_images, ..config() };
+        let builder = builder(read_jsonl(&path).unwrap(), BatchConfig { append_sep: true, max_tokens: 8, ..config });
+        (builder.captions(0).unwrap().text, builder.regions(0).unwrap().text)
     };
+    let of = |tokenized| both(tokenized, None).0;
     let tokenizer = tokenizer();
     let ids = |tokens: &str| tokens.split(' ').map(|t| tokenizer.token_to_id(t).unwrap()).collect::<Vec<_>>();
     // Nothing is cleaned: a comma and a capital make it unknown, and so does nothing between two spaces.
     assert_eq!(of(true).ids, ids("[CLS] a white [UNK] [UNK] [MASK] [UNK] [SEP]"));
     assert_eq!(of(true).texts, ["a white ##x,  [MASK] Box"]);
     assert_eq!(of(false).ids, ids("[CLS] a white x [ m ##a [SEP]"));
+    // Each stream may have its own.
+    let of_region = |tokenized, regions_tokenized| both(tokenized, regions_tokenized).1.texts[0].clone();
+    assert_eq!(of_region(false, Some(true)), "a white ##x");
+    assert_eq!(of_region(true, None), "a white ##x");
+    assert_eq!(of_region(true, Some(false)), "a white x");
+    assert_eq!(both(false, Some(true)).0, of(false));
 }
 
 #[test]

@@ -103,6 +103,37 @@ fn in_time<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> T {
 }
 
 #[test]
+fn workers_that_are_gone_are_not_waited_for() {
+    /// What a panic carries, and what ends the thread that drops it.
+    struct Bomb;
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            if !std::thread::panicking() {
+                panic!("a panic after the panic");
+            }
+        }
+    }
+    for workers in [1, 2] {
+        let build = move |step: u64| match step {
+            0 => Ok(step),
+            _ => std::panic::panic_any(Bomb),
+        };
+        let mut loader = Loader::new(config(workers, 4), build).unwrap();
+        in_time(move || {
+            assert_eq!(loader.next().unwrap(), 0);
+            for expected in 1..6 {
+                match loader.next() {
+                    Err(DataError::WorkerPanic { step, .. }) => assert!(step <= expected),
+                    found => panic!("step {expected}: {found:?}"),
+                }
+            }
+            let last = loader.next().unwrap_err().to_string();
+            assert!(last.ends_with("found a panic: the threads of all workers have ended"), "{last}");
+        });
+    }
+}
+
+#[test]
 fn workers_rest_while_nothing_is_taken() {
     let (built, dropped) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     struct Batch(Arc<AtomicUsize>);

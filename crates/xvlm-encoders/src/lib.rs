@@ -6,12 +6,14 @@
 //! - [`Decoding`]: texts written token by token, with what was computed for earlier tokens.
 //! - [`Head`]: the two-layer perceptrons for matching, boxes and statements about two images.
 //! - [`Parameters`]: where trainable numbers live, and how they are initialised; [`Blueprint`]: the same without numbers.
+//! - [`cost`]: what a training step costs in memory and in products of matrices.
 //! - [`Pass`]: what differs between training and inference; holds the generator of all randomness.
 //!
 //! *Architecture invariant:* nothing here has seen a label or a file.
 
 mod bert;
 mod config;
+pub mod cost;
 mod decoding;
 mod heads;
 mod layers;

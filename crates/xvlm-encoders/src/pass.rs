@@ -17,6 +17,8 @@ pub struct Pass {
     rng: Option<RefCell<ChaCha8Rng>>,
     tape: Option<Rc<Tape>>,
     kept: Option<RefCell<BTreeMap<String, Tensor>>>,
+    /// The first output that was seen not to be finite.
+    first_not_finite: Option<RefCell<Option<String>>>,
     attention: Option<WatchedAttention>,
 }
 
@@ -53,6 +55,17 @@ impl Pass {
         Self { kept: Some(RefCell::default()), ..self }
     }
 
+    /// The same pass, checking the output of every block and layer: slow, and for those who look for the place where numbers
+    /// are not finite any more. Names are those of [`Self::keeping`].
+    pub fn checking(self) -> Self {
+        Self { first_not_finite: Some(RefCell::default()), ..self }
+    }
+
+    /// The first output that was checked and has numbers that are not finite.
+    pub fn first_not_finite(&self) -> Option<String> {
+        self.first_not_finite.as_ref().and_then(|first| first.borrow().clone())
+    }
+
     /// The same pass, keeping the cross-attention probabilities of a layer as a variable of their own: what comes after has
     /// gradients with respect to them, what was before has none.
     pub fn watching_attention(self, layer: usize) -> Self {
@@ -69,9 +82,15 @@ impl Pass {
         self.attention.as_ref().and_then(|watched| watched.probabilities.borrow().clone())
     }
 
-    pub(crate) fn keep(&self, name: impl FnOnce() -> String, x: &Tensor) {
+    pub(crate) fn keep(&self, name: impl Fn() -> String, x: &Tensor) {
         if let Some(kept) = &self.kept {
             kept.borrow_mut().insert(name(), x.clone());
+        }
+        if let Some(first) = &self.first_not_finite {
+            let mut first = first.borrow_mut();
+            if first.is_none() && !kernels::all_finite(x).unwrap_or(true) {
+                *first = Some(name());
+            }
         }
     }
 
@@ -79,8 +98,8 @@ impl Pass {
     /// looks inside a pass sees it whole.
     pub(crate) fn segment(&self, run: impl Fn(&Self) -> Result<Tensor> + 'static) -> Result<Tensor> {
         let seed = self.rng.as_ref().map(|rng| rng.borrow_mut().random());
-        match (&self.tape, &self.kept, &self.attention) {
-            (Some(tape), None, None) => tape.segment(move || run(&Self::seeded(seed))),
+        match (&self.tape, &self.kept, &self.first_not_finite, &self.attention) {
+            (Some(tape), None, None, None) => tape.segment(move || run(&Self::seeded(seed))),
             _ => {
                 let swap = |piece| self.rng.as_ref().zip(piece).map(|(rng, piece)| rng.replace(piece));
                 let whole = swap(seed.map(ChaCha8Rng::seed_from_u64));

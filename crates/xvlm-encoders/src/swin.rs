@@ -227,3 +227,34 @@ impl Merging {
         self.reduction.forward(&self.norm.forward(&joined)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+
+    use super::*;
+    use crate::parameters::Parameters;
+
+    #[test]
+    fn stochastic_depth_rises_in_a_line_over_all_blocks() {
+        let depths = [2, 3, 1];
+        let config = |drop_path_rate| SwinConfig {
+            image_res: 64,
+            embed_dim: 8,
+            depths: depths.to_vec(),
+            num_heads: vec![1, 2, 4],
+            window_size: 4,
+            drop_path_rate,
+            ..SwinConfig::base(64)
+        };
+        let rates = |rate| -> Vec<f64> {
+            let swin = Swin::new(&config(rate), Parameters::zeros().builder(DType::F32, &Device::Cpu)).unwrap();
+            swin.stages.iter().flat_map(|stage| &stage.blocks).map(|block| block.drop_path).collect()
+        };
+        // `torch.linspace(0, 0.1, 6)`.
+        let expected = [0.0, 0.02, 0.04, 0.06, 0.08, 0.1];
+        let found = rates(0.1);
+        assert!(found.len() == 6 && found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12), "{found:?}");
+        assert_eq!(rates(0.0), [0.0; 6]);
+    }
+}

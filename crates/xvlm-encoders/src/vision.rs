@@ -1,6 +1,6 @@
 //! The vision encoder, whichever it is.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
 use xvlm_kernels::{self as kernels, Cover};
 
@@ -89,5 +89,7 @@ impl Vision {
 
 /// The mean of the patches before them.
 fn with_mean(patches: &Tensor) -> Result<Tensor> {
-    Tensor::cat(&[&patches.mean_keepdim(1)?, patches], 1)
+    let (n, l, _) = patches.dims3()?;
+    let index: Vec<u32> = (0..n as u32).collect();
+    kernels::patch_pool(patches, &index, Cover::Mask(&Tensor::ones((n, l), DType::F32, patches.device())?))
 }

@@ -137,7 +137,7 @@ impl Xvlm {
         }
     }
 
-    /// Patch tokens `[B, 1+L, C]` → embeddings `[B, E]` of unit length, from row 0.
+    /// Patch tokens `[B, 1+L, C]` → embeddings `[B, E]` of unit length, from row 0; `f32` for half types.
     ///
     /// # Errors
     /// On a wrong shape, or if the model has no projection.
@@ -145,7 +145,7 @@ impl Xvlm {
         unit(&self.has(&self.vision_projection, "a projection of images")?.forward(&first(tokens)?)?)
     }
 
-    /// Encoded texts `[B, T, H]` → embeddings `[B, E]` of unit length, from `[CLS]`.
+    /// Encoded texts `[B, T, H]` → embeddings `[B, E]` of unit length, from `[CLS]`; `f32` for half types.
     ///
     /// # Errors
     /// On a wrong shape, or if the model has no projection.
@@ -174,12 +174,13 @@ impl Xvlm {
         self.has(&self.match_head, "a matching head")?.forward(&first(fused)?)
     }
 
-    /// Texts fused with whole images `[B, T, H]` → boxes `[B, 4]`, `(cx, cy, w, h)` in fractions of the image.
+    /// Texts fused with whole images `[B, T, H]` → boxes `[B, 4]`, `(cx, cy, w, h)` in fractions of the image; `f32` for half
+    /// types.
     ///
     /// # Errors
     /// On a wrong shape, or if the model has no such head.
     pub fn predict_box(&self, fused: &Tensor) -> Result<Tensor> {
-        candle_nn::ops::sigmoid(&self.has(&self.box_head, "a box head")?.forward(&first(fused)?)?)
+        candle_nn::ops::sigmoid(&wide(&self.has(&self.box_head, "a box head")?.forward(&first(fused)?)?)?)
     }
 
     /// Texts fused with two images `[B, T, H]` → `[B, 2]`: logits of a statement's being false and true.
@@ -282,8 +283,14 @@ fn first(tokens: &Tensor) -> Result<Tensor> {
     tokens.narrow(1, 0, 1)?.squeeze(1)?.contiguous()
 }
 
+/// Half types in `f32`: what losses are made of.
+fn wide(x: &Tensor) -> Result<Tensor> {
+    if matches!(x.dtype(), DType::BF16 | DType::F16) { x.to_dtype(DType::F32) } else { Ok(x.clone()) }
+}
+
 /// Rows of unit length (`F.normalize`, which keeps lengths above 1e-12).
 fn unit(x: &Tensor) -> Result<Tensor> {
-    let squares = x.to_dtype(DType::F32)?.sqr()?.sum_keepdim(D::Minus1)?;
-    x.broadcast_div(&squares.maximum(1e-24)?.sqrt()?.to_dtype(x.dtype())?)
+    let x = wide(x)?;
+    let squares = x.sqr()?.sum_keepdim(D::Minus1)?;
+    x.broadcast_div(&squares.maximum(1e-24)?.sqrt()?)
 }

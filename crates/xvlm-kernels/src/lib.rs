@@ -21,6 +21,7 @@ mod columns;
 mod cross_entropy;
 mod embedding;
 mod error;
+mod finite;
 #[cfg(gpu)]
 mod gpu;
 mod graph;
@@ -33,6 +34,7 @@ mod pool;
 pub mod process;
 mod real;
 mod resize;
+mod scaled;
 mod simd;
 mod softmax;
 mod tape;
@@ -47,6 +49,7 @@ pub use boxes::{
 pub use cross_entropy::{IGNORE, cross_entropy};
 pub use embedding::embedding;
 pub use error::KernelError;
+pub use finite::all_finite;
 #[cfg(feature = "emulation")]
 pub use gpu::emulated;
 pub use linear::{linear, linear_without_bias};
@@ -54,6 +57,7 @@ pub use norm::{add_layer_norm, layer_norm};
 pub use optim::{AdamW, Update, adamw_step};
 pub use pool::{Cover, patch_pool};
 pub use resize::resize_bicubic;
+pub use scaled::scale_gradient;
 pub use softmax::{log_softmax, softmax};
 pub use tape::{Gradients, Tape};
 pub use window::{WindowShape, window_attention};

@@ -16,7 +16,7 @@ use xvlm_kernels as kernels;
 ///
 /// Rows whose `keys` are equal count as belonging together too, sharing the target evenly (as `XVLM.get_contrastive_loss`
 /// does with `idx`): two regions that are both "a red circle" must not be pushed apart. Returns the loss, the mean of both
-/// directions, and the similarities over the temperature `[B, B]`, a row for each concept.
+/// directions, and the similarities over the temperature `[B, B]`, a row for each concept. Both are `f32` for half types.
 ///
 /// With `weights`, one a row, the mean is a weighted one, and rows of weight 0 are not there at all: neither have they a
 /// target, nor is anything compared with them. So a batch that was filled up to a fixed size by repeats of weight 0 has the
@@ -40,7 +40,8 @@ pub fn contrastive(
             keys.len()
         );
     }
-    let similarities = concepts.matmul(&texts.t()?)?.broadcast_div(temperature)?;
+    let similarities = wide(concepts)?.matmul(&wide(texts)?.t()?)?;
+    let similarities = similarities.broadcast_div(&temperature.to_dtype(similarities.dtype())?)?;
     let kept = kept_rows(keys.len(), weights)?;
     let total: f32 = kept.iter().map(|(_, weight)| weight).sum();
     let compared = if kept.len() == b {
@@ -66,6 +67,11 @@ pub fn contrastive(
     };
     let both = (direction(&compared)? + direction(&compared.t()?.contiguous()?)?)?;
     Ok(((both / -2.0)?, similarities))
+}
+
+/// Half types in `f32`: a loss is not to lose digits that its inputs have.
+fn wide(x: &Tensor) -> Result<Tensor> {
+    if matches!(x.dtype(), DType::BF16 | DType::F16) { x.to_dtype(DType::F32) } else { Ok(x.clone()) }
 }
 
 /// The rows of a weight above 0, with it; all rows, with 1, if there are no weights.
@@ -205,12 +211,13 @@ pub enum BoxRule {
 }
 
 /// Box loss: `predicted [B, 4]` and `target [B, 4]`, both `(cx, cy, w, h)`; rows that are a whole image do not count.
-/// Returns the L1 distance and `1 − GIoU`, each summed and divided by the number of rows that count.
+/// Returns the L1 distance and `1 − GIoU`, each summed and divided by the number of rows that count; `f32` for half types.
 ///
 /// # Errors
 /// On a wrong shape.
 pub fn boxes(predicted: &Tensor, target: &Tensor, is_image: &[bool], rule: BoxRule) -> Result<(Tensor, Tensor)> {
-    let losses = kernels::box_losses(predicted, target)?;
+    let predicted = &wide(predicted)?;
+    let losses = kernels::box_losses(predicted, &target.to_dtype(predicted.dtype())?)?;
     let counted = is_image.iter().filter(|whole| !**whole).count();
     let counted = if rule == BoxRule::Row { counted.max(1) } else { counted } as f32;
     let degenerate = degenerate_rows(predicted, target)?;

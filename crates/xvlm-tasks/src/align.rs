@@ -1,11 +1,15 @@
 //! The losses that align texts with their concepts, which pre-training and two of the tasks have in common.
 
-use candle_core::{DType, Result, Tensor};
+use std::sync::Arc;
+
+use candle_core::{DType, Error, Result, Tensor};
 use xvlm_data::TextTensors;
 use xvlm_encoders::{Attention, Concepts, Pass, Xvlm};
+use xvlm_kernels::scale_gradient;
 use xvlm_losses::{self as losses, BoxRule, Pair};
+use xvlm_train::ranks::{Communicator, Gather};
 
-use crate::config::Objective;
+use crate::config::{ItcGradient, Objective};
 use crate::generate::Source;
 
 /// Losses by name.
@@ -47,6 +51,8 @@ pub(crate) struct Alignment<'a> {
     pub(crate) pass: &'a Pass,
     /// How much each text counts in ITC, if not all the same; see [`losses::contrastive`].
     pub(crate) weights: Option<&'a [f32]>,
+    /// The processes whose samples are compared with each other in ITC, if there are several.
+    pub(crate) ranks: Option<(&'a Arc<dyn Communicator>, ItcGradient)>,
 }
 
 impl Alignment<'_> {
@@ -60,7 +66,7 @@ impl Alignment<'_> {
         targets: Option<BoxTargets>,
         negatives: Negatives,
     ) -> Result<Named> {
-        let Self { model, objectives, pass, weights } = self;
+        let Self { model, objectives, pass, .. } = self;
         let has = |objective| objectives.contains(&objective);
         let (b, t) = text.ids.dims2()?;
         let (rows, device) = (0..b as u32, text.ids.device());
@@ -82,8 +88,7 @@ impl Alignment<'_> {
             if has(Objective::Itc) || has(Objective::Itm) {
                 let image_features = model.project_image(concepts)?;
                 let text_features = model.project_text(&encoded.narrow(0, 0, b)?)?;
-                let (itc, similarities) =
-                    losses::contrastive(&image_features, &text_features, model.temperature()?, &text.keys, *weights)?;
+                let (itc, similarities) = self.contrast(&image_features, &text_features, &text.keys)?;
                 if has(Objective::Itc) {
                     named.push(("itc", itc));
                 }
@@ -134,5 +139,28 @@ impl Alignment<'_> {
             named.extend([("bbox", l1), ("giou", giou)]);
         }
         Ok(named)
+    }
+
+    /// ITC of the rows `[B, E]` of all ranks, and the similarities `[B, B]` of this rank's.
+    fn contrast(&self, concepts: &Tensor, texts: &Tensor, keys: &[i64]) -> Result<(Tensor, Tensor)> {
+        let Self { model, objectives, weights, .. } = self;
+        let temperature = model.temperature()?;
+        let several = self.ranks.filter(|(ranks, _)| ranks.size() > 1 && objectives.contains(&Objective::Itc));
+        let Some((ranks, gradient)) = several else {
+            return losses::contrastive(concepts, texts, temperature, keys, *weights);
+        };
+        let gather = Gather::new(ranks, keys.len()).map_err(Error::wrap)?;
+        let factor = match gradient {
+            ItcGradient::Whole => ranks.size() as f64,
+            ItcGradient::Original => 1.0,
+        };
+        let join = |features: &Tensor| gather.join(&scale_gradient(features, factor)?).map_err(Error::wrap);
+        let (concepts, texts) = (join(concepts)?, join(texts)?);
+        let keys = gather.join_numbers(keys).map_err(Error::wrap)?;
+        let weights = weights.map(|weights| gather.join_numbers(weights)).transpose().map_err(Error::wrap)?;
+        let (itc, similarities) = losses::contrastive(&concepts, &texts, temperature, &keys, weights.as_deref())?;
+        let own = gather.own();
+        let similarities = similarities.detach().narrow(0, own.start, own.len())?.narrow(1, own.start, own.len())?;
+        Ok((itc, similarities.contiguous()?))
     }
 }

@@ -1,16 +1,18 @@
-//! The configuration of a pre-training run: YAML, presets, single values on the command line.
+//! The configuration of a pre-training run.
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use serde_norway::Value;
 use xvlm_data::{BatchConfig, DataError, DatasetConfig, LoaderConfig, SourceConfig};
 use xvlm_encoders::{Task, XvlmConfig};
-use xvlm_train::{TrainConfig, TrainError};
+use xvlm_train::TrainError;
 use xvlm_weights::StoredType;
 
 use crate::error::ConfigProblem;
 use crate::official;
+use crate::presets::{Preset, Purpose};
+use crate::training::Training;
+use crate::yaml::{self, Configuration};
 
 /// A pre-training run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -22,6 +24,9 @@ pub struct PretrainConfig {
     /// Where those of the region stream come from; if left out, `train_file`.
     #[serde(default)]
     pub train_file_regions: Vec<SourceConfig>,
+    /// Records of the image stream, which `train.epochs` counts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub train_dataset_size: Option<u64>,
     /// How shards are read and mixed.
     #[serde(default)]
     pub dataset: DatasetConfig,
@@ -37,6 +42,9 @@ pub struct PretrainConfig {
     /// starts from random weights first learns to see and to read.
     #[serde(default = "default_objectives")]
     pub objectives: Vec<Objective>,
+    /// How strongly ITC pulls, if several processes train together.
+    #[serde(default)]
+    pub itc_gradient: ItcGradient,
     /// How often the region stream gets a batch.
     #[serde(default)]
     pub regions: RegionStream,
@@ -49,9 +57,9 @@ pub struct PretrainConfig {
     /// Memory for decoded images, in MiB.
     #[serde(default = "default_cache")]
     pub image_cache_mib: usize,
-    /// Optimizer, schedule, checkpoints.
+    /// How long, optimizer, schedule, checkpoints.
     #[serde(default)]
-    pub train: TrainConfig,
+    pub train: Training,
     /// How the finished model's weights are stored.
     #[serde(default = "default_stored")]
     pub stored: StoredType,
@@ -78,15 +86,27 @@ impl Objective {
     pub const ALL: [Self; 5] = [Self::Itc, Self::Itm, Self::Mlm, Self::Box, Self::Generation];
 }
 
+/// What ITC, which compares the samples of all processes, adds to the gradient of the features of each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ItcGradient {
+    /// As much as if one process had all samples, whatever the number of processes.
+    #[default]
+    Whole,
+    /// As much as in the official code: the mean over processes divides it by their number, although each has only its own
+    /// part of it. So beside the other losses, ITC trains the encoders with 1/8 of its weight on the paper's 8 GPUs.
+    Original,
+}
+
 fn default_objectives() -> Vec<Objective> {
     Objective::ALL.to_vec()
 }
 
-fn default_cache() -> usize {
+pub(crate) fn default_cache() -> usize {
     2048
 }
 
-fn default_stored() -> StoredType {
+pub(crate) fn default_stored() -> StoredType {
     StoredType::F32
 }
 
@@ -104,41 +124,14 @@ impl Default for RegionStream {
     }
 }
 
-const PRESETS: [(&str, &str); 3] = [
-    ("scenes-align", include_str!("../presets/scenes-align.yaml")),
-    ("scenes", include_str!("../presets/scenes.yaml")),
-    ("base-4m", include_str!("../presets/base-4m.yaml")),
-];
-
-impl PretrainConfig {
-    /// Names of the compiled-in configurations.
-    pub fn presets() -> impl Iterator<Item = &'static str> {
-        PRESETS.iter().map(|(name, _)| *name)
-    }
-
-    /// Checks that every value is in its range; says which is not, by its full name.
-    pub(crate) fn check_values(&self) -> Result<(), String> {
-        let out_of_range = |section: &str, field: &str, expected: String, found: String| {
-            format!("{section}.{field}: expected {expected}, found {found}")
-        };
-        self.data.check().map_err(|error| match error {
-            DataError::Config { field, expected, found } => out_of_range("data", field, expected, found),
-            other => other.to_string(),
-        })?;
-        self.train.check().map_err(|error| match error {
-            TrainError::Config { field, expected, found } => out_of_range("train", field, expected.to_owned(), found),
-            other => other.to_string(),
-        })?;
-        let mut model = self.model.clone();
-        // 0 stands for as many as the tokenizer knows.
-        model.text_config.vocab_size = model.text_config.vocab_size.max(1);
-        model.validate().map_err(|error| out_of_range("model", error.field, error.expected, error.found))?;
+impl Configuration for PretrainConfig {
+    fn check_values(&self) -> Result<(), String> {
+        check_data(self.data.check())?;
+        check_training(&self.train)?;
+        check_model(&self.model, Task::Pretrain)?;
         let iter_perc = self.regions.iter_perc;
         if !(0.0..=1.0).contains(&iter_perc) {
             return Err(format!("regions.iter_perc: expected a probability, found {iter_perc}"));
-        }
-        if self.model.task != Task::Pretrain {
-            return Err(format!("model.task: expected pretrain, found {}", self.model.task.name()));
         }
         let of_both = [Objective::Itc, Objective::Itm, Objective::Mlm];
         if !self.objectives.iter().any(|objective| of_both.contains(objective)) {
@@ -146,7 +139,51 @@ impl PretrainConfig {
             let expected = "itc, itm or mlm among them, which both streams have";
             return Err(format!("objectives: expected {expected}, found {found}"));
         }
+        if self.train.epochs.is_some() && self.train_dataset_size.is_none_or(|size| size == 0) {
+            let found = self.train_dataset_size.map_or("none".to_owned(), |size| size.to_string());
+            return Err(format!("train_dataset_size: expected the number of records that epochs count, found {found}"));
+        }
         Ok(())
+    }
+}
+
+/// Names the section of what is wrong about batches.
+pub(crate) fn check_data(checked: Result<(), DataError>) -> Result<(), String> {
+    checked.map_err(|error| match error {
+        DataError::Config { field, expected, found } => format!("data.{field}: expected {expected}, found {found}"),
+        other => other.to_string(),
+    })
+}
+
+/// Checks how to train.
+pub(crate) fn check_training(train: &Training) -> Result<(), String> {
+    if train.epochs == Some(0) {
+        return Err("train.epochs: expected at least 1, found 0".to_owned());
+    }
+    train.check().map_err(|error| match error {
+        TrainError::Config { field, expected, found } => format!("train.{field}: expected {expected}, found {found}"),
+        other => other.to_string(),
+    })
+}
+
+/// Checks the sizes of a model, and that it is for the task.
+pub(crate) fn check_model(model: &XvlmConfig, task: Task) -> Result<(), String> {
+    let mut sized = model.clone();
+    // 0 stands for as many as the tokenizer knows.
+    sized.text_config.vocab_size = sized.text_config.vocab_size.max(1);
+    sized
+        .validate()
+        .map_err(|error| format!("model.{}: expected {}, found {}", error.field, error.expected, error.found))?;
+    match model.task == task {
+        true => Ok(()),
+        false => Err(format!("model.task: expected {}, found {}", task.name(), model.task.name())),
+    }
+}
+
+impl PretrainConfig {
+    /// Names of the compiled-in configurations.
+    pub fn presets() -> impl Iterator<Item = &'static str> {
+        Preset::ALL.iter().filter(|preset| preset.purpose == Purpose::Pretrain).map(|preset| preset.name)
     }
 
     /// The YAML of a compiled-in configuration.
@@ -154,11 +191,16 @@ impl PretrainConfig {
     /// # Errors
     /// If there is none of that name; the message has the nearest.
     pub fn preset_text(name: &str) -> Result<&'static str, ConfigProblem> {
-        let text = PRESETS.iter().find(|(preset, _)| *preset == name).map(|(_, text)| *text);
-        text.ok_or_else(|| ConfigProblem {
-            file: "preset".to_owned(),
-            message: format!("unknown preset `{name}`{}", suggestion(name, Self::presets())),
-        })
+        let preset = Preset::named(name)?;
+        match preset.purpose {
+            Purpose::Pretrain => Ok(preset.text),
+            Purpose::Finetune(kind) => {
+                let known = Self::presets().collect::<Vec<_>>().join(", ");
+                let found = format!("{name}, which is for fine-tuning ({})", kind.name());
+                let message = format!("expected one for pre-training ({known}), found {found}");
+                Err(ConfigProblem { file: "preset".to_owned(), message })
+            }
+        }
     }
 
     /// A compiled-in configuration with single values replaced.
@@ -175,13 +217,7 @@ impl PretrainConfig {
     /// # Errors
     /// As [`Self::from_yaml`] and [`official::pretrain_config`], or if the file cannot be read.
     pub fn open(path: &Path, overrides: &[String]) -> Result<Self, ConfigProblem> {
-        let file = path.display().to_string();
-        let problem = |message: String| ConfigProblem { file: file.clone(), message };
-        let text = std::fs::read_to_string(path).map_err(|error| problem(error.to_string()))?;
-        let value = serde_norway::from_str::<serde_json::Value>(&text).ok().filter(official::is_official);
-        let Some(value) = value else { return Self::from_yaml(&file, &text, overrides) };
-        let text = serde_norway::to_string(&official::pretrain_config(&value, path)?);
-        Self::from_yaml(&file, &text.map_err(|error| problem(error.to_string()))?, overrides)
+        yaml::open(path, overrides, |value| official::pretrain_config(value, path))
     }
 
     /// Reads YAML; `overrides` are of the form `a.b=value`, the value again YAML.
@@ -190,72 +226,14 @@ impl PretrainConfig {
     /// If it is no YAML, a key is unknown (the message has the nearest known one), or a value has the wrong type or is out of
     /// its range.
     pub fn from_yaml(file: &str, text: &str, overrides: &[String]) -> Result<Self, ConfigProblem> {
-        let problem = |message: String| ConfigProblem { file: file.to_owned(), message };
-        // Straight from the text: only then do errors name line and column.
-        let plain = || deserialized(serde_norway::Deserializer::from_str(text)).map_err(problem);
-        if overrides.is_empty() {
-            let config = plain()?;
-            config.check_values().map_err(problem)?;
-            return Ok(config);
-        }
-        let mut value: Value = serde_norway::from_str(text).map_err(|error| problem(error.to_string()))?;
-        for assignment in overrides {
-            set(&mut value, assignment)
-                .map_err(|message| ConfigProblem { file: format!("--set {assignment}"), message })?;
-        }
-        let replaced = |message| ConfigProblem { file: format!("{file} with --set"), message };
-        // What is wrong without the replacements too is wrong in the file.
-        let config = deserialized(value).map_err(|message| plain().err().unwrap_or_else(|| replaced(message)))?;
-        config.check_values().map_err(replaced)?;
-        Ok(config)
+        yaml::read(file, text, overrides)
     }
-}
 
-/// Replaces one value: `a.b=value`.
-fn set(root: &mut Value, assignment: &str) -> Result<(), String> {
-    let (path, value) = assignment.split_once('=').ok_or("expected the form key.key=value")?;
-    let value: Value = serde_norway::from_str(value).map_err(|error| error.to_string())?;
-    let mut slot = root;
-    for key in path.split('.') {
-        if slot.is_null() {
-            *slot = Value::Mapping(Default::default());
-        }
-        let Value::Mapping(mapping) = slot else {
-            return Err(format!("{key}: expected a section before it, found a value"));
-        };
-        slot = mapping.entry(Value::from(key)).or_insert(Value::Null);
+    /// Iterations in place of epochs, where `ranks` processes train together.
+    pub fn fix_length(&mut self, ranks: usize) {
+        let batch = self.data.batch_size.saturating_mul(ranks).saturating_mul(self.train.accumulate) as u64;
+        self.train.fix_length(self.train_dataset_size.unwrap_or(0), batch);
     }
-    *slot = value;
-    Ok(())
-}
-
-/// Reads a configuration; errors name the field, and the nearest known key.
-fn deserialized<'de, D>(from: D) -> Result<PretrainConfig, String>
-where
-    D: serde::Deserializer<'de, Error = serde_norway::Error>,
-{
-    serde_path_to_error::deserialize(from).map_err(|error| {
-        let (field, message) = (error.path().to_string(), with_suggestion(&error.inner().to_string()));
-        // Errors of YAML itself have no field, and those of serde_norway may begin with it.
-        match field == "." || message.starts_with(&field) {
-            true => message,
-            false => format!("{field}: {message}"),
-        }
-    })
-}
-
-/// Adds the nearest known key to serde's "unknown field `x`, expected one of `a`, `b`".
-fn with_suggestion(message: &str) -> String {
-    let mut quoted = message.split('`').skip(1).step_by(2);
-    match quoted.next() {
-        Some(unknown) if message.contains("unknown field") => format!("{message}{}", suggestion(unknown, quoted)),
-        _ => message.to_owned(),
-    }
-}
-
-pub(crate) fn suggestion<'a>(unknown: &str, known: impl Iterator<Item = &'a str>) -> String {
-    let nearest = known.max_by(|a, b| strsim::jaro_winkler(unknown, a).total_cmp(&strsim::jaro_winkler(unknown, b)));
-    nearest.map(|name| format!("; did you mean `{name}`?")).unwrap_or_default()
 }
 
 #[cfg(test)]

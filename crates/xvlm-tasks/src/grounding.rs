@@ -119,7 +119,7 @@ pub fn losses(
     pass: &Pass,
 ) -> candle_core::Result<Losses> {
     let targets = BoxTargets { images: &images.0, index, boxes, is_image };
-    let alignment = Alignment { model, objectives: &[Objective::Box], pass, weights: None };
+    let alignment = Alignment { model, objectives: &[Objective::Box], pass, weights: None, ranks: None };
     Ok(Losses(alignment.losses(texts, None, Some(targets), &mut |_, _| Ok(Vec::new()))?))
 }
 

@@ -13,22 +13,29 @@ mod config;
 pub mod convert;
 mod error;
 pub mod fill;
+pub mod finetune;
 mod generate;
 pub mod grounding;
 mod model;
 pub mod nlvr;
 pub mod official;
+pub mod plan;
+pub mod presets;
 pub mod pretrain;
 pub mod retrieval;
 mod search;
+mod training;
 pub mod vqa;
+mod yaml;
 
 pub use align::Negatives;
-pub use config::{Objective, PretrainConfig, RegionStream};
+pub use config::{ItcGradient, Objective, PretrainConfig, RegionStream};
 pub use error::{ConfigProblem, TaskError};
+pub use finetune::FinetuneConfig;
 pub use generate::{LABEL_SMOOTHING, Source, Written, writing_loss};
 pub use model::{ImageTokens, Model, ModelConfig, Texts};
 pub use search::{Search, Sequence, TextSearch};
+pub use training::Training;
 
 /// How many images or texts go through the model at a time: enough to keep all cores busy.
 const BATCH: usize = 32;

@@ -5,25 +5,32 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use candle_core::{Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use serde_json::Value;
 use xvlm_data::{
     BatchBuilder, CaptionBatch, CaptionTensors, DataError, Dataset, DatasetConfig, ImageCache, Loader, Need,
     RegionBatch, RegionTensors, SourceConfig, StorageOptions, TextTokenizer, scenes,
 };
 use xvlm_encoders::{Parameters, Pass, Regions, Xvlm, XvlmConfig};
+use xvlm_kernels::all_finite;
 use xvlm_losses as losses;
-use xvlm_train::{Batches, BoxError, Job, Losses, Progress, RunFolder, Step, Summary, TrainConfig, Trainable, Trained};
+use xvlm_train::ranks::{self, Alone, Communicator};
+use xvlm_train::{
+    Batches, BoxError, Job, Losses, Progress, RunFolder, Silent, Step, Summary, TrainConfig, Trainable, Trained,
+};
 use xvlm_weights::{LoadRules, ModelFolder};
 
 use crate::align::{Alignment, BoxTargets, Named, Negatives};
-use crate::config::{Objective, PretrainConfig};
+use crate::config::{ItcGradient, Objective, PretrainConfig};
 use crate::error::{ConfigProblem, TaskError};
 use crate::generate::{LABEL_SMOOTHING, Source, writing_loss};
 use crate::model::{Model, ModelConfig, check_texts};
 use crate::search::Search;
+use crate::yaml::Configuration;
 
 /// Bounds of the temperature after each step (the original's `xvlm.temp.clamp_`).
 const TEMPERATURE: (f64, f64) = (0.001, 0.5);
@@ -41,6 +48,7 @@ pub struct Pretraining {
     model: Xvlm,
     parameters: Vec<(String, Var)>,
     objectives: Vec<Objective>,
+    itc_gradient: ItcGradient,
 }
 
 impl Pretraining {
@@ -65,12 +73,31 @@ impl Pretraining {
 
     /// A model with its parameters.
     pub fn with_model(model: Xvlm, parameters: Vec<(String, Var)>) -> Self {
-        Self { model, parameters, objectives: Objective::ALL.to_vec() }
+        Self { model, parameters, objectives: Objective::ALL.to_vec(), itc_gradient: ItcGradient::default() }
     }
 
     /// The same, with the losses of some objectives only.
     pub fn with_objectives(self, objectives: &[Objective]) -> Self {
         Self { objectives: objectives.to_vec(), ..self }
+    }
+
+    /// The losses of a batch in a training pass, by the names they have in reports.
+    fn losses_in(&self, pass: &Pass, batch: &Batch, step: &mut Step) -> Result<Losses> {
+        let weights = match batch {
+            Batch::Captions(_) => None,
+            Batch::Regions(batch) => Some(batch.row_weights.as_slice()),
+        };
+        let mut negatives = |scores: &Tensor, keys: &[i64]| losses::hard_negatives(scores, keys, weights, step.rng);
+        let mut losses = self.losses_among(batch, pass, &mut negatives, step.ranks)?;
+        if let Batch::Regions(_) = batch {
+            losses.0.iter_mut().for_each(|(name, _)| *name = of_regions(name));
+        }
+        Ok(losses)
+    }
+
+    /// The same, with another gradient of ITC where several processes train together.
+    pub fn with_itc_gradient(self, itc_gradient: ItcGradient) -> Self {
+        Self { itc_gradient, ..self }
     }
 
     fn has(&self, objective: Objective) -> bool {
@@ -87,17 +114,37 @@ impl Pretraining {
     /// # Errors
     /// If a tensor operation fails.
     pub fn losses_of(&self, batch: &Batch, pass: &Pass, negatives: Negatives) -> Result<Losses> {
+        self.losses_among(batch, pass, negatives, &(Arc::new(Alone) as _))
+    }
+
+    /// The same where `ranks` train together: ITC compares the samples of all, negatives are chosen among this one's own.
+    ///
+    /// # Errors
+    /// If a tensor operation fails, or another rank does not answer.
+    pub fn losses_among(
+        &self,
+        batch: &Batch,
+        pass: &Pass,
+        negatives: Negatives,
+        ranks: &Arc<dyn Communicator>,
+    ) -> Result<Losses> {
         Ok(Losses(match batch {
-            Batch::Captions(batch) => self.captions(batch, pass, negatives)?,
-            Batch::Regions(batch) => self.regions(batch, pass, negatives)?,
+            Batch::Captions(batch) => self.captions(batch, pass, negatives, ranks)?,
+            Batch::Regions(batch) => self.regions(batch, pass, negatives, ranks)?,
         }))
     }
 
     /// Image stream: ITC, ITM and MLM of each image with its text, and the texts that are to be generated.
-    fn captions(&self, batch: &CaptionTensors, pass: &Pass, negatives: Negatives) -> Result<Named> {
+    fn captions(
+        &self,
+        batch: &CaptionTensors,
+        pass: &Pass,
+        negatives: Negatives,
+        ranks: &Arc<dyn Communicator>,
+    ) -> Result<Named> {
         let images = self.model.encode_image(&batch.pixels, pass)?;
         let mut named =
-            self.alignment(pass, None).losses(&batch.text, Some(&Source::whole(&images)?), None, negatives)?;
+            self.alignment(pass, None, ranks).losses(&batch.text, Some(&Source::whole(&images)?), None, negatives)?;
         if let Some(generation) = batch.generation.as_ref().filter(|_| self.has(Objective::Generation)) {
             named.push(("generation", writing_loss(&self.model, generation, &images, LABEL_SMOOTHING, pass)?));
         }
@@ -105,17 +152,30 @@ impl Pretraining {
     }
 
     /// Region stream: the same for each region with its text, and the box of the text in the whole image.
-    fn regions(&self, batch: &RegionTensors, pass: &Pass, negatives: Negatives) -> Result<Named> {
+    fn regions(
+        &self,
+        batch: &RegionTensors,
+        pass: &Pass,
+        negatives: Negatives,
+        ranks: &Arc<dyn Communicator>,
+    ) -> Result<Named> {
         let regions = Regions { index: &batch.image_index, mask: &batch.region_mask };
         let (concepts, images) = self.model.encode_regions(&batch.pixels, regions, pass)?;
         let concepts = Source { tokens: concepts, mask: batch.region_mask.clone() };
         let targets =
             BoxTargets { images: &images, index: &batch.image_index, boxes: &batch.boxes, is_image: &batch.is_image };
-        self.alignment(pass, Some(&batch.row_weights)).losses(&batch.text, Some(&concepts), Some(targets), negatives)
+        let alignment = self.alignment(pass, Some(&batch.row_weights), ranks);
+        alignment.losses(&batch.text, Some(&concepts), Some(targets), negatives)
     }
 
-    fn alignment<'a>(&'a self, pass: &'a Pass, weights: Option<&'a [f32]>) -> Alignment<'a> {
-        Alignment { model: &self.model, objectives: &self.objectives, pass, weights }
+    fn alignment<'a>(
+        &'a self,
+        pass: &'a Pass,
+        weights: Option<&'a [f32]>,
+        ranks: &'a Arc<dyn Communicator>,
+    ) -> Alignment<'a> {
+        let ranks = Some((ranks, self.itc_gradient));
+        Alignment { model: &self.model, objectives: &self.objectives, pass, weights, ranks }
     }
 }
 
@@ -138,16 +198,7 @@ impl Trainable for Pretraining {
 
     fn losses(&self, batch: &Batch, step: &mut Step) -> std::result::Result<Losses, BoxError> {
         let pass = Pass::training(step.rng).on(step.tape);
-        let weights = match batch {
-            Batch::Captions(_) => None,
-            Batch::Regions(batch) => Some(batch.row_weights.as_slice()),
-        };
-        let mut negatives = |scores: &Tensor, keys: &[i64]| losses::hard_negatives(scores, keys, weights, step.rng);
-        let mut losses = self.losses_of(batch, &pass, &mut negatives)?;
-        if let Batch::Regions(_) = batch {
-            losses.0.iter_mut().for_each(|(name, _)| *name = of_regions(name));
-        }
-        Ok(losses)
+        Ok(self.losses_in(&pass, batch, step)?)
     }
 
     fn samples(batch: &Batch) -> usize {
@@ -162,6 +213,28 @@ impl Trainable for Pretraining {
             Batch::Captions(batch) => batch.origins.clone(),
             Batch::Regions(batch) => batch.origins.clone(),
         }
+    }
+
+    /// Looks at the pixels, the parameters, the outputs of blocks and layers in the order in which they are computed, and the
+    /// losses.
+    fn first_not_finite(&self, batch: &Batch, step: &mut Step) -> Option<String> {
+        let is_bad = |x: &Tensor| !all_finite(x).unwrap_or(true);
+        let (pixels, origins) = match batch {
+            Batch::Captions(batch) => (&batch.pixels, &batch.origins),
+            Batch::Regions(batch) => (&batch.pixels, &batch.origins),
+        };
+        let mut images = origins.iter().enumerate();
+        if let Some((_, origin)) = images.find(|(image, _)| pixels.get(*image).is_ok_and(|pixels| is_bad(&pixels))) {
+            return Some(format!("pixels of {origin}"));
+        }
+        if let Some((name, _)) = self.parameters.iter().find(|(_, parameter)| is_bad(parameter)) {
+            return Some(format!("parameter {name}"));
+        }
+        let pass = Pass::training(step.rng).checking();
+        let losses = self.losses_in(&pass, batch, step);
+        let output = pass.first_not_finite().map(|name| format!("output of {name}"));
+        let loss = || losses.ok()?.0.into_iter().find(|(_, loss)| is_bad(loss)).map(|(name, _)| format!("loss {name}"));
+        output.or_else(loss)
     }
 
     fn after_step(&self) -> std::result::Result<(), BoxError> {
@@ -217,21 +290,50 @@ impl Batches<Batch> for PretrainBatches {
     }
 }
 
+/// How a run is started, and how it is asked to stop.
+pub struct Launch {
+    /// Go on from the newest checkpoint that is whole; from the beginning if there is none.
+    pub resume: bool,
+    /// Becomes true when training should save and stop after the iteration it is at.
+    pub stop: Arc<AtomicBool>,
+    /// The processes that train together.
+    pub ranks: Arc<dyn Communicator>,
+}
+
+impl Launch {
+    /// One process that is not asked to stop.
+    pub fn alone(resume: bool) -> Self {
+        Self { resume, stop: Arc::default(), ranks: Arc::new(Alone) }
+    }
+}
+
 /// Pre-trains as configured. The run lies in `out` (`config.yaml`, `metrics.jsonl`, checkpoints), the finished model in
-/// `out/model`.
+/// `out/model`: that of the last iteration. With [`TrainConfig::keep_best`], the model of the best checkpoint is in
+/// `out/best`. A run that is asked to stop has no model until it is resumed and finished.
+///
+/// Of several `ranks`, each calls this; rank 0 writes, and tells `progress`.
 ///
 /// # Errors
-/// If a file cannot be read or written, too many records are broken, or the loss is not finite.
+/// If a file cannot be read or written, too many records are broken, or the loss is not finite. Other ranks may then be
+/// waiting for this one, until it calls [`Communicator::abort`].
 pub fn run(
     config: &PretrainConfig,
     out: &Path,
-    resume: bool,
+    launch: &Launch,
     device: &Device,
     progress: &mut dyn Progress,
 ) -> std::result::Result<Summary, TaskError> {
+    let ranks = &launch.ranks;
+    let is_first_rank = ranks.rank() == 0;
+    let mut silent = Silent;
+    let progress = if is_first_rank { progress } else { &mut silent };
     let mut config = config.clone();
-    let builder = Arc::new(open_batches(&mut config, Some(out), progress)?);
-    let pretraining = Pretraining::to_train(&config.model, &config.train, device)?.with_objectives(&config.objectives);
+    config.fix_length(ranks.size());
+    let builder = open_batches(&mut config, Some(out), progress)?.for_rank(ranks.rank(), ranks.size());
+    let builder = Arc::new(builder);
+    let pretraining = Pretraining::to_train(&config.model, &config.train, device)?
+        .with_objectives(&config.objectives)
+        .with_itc_gradient(config.itc_gradient);
     if let Some(dir) = &config.init_from {
         let files = ModelFolder::open(dir)?;
         xvlm_weights::assign(&files.name, &files.tensors, &pretraining.parameters, &LoadRules::default())?;
@@ -240,13 +342,23 @@ pub fn run(
         Ok(Box::new(PretrainBatches::new(Arc::clone(&builder), &config, start, device)?))
     };
     let run = RunFolder::new(out)?;
-    keep_config(&config, &run, resume)?;
-    let job = Job::alone(&run, resume);
+    let Launch { resume, stop, .. } = launch;
+    if is_first_rank {
+        keep_config(&config, &run, *resume, progress)?;
+    }
+    let job = Job { run: &run, resume: *resume, ranks: Arc::clone(ranks), stop: Arc::clone(stop) };
     let Trained { summary, weights } = xvlm_train::train(&pretraining, batches, &config.train, &job, progress)?;
     let (drawn, broken) = builder.counts();
-    if broken > 0 {
+    let [drawn, broken] = ranks::sum(&**ranks, [drawn as f64, broken as f64])?;
+    if !is_first_rank {
+        return Ok(summary);
+    }
+    if broken > 0.0 {
         progress.warning(&format!("{broken} of {drawn} records that were drawn are broken:"));
         builder.broken().iter().for_each(|record| progress.warning(&format!("  {record}")));
+    }
+    if summary.stopped {
+        return Ok(summary);
     }
     let model = ModelConfig {
         model: config.model.clone(),
@@ -255,7 +367,20 @@ pub fn run(
         prompt: config.data.generation.clone().unwrap_or_default().prompt,
         search: Search::default(),
     };
-    Model::write(&out.join("model"), &model, weights, builder.tokenizer(), config.stored)?;
+    let write = |name: &str, weights: Vec<(String, Tensor)>| {
+        Model::write(&out.join(name), &model, weights, builder.tokenizer(), config.stored)
+    };
+    let best = run.best()?.filter(|_| config.train.keep_best).map(|(best, _)| best.iteration);
+    let best = match best {
+        Some(iteration) if iteration < summary.iterations => Some(run.weights(iteration)),
+        best => best.map(|_| Ok(weights.clone())),
+    };
+    write("model", weights)?;
+    match best {
+        Some(Ok(weights)) => write("best", weights)?,
+        Some(Err(error)) => progress.warning(&format!("{error}; this model is not written")),
+        None => {}
+    }
     Ok(summary)
 }
 
@@ -334,11 +459,31 @@ fn check_count(sources: &[SourceConfig], dataset: &Dataset, need: Need) -> std::
     Err(ConfigProblem { file, message: message.to_owned() }.into())
 }
 
+/// The fields of a configuration that an older form of it does not have.
+fn fields_without(place: &str, old: &Value, new: &Value) -> Vec<String> {
+    let fields = new.as_object().into_iter().flatten().flat_map(|(name, value)| {
+        let place = if place.is_empty() { name.clone() } else { format!("{place}.{name}") };
+        match old.get(name) {
+            Some(old) if old.is_object() => fields_without(&place, old, value),
+            Some(_) => Vec::new(),
+            None => vec![format!("{place} = {value}")],
+        }
+    });
+    if old.is_object() { fields.collect() } else { Vec::new() }
+}
+
 /// Writes `config.yaml` into the folder of the run; a run that is resumed must be configured as it was, but for what only
-/// says how long to go on, how quickly, and what to leave behind.
-fn keep_config(config: &PretrainConfig, run: &RunFolder, resume: bool) -> std::result::Result<(), TaskError> {
-    const FREE: [&str; 8] = [
+/// says how long to go on, how quickly, and what to leave behind. What did not exist yet when it began was its default; this
+/// is told.
+fn keep_config(
+    config: &PretrainConfig,
+    run: &RunFolder,
+    resume: bool,
+    progress: &mut dyn Progress,
+) -> std::result::Result<(), TaskError> {
+    const FREE: [&str; 9] = [
         "/train",
+        "/train_dataset_size",
         "/loader",
         "/image_cache_mib",
         "/stored",
@@ -352,12 +497,22 @@ fn keep_config(config: &PretrainConfig, run: &RunFolder, resume: bool) -> std::r
     let is_new = run.checkpoints()?.is_empty();
     if resume && !is_new && path.exists() {
         let text = std::fs::read_to_string(&path).map_err(|error| problem(error.to_string()))?;
-        let mut before: serde_json::Value =
-            serde_norway::from_str(&text).map_err(|error| problem(error.to_string()))?;
-        let mut now = serde_json::to_value(config).map_err(|error| problem(error.to_string()))?;
+        let mut before: Value = serde_norway::from_str(&text).map_err(|error| problem(error.to_string()))?;
+        let to_value = |config| serde_json::to_value(config).map_err(|error| problem(error.to_string()));
+        let mut now = to_value(config)?;
+        // A file of a version with other fields is compared as it is.
+        if let Ok(whole) = serde_norway::from_str::<PretrainConfig>(&text) {
+            let whole = to_value(&whole)?;
+            let new = fields_without("", &before, &whole);
+            if !new.is_empty() {
+                let (file, new) = (path.display(), new.join(", "));
+                progress.warning(&format!("{file}: the run began without {new}: the defaults, for what was before"));
+            }
+            before = whole;
+        }
         for config in [&mut before, &mut now] {
             for free in FREE {
-                config.pointer_mut(free).map(serde_json::Value::take);
+                config.pointer_mut(free).map(Value::take);
             }
         }
         for (field, now) in now.as_object().into_iter().flatten() {

@@ -33,7 +33,7 @@ pub fn losses(
     negatives: Negatives,
 ) -> candle_core::Result<Losses> {
     let objectives = [Objective::Itc, Objective::Itm];
-    let alignment = Alignment { model, objectives: &objectives, pass, weights: None };
+    let alignment = Alignment { model, objectives: &objectives, pass, weights: None, ranks: None };
     Ok(Losses(alignment.losses(texts, Some(&Source::images(images)?), None, negatives)?))
 }
 

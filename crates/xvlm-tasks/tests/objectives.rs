@@ -144,7 +144,7 @@ fn every_parameter_gets_a_gradient() {
         let (losses, tape) = losses(&pretraining, batch);
         let total = losses.iter().skip(1).fold(losses[0].1.clone(), |sum, (_, loss)| (sum + loss).unwrap());
         let mut gradients = Gradients::default();
-        tape.backward(&total, &mut gradients, |_, _| Ok(())).unwrap();
+        tape.backward(total, &mut gradients, |_, _| Ok(())).unwrap();
         for (name, var) in pretraining.parameters() {
             let gradient = gradients.get(var).map(|g| g.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap());
             reached.extend(gradient.filter(|g| *g > 0.0).map(|_| name.clone()));

@@ -7,8 +7,9 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use xvlm_data::Padding;
 use xvlm_encoders::{Activation, SwinConfig, Task, TextModel, VisionConfig, VitConfig, XvlmConfig};
+use xvlm_tasks::finetune::{FinetuneConfig, FinetuneKind};
 use xvlm_tasks::{PretrainConfig, official};
-use xvlm_train::Warmup;
+use xvlm_train::{Precision, Warmup};
 
 const SWIN: &str = r#"{
   "ckpt": "data/swin.pth", "vision_width": 1024, "image_res": 384, "window_size": 12, "embed_dim": 128,
@@ -145,7 +146,8 @@ fn a_pre_training_run_is_read_whole() {
     assert_eq!((data.padding, data.tokenized), (Padding::Repeats, false));
     assert_eq!((data.max_words, data.max_tokens, data.seed), (30, 33, 7));
     assert_eq!((data.masking.mask_prob, data.masking.max_masks, data.masking.skipgram_size), (0.2, 6, 2));
-    assert_eq!(config.train.iterations, 3 * 16);
+    assert_eq!((config.train.epochs, config.train_dataset_size), (Some(3), Some(1000)));
+    assert_eq!((config.train.precision, config.loader.workers), (Precision::F16, 4));
     assert_eq!((config.train.optimizer.lr, config.train.optimizer.lr_mult), (1e-4, 3.0));
     assert_eq!(config.train.schedule.warmup, Warmup::Fraction(0.1));
     assert_eq!((config.train.clip, config.train.log_every), (Some(2.0), 5));
@@ -160,9 +162,9 @@ fn tokens_and_the_vocabulary_of_roberta_are_understood() {
     };
     let both =
         PRETRAIN.replace("tokenized: False, ", "tokenized: True, ").replace("iter_perc", "tokenized: True, iter_perc");
-    assert!(open(&both).unwrap().data.tokenized);
-    let error = open(&PRETRAIN.replace("tokenized: False, ", "tokenized: True, ")).unwrap_err();
-    assert!(error.contains("regions.tokenized: expected true, as in images, found false"), "{error}");
+    let of = |text: &str| (open(text).unwrap().data.tokenized, open(text).unwrap().data.regions_tokenized);
+    assert_eq!(of(&both), (true, None));
+    assert_eq!(of(&PRETRAIN.replace("tokenized: False, ", "tokenized: True, ")), (true, Some(false)));
     let clip = "use_clip_vit: True\nuse_swin: False";
     let roberta = PRETRAIN
         .replace("use_clip_vit: False\nuse_swin: True", clip)
@@ -235,7 +237,8 @@ fn encoders_alone() {
 /// Files that say something, with bytes changed, taken out and put in.
 fn mutated() -> impl Strategy<Value = Vec<u8>> {
     let edit = (any::<prop::sample::Index>(), any::<u8>(), 0..4u8);
-    (prop::sample::select(vec![PRETRAIN, SWIN_384, SWIN, BERT]), prop::collection::vec(edit, 1..8)).prop_map(
+    let vqa = FinetuneConfig::preset_text("vqa").unwrap();
+    (prop::sample::select(vec![PRETRAIN, SWIN_384, SWIN, BERT, vqa]), prop::collection::vec(edit, 1..8)).prop_map(
         |(text, edits)| {
             let mut bytes = text.as_bytes().to_vec();
             for (place, byte, kind) in edits {
@@ -263,5 +266,7 @@ proptest! {
         std::fs::write(&path, bytes).unwrap();
         let _ = official::model_config(&path, Task::Pretrain);
         let _ = PretrainConfig::open(&path, &[]);
+        let _ = FinetuneConfig::open(&path, FinetuneKind::Vqa, &[]);
+        let _ = FinetuneConfig::open(&path, FinetuneKind::CaptioningPretrain, &[]);
     }
 }

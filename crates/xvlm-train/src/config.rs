@@ -30,15 +30,23 @@ pub struct TrainConfig {
     /// Whether the inside of transformer blocks is computed anew for the backward pass instead of being kept: about a third
     /// more work, and a fraction of the memory. The gradients are the same to the bit. No.
     pub recompute: bool,
+    /// Size of the pieces, in MiB, in which gradients go to the other processes while the backward pass goes on: a small one is
+    /// on its way sooner, a large one costs less a number. 25, as in PyTorch's `DistributedDataParallel`.
+    pub bucket_mib: usize,
     /// Also keep a mean of the weights over past steps, each counting this factor less than the one after it, such as 0.9999;
     /// the finished model has these. None by default, as in the official code.
     pub ema_decay: Option<f64>,
     /// Iterations from one report (and row of metrics) to the next; each checkpoint and the end are reported too. 50.
     pub log_every: u64,
+    /// Whether the same also goes to event files, for TensorBoard. Yes.
+    pub tensorboard: bool,
     /// Iterations from one checkpoint to the next; the end makes one too. 1000: what an interruption can cost.
     pub checkpoint_every: u64,
     /// How many checkpoints to keep. 2: should the disk damage the last one, there is another.
     pub keep_checkpoints: usize,
+    /// Whether the best checkpoint is kept as well: the one of the highest score, or else of the lowest losses since the one
+    /// before. Yes: the last is not always the best, and it costs the room of one more.
+    pub keep_best: bool,
     /// Where dropout, negatives and whatever else the model draws comes from. 42, as in the official code.
     pub seed: u64,
     /// Stops training after this many minutes (interruptions not counted), if the iterations are not done before.
@@ -60,10 +68,13 @@ impl Default for TrainConfig {
             accumulate: 1,
             precision: Precision::F32,
             recompute: false,
+            bucket_mib: 25,
             ema_decay: None,
             log_every: 50,
+            tensorboard: true,
             checkpoint_every: 1000,
             keep_checkpoints: 2,
+            keep_best: true,
             seed: 42,
             time_limit_minutes: None,
         }
@@ -263,6 +274,7 @@ impl TrainConfig {
             (fraction(final_lr), "schedule.final_lr_fraction", "0 to 1", final_lr.to_string()),
             (positive(clip.into()), "clip", "a positive number or null", clip.to_string()),
             (self.accumulate > 0, "accumulate", "at least 1", self.accumulate.to_string()),
+            ((1..=2048).contains(&self.bucket_mib), "bucket_mib", "1 to 2048", self.bucket_mib.to_string()),
             (decays(ema), "ema_decay", "a number from 0 to below 1, or null", ema.to_string()),
             (self.log_every > 0, "log_every", "at least 1", self.log_every.to_string()),
             (self.checkpoint_every > 0, "checkpoint_every", "at least 1", self.checkpoint_every.to_string()),

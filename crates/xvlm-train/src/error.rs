@@ -11,7 +11,7 @@ pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 #[non_exhaustive]
 pub enum TrainError {
     /// A file or folder could not be read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}{}", path.display(), room(source))]
     Io {
         /// The file or folder.
         path: PathBuf,
@@ -46,13 +46,20 @@ pub enum TrainError {
         /// Its newest checkpoint.
         found: String,
     },
-    /// There are checkpoints, and all are damaged; this is about the newest.
+    /// Another process trains in the folder.
+    #[error("{}: expected a folder in which no other process trains, found one that does", path.display())]
+    Locked {
+        /// The file that it holds.
+        path: PathBuf,
+    },
+    /// A file of a checkpoint is not what was written. Where a run is resumed: there are checkpoints, and all are damaged; this
+    /// is about the newest.
     #[error("{}: expected {expected}, found {found}", path.display())]
     Damaged {
         /// The damaged file.
         path: PathBuf,
         /// What it should be.
-        expected: &'static str,
+        expected: String,
         /// What is wrong with it.
         found: String,
     },
@@ -125,6 +132,16 @@ pub enum TrainError {
         /// The last checkpoint, which is good.
         checkpoint: Option<PathBuf>,
     },
+    /// What started this process left something in its environment that makes no sense, or that this build cannot do.
+    #[error("{variable}: expected {expected}, found {found}")]
+    Environment {
+        /// The variable of the environment, or what it was to say.
+        variable: String,
+        /// What it should be.
+        expected: &'static str,
+        /// What it is.
+        found: String,
+    },
     /// Processes that train together could not talk to each other.
     #[error("rank {rank}: {operation}: {source}")]
     Ranks {
@@ -147,8 +164,9 @@ pub enum TrainError {
 
 impl TrainError {
     /// For `map_err`: names the file of an input or output error.
-    pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io { path: path.to_path_buf(), source }
+    pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
+        let path = path.to_path_buf();
+        move |source| Self::Io { path, source }
     }
 
     /// For `map_err`: names the tensor of a failed operation.
@@ -157,10 +175,28 @@ impl TrainError {
     }
 }
 
+/// What there is to say where a disk is full.
+fn room(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
+            "; the checkpoints made before are whole: once there is room, the run can be resumed"
+        }
+        _ => "",
+    }
+}
+
+/// How many records are named.
+const NAMED: usize = 8;
+
 /// What there is to say of a number that is not finite.
 fn circumstances(tensor: &Option<String>, records: &[String], checkpoint: &Option<PathBuf>) -> String {
     let tensor = tensor.as_ref().map(|name| format!("; the first tensor with such numbers is {name}"));
-    let records = (!records.is_empty()).then(|| format!("; the batch was made of {}", records.join(", ")));
+    let more = match records.len().saturating_sub(NAMED) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let named = records[..records.len().min(NAMED)].join(", ");
+    let records = (!records.is_empty()).then(|| format!("; the batch was made of {named}{more}"));
     let checkpoint = match checkpoint {
         Some(path) => format!("; the last checkpoint is {}", path.display()),
         None => "; there is no checkpoint yet".to_owned(),

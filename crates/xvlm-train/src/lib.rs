@@ -7,9 +7,12 @@
 //! batches are those of that iteration, and randomness is a function of seed and iteration. (A time limit is the exception:
 //! no two runs take the same time.)
 
+mod best;
 mod checkpoint;
 mod config;
 mod error;
+mod events;
+mod files;
 mod metrics;
 mod optimizer;
 pub mod ranks;
@@ -23,10 +26,12 @@ use std::time::Duration;
 use candle_core::{Tensor, Var};
 use rand_chacha::ChaCha8Rng;
 
+pub use best::{Best, Criterion};
 pub use checkpoint::difference;
 pub use config::{Decay, OptimizerConfig, Precision, ScheduleConfig, TrainConfig, Warmup};
 pub use error::{BoxError, TrainError};
-pub use metrics::{LossCurve, MetricsRow, loss_curves, read_metrics};
+pub use events::EventFile;
+pub use metrics::{LossCurve, MetricsRow, loss_curves, peak_memory_mib, read_metrics};
 pub use optimizer::Optimizer;
 pub use run::RunFolder;
 pub use xvlm_kernels::{Gradients, Tape};
@@ -154,6 +159,8 @@ pub struct StepReport<'a> {
     pub eta: Duration,
     /// Time trained since the run began, without interruptions.
     pub elapsed: Duration,
+    /// The most memory that the process had at once so far, in MiB; none where the system does not tell it.
+    pub peak_memory_mib: Option<u64>,
 }
 
 /// How a run ended.
@@ -173,4 +180,6 @@ pub struct Summary {
     pub images_per_second: f64,
     /// Time trained since the run began, without interruptions.
     pub elapsed: Duration,
+    /// The most memory that the process had at once so far, in MiB; none where the system does not tell it.
+    pub peak_memory_mib: Option<u64>,
 }

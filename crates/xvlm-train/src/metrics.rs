@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::TrainError;
 
 /// A row of `metrics.jsonl`: what a [`StepReport`](crate::StepReport) said.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct MetricsRow {
     /// Iterations done.
     pub iteration: u64,
@@ -17,12 +17,28 @@ pub struct MetricsRow {
     pub losses: BTreeMap<String, f64>,
     /// Learning rate of the last iteration.
     pub lr: f64,
-    /// Mean norm of the gradient since the row before, before clipping.
+    /// Mean norm of the gradient since the row before, before clipping. Steps that were left out, as their gradient was not
+    /// finite, do not count.
     pub grad_norm: f64,
+    /// What losses are multiplied by for their gradients, in a run of precision f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f64>,
     /// Samples per second since the row before.
     pub images_per_second: f64,
     /// Time trained since the run began.
     pub elapsed_seconds: f64,
+    /// The most memory that the process had at once so far, in MiB; none where the system does not tell it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_memory_mib: Option<u64>,
+}
+
+/// The most memory that this process had at once so far, in MiB: the high-water mark of its resident set. None where the
+/// system has no `/proc/self/status`. Memory of a GPU is not counted.
+pub fn peak_memory_mib() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let kibibytes =
+        status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse::<u64>().ok())?;
+    Some(kibibytes / 1024)
 }
 
 /// One loss over a run.
@@ -68,4 +84,29 @@ pub(crate) fn parse<'a>(
             Err(error) => Err(TrainError::Metrics { path: path.to_path_buf(), line: i + 1, found: error.to_string() }),
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn memory_that_was_given_back_counts() {
+        let before = peak_memory_mib().unwrap();
+        // Touched, so that it is really there.
+        let block = vec![1u8; (64 + before as usize) << 20];
+        assert!(block.iter().step_by(4096).all(|&byte| byte == 1));
+        drop(block);
+        assert!(peak_memory_mib().unwrap() >= before + 64);
+    }
+
+    #[test]
+    fn rows_without_memory_are_read() {
+        let text =
+            r#"{"iteration":1,"losses":{},"lr":0.1,"grad_norm":1.0,"images_per_second":2.0,"elapsed_seconds":3.0}"#;
+        let row: MetricsRow = serde_json::from_str(text).unwrap();
+        assert_eq!(row.peak_memory_mib, None);
+        assert_eq!(serde_json::to_string(&row).unwrap(), text);
+    }
 }

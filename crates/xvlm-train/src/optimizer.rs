@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use candle_core::{DType, Tensor, Var};
-use xvlm_kernels::{AdamW, Gradients, Update, adamw_step};
+use xvlm_kernels::{AdamW, Gradients, Update, adamw_step, all_finite};
 
 use crate::config::{OptimizerConfig, Precision, TrainConfig};
 use crate::error::TrainError;
@@ -42,9 +42,8 @@ impl Slot<'_> {
         self.master.as_ref().unwrap_or(self.parameter)
     }
 
-    /// Brings what depends on the weights after them.
+    /// Brings the mean of the weights after them.
     fn follow(&self, ema_decay: Option<f64>) -> candle_core::Result<()> {
-        self.narrow()?;
         if let (Some(average), Some(decay)) = (&self.average, ema_decay) {
             let old = (average.as_detached_tensor() * decay)?;
             average.set(&(old + (self.weights().as_detached_tensor() * (1.0 - decay))?)?)?;
@@ -63,7 +62,8 @@ impl<'a> Optimizer<'a> {
     /// An optimizer that has seen no gradient yet.
     ///
     /// # Errors
-    /// [`TrainError::Parameter`] if a parameter is of a type that cannot be trained, or listed twice.
+    /// [`TrainError::Parameter`] if a parameter is of a type that cannot be trained, or listed twice; [`TrainError::Config`] if
+    /// names are frozen that no parameter has, or nothing is left to train.
     pub fn new(parameters: &'a [(String, Var)], config: &TrainConfig) -> Result<Self, TrainError> {
         let mut slots: Vec<Slot> = Vec::with_capacity(parameters.len());
         let (mut names, mut tensors) = (HashSet::new(), HashMap::new());
@@ -98,6 +98,17 @@ impl<'a> Optimizer<'a> {
                 weight_decay: config.optimizer.weight_decay_of(name),
                 lr_mult: config.optimizer.lr_mult_of(name),
             });
+        }
+        let frozen = |found| {
+            let (field, expected) = ("optimizer.frozen_names", "parts of names of parameters, but not of all");
+            TrainError::Config { field, expected, found }
+        };
+        let has = |part: &str| parameters.iter().any(|(name, _)| name.contains(part));
+        if let Some(part) = config.optimizer.frozen_names.iter().find(|part| !has(part)) {
+            return Err(frozen(format!("{part:?}, which no parameter has")));
+        }
+        if slots.is_empty() && !parameters.is_empty() {
+            return Err(frozen(format!("{:?}, which leave none to train", config.optimizer.frozen_names)));
         }
         Ok(Self {
             slots,
@@ -150,9 +161,11 @@ impl<'a> Optimizer<'a> {
         let norm = adamw_step(&settings, &updates).map_err(TrainError::tensor("optimizer step"))?;
         self.loss_scale.update(norm);
         if norm.is_finite() {
-            let moved = self.slots.iter_mut().zip(&known).filter(|(_, gradient)| gradient.is_some());
-            for (slot, _) in moved {
-                slot.steps += 1;
+            for (slot, gradient) in self.slots.iter_mut().zip(&known) {
+                if gradient.is_some() {
+                    slot.steps += 1;
+                    slot.narrow().map_err(TrainError::tensor(slot.name))?;
+                }
                 slot.follow(self.ema_decay).map_err(TrainError::tensor(slot.name))?;
             }
             self.steps += 1;
@@ -162,13 +175,8 @@ impl<'a> Optimizer<'a> {
 
     /// The first parameter whose gradient has a number that is not finite.
     pub(crate) fn first_not_finite(&self, gradients: &Gradients) -> Option<&str> {
-        let is_finite = |gradient: &Tensor| -> candle_core::Result<bool> {
-            Ok(gradient.to_dtype(DType::F32)?.abs()?.max_all()?.to_scalar::<f32>()?.is_finite())
-        };
-        let slot = self.slots.iter().find(|slot| {
-            let gradient = gradients.get(slot.parameter).filter(|gradient| gradient.elem_count() > 0);
-            gradient.is_some_and(|gradient| !is_finite(gradient).unwrap_or(true))
-        })?;
+        let is_finite = |gradient: &Tensor| all_finite(gradient).unwrap_or(true);
+        let slot = self.slots.iter().find(|slot| gradients.get(slot.parameter).is_some_and(|it| !is_finite(it)))?;
         Some(slot.name)
     }
 
@@ -224,6 +232,11 @@ impl LossScale {
         self.is_dynamic && self.factor > 1.0
     }
 
+    /// The factor, if it is one that changes.
+    pub(crate) fn dynamic(&self) -> Option<f64> {
+        self.is_dynamic.then_some(self.factor)
+    }
+
     fn update(&mut self, norm: f64) {
         if !self.is_dynamic {
             return;
@@ -254,7 +267,7 @@ mod tests {
         let [a, b] = [(0, 3.0), (1, 4.0)]
             .map(|(i, slope): (usize, f64)| (parameters[i].1.as_tensor() * (slope * scale)).unwrap());
         let mut gradients = Gradients::default();
-        Tape::default().backward(&(a + b).unwrap().sum_all().unwrap(), &mut gradients, |_, _| Ok(())).unwrap();
+        Tape::default().backward((a + b).unwrap().sum_all().unwrap(), &mut gradients, |_, _| Ok(())).unwrap();
         let norm = optimizer.step(&gradients, 0.1).unwrap();
         (norm, parameters.iter().flat_map(|(_, parameter)| parameter.to_vec1().unwrap()).collect())
     }
@@ -274,6 +287,87 @@ mod tests {
         let (norm, parameters) = after(Some(1.0), f64::INFINITY);
         assert!(!norm.is_finite());
         assert_eq!(parameters, [0.0, 0.0]);
+    }
+
+    fn weight(dtype: DType, value: f32) -> Var {
+        Var::from_tensor(&Tensor::new(&[value], &Device::Cpu).unwrap().to_dtype(dtype).unwrap()).unwrap()
+    }
+
+    fn number(x: &Tensor) -> f32 {
+        x.to_dtype(DType::F32).unwrap().to_vec1().unwrap()[0]
+    }
+
+    /// A step with a gradient of 1 for each of these.
+    fn step(optimizer: &mut Optimizer, parameters: &[(String, Var)], lr: f64) -> f64 {
+        let mut gradients = Gradients::default();
+        for (_, parameter) in parameters {
+            gradients.insert(parameter, parameter.ones_like().unwrap());
+        }
+        optimizer.step(&gradients, lr).unwrap()
+    }
+
+    fn plain(precision: Precision) -> TrainConfig {
+        let optimizer = OptimizerConfig { weight_decay: 0.0, ..OptimizerConfig::default() };
+        TrainConfig { precision, optimizer, ..TrainConfig::default() }
+    }
+
+    #[test]
+    fn steps_that_a_half_type_would_round_away_add_up() {
+        for (precision, rounded) in [(Precision::Bf16, 0.8984375), (Precision::F16, 0.899_902_34)] {
+            let parameters = [("a".to_owned(), weight(precision.dtype(), 1.0))];
+            let mut optimizer = Optimizer::new(&parameters, &plain(precision)).unwrap();
+            // With a gradient that is always the same, Adam steps by the learning rate. Half of it is lost beside 1, in both types.
+            (0..1000).for_each(|_| drop(step(&mut optimizer, &parameters, 1e-4)));
+            let finished = optimizer.finished_weights().unwrap();
+            assert!((number(&finished[0].1) - 0.9).abs() < 1e-4, "{}", finished[0].1);
+            assert_eq!((finished[0].1.dtype(), number(&parameters[0].1)), (DType::F32, rounded));
+        }
+    }
+
+    #[test]
+    fn averages_follow_the_weights() {
+        let parameters = [("a".to_owned(), weight(DType::F32, 1.0)), ("b".to_owned(), weight(DType::F32, 2.0))];
+        let config = TrainConfig { ema_decay: Some(0.75), ..plain(Precision::F32) };
+        let mut optimizer = Optimizer::new(&parameters, &config).unwrap();
+        let mut averages = [1.0, 2.0];
+        for i in 0..8 {
+            // The second has no gradient in the second half; its mean follows all the same.
+            step(&mut optimizer, &parameters[..if i < 4 { 2 } else { 1 }], 0.1);
+            for ((_, parameter), average) in parameters.iter().zip(&mut averages) {
+                *average = 0.75 * *average + 0.25 * number(parameter);
+            }
+        }
+        for ((_, found), expected) in optimizer.finished_weights().unwrap().iter().zip(averages) {
+            assert!((number(found) - expected).abs() < 1e-6, "{found} for {expected}");
+        }
+        assert_eq!(
+            optimizer.weights().iter().map(|(_, w)| number(w)).collect::<Vec<_>>(),
+            [0, 1].map(|i: usize| number(&parameters[i].1))
+        );
+        assert!(averages[1] - number(&parameters[1].1) > 0.01);
+    }
+
+    #[test]
+    fn what_is_frozen_stays_and_is_among_the_weights() {
+        let names = ["vision.a", "text.a", "text.b"];
+        let parameters = names.map(|name| (name.to_owned(), weight(DType::F32, 1.0)));
+        let frozen = |names: &[&str]| {
+            let mut config = plain(Precision::F32);
+            config.optimizer.frozen_names = names.iter().map(ToString::to_string).collect();
+            config
+        };
+        let mut optimizer = Optimizer::new(&parameters, &frozen(&["text.b", "vision"])).unwrap();
+        step(&mut optimizer, &parameters, 0.1);
+        let [kept, moved] = [1.0, 0.9];
+        let finished = optimizer.finished_weights().unwrap();
+        for ((name, weights), expected) in finished.iter().zip([kept, moved, kept]) {
+            assert!((number(weights) - expected).abs() < 1e-6, "{name}: {weights}");
+        }
+        assert_eq!(finished.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), names);
+        let error = |names: &[&str]| Optimizer::new(&parameters, &frozen(names)).err().unwrap().to_string();
+        let expected = "optimizer.frozen_names: expected parts of names of parameters, but not of all, found ";
+        assert_eq!(error(&["vision", "txt"]), format!("{expected}\"txt\", which no parameter has"));
+        assert_eq!(error(&["a", "b"]), format!("{expected}[\"a\", \"b\"], which leave none to train"));
     }
 
     #[test]

@@ -8,15 +8,18 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Tensor};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
 use xvlm_kernels::{Gradients, Tape};
 
+use crate::checkpoint::Standing;
 use crate::config::TrainConfig;
 use crate::error::{BoxError, TrainError};
-use crate::metrics::MetricsRow;
+use crate::events::EventFile;
+use crate::metrics::{MetricsRow, peak_memory_mib};
 use crate::optimizer::Optimizer;
-use crate::ranks::{Alone, Communicator, Reducer};
+use crate::ranks::{Alone, Communicator, Reducer, agree, merge, share, sum};
 use crate::run::RunFolder;
-use crate::{Batches, Losses, Progress, Step, StepReport, Summary, Trainable};
+use crate::{Batches, Losses, Progress, Silent, Step, StepReport, Summary, Trainable};
 
 /// Where a run is kept, who else takes part, and how it is asked to stop.
 pub struct Job<'a> {
@@ -50,8 +53,12 @@ pub struct Trained {
 /// `batches` is called once, with the number of iterations already done, and gives the batches of those that follow.
 /// Resuming a finished run brings the model to its end.
 ///
+/// With several ranks, each calls this with batches of its own; all begin with the weights of rank 0, and `progress` is told
+/// on rank 0 alone.
+///
 /// # Errors
-/// [`TrainError`]; the checkpoints made before stay.
+/// [`TrainError`]; the checkpoints made before stay. Other ranks may then be waiting for this one, until it calls
+/// [`Communicator::abort`].
 pub fn train<M: Trainable>(
     model: &M,
     batches: impl FnOnce(u64) -> Result<Box<dyn Batches<M::Batch>>, BoxError>,
@@ -62,25 +69,31 @@ pub fn train<M: Trainable>(
     config.check()?;
     let Job { run, ranks, .. } = job;
     let is_first_rank = ranks.rank() == 0;
+    let mut silent = Silent;
+    let progress = if is_first_rank { progress } else { &mut silent };
+    let _lock = is_first_rank.then(|| run.lock()).transpose()?;
     let mut optimizer = Optimizer::new(model.parameters(), config)?;
-    let mut reducer = Reducer::new(ranks, &optimizer);
+    let mut reducer = Reducer::new(ranks, &optimizer, config.bucket_mib);
 
-    // Where to start.
-    let Start { mut done, elapsed, mut last_row } =
-        if is_first_rank { Start::of(job, config, &mut optimizer)? } else { Start::default() };
-    let (first, clock) = (done, Clock::start(elapsed));
+    // Where to start: rank 0 knows.
+    let Start { standing, mut last_row } =
+        if is_first_rank { Start::of(job, config, &mut optimizer, progress)? } else { Start::default() };
+    let Standing { iteration: done, elapsed, tally, mut judge } = standing;
+    let (mut done, mut elapsed) = share(&**ranks, &mut optimizer, done, elapsed)?;
+    let (first, clock, mut meter) = (done, Clock::start(elapsed), Meter::new(tally));
     let mut batches = batches(done).map_err(|source| TrainError::Batches { iteration: done + 1, source })?;
     progress.start(config.iterations, done);
 
     let mut stopped = false;
     let is_last =
         |done, elapsed| done >= config.iterations || config.time_limit().is_some_and(|limit| elapsed >= limit);
-    let mut last = is_last(done, clock.elapsed());
-    let mut meter = Meter::new();
+    let mut last = is_last(done, elapsed);
+    let for_tensorboard = is_first_rank && config.tensorboard && !last;
+    let mut events = for_tensorboard.then(|| EventFile::begin(&run.tensorboard_path(), done)).transpose()?;
     let mut trained_on = 0;
     while !last {
         let iteration = done + 1;
-        let lr = config.learning_rate(done, clock.elapsed());
+        let lr = config.learning_rate(done, elapsed);
         let mut rng = generator(config.seed, done, ranks.rank());
         for micro_batches in batches.next().map_err(|source| TrainError::Batches { iteration, source })? {
             let mut gradients = Gradients::default();
@@ -93,17 +106,22 @@ pub fn train<M: Trainable>(
                 let (total, values) = total(&losses, scale)?;
                 drop(losses);
                 if let Some((name, value)) = values.iter().find(|(_, value)| !value.is_finite()) {
-                    let step = &mut Step { rng: &mut drawn.clone(), tape: &tape, ranks };
+                    // The others may have no such numbers, and take no part in looking for them.
+                    let step = &mut Step { rng: &mut drawn.clone(), tape: &tape, ranks: &(Arc::new(Alone) as _) };
                     let tensor = model.first_not_finite(batch, step);
                     return Err(not_finite(name, *value, tensor, M::records(batch), iteration, run));
                 }
                 // Gradients that no batch will add to any more are on their way to the other ranks while the others are made.
+                if is_last {
+                    reducer.start(&tape, &total, &gradients)?;
+                }
                 let ready = |variable: &Tensor, gradient: &Tensor| match is_last {
                     true => reducer.ready(variable, gradient),
                     false => Ok(()),
                 };
-                tape.backward(&total, &mut gradients, ready).map_err(TrainError::tensor("gradient"))?;
-                meter.add_losses(&values);
+                tape.backward(total, &mut gradients, ready).map_err(TrainError::tensor("gradient"))?;
+                meter.tally.add_losses(&values);
+                judge.add(&values);
                 trained_on += M::samples(batch);
             }
             reducer.finish(&mut gradients)?;
@@ -115,21 +133,24 @@ pub fn train<M: Trainable>(
                 return Err(not_finite("gradient norm", norm, tensor, records, iteration, run));
             }
             model.after_step().map_err(|source| TrainError::Model { iteration, source })?;
-            meter.add_step(norm, micro_batches.iter().map(M::samples).sum());
+            meter.tally.add_step(norm, micro_batches.iter().map(M::samples).sum());
         }
         done = iteration;
-        stopped = job.stop.load(Ordering::Relaxed);
-        last = stopped || is_last(done, clock.elapsed());
+        (stopped, elapsed) = agree(&**ranks, job.stop.load(Ordering::Relaxed), clock.elapsed())?;
+        let ends = is_last(done, elapsed);
+        stopped &= !ends;
+        last = stopped || ends;
 
-        // A checkpoint comes with a report, so that the means of a resumed run begin where they did in this one.
-        let save = last || done % config.checkpoint_every == 0;
-        if save || done % config.log_every == 0 {
-            let Report { losses, grad_norm, images_per_second } = meter.report();
-            let elapsed = clock.elapsed();
+        // A checkpoint comes with a report and is compared with those before; but not where the run is only interrupted, so
+        // that one that was interrupted leaves the same behind as one that was not.
+        let is_due = ends || done % config.checkpoint_every == 0;
+        if is_due || done % config.log_every == 0 {
+            let Report { losses, grad_norm, images_per_second } = meter.report(ranks)?;
             let per_iteration = clock.since_start().as_secs_f64() / (done - first) as f64;
             let left = Duration::try_from_secs_f64(per_iteration * (config.iterations - done) as f64);
             let left = left.unwrap_or(Duration::MAX);
             let eta = config.time_limit().map_or(left, |limit| left.min(limit.saturating_sub(elapsed)));
+            let peak_memory_mib = peak_memory_mib();
             progress.step(&StepReport {
                 iteration,
                 of: config.iterations,
@@ -139,25 +160,50 @@ pub fn train<M: Trainable>(
                 images_per_second,
                 eta,
                 elapsed,
+                peak_memory_mib,
             });
             let (losses, elapsed_seconds) = (losses.into_iter().collect(), elapsed.as_secs_f64());
-            let row = MetricsRow { iteration, losses, lr, grad_norm, images_per_second, elapsed_seconds };
-            run.append(&row)?;
+            let row = MetricsRow {
+                iteration,
+                losses,
+                lr,
+                grad_norm,
+                loss_scale: optimizer.loss_scale.dynamic(),
+                images_per_second,
+                elapsed_seconds,
+                peak_memory_mib,
+            };
+            if is_first_rank {
+                run.append(&row)?;
+                events.as_mut().map_or(Ok(()), |events| events.append(&row))?;
+            }
             last_row = Some(row);
         }
-        if save {
-            run.save(done, clock.elapsed(), config, &optimizer)?;
+        if is_due && config.keep_best {
+            judge.merge(ranks)?;
+            judge.compare(done, model.score().map_err(|source| TrainError::Model { iteration, source })?);
+        }
+        if stopped {
+            // Rank 0 keeps what the others counted too.
+            judge.merge(ranks)?;
+            meter.tally.merge(ranks)?;
+        }
+        if (is_due || stopped) && is_first_rank {
+            let standing = Standing { iteration: done, elapsed, tally: meter.tally.clone(), judge: judge.clone() };
+            run.save(&standing, config, &optimizer)?;
         }
     }
 
+    let [trained_on] = sum(&**ranks, [trained_on as f64])?;
     let summary = Summary {
         iterations: done,
         optimizer_steps: optimizer.steps,
         out_of_time: done < config.iterations && !stopped,
         stopped,
         losses: last_row.map_or_else(Vec::new, |row| row.losses.into_iter().collect()),
-        images_per_second: trained_on as f64 / clock.since_start().as_secs_f64().max(1e-9),
+        images_per_second: trained_on / clock.since_start().as_secs_f64().max(1e-9),
         elapsed: clock.elapsed(),
+        peak_memory_mib: peak_memory_mib(),
     };
     progress.finish(&summary);
     Ok(Trained { summary, weights: optimizer.finished_weights()? })
@@ -166,26 +212,31 @@ pub fn train<M: Trainable>(
 /// Where a run begins.
 #[derive(Default)]
 struct Start {
-    /// Iterations done before.
-    done: u64,
-    elapsed: Duration,
+    standing: Standing,
     last_row: Option<MetricsRow>,
 }
 
 impl Start {
     /// Of the run in a folder, which is brought to the state of its last checkpoint, as is the optimizer.
-    fn of(job: &Job, config: &TrainConfig, optimizer: &mut Optimizer) -> Result<Self, TrainError> {
+    fn of(
+        job: &Job,
+        config: &TrainConfig,
+        optimizer: &mut Optimizer,
+        progress: &mut dyn Progress,
+    ) -> Result<Self, TrainError> {
         let Job { run, resume, .. } = job;
-        let mut start = Self::default();
-        if *resume && let Some(checkpoint) = run.latest()? {
+        let mut standing = Standing::default();
+        if *resume && let Some(checkpoint) = run.latest(progress)? {
             checkpoint.check(config)?;
             checkpoint.restore(optimizer)?;
-            start = Self { done: checkpoint.state.iteration, elapsed: checkpoint.state.elapsed(), last_row: None };
+            standing = checkpoint.standing().clone();
         } else if let Some((_, newest)) = run.checkpoints()?.pop() {
             let found = newest.display().to_string();
             return Err(TrainError::Occupied { path: run.path().to_path_buf(), found });
         }
-        Ok(Self { last_row: run.rewind(start.done)?, ..start })
+        let last_row = run.rewind(standing.iteration)?;
+        run.keep_best(standing.judge.best.as_ref().filter(|_| config.keep_best))?;
+        Ok(Self { standing, last_row })
     }
 }
 
@@ -249,12 +300,19 @@ impl Clock {
     }
 }
 
-/// What happened since the last report.
+/// What happened since the last report, and when that was.
 struct Meter {
     since: Instant,
-    steps: u64,
+    tally: Tally,
+}
+
+/// What happened since the last report.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Tally {
     samples: usize,
-    grad_norm: f64,
+    /// Sum and number of the norms that are finite.
+    grad_norm: (f64, u64),
     /// Name, sum and number of values, in the order in which they first came.
     losses: Vec<(String, f64, u64)>,
 }
@@ -265,15 +323,20 @@ struct Report {
     images_per_second: f64,
 }
 
-impl Meter {
-    fn new() -> Self {
-        Self { since: Instant::now(), steps: 0, samples: 0, grad_norm: 0.0, losses: Vec::new() }
+impl Tally {
+    /// Makes the sums those of all ranks. Norms are the same on all.
+    fn merge(&mut self, ranks: &Arc<dyn Communicator>) -> Result<(), TrainError> {
+        self.losses = merge(ranks, std::mem::take(&mut self.losses))?;
+        let [samples] = sum(&**ranks, [self.samples as f64])?;
+        self.samples = samples as usize;
+        Ok(())
     }
 
     fn add_step(&mut self, grad_norm: f64, samples: usize) {
-        self.steps += 1;
         self.samples += samples;
-        self.grad_norm += grad_norm;
+        if grad_norm.is_finite() {
+            self.grad_norm = (self.grad_norm.0 + grad_norm, self.grad_norm.1 + 1);
+        }
     }
 
     fn add_losses(&mut self, losses: &[(&str, f64)]) {
@@ -284,15 +347,23 @@ impl Meter {
             }
         }
     }
+}
 
-    /// The means, of which the next begin anew.
-    fn report(&mut self) -> Report {
-        let Self { since, steps, samples, grad_norm, losses } = std::mem::replace(self, Self::new());
-        Report {
+impl Meter {
+    fn new(tally: Tally) -> Self {
+        Self { since: Instant::now(), tally }
+    }
+
+    /// The means over all ranks, of which the next begin anew.
+    fn report(&mut self, ranks: &Arc<dyn Communicator>) -> Result<Report, TrainError> {
+        let Self { since, mut tally } = std::mem::replace(self, Self::new(Tally::default()));
+        tally.merge(ranks)?;
+        let Tally { samples, grad_norm: (norms, steps), losses } = tally;
+        Ok(Report {
             losses: losses.into_iter().map(|(name, sum, count)| (name, sum / count as f64)).collect(),
-            grad_norm: grad_norm / steps.max(1) as f64,
+            grad_norm: norms / steps.max(1) as f64,
             images_per_second: samples as f64 / since.elapsed().as_secs_f64().max(1e-9),
-        }
+        })
     }
 }
 

@@ -74,7 +74,7 @@ fn steps() {
         });
         let sum = Tensor::stack(&products.collect::<Vec<_>>(), 0).unwrap().sum_all().unwrap();
         let mut gradients = Gradients::default();
-        Tape::default().backward(&sum, &mut gradients, |_, _| Ok(())).unwrap();
+        Tape::default().backward(sum, &mut gradients, |_, _| Ok(())).unwrap();
         optimizer.step(&gradients, lr).unwrap();
         for (name, parameter) in &parameters {
             let expected = numbers(&tensors[&format!("out.param.{step}.{name}")]);

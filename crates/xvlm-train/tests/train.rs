@@ -2,14 +2,16 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use candle_core::{Device, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use xvlm_train::{
-    Batches, BoxError, Job, Losses, MetricsRow, OptimizerConfig, Progress, RunFolder, ScheduleConfig, Silent, Step,
-    StepReport, Summary, TrainConfig, TrainError, Trainable, Warmup, loss_curves, read_metrics, train,
+    Batches, BoxError, Criterion, Job, Losses, MetricsRow, OptimizerConfig, Progress, RunFolder, ScheduleConfig,
+    Silent, Step, StepReport, Summary, TrainConfig, TrainError, Trainable, Warmup, loss_curves, read_metrics, train,
 };
 
 const INPUTS: usize = 4;
@@ -115,6 +117,7 @@ fn config() -> TrainConfig {
         schedule: ScheduleConfig { warmup: Warmup::Iterations(4), ..ScheduleConfig::default() },
         log_every: 4,
         checkpoint_every: 5,
+        keep_best: false,
         ..TrainConfig::default()
     }
 }
@@ -140,7 +143,7 @@ fn killed(at: &Path, iteration: u64) {
 
 /// What of metrics does not depend on the time.
 fn lasting(at: &Path) -> Vec<MetricsRow> {
-    let timeless = |row| MetricsRow { images_per_second: 0.0, elapsed_seconds: 0.0, ..row };
+    let timeless = |row| MetricsRow { images_per_second: 0.0, elapsed_seconds: 0.0, peak_memory_mib: None, ..row };
     read_metrics(&at.join("metrics.jsonl")).unwrap().into_iter().map(timeless).collect()
 }
 
@@ -184,6 +187,20 @@ fn a_resumed_run_is_the_same_run_to_the_bit() {
     for file in ["weights.safetensors", "optimizer.safetensors"] {
         assert_eq!(bytes(whole.path(), 20, file), bytes(parts.path(), 20, file), "{file}");
     }
+}
+
+#[test]
+fn each_time_training_goes_on_there_is_an_event_file() {
+    let [dir, without] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let files = |at: &Path| fs::read_dir(at.join("tensorboard")).map_or(0, |files| files.count());
+    killed(dir.path(), 13);
+    assert_eq!(files(dir.path()), 1);
+    for _ in ["to its end", "with nothing left to do"] {
+        go(&Regression::new(), STREAM, &config(), dir.path(), true).unwrap();
+        assert_eq!(files(dir.path()), 2);
+    }
+    go(&Regression::new(), STREAM, &TrainConfig { tensorboard: false, ..config() }, without.path(), false).unwrap();
+    assert_eq!(files(without.path()), 0);
 }
 
 #[test]
@@ -239,7 +256,8 @@ fn keeps_the_last_checkpoints() {
 }
 
 /// Damages the newest checkpoint (of iteration 10) in one way; resuming must go on from the one before, to the same end.
-fn survives(damage: impl Fn(&Path)) {
+/// Returns the warnings.
+fn survives(damage: impl Fn(&Path)) -> Vec<String> {
     let [whole, broken] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     go(&Regression::new(), STREAM, &config(), whole.path(), false).unwrap();
     killed(broken.path(), 12);
@@ -252,12 +270,23 @@ fn survives(damage: impl Fn(&Path)) {
         from = Some(iteration);
         STREAM.from(iteration)
     };
-    train(&Regression::new(), start, &config(), &Job::alone(&run, true), &mut Silent).unwrap();
+    let mut warned = Warnings::default();
+    train(&Regression::new(), start, &config(), &Job::alone(&run, true), &mut warned).unwrap();
     assert_eq!(from, Some(5));
     assert_eq!(checkpoints(broken.path()), [15, 20]);
     assert_eq!(lasting(whole.path()), lasting(broken.path()));
     assert_eq!(bytes(whole.path(), 20, "weights.safetensors"), bytes(broken.path(), 20, "weights.safetensors"));
     assert_eq!(fs::read_dir(broken.path().join("checkpoints")).unwrap().count(), 2);
+    warned.0
+}
+
+#[derive(Default)]
+struct Warnings(Vec<String>);
+
+impl Progress for Warnings {
+    fn warning(&mut self, message: &str) {
+        self.0.push(message.to_owned());
+    }
 }
 
 #[test]
@@ -277,8 +306,10 @@ fn survives_a_kill_while_removing() {
 
 #[test]
 fn survives_missing_and_cut_files() {
-    for file in ["weights.safetensors", "optimizer.safetensors", "state.json"] {
-        survives(|checkpoint| fs::remove_file(checkpoint.join(file)).unwrap());
+    for file in ["weights.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"] {
+        let warned = survives(|checkpoint| fs::remove_file(checkpoint.join(file)).unwrap());
+        let said = format!("0000010/{file}: expected a file, found none; this checkpoint is not used");
+        assert!(warned.len() == 1 && warned[0].ends_with(&said), "{warned:?}");
         for share in [0, 2] {
             survives(|checkpoint| {
                 let file = fs::OpenOptions::new().write(true).open(checkpoint.join(file)).unwrap();
@@ -287,6 +318,141 @@ fn survives_missing_and_cut_files() {
             });
         }
     }
+}
+
+#[test]
+fn survives_a_flipped_bit() {
+    for file in ["weights.safetensors", "optimizer.safetensors", "state.json"] {
+        let warned = survives(|checkpoint| {
+            let mut bytes = fs::read(checkpoint.join(file)).unwrap();
+            *bytes.last_mut().unwrap() ^= 1;
+            fs::write(checkpoint.join(file), bytes).unwrap();
+        });
+        let told = warned.len() == 1 && warned[0].contains(&format!("0000010/{file}: expected "));
+        assert!(told && warned[0].matches("SHA-256 ").count() == 2, "{warned:?}");
+    }
+}
+
+/// A model whose score has its highest value on the way to the lowest losses.
+struct Scored(Regression);
+
+impl Trainable for Scored {
+    type Batch = Points;
+
+    fn parameters(&self) -> &[(String, Var)] {
+        self.0.parameters()
+    }
+
+    fn losses(&self, batch: &Points, step: &mut Step) -> Result<Losses, BoxError> {
+        self.0.losses(batch, step)
+    }
+
+    fn samples(batch: &Points) -> usize {
+        Regression::samples(batch)
+    }
+
+    fn score(&self) -> Result<Option<f64>, BoxError> {
+        Ok(Some(-f64::from((self.0.numbers()[0] - 0.3).abs())))
+    }
+}
+
+#[test]
+fn the_best_is_kept_and_the_same_after_an_interruption() {
+    let [whole, parts] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let config = TrainConfig { keep_checkpoints: 1, keep_best: true, ..config() };
+    let go = |at: &Path, resume, fails_at| {
+        let (run, stream) = (RunFolder::new(at).unwrap(), Stream { fails_at, ..STREAM });
+        let job = &Job::alone(&run, resume);
+        train(&Scored(Regression::new()), |start| stream.from(start), &config, job, &mut Silent).map(|_| run)
+    };
+    let run = go(whole.path(), false, None).unwrap();
+    let (best, path) = run.best().unwrap().unwrap();
+    assert!(best.by == Criterion::Score && best.iteration < 20, "{best:?}");
+    assert_eq!(checkpoints(whole.path()), [best.iteration, 20]);
+    assert!(path.join("weights.safetensors").exists());
+    let weights = run.weights(best.iteration).unwrap();
+    let (name, weight) = weights.iter().find(|(name, _)| name == "first.weight").unwrap();
+    let first = weight.flatten_all().unwrap().to_vec1::<f32>().unwrap()[0];
+    assert_eq!(best.score, -f64::from((first - 0.3).abs()), "{name}");
+
+    // After the best, and once more at the end.
+    assert!(go(parts.path(), false, Some(best.iteration + 2)).is_err());
+    assert!(go(parts.path(), true, Some(18)).is_err());
+    go(parts.path(), true, None).unwrap();
+    let told = |at: &Path| fs::read_to_string(at.join("checkpoints/best.json")).unwrap();
+    assert_eq!(told(whole.path()), told(parts.path()));
+    assert_eq!(checkpoints(parts.path()), checkpoints(whole.path()));
+    assert_eq!(bytes(whole.path(), 20, "weights.safetensors"), bytes(parts.path(), 20, "weights.safetensors"));
+}
+
+#[test]
+fn without_a_score_the_losses_tell_the_best() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = TrainConfig { keep_best: true, log_every: 5, ..config() };
+    go(&Regression::new(), STREAM, &config, dir.path(), false).unwrap();
+    let (best, _) = RunFolder::new(dir.path()).unwrap().best().unwrap().unwrap();
+    let rows = lasting(dir.path());
+    let sum = |row: &MetricsRow| (row.losses.len(), -row.losses.values().sum::<f64>(), row.iteration);
+    let expected = rows.iter().map(sum).max_by(|a, b| a.partial_cmp(b).unwrap()).unwrap();
+    assert_eq!((best.losses, best.score, best.iteration), expected);
+    assert_eq!(best.by, Criterion::Losses);
+}
+
+#[test]
+fn a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not() {
+    let [whole, parts] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let config = TrainConfig { keep_best: true, ..config() };
+    go(&Regression::new(), STREAM, &config, whole.path(), false).unwrap();
+
+    /// Asks for it while it builds the batches of the iteration after so many.
+    struct Asking(Stream, u64, Arc<AtomicBool>);
+    impl Batches<Points> for Asking {
+        fn next(&mut self) -> Result<Vec<Vec<Points>>, BoxError> {
+            self.2.store(self.0.iteration == self.1, Ordering::Relaxed);
+            self.0.next()
+        }
+    }
+    let run = RunFolder::new(parts.path()).unwrap();
+    // Between reports and checkpoints; at a report; at a checkpoint; at the end, which is not an interruption.
+    for (i, (at, stopped)) in [(6, true), (7, true), (12, true), (14, true), (19, false)].into_iter().enumerate() {
+        let stop = Arc::new(AtomicBool::new(false));
+        let job = Job { stop: Arc::clone(&stop), ..Job::alone(&run, i > 0) };
+        let batches = |iteration| -> Result<Box<dyn Batches<Points>>, BoxError> {
+            Ok(Box::new(Asking(Stream { iteration, ..STREAM }, at, Arc::clone(&stop))))
+        };
+        let summary = train(&Regression::new(), batches, &config, &job, &mut Silent).unwrap().summary;
+        assert_eq!((summary.iterations, summary.stopped, summary.out_of_time), (at + 1, stopped, false));
+        assert_eq!(checkpoints(parts.path()).last(), Some(&(at + 1)));
+    }
+    assert_eq!(lasting(whole.path()), lasting(parts.path()));
+    for file in ["weights.safetensors", "optimizer.safetensors"] {
+        assert_eq!(bytes(whole.path(), 20, file), bytes(parts.path(), 20, file), "{file}");
+    }
+    let told = |at: &Path| fs::read_to_string(at.join("checkpoints/best.json")).unwrap();
+    assert_eq!(told(whole.path()), told(parts.path()));
+}
+
+#[test]
+fn two_processes_do_not_train_in_one_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let lock = fs::File::create(dir.path().join("lock")).unwrap();
+    lock.lock().unwrap();
+    let error = go(&Regression::new(), STREAM, &config(), dir.path(), false).unwrap_err();
+    assert!(matches!(&error, TrainError::Locked { path } if path.ends_with("lock")), "{error}");
+    drop(lock);
+    go(&Regression::new(), STREAM, &config(), dir.path(), false).unwrap();
+}
+
+#[test]
+fn some_records_are_named_and_the_others_counted() {
+    let records = |count: usize| {
+        let records = (1..=count).map(|i| format!("a.jsonl:{i}")).collect();
+        let (loss, tensor) = ("itc".to_owned(), None);
+        TrainError::NotFinite { iteration: 1, loss, value: f64::NAN, tensor, records, checkpoint: None }.to_string()
+    };
+    assert!(records(8).contains("; the batch was made of a.jsonl:1, a.jsonl:2,"), "{}", records(8));
+    assert!(records(8).contains("a.jsonl:8; there"), "{}", records(8));
+    assert!(records(11).contains("a.jsonl:8 and 3 more; there"), "{}", records(11));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Pre-training steps, and the optimizer.
 
-use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -9,7 +10,10 @@ use xvlm::data::{CaptionTensors, RegionTensors, TextTensors};
 use xvlm::encoders::{Attention, Concepts, Pass, Regions, Task, Xvlm};
 use xvlm::losses::{Pair, negative_weights};
 use xvlm::tasks::pretrain::{Batch, Pretraining};
-use xvlm::train::{Gradients, Optimizer, OptimizerConfig, ScheduleConfig, Tape, TrainConfig, Trainable, Warmup};
+use xvlm::train::{
+    Batches, BoxError, Gradients, Job, Losses, MetricsRow, Optimizer, OptimizerConfig, RunFolder, ScheduleConfig,
+    Silent, Step, Tape, TrainConfig, Trainable, Warmup, read_metrics, train,
+};
 
 use super::case::{Case, Outcome, SAFE};
 use super::encoders::at;
@@ -233,7 +237,7 @@ pub(super) fn optimizer(case: &Case) -> Outcome {
             products.push((parameter.as_tensor() * gradient)?.sum_all()?);
         }
         let lr = config.learning_rate(step as u64, Duration::ZERO);
-        optimizer.step(&gradients(&Tape::default(), &sum(products.iter())?)?, lr)?;
+        optimizer.step(&gradients(&Tape::default(), sum(products.iter())?)?, lr)?;
         lrs.extend(rates(case, &config, step));
         for (name, parameter) in &parameters {
             case.check_within(&format!("out.param.{step}.{name}"), parameter, RTOL, 0.0)?;
@@ -242,46 +246,86 @@ pub(super) fn optimizer(case: &Case) -> Outcome {
     case.check_within("out.lr", &Tensor::from_vec(lrs, case.input("out.lr")?.shape(), &Device::Cpu)?, RTOL, 0.0)
 }
 
-fn gradients(tape: &Tape, loss: &Tensor) -> candle_core::Result<Gradients> {
+fn gradients(tape: &Tape, loss: Tensor) -> candle_core::Result<Gradients> {
     let mut gradients = Gradients::default();
     tape.backward(loss, &mut gradients, |_, _| Ok(()))?;
     Ok(gradients)
 }
 
-/// Several steps of pre-training: losses, gradient norms, learning rates and the parameters at the end.
+/// Pre-training on one batch, with the negatives that the original drew at each step, and without dropout.
+struct Recorded {
+    pretraining: Pretraining,
+    batch: Batch,
+    negatives: Vec<Vec<Pair>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Trainable for Recorded {
+    /// The number of the step.
+    type Batch = usize;
+
+    fn parameters(&self) -> &[(String, Var)] {
+        self.pretraining.parameters()
+    }
+
+    fn losses(&self, number: &usize, step: &mut Step) -> Result<Losses, BoxError> {
+        let pass = Pass::inference().on(step.tape);
+        self.stop.store(number + 1 >= self.negatives.len(), Ordering::Relaxed);
+        Ok(self.pretraining.losses_of(&self.batch, &pass, &mut |_, _| Ok(self.negatives[*number].clone()))?)
+    }
+
+    fn samples(_: &usize) -> usize {
+        1
+    }
+
+    fn after_step(&self) -> Result<(), BoxError> {
+        self.pretraining.after_step()
+    }
+}
+
+/// The numbers from 0.
+struct Numbers(usize);
+
+impl Batches<usize> for Numbers {
+    fn next(&mut self) -> Result<Vec<Vec<usize>>, BoxError> {
+        self.0 += 1;
+        Ok(vec![vec![self.0 - 1]])
+    }
+}
+
+/// Several steps of pre-training in the loop, with and without recomputation: losses, gradient norms, learning rates and the
+/// parameters at the end.
 pub(super) fn steps(case: &Case, first: &Case) -> Outcome {
     /// Adam makes a full step of a rounding error where a gradient is tiny.
     const ADAM: f64 = 2e-5;
-    let config = configuration(case)?;
-    let Built { model, parameters } = case.xvlm(Task::Pretrain)?;
-    let batch = first.batch(&model)?;
-    let pretraining = Pretraining::with_model(model, parameters);
-    let mut optimizer = Optimizer::new(pretraining.parameters(), &config)?;
     let (images, texts) = (case.integers("draw.image_neg_idx")?, case.integers("draw.text_neg_idx")?);
     let shape = case.input("out.losses")?;
     let steps = shape.dim(0)?;
     let rows = images.len() / steps.max(1);
-    let (mut losses, mut norms, mut lrs) = (Vec::new(), Vec::new(), Vec::new());
-    for step in 0..steps {
-        let drawn = step * rows..(step + 1) * rows;
-        let pairs = Case::pairs(&images[drawn.clone()], &texts[drawn]);
-        let tape = Rc::new(Tape::new(true));
-        let pass = Pass::inference().on(&tape);
-        let found = pretraining.losses_of(&batch, &pass, &mut |_, _| Ok(pairs.clone()))?.0;
-        let total = sum(found.iter().map(|(_, loss)| loss))?;
-        for (_, loss) in &found {
-            losses.push(loss.flatten_all()?.to_vec1::<f32>()?[0]);
+    let drawn = |step: usize| step * rows..(step + 1) * rows;
+    let negatives: Vec<_> = (0..steps).map(|step| Case::pairs(&images[drawn(step)], &texts[drawn(step)])).collect();
+    for recompute in [false, true] {
+        let config = TrainConfig { recompute, log_every: 1, ..configuration(case)? };
+        let Built { model, parameters } = case.xvlm(Task::Pretrain)?;
+        let batch = first.batch(&model)?;
+        let pretraining = Pretraining::with_model(model, parameters);
+        let stop = Arc::<AtomicBool>::default();
+        let model = Recorded { pretraining, batch, negatives: negatives.clone(), stop: Arc::clone(&stop) };
+        let folder = tempfile::tempdir()?;
+        let run = RunFolder::new(folder.path())?;
+        let job = Job { stop, ..Job::alone(&run, false) };
+        train(&model, |_| Ok(Box::new(Numbers(0))), &config, &job, &mut Silent)?;
+        let metrics = read_metrics(&run.metrics_path())?;
+        let loss = |row: &MetricsRow, name: &str| row.losses.get(name).copied().unwrap_or(f64::NAN);
+        let losses = metrics.iter().flat_map(|row| ["itc", "itm", "mlm"].map(|name| loss(row, name)));
+        case.check("out.losses", &Tensor::from_vec(losses.collect(), shape.shape(), &Device::Cpu)?)?;
+        let norms: Vec<f64> = metrics.iter().map(|row| row.grad_norm).collect();
+        case.check("out.grad_norm", &Tensor::from_vec(norms, steps, &Device::Cpu)?)?;
+        let lrs = (0..steps).flat_map(|step| rates(case, &config, step)).collect();
+        case.check("out.lr", &Tensor::from_vec(lrs, case.input("out.lr")?.shape(), &Device::Cpu)?)?;
+        for (name, parameter) in model.parameters() {
+            case.check_within(&format!("param.{name}"), parameter, SAFE, ADAM)?;
         }
-        let lr = config.learning_rate(step as u64, Duration::ZERO);
-        norms.push(optimizer.step(&gradients(&tape, &total)?, lr)? as f32);
-        pretraining.after_step().map_err(|error| error.to_string())?;
-        lrs.extend(rates(case, &config, step));
-    }
-    case.check("out.losses", &Tensor::from_vec(losses, shape.shape(), &Device::Cpu)?)?;
-    case.check("out.grad_norm", &Tensor::from_vec(norms, steps, &Device::Cpu)?)?;
-    case.check("out.lr", &Tensor::from_vec(lrs, case.input("out.lr")?.shape(), &Device::Cpu)?)?;
-    for (name, parameter) in pretraining.parameters() {
-        case.check_within(&format!("param.{name}"), parameter, SAFE, ADAM)?;
     }
     Ok(())
 }

@@ -5,7 +5,10 @@ use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
-use xvlm::data::{BatchBuilder, BatchConfig, BrokenRecord, ImageCache, Padding, Rect, TextTokenizer, scenes};
+use xvlm::data::{
+    BatchBuilder, BatchConfig, BrokenRecord, CaptionBatch, ImageCache, Padding, Rect, RegionBatch, TextTokenizer,
+    scenes,
+};
 use xvlm::tasks::PretrainConfig;
 use xvlm::{Picture, PixelBox};
 
@@ -54,17 +57,20 @@ enum Stream {
 
 /// One picture.
 #[derive(Serialize)]
-struct Sample {
+pub(crate) struct Sample {
     record: String,
-    texts: Vec<Shown>,
+    pub(crate) texts: Vec<Shown>,
     #[serde(skip)]
     picture: Picture,
 }
 
 /// One text.
 #[derive(Serialize)]
-struct Shown {
+pub(crate) struct Shown {
     text: String,
+    /// Its tokens, with those masked that are to be predicted, if that is asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) masked: Option<String>,
     /// In pixels of the picture as it is seen: `xmin, ymin, xmax, ymax`. None of a text of the whole.
     #[serde(rename = "box")]
     bounds: Option<[f32; 4]>,
@@ -98,30 +104,30 @@ impl Inspect {
         dataset.broken().examples().iter().for_each(say_broken);
         let builder = BatchBuilder::new(dataset, Arc::new(tokenizer), data, Arc::new(ImageCache::new(0)))?;
         let samples = match self.stream {
-            Stream::Captions => captions(&builder, self.step, side)?,
-            Stream::Regions => regions(&builder, self.step, side)?,
+            Stream::Captions => of_captions(builder.captions(self.step)?, side),
+            Stream::Regions => of_regions(builder.regions(self.step)?, side),
         };
         builder.broken().iter().for_each(say_broken);
         if let Some(path) = &self.out {
-            output::write(path, &sheet(&samples, side as u32).to_png()?)?;
+            output::write(path, &sheet(&samples.iter().collect::<Vec<_>>(), side as u32).to_png()?)?;
         }
-        output::print(self.json, &samples, |samples| {
-            let lines = samples.iter().enumerate().map(|(i, sample)| listed(i + 1, sample));
-            lines.collect::<Vec<_>>().join("\n")
-        })
+        output::print(self.json, &samples, |samples| list(samples))
     }
 }
 
-fn captions(builder: &BatchBuilder, step: u64, side: usize) -> Result<Vec<Sample>, CliError> {
-    let batch = builder.captions(step)?;
+/// The pictures of a batch of the image stream.
+pub(crate) fn of_captions(batch: CaptionBatch, side: usize) -> Vec<Sample> {
     let pictures = pictures(&batch.pixels, side);
     let rows = batch.origins.into_iter().zip(batch.text.texts).zip(pictures);
-    let sample = |((record, text), picture)| Sample { record, texts: vec![Shown { text, bounds: None }], picture };
-    Ok(rows.map(sample).collect())
+    let sample = |((record, text), picture)| {
+        let texts = vec![Shown { text, masked: None, bounds: None }];
+        Sample { record, texts, picture }
+    };
+    rows.map(sample).collect()
 }
 
-fn regions(builder: &BatchBuilder, step: u64, side: usize) -> Result<Vec<Sample>, CliError> {
-    let batch = builder.regions(step)?;
+/// The pictures of a batch of the region stream.
+pub(crate) fn of_regions(batch: RegionBatch, side: usize) -> Vec<Sample> {
     let pictures = pictures(&batch.pixels, side);
     let rows = batch.origins.into_iter().zip(pictures);
     let mut samples: Vec<Sample> =
@@ -130,9 +136,15 @@ fn regions(builder: &BatchBuilder, step: u64, side: usize) -> Result<Vec<Sample>
         let [cx, cy, w, h] = batch.boxes[row].map(|share| share * side as f32);
         let bounds = [cx - w / 2.0, cy - h / 2.0, cx + w / 2.0, cy + h / 2.0];
         let bounds = (!batch.is_image[row]).then_some(bounds);
-        samples[batch.image_index[row] as usize].texts.push(Shown { text, bounds });
+        samples[batch.image_index[row] as usize].texts.push(Shown { text, masked: None, bounds });
     }
-    Ok(samples)
+    samples
+}
+
+/// The texts of pictures, which are numbered as they stand on the sheet.
+pub(crate) fn list(samples: &[Sample]) -> String {
+    let lines = samples.iter().enumerate().map(|(i, sample)| listed(i + 1, sample));
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 /// The pictures of normalised pixels `[N, 3, side, side]`.
@@ -142,7 +154,7 @@ fn pictures(pixels: &[f32], side: usize) -> impl Iterator<Item = Picture> {
 }
 
 /// The pictures side by side, each with its boxes.
-fn sheet(samples: &[Sample], side: u32) -> Picture {
+pub(crate) fn sheet(samples: &[&Sample], side: u32) -> Picture {
     /// Pixels of white between two pictures.
     const GAP: u32 = 4;
     let columns = (1..).find(|n| n * n >= samples.len()).unwrap_or(1).max(1) as u32;
@@ -164,7 +176,7 @@ fn sheet(samples: &[Sample], side: u32) -> Picture {
 fn listed(number: usize, sample: &Sample) -> String {
     let mut boxes = 0;
     let mut lines = vec![format!("{number}. {}", sample.record)];
-    for Shown { text, bounds } in &sample.texts {
+    for Shown { text, masked, bounds } in &sample.texts {
         lines.push(match bounds {
             None => format!("   whole: {text}"),
             Some(bounds) => {
@@ -172,6 +184,7 @@ fn listed(number: usize, sample: &Sample) -> String {
                 format!("   {boxes}: {text}  {}", place(*bounds))
             }
         });
+        lines.extend(masked.as_ref().map(|masked| format!("      {masked}")));
     }
     lines.join("\n")
 }

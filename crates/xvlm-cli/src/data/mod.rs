@@ -3,7 +3,7 @@
 mod check;
 mod convert;
 mod index;
-mod inspect;
+pub(crate) mod inspect;
 mod vocab;
 
 use std::path::PathBuf;

@@ -1,6 +1,10 @@
 //! The built program, with a tiny untrained model: what it prints and writes, and what it refuses.
 
 mod data;
+#[cfg(unix)]
+mod interrupted;
+#[cfg(feature = "mpi")]
+mod ranks;
 
 use std::fs;
 use std::path::Path;
@@ -234,12 +238,144 @@ fn pretrain_leaves_a_model() {
     assert!(report["losses"]["itc"].is_number(), "{report}");
     assert_eq!(fs::read_to_string(dir.join("run/metrics.jsonl")).unwrap().lines().count(), 2);
     json(dir, "ground --model run/model --image data/images/000000.png --text a~star");
+    let figure = Picture::open(&dir.join("run/losses.png")).unwrap();
+    assert!(figure.width() > 600 && fs::read_to_string(dir.join("run/losses.svg")).unwrap().contains(">itc</text>"));
+    assert_eq!(names(&dir.join("run/tensorboard")).len(), 1);
+    if cfg!(target_os = "linux") {
+        assert!(report["peak_memory_mib"].as_u64().unwrap() > 1, "{report}");
+        assert!(fs::read_to_string(dir.join("run/metrics.jsonl")).unwrap().contains("peak_memory_mib"));
+    }
 
     refused(dir, "pretrain --config tiny.yaml --out run --set train.iterations=2", &["run", "resume"]);
     let report = json(dir, "pretrain --config tiny.yaml --out run --resume --set train.iterations=2");
     assert_eq!(report["iterations"], 2);
     let preset = text(dir, "pretrain --preset scenes --print-config");
     assert!(preset.contains("train_file: []") && preset.contains("# "), "{preset}");
+}
+
+#[test]
+fn presets_are_listed_and_printed() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let list = json(dir, "presets");
+    let list = list.as_array().unwrap();
+    let entry = list.iter().find(|entry| entry["name"] == "vqa-480").unwrap();
+    let expected = json!({
+        "name": "vqa-480", "task": "vqa", "image_res": 480, "data": "VQA v2, VG questions", "official": "VQA_480.yaml",
+    });
+    assert_eq!(*entry, expected);
+    let lines = text(dir, "presets");
+    assert_eq!(lines.lines().count(), list.len());
+    assert!(lines.lines().any(|line| line.split_whitespace().eq(["refcoco-bbox", "bbox", "384", "px", "RefCOCO+"])));
+
+    let yaml = text(dir, "presets refcoco-bbox");
+    assert!(yaml.starts_with("# ") && yaml.contains("name: bbox"), "{yaml}");
+    assert_eq!(json(dir, "presets refcoco-bbox")["task"]["name"], "bbox");
+    assert_eq!(json(dir, "presets base-16m")["train"]["epochs"], 38);
+    refused(dir, "presets refcoco-box", &["unknown preset `refcoco-box`", "did you mean `refcoco-bbox`?"]);
+    let expected = ["pre-training (scenes-align, ", "refcoco-bbox, which is for fine-tuning (bbox)"];
+    refused(dir, "pretrain --preset refcoco-bbox --out run", &expected);
+    refused(dir, "pretrain --preset refcoco-bbox --print-config", &expected);
+}
+
+#[test]
+fn a_dry_run_tells_what_a_run_will_be() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    text(dir, "synth --out data --scenes 8 --seed 5");
+    let config = json!({
+        "train_file": ["data/pretrain.jsonl"],
+        "model": sizes(0),
+        "regions": { "iter_perc": 0.5 },
+        "data": {
+            "batch_size": 4, "max_images": 2, "max_regions": 8, "regions_per_image": 3, "max_tokens": 40,
+            "generation": { "questions_per_image": 1 },
+        },
+        "train": { "iterations": 10, "accumulate": 2, "schedule": { "warmup": 0.3 }, "ema_decay": 0.9 },
+    });
+    fs::write(dir.join("tiny.yaml"), config.to_string()).unwrap();
+    let before = names(dir);
+    let told = text(dir, "pretrain --config tiny.yaml --dry-run");
+    for part in ["Parameters", "Memory of a process, estimated", "epochs", "[MASK]", "data/pretrain.jsonl:"] {
+        assert!(told.contains(part), "{part} in {told}");
+    }
+    assert_eq!(names(dir), before, "nothing is left behind");
+
+    let plan = json(dir, "pretrain --config tiny.yaml --dry-run --processes 3 --out plan");
+    assert_eq!(names(&dir.join("plan")), ["first-batch.png"]);
+    // Four pictures with captions, two with regions: a sheet of three by two.
+    let sheet = Picture::open(&dir.join("plan/first-batch.png")).unwrap();
+    assert_eq!((sheet.width(), sheet.height()), (3 * 36 + 4, 2 * 36 + 4));
+    let parameters = &plan["parameters"];
+    let number = |value: &Value| value.as_u64().unwrap();
+    let sum = |values: &Value, of: fn(&Value) -> &Value| -> u64 {
+        values.as_array().unwrap().iter().map(|value| of(value).as_u64().unwrap()).sum()
+    };
+    assert_eq!(sum(&parameters["parts"], |part| &part[1]), number(&parameters["total"]));
+    assert_eq!(sum(&parameters["groups"], |group| &group["parameters"]), number(&parameters["trainable"]));
+    let memory = &plan["memory"];
+    assert_eq!(number(&memory["moments"]), 8 * number(&parameters["trainable"]));
+    assert_eq!(number(&memory["ema"]), 4 * number(&parameters["trainable"]));
+    assert!(number(&memory["activations_recomputed"]) < number(&memory["activations_kept"]));
+    let streams = &plan["streams"];
+    assert_eq!((&streams[0]["records"], &streams[0]["images_per_step"]), (&json!(8), &json!(4 * 2 * 3)));
+    assert_eq!(streams[0]["epochs"], json!(10.0 * 24.0 / 8.0));
+    assert_eq!(streams[1]["epochs"], json!(10.0 * 0.5 * 12.0 / 8.0));
+    for stream in streams.as_array().unwrap() {
+        let [largest, first] = ["flops_per_step", "flops_of_first_batch"].map(|key| stream[key].as_f64().unwrap());
+        assert!(0.0 < first && first <= largest, "{stream}");
+    }
+    assert_eq!((&plan["schedule"]["warmup"], &plan["schedule"]["ranks"]), (&json!(3), &json!(3)));
+    let first = &plan["first_batches"];
+    assert_eq!((&first[0]["pictures"], &first[1]["texts"]), (&json!(4), &json!(8)));
+    assert!(first[1]["samples"][0]["texts"][0]["masked"].as_str().unwrap().starts_with("[CLS]"), "{first}");
+    // The run may then begin there.
+    json(dir, "pretrain --config tiny.yaml --out plan --set train.iterations=1");
+    refused(dir, "pretrain --config tiny.yaml --dry-run --set train_file=[none.jsonl]", &["none.jsonl"]);
+}
+
+#[test]
+fn losses_can_be_drawn() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let row = |iteration: u64, losses: Value| {
+        json!({
+            "iteration": iteration, "losses": losses, "lr": 0.1, "grad_norm": 1.0, "images_per_second": 2.0,
+            "elapsed_seconds": 3.0,
+        })
+        .to_string()
+    };
+    let write = |run: &str, rows: &[String]| {
+        fs::create_dir(dir.join(run)).unwrap();
+        fs::write(dir.join(run).join("metrics.jsonl"), rows.join("\n") + "\n").unwrap();
+    };
+    write("one", &[row(50, json!({ "itc": 3.0, "mlm": 9.0 })), row(100, json!({ "itc": 1.0, "mlm": 5.0 }))]);
+    write("two", &[row(50, json!({ "itc": 4.0 }))]);
+    fs::create_dir(dir.join("empty")).unwrap();
+
+    let drawn = json(dir, "plot one two/metrics.jsonl --out losses.svg");
+    let svg = fs::read_to_string(dir.join("losses.svg")).unwrap();
+    for part in [">itc<", ">mlm<", ">one<", ">two<", ">iterations<"] {
+        assert!(svg.contains(part), "{part} in {svg}");
+    }
+    let itc = json!({ "first": 3.0, "last": 1.0, "lowest": 1.0, "lowest_at": 100 });
+    assert_eq!((&drawn["runs"][0]["losses"]["itc"], &drawn["runs"][1]["name"]), (&itc, &json!("two")));
+    let one = |arguments: &str| {
+        text(dir, &format!("plot one --out losses.png {arguments}"));
+        Picture::open(&dir.join("losses.png")).unwrap()
+    };
+    let (both, alone) = (one(""), one("--loss mlm --log --smooth 0"));
+    assert!(both.width() > 3 * alone.width() / 2 && both.height() == alone.height());
+
+    refused(dir, "plot empty", &["empty: expected a folder of a run, with metrics.jsonl"]);
+    refused(dir, "plot none", &["none"]);
+    refused(dir, "plot one --loss itm", &["--loss: expected one of itc, mlm, found itm"]);
+    refused(dir, "plot one --out losses.gif", &["--out", ".png or .svg"]);
+    refused(dir, "plot one --out none/losses.png", &["none"]);
+    refused(dir, "plot one --smooth 2", &["--smooth", "found 2"]);
+    fs::write(dir.join("empty/metrics.jsonl"), "").unwrap();
+    refused(dir, "plot empty", &["expected a row of metrics"]);
+    assert!(!dir.join("losses.gif").exists());
 }
 
 #[test]

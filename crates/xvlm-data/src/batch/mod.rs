@@ -7,6 +7,7 @@
 //!
 //! All kinds share one way for texts (`texts`) and one for pixels (`pixels`).
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,6 +19,7 @@ use crate::config::BatchConfig;
 use crate::dataset::Dataset;
 use crate::error::DataError;
 use crate::image::ImageCache;
+use crate::loader::panic_message;
 use crate::order::{Order, generator};
 use crate::records::Record;
 use crate::shards::Need;
@@ -124,6 +126,13 @@ impl BatchBuilder {
         self.captions.len().unwrap_or(0).div_ceil(step)
     }
 
+    /// The records that caption batches and region batches are drawn from, as far as their number is known, and the shards
+    /// that these lie in.
+    #[must_use]
+    pub fn sizes(&self) -> [(Option<u64>, usize); 2] {
+        [&self.captions, &self.regions].map(|order| (order.len(), order.dataset().shards()))
+    }
+
     /// Broken records met so far, among those that were drawn and in shards that were opened for it: the first few of each
     /// reason.
     #[must_use]
@@ -178,12 +187,20 @@ impl BatchBuilder {
             };
             self.check_found(order.dataset())?;
             let origin = record.as_ref().ok().map(|record| record.origin.clone());
-            match record.and_then(|record| sample(&record, &mut rng, &samples)) {
+            let made = record.and_then(|record| {
+                let make = AssertUnwindSafe(|| sample(&record, &mut rng, &samples));
+                catch_unwind(make).unwrap_or_else(|panic| {
+                    Err(DataError::RecordPanic { origin: record.origin.to_string(), message: panic_message(&*panic) })
+                })
+            });
+            match made {
                 Ok(sample) => {
                     self.lock_broken().seen += 1;
                     samples.push(sample);
                     failures = 0;
                 }
+                // A mistake of this program, not of the record: nothing tells what else is wrong.
+                Err(error @ DataError::RecordPanic { .. }) => return Err(error),
                 Err(error) => {
                     failures += 1;
                     // Twice as many failures in a row as there are records: nothing works at all.
@@ -225,6 +242,7 @@ impl BatchBuilder {
         }
     }
 
+    /// For the texts of captions.
     fn texts(&self) -> TextMaker<'_> {
         TextMaker {
             tokenizer: &self.tokenizer,
@@ -234,6 +252,12 @@ impl BatchBuilder {
             tokenized: self.config.tokenized,
             masking: Some(&self.config.masking),
         }
+    }
+
+    /// For the texts of regions.
+    fn region_texts(&self) -> TextMaker<'_> {
+        let texts = self.texts();
+        TextMaker { tokenized: self.config.regions_tokenized.unwrap_or(texts.tokenized), ..texts }
     }
 }
 

@@ -104,7 +104,7 @@ impl BatchBuilder {
         // As in X-VLM, the text of the whole image is one of the texts that an image may have.
         let mut chosen = Vec::new();
         if let Some(caption) = record.captions.choose(rng).filter(|_| self.config.whole_image_text) {
-            chosen.push((self.texts().text(caption, rng)?, None));
+            chosen.push((self.region_texts().text(caption, rng)?, None));
         }
         let least = self.config.min_perc_in_image;
         for (elem, bbox) in elems {
@@ -139,8 +139,8 @@ impl BatchBuilder {
         let text = text.ok_or_else(|| missing(record, "a text, or a label, of each element"))?;
         let attribute = elem.attributes.choose(rng);
         match attribute.filter(|_| rng.random_bool(self.config.attribute_probability)) {
-            Some(attribute) => self.texts().text(&format!("{attribute} {text}"), rng),
-            None => self.texts().text(text, rng),
+            Some(attribute) => self.region_texts().text(&format!("{attribute} {text}"), rng),
+            None => self.region_texts().text(text, rng),
         }
     }
 
@@ -161,7 +161,7 @@ impl BatchBuilder {
             pixels,
             images,
             origins,
-            text: self.texts().collate(rows.iter().map(|&row| concepts[row].1.text.clone()).collect()),
+            text: self.region_texts().collate(rows.iter().map(|&row| concepts[row].1.text.clone()).collect()),
             image_index: rows.iter().map(|&row| concepts[row].0).collect(),
             boxes: Vec::with_capacity(rows.len()),
             region_mask: Vec::with_capacity(rows.len() * (1 + grid * grid)),

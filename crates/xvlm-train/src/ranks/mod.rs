@@ -1,17 +1,47 @@
 //! Several processes that train one model, each a *rank* with batches of its own.
+//!
+//! [`connect`] finds the others, by what the program that started this process left in its environment
+//! ([`Launch`]). What they tell each other goes through a [`Communicator`]; [`Gather`] is how a loss sees the samples of
+//! all.
 
+mod gather;
+mod launch;
+#[cfg(feature = "mpi")]
+mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
+#[cfg(any(feature = "mpi", feature = "nccl"))]
+mod owner;
 mod reduce;
+#[cfg(any(feature = "nccl", test))]
+mod rendezvous;
+mod share;
+mod threads;
+
+use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
 use crate::error::TrainError;
 
+pub use gather::Gather;
+pub use launch::{Engine, Launch, local_rank};
+#[cfg(feature = "mpi")]
+pub use mpi::Mpi;
+#[cfg(feature = "nccl")]
+pub use nccl::Nccl;
+pub use threads::Threads;
+
 pub(crate) use reduce::Reducer;
+pub(crate) use share::{agree, merge, share};
 
 /// What ranks tell each other. Every rank calls the same methods in the same order, with tensors of the same shape and type;
 /// each call returns when this rank's part is done.
 ///
-/// Tensors may lie on any device the communicator knows; results lie where the tensor did.
+/// Tensors may lie on any device the communicator knows; results lie where the tensor did, and have no gradient. Numbers of
+/// `bf16` and `f16` are added in `f32`.
+///
+/// After an error the others may be waiting for this rank: [`Self::abort`] is what ends them.
 pub trait Communicator: Send + Sync {
     /// The number of this process, from 0.
     fn rank(&self) -> usize;
@@ -81,11 +111,29 @@ impl Communicator for Alone {
     }
 }
 
+/// Joins the processes that were started together; waits until all are there. `device` is where this one computes.
+///
+/// # Errors
+/// [`TrainError::Environment`] if this build does not have the engine, or the environment does not say who takes part;
+/// [`TrainError::Ranks`] if the others are not found.
+pub fn connect(engine: Engine, device: &Device) -> Result<Arc<dyn Communicator>, TrainError> {
+    let _ = device;
+    match engine {
+        Engine::Alone => Ok(Arc::new(Alone)),
+        #[cfg(feature = "mpi")]
+        Engine::Mpi => Ok(Arc::new(Mpi::start()?)),
+        #[cfg(feature = "nccl")]
+        Engine::Nccl => Ok(Arc::new(Nccl::start(device)?)),
+        #[allow(unreachable_patterns, reason = "a build with all features has all engines")]
+        other => Err(launch::lacks(other)),
+    }
+}
+
 /// The sum over all ranks of a few numbers of the host.
 ///
 /// # Errors
 /// As [`Communicator::all_reduce`].
-pub(crate) fn sum<const N: usize>(ranks: &dyn Communicator, numbers: [f64; N]) -> Result<[f64; N], TrainError> {
+pub fn sum<const N: usize>(ranks: &dyn Communicator, numbers: [f64; N]) -> Result<[f64; N], TrainError> {
     if ranks.size() == 1 {
         return Ok(numbers);
     }

@@ -1,0 +1,75 @@
+//! Training in processes that `mpirun` starts.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::json;
+use xvlm::train::{MetricsRow, read_metrics};
+
+use super::{sizes, stderr, text};
+
+/// `xvlm pretrain` on two ranks.
+fn pretrain(dir: &Path, arguments: &str) -> Output {
+    let mut command = Command::new("mpirun");
+    command.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2"]);
+    command.arg(env!("CARGO_BIN_EXE_xvlm")).args(["pretrain", "--config", "tiny.yaml"]);
+    command.current_dir(dir).args(arguments.split_whitespace()).output().expect("mpirun is installed")
+}
+
+fn trained(dir: &Path, arguments: &str) -> serde_json::Value {
+    let output = pretrain(dir, &format!("{arguments} --json"));
+    assert!(output.status.success(), "{}", stderr(&output));
+    // Rank 0 alone prints: this would be no document otherwise.
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let (path, to) = (entry.as_ref().unwrap().path(), to.join(entry.unwrap().file_name()));
+        if path.is_dir() { copy(&path, &to) } else { drop(fs::copy(&path, &to).unwrap()) }
+    }
+}
+
+/// What of metrics does not depend on the time.
+fn lasting(run: &Path) -> Vec<MetricsRow> {
+    let timeless = |row| MetricsRow { images_per_second: 0.0, elapsed_seconds: 0.0, ..row };
+    read_metrics(&run.join("metrics.jsonl")).unwrap().into_iter().map(timeless).collect()
+}
+
+#[test]
+fn two_ranks_train_save_and_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    text(dir, "synth --out data --scenes 24 --seed 5");
+    let config = json!({
+        "train_file": ["data/pretrain.jsonl"],
+        "model": sizes(0),
+        "data": { "batch_size": 4, "max_images": 2, "max_regions": 8, "regions_per_image": 3, "max_tokens": 40, "padding": "none" },
+        "train": { "iterations": 6, "log_every": 2, "checkpoint_every": 3, "keep_checkpoints": 9, "seed": 3 },
+    });
+    fs::write(dir.join("tiny.yaml"), config.to_string()).unwrap();
+    let report = trained(dir, "--out run");
+    assert_eq!((&report["iterations"], &report["model"]), (&json!(6), &json!("run/model")));
+
+    // As if it had been killed after the checkpoint in the middle.
+    let (run, cut) = (dir.join("run"), dir.join("cut"));
+    copy(&run, &cut);
+    fs::remove_dir_all(cut.join("checkpoints/0000006")).unwrap();
+    fs::remove_dir_all(cut.join("model")).unwrap();
+    assert_eq!(trained(dir, "--out cut --resume")["iterations"], 6);
+    for file in ["model/model.safetensors", "checkpoints/0000006/optimizer.safetensors"] {
+        assert!(fs::read(run.join(file)).unwrap() == fs::read(cut.join(file)).unwrap(), "{file}");
+    }
+    assert_eq!(lasting(&run), lasting(&cut));
+
+    // Only rank 0 looks whether there is a run already; rank 1 waits for it, and is ended.
+    let output = pretrain(dir, "--out run");
+    assert!(!output.status.success());
+    assert!(
+        stderr(&output).contains("error on rank 0 of 2: ") && stderr(&output).contains("resume it"),
+        "{}",
+        stderr(&output)
+    );
+}

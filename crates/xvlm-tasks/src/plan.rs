@@ -1,0 +1,365 @@
+//! What a pre-training run is going to be, before it is: parameters, memory, work, data and schedule, and its first batches.
+//!
+//! Counts of parameters, records and iterations are exact. Memory and FLOPs are estimates: they follow from the sizes
+//! ([`xvlm_encoders::Load`]), with every batch as large and every text as long as the configuration lets them be.
+
+use serde::Serialize;
+use xvlm_data::{BatchBuilder, BatchConfig, CaptionBatch, RegionBatch};
+use xvlm_encoders::cost::{Cost, Load, Part};
+use xvlm_encoders::{Blueprint, Xvlm};
+use xvlm_train::{Precision, Progress, TrainConfig, Warmup};
+
+use crate::config::{Objective, PretrainConfig};
+use crate::error::TaskError;
+use crate::pretrain;
+
+/// What a run is going to be.
+#[derive(Clone, Debug, Serialize)]
+pub struct Plan {
+    /// What is trained.
+    pub parameters: ParameterCounts,
+    /// What one process will hold.
+    pub memory: Memory,
+    /// The image stream, then the region stream, if there is one.
+    pub streams: Vec<Stream>,
+    /// FLOPs of an iteration in one process, with the region stream as often as it comes. An estimate.
+    pub flops_per_iteration: f64,
+    /// How long, and how fast.
+    pub schedule: Schedule,
+}
+
+/// Numbers of parameters.
+#[derive(Clone, Debug, Serialize)]
+pub struct ParameterCounts {
+    /// All of them.
+    pub total: u64,
+    /// Those that the optimizer moves.
+    pub trainable: u64,
+    /// Those that it leaves.
+    pub frozen: u64,
+    /// Those of each part of the model.
+    pub parts: Vec<(Part, u64)>,
+    /// The trainable ones by how they are trained.
+    pub groups: Vec<Group>,
+}
+
+/// Parameters that are trained alike.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Group {
+    /// Their highest learning rate.
+    pub lr: f64,
+    /// Their weight decay.
+    pub weight_decay: f64,
+    /// How many tensors they make.
+    pub tensors: u64,
+    /// How many there are.
+    pub parameters: u64,
+}
+
+/// Bytes that one process holds. Those of activations and gradients are estimates, and the whole is one: what operations
+/// need while they run, and what an allocator keeps, comes on top.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Memory {
+    /// The parameters as the model computes with them.
+    pub weights: u64,
+    /// Their `f32` masters, if they are of a smaller type.
+    pub masters: u64,
+    /// A gradient for each trainable parameter.
+    pub gradients: u64,
+    /// The optimizer's two moments.
+    pub moments: u64,
+    /// The mean of the weights, if one is kept.
+    pub ema: u64,
+    /// What the backward pass needs of the forward pass of the larger stream, as configured.
+    pub activations: u64,
+    /// The same if everything is kept, and if blocks are computed anew.
+    pub activations_kept: u64,
+    /// See there.
+    pub activations_recomputed: u64,
+    /// Batches that are built ahead.
+    pub batches: u64,
+    /// Decoded images that are kept; a limit.
+    pub image_cache: u64,
+}
+
+impl Memory {
+    /// All of it, with activations as configured.
+    pub fn total(&self) -> u64 {
+        let Self { weights, masters, gradients, moments, ema, activations, batches, image_cache, .. } = *self;
+        weights + masters + gradients + moments + ema + activations + batches + image_cache
+    }
+}
+
+/// One stream of batches.
+#[derive(Clone, Debug, Serialize)]
+pub struct Stream {
+    /// `captions` or `regions`.
+    pub name: &'static str,
+    /// Records that it is drawn from; none if a shard has not been looked through yet.
+    pub records: Option<u64>,
+    /// Files that these lie in.
+    pub shards: usize,
+    /// Most images and texts of an optimizer step of all processes: the effective batch.
+    pub images_per_step: u64,
+    /// See there.
+    pub texts_per_step: u64,
+    /// How often the run goes through the records; none if their number is not known.
+    pub epochs: Option<f64>,
+    /// The largest batch, as it goes through the model, and what is written about it.
+    pub largest: Vec<Load>,
+    /// FLOPs of an optimizer step with it in one process, forward and backward. An estimate.
+    pub flops_per_step: f64,
+    /// The same of the first batch: of as many and as long texts as were drawn.
+    pub flops_of_first_batch: f64,
+}
+
+/// How long a run is, and how its learning rate goes.
+#[derive(Clone, Debug, Serialize)]
+pub struct Schedule {
+    /// Iterations; fewer if a time limit ends the run.
+    pub iterations: u64,
+    /// Iterations in which the learning rate goes up.
+    pub warmup: u64,
+    /// The highest learning rate.
+    pub peak_lr: f64,
+    /// The last.
+    pub final_lr: f64,
+    /// Batches of one process that make an optimizer step.
+    pub accumulate: usize,
+    /// Processes.
+    pub ranks: usize,
+}
+
+/// The first batches of a run.
+pub struct FirstBatches {
+    /// Of the image stream.
+    pub captions: CaptionBatch,
+    /// Of the region stream, which may come later than in the first iteration.
+    pub regions: Option<RegionBatch>,
+    /// What made them.
+    pub builder: BatchBuilder,
+}
+
+/// Plans the run of a configuration in `ranks` processes, and draws its first batches. Nothing is written, but for what the
+/// configuration wants to be kept of shards.
+///
+/// # Errors
+/// As [`pretrain::run`] before it begins to train.
+pub fn plan(
+    config: &PretrainConfig,
+    ranks: usize,
+    progress: &mut dyn Progress,
+) -> Result<(Plan, FirstBatches), TaskError> {
+    let mut config = config.clone();
+    config.fix_length(ranks);
+    let builder = pretrain::open_batches(&mut config, None, progress)?.for_rank(0, ranks);
+    let parameters = count(&config)?;
+    let has_regions = config.regions.iter_perc > 0.0;
+    let captions = builder.captions(0)?;
+    let regions = if has_regions { Some(builder.regions(0)?) } else { None };
+
+    let (of_captions, of_regions) = (largest_captions(&config), largest_regions(&config));
+    let first = (first_captions(&config, &captions), regions.as_ref().map(|regions| first_regions(&config, regions)));
+    let [(caption_records, caption_shards), (region_records, region_shards)] = builder.sizes();
+    let BatchConfig { batch_size, max_images, max_regions, .. } = *builder.config();
+    let steps = (config.train.accumulate * ranks) as u64;
+    let iterations = config.train.iterations as f64;
+    let epochs = |records: Option<u64>, images: u64, share: f64| {
+        records.filter(|records| *records > 0).map(|records| iterations * share * images as f64 / records as f64)
+    };
+    let images_per_step = steps * batch_size as u64;
+    let mut streams = vec![Stream {
+        name: "captions",
+        records: caption_records,
+        shards: caption_shards,
+        images_per_step,
+        texts_per_step: images_per_step,
+        epochs: epochs(caption_records, images_per_step, 1.0),
+        flops_per_step: flops(&config, &of_captions),
+        flops_of_first_batch: flops(&config, &first.0),
+        largest: of_captions,
+    }];
+    if let Some(first) = &first.1 {
+        let images_per_step = steps * max_images as u64;
+        streams.push(Stream {
+            name: "regions",
+            records: region_records,
+            shards: region_shards,
+            images_per_step,
+            texts_per_step: steps * max_regions as u64,
+            epochs: epochs(region_records, images_per_step, config.regions.iter_perc),
+            flops_per_step: flops(&config, &of_regions),
+            flops_of_first_batch: flops(&config, first),
+            largest: of_regions,
+        });
+    }
+    let shares = [1.0, config.regions.iter_perc];
+    let plan = Plan {
+        memory: memory(&config, &parameters, &streams),
+        parameters,
+        flops_per_iteration: streams.iter().zip(shares).map(|(stream, share)| share * stream.flops_per_step).sum(),
+        schedule: schedule(&config.train, ranks),
+        streams,
+    };
+    Ok((plan, FirstBatches { captions, regions, builder }))
+}
+
+/// Counts parameters without making them.
+fn count(config: &PretrainConfig) -> Result<ParameterCounts, TaskError> {
+    let optimizer = &config.train.optimizer;
+    let shapes = Blueprint::of(|vb| Xvlm::new(&config.model, vb))?.shapes();
+    let mut counts = ParameterCounts {
+        total: 0,
+        trainable: 0,
+        frozen: 0,
+        parts: Part::ALL.map(|part| (part, 0)).to_vec(),
+        groups: Vec::new(),
+    };
+    for (name, shape) in &shapes {
+        let number = shape.iter().product::<usize>() as u64;
+        counts.total += number;
+        let part = Part::of_parameter(&config.model, name);
+        counts.parts.iter_mut().filter(|(other, _)| *other == part).for_each(|(_, sum)| *sum += number);
+        if optimizer.freezes(name) {
+            counts.frozen += number;
+            continue;
+        }
+        counts.trainable += number;
+        let (lr, weight_decay) = (optimizer.lr * optimizer.lr_mult_of(name), optimizer.weight_decay_of(name));
+        match counts.groups.iter_mut().find(|group| (group.lr, group.weight_decay) == (lr, weight_decay)) {
+            Some(group) => (group.tensors, group.parameters) = (group.tensors + 1, group.parameters + number),
+            None => counts.groups.push(Group { lr, weight_decay, tensors: 1, parameters: number }),
+        }
+    }
+    counts.groups.sort_by(|a, b| {
+        (a.lr, b.weight_decay).partial_cmp(&(b.lr, a.weight_decay)).unwrap_or(a.tensors.cmp(&b.tensors))
+    });
+    Ok(counts)
+}
+
+fn memory(config: &PretrainConfig, parameters: &ParameterCounts, streams: &[Stream]) -> Memory {
+    let TrainConfig { precision, recompute, ema_decay, .. } = *config.train;
+    let size = precision.dtype().size_in_bytes() as u64;
+    let activations = |recompute| {
+        let of_stream = |stream: &Stream| size * cost(config, &stream.largest).activations(recompute);
+        streams.iter().map(of_stream).max().unwrap_or(0)
+    };
+    let trainable = 4 * parameters.trainable;
+    let pixels = 4 * 3 * config.data.resolution.pow(2) as u64;
+    let images = config.data.batch_size as f64 + config.regions.iter_perc * config.data.max_images as f64;
+    Memory {
+        weights: size * parameters.total,
+        masters: if precision == Precision::F32 { 0 } else { trainable },
+        gradients: trainable,
+        moments: 2 * trainable,
+        ema: if ema_decay.is_some() { trainable } else { 0 },
+        activations: activations(recompute),
+        activations_kept: activations(false),
+        activations_recomputed: activations(true),
+        batches: config.loader.ahead.max(1) as u64 * (images * pixels as f64) as u64,
+        image_cache: (config.image_cache_mib as u64) << 20,
+    }
+}
+
+fn schedule(config: &TrainConfig, ranks: usize) -> Schedule {
+    let warmup = match config.schedule.warmup {
+        Warmup::Iterations(iterations) => iterations,
+        Warmup::Fraction(share) => (config.iterations as f64 * share) as u64,
+    };
+    Schedule {
+        iterations: config.iterations,
+        warmup,
+        peak_lr: config.optimizer.lr,
+        final_lr: config.optimizer.lr * config.schedule.final_lr_fraction,
+        accumulate: config.accumulate,
+        ranks,
+    }
+}
+
+fn cost(config: &PretrainConfig, loads: &[Load]) -> Cost {
+    loads.iter().map(|load| config.model.cost(load)).fold(Cost::default(), Cost::and)
+}
+
+/// FLOPs of an optimizer step: the forward pass, twice as much for the backward pass, and once more what is computed anew.
+fn flops(config: &PretrainConfig, loads: &[Load]) -> f64 {
+    let of_part = |(part, cost): (Part, Cost)| {
+        let passes = if config.train.recompute && part != Part::Heads { 4 } else { 3 };
+        (passes * cost.flops) as f64
+    };
+    let of_batch = loads.iter().flat_map(|load| Part::ALL.into_iter().zip(config.model.costs(load))).map(of_part);
+    config.train.accumulate as f64 * of_batch.sum::<f64>()
+}
+
+/// The load of texts with a concept each, as [`crate::align`] passes them through the model.
+fn aligned(
+    config: &PretrainConfig,
+    load: Load,
+    texts: usize,
+    images: usize,
+    predicted: usize,
+    has_boxes: bool,
+) -> Load {
+    let has = |objective| config.objectives.contains(&objective);
+    let (itm, mlm, boxes) = (has(Objective::Itm), has(Objective::Mlm), has_boxes && has(Objective::Box));
+    let rows = |yes: bool, times: usize| if yes { times * texts } else { 0 };
+    Load {
+        images,
+        texts: texts + rows(mlm, 1),
+        // Each pair, with two negatives; its masked text; the text with the whole image.
+        fused: rows(itm, 3) + rows(mlm, 1) + rows(boxes, 1),
+        concepts: rows(itm || mlm, 1) + if boxes { images } else { 0 },
+        compared: rows(itm || has(Objective::Itc), 1),
+        matched: rows(itm, 3),
+        boxes: rows(boxes, 1),
+        predicted: if mlm { predicted } else { 0 },
+        ..load
+    }
+}
+
+/// The load of `rows` texts that are written about images of another load.
+fn written(rows: usize, tokens: usize, images: usize, predicted: usize) -> Load {
+    Load { texts: rows, tokens, fused: rows, concepts: images, predicted, ..Load::default() }
+}
+
+/// Most tokens that are blanked in texts.
+fn most_blanks(data: &BatchConfig, texts: usize) -> usize {
+    let of_text = (data.max_tokens as f64 * data.masking.mask_prob).round() as usize;
+    texts * of_text.max(1).min(data.masking.max_masks)
+}
+
+fn largest_captions(config: &PretrainConfig) -> Vec<Load> {
+    let data = &config.data;
+    let (texts, tokens) = (data.batch_size, data.max_tokens);
+    let load = Load { tokens, ..Load::default() };
+    let mut loads = vec![aligned(config, load, texts, texts, most_blanks(data, texts), false)];
+    if let Some(generation) = data.generation.as_ref().filter(|_| config.objectives.contains(&Objective::Generation)) {
+        let rows = texts * (1 + generation.questions_per_image);
+        loads.push(written(rows, tokens, texts, rows * tokens));
+    }
+    loads
+}
+
+fn largest_regions(config: &PretrainConfig) -> Vec<Load> {
+    let data = &config.data;
+    let texts = data.max_regions;
+    let load = Load { tokens: data.max_tokens, regions: texts, ..Load::default() };
+    vec![aligned(config, load, texts, data.max_images, most_blanks(data, texts), true)]
+}
+
+fn first_captions(config: &PretrainConfig, batch: &CaptionBatch) -> Vec<Load> {
+    let text = &batch.text;
+    let load = Load { tokens: text.len, ..Load::default() };
+    let mut loads = vec![aligned(config, load, text.rows, batch.images, text.masked_positions.len(), false)];
+    let generation = batch.generation.as_ref().filter(|_| config.objectives.contains(&Objective::Generation));
+    loads.extend(generation.map(|rows| {
+        let predicted = rows.labels.iter().filter(|label| **label >= 0).count();
+        written(rows.rows, rows.len, batch.images, predicted)
+    }));
+    loads
+}
+
+fn first_regions(config: &PretrainConfig, batch: &RegionBatch) -> Vec<Load> {
+    let text = &batch.text;
+    let load = Load { tokens: text.len, regions: text.rows, ..Load::default() };
+    vec![aligned(config, load, text.rows, batch.images, text.masked_positions.len(), true)]
+}

@@ -1,0 +1,125 @@
+//! Where numbers stop being finite is found and named: in a picture, in a weight, or on the way to the losses.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use xvlm_data::scenes::{self, Split, SynthOptions};
+use xvlm_tasks::pretrain::{self, Batch, Launch, PretrainBatches, Pretraining};
+use xvlm_tasks::{PretrainConfig, TaskError};
+use xvlm_train::ranks::{Alone, Communicator};
+use xvlm_train::{Batches, Silent, Step, TrainError, Trainable};
+
+/// A folder with pictures, and the configuration of a small run on them.
+fn world(train: Value) -> (TempDir, PretrainConfig) {
+    let dir = TempDir::new().unwrap();
+    let options = SynthOptions { scenes: 16, seed: 3, split: Split::Seen, embed_images: true };
+    scenes::write(&dir.path().join("world"), &options, &mut |_| ()).unwrap();
+    let config = json!({
+        "train_file": [dir.path().join("world/pretrain.jsonl")],
+        "model": {
+            "vision_config": {
+                "kind": "swin",
+                "image_res": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4,
+            },
+            "text_config": {
+                "vocab_size": 0, "hidden_size": 16, "num_hidden_layers": 2, "fusion_layer": 1,
+                "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 48,
+            },
+            "embed_dim": 16,
+        },
+        "regions": { "iter_perc": 1.0 },
+        "data": { "batch_size": 12, "max_images": 3 },
+        "train": train,
+    });
+    (dir, PretrainConfig::from_yaml("test", &config.to_string(), &[]).unwrap())
+}
+
+/// An untrained model and the first batch of each stream.
+fn first_batches() -> (Pretraining, Vec<Batch>) {
+    let (dir, mut config) = world(json!({}));
+    let builder = Arc::new(pretrain::open_batches(&mut config, Some(dir.path()), &mut Silent).unwrap());
+    let mut batches = PretrainBatches::new(builder, &config, 0, &Device::Cpu).unwrap();
+    let batches = batches.next().unwrap().into_iter().flatten().collect();
+    (Pretraining::new(&config.model, 1, &Device::Cpu).unwrap(), batches)
+}
+
+fn first(pretraining: &Pretraining, batch: &Batch) -> Option<String> {
+    let (tape, ranks) = (Default::default(), Arc::new(Alone) as Arc<dyn Communicator>);
+    let mut step = Step { rng: &mut ChaCha8Rng::seed_from_u64(0), tape: &tape, ranks: &ranks };
+    pretraining.first_not_finite(batch, &mut step)
+}
+
+#[test]
+fn nothing_is_found_where_nothing_is_wrong() {
+    let (pretraining, batches) = first_batches();
+    assert_eq!(batches.len(), 2);
+    batches.iter().for_each(|batch| assert_eq!(first(&pretraining, batch), None));
+}
+
+#[test]
+fn the_record_of_a_bad_picture_is_named() {
+    let (pretraining, mut batches) = first_batches();
+    for batch in &mut batches {
+        let image = 2;
+        let (pixels, origin) = match batch {
+            Batch::Captions(batch) => (&mut batch.pixels, batch.origins[image].clone()),
+            Batch::Regions(batch) => (&mut batch.pixels, batch.origins[image].clone()),
+        };
+        let mut numbers = pixels.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        numbers[image * 3 * 32 * 32 + 5] = f32::INFINITY;
+        *pixels = Tensor::from_vec(numbers, pixels.shape(), &Device::Cpu).unwrap();
+        assert_eq!(first(&pretraining, batch), Some(format!("pixels of {origin}")));
+        assert!(origin.contains("pretrain.jsonl:"), "{origin}");
+    }
+}
+
+#[test]
+fn a_bad_weight_is_named() {
+    let (pretraining, batches) = first_batches();
+    let name = "text_encoder.bert.encoder.layer.1.output.dense.bias";
+    let (_, bias) = pretraining.parameters().iter().find(|(other, _)| other == name).unwrap();
+    let mut numbers = bias.to_vec1::<f32>().unwrap();
+    numbers[7] = f32::NAN;
+    bias.set(&Tensor::new(numbers, &Device::Cpu).unwrap()).unwrap();
+    assert_eq!(first(&pretraining, &batches[1]), Some(format!("parameter {name}")));
+}
+
+#[test]
+fn the_first_output_is_named() {
+    let (pretraining, batches) = first_batches();
+    // Finite, but what they make is not.
+    for (name, expected) in [
+        ("text_encoder.bert.encoder.layer.0.output.LayerNorm.weight", "output of layer.0"),
+        ("vision_encoder.layers.0.blocks.1.mlp.fc2.weight", "output of layers.0.blocks.1"),
+    ] {
+        let (_, weight) = pretraining.parameters().iter().find(|(other, _)| other == name).unwrap();
+        let before = weight.as_detached_tensor().copy().unwrap();
+        weight.set(&before.ones_like().unwrap().affine(f64::from(f32::MAX), 0.0).unwrap()).unwrap();
+        assert_eq!(first(&pretraining, &batches[1]).as_deref(), Some(expected));
+        weight.set(&before).unwrap();
+    }
+}
+
+#[test]
+fn a_run_that_explodes_says_where_and_keeps_what_was_good() {
+    let train = |lr: f64| json!({ "iterations": 12, "checkpoint_every": 1, "clip": null, "optimizer": { "lr": lr }, "schedule": { "warmup": 3 } });
+    let (dir, config) = world(train(1e30));
+    let run = |config: &PretrainConfig, resume| {
+        pretrain::run(config, &dir.path().join("run"), &Launch::alone(resume), &Device::Cpu, &mut Silent)
+    };
+    let error = run(&config, false).unwrap_err();
+    let TaskError::Train(TrainError::NotFinite { tensor: Some(_), records, checkpoint: Some(checkpoint), .. }) = &error
+    else {
+        panic!("{error}")
+    };
+    // The first step is at a learning rate of 0.
+    assert!(checkpoint.ends_with("0000001"), "{}", checkpoint.display());
+    assert!(records.iter().all(|record| record.contains("pretrain.jsonl:")), "{records:?}");
+    assert_eq!(error.to_string().matches("pretrain.jsonl:").count(), records.len().min(8), "{error}");
+    // It is the same each time, from the checkpoint before.
+    assert_eq!(run(&config, true).unwrap_err().to_string(), error.to_string());
+}
