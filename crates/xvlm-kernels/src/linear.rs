@@ -14,6 +14,7 @@ use crate::simd::native::{Factor, Multiplier, Native, Product as Packed};
 use crate::simd::{Matrix, all_threads, multiply, vectorized};
 
 /// `x · wᵀ + b`: `x [.., K]`, `weight [N, K]`, `bias [N]` → `[.., N]`. Sums are f32 for half types.
+/// A CPU that has instructions for bf16 computes with them, and takes denormal bf16 numbers for 0.
 ///
 /// # Errors
 /// If the last dimension of `x` is not `K`, one of `K` and `N` is 0, or `bias` is not `[N]`.
