@@ -4,7 +4,7 @@ use gemm::Parallelism;
 
 use crate::real::Real;
 
-pub(crate) mod bf16;
+pub(crate) mod native;
 pub(crate) mod product;
 pub(crate) mod row;
 pub(crate) mod transpose;

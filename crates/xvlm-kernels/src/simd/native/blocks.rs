@@ -1,62 +1,103 @@
 //! The product in blocks that fit the caches, on all threads.
 
 use std::cell::Cell;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::ptr;
 
+use half::bf16;
 use rayon::prelude::*;
 
 use super::Product;
-use super::pack::Source;
+use super::pack::{Source, numbers};
 use super::tile::{COLUMNS, LANES, Place, ROWS};
 use crate::host::Disjoint;
 
-/// Part of the summed dimension that a block takes, a multiple of two vectors of pairs: a panel of `b` (64 KiB) and a block
-/// of `a` lie in the second cache.
-const DEPTH: usize = 1024;
-/// Part of the depth that is packed for several panels in turn, if their numbers lie in the same rows.
+/// Words of the summed dimension that a block takes, a multiple of two vectors: a panel of `b` (64 KiB) and a block of `a`
+/// lie in the second cache.
+const WORDS: usize = 512;
+/// Numbers of the summed dimension that are packed for several panels in turn, if they lie in the same rows.
 const CHUNK: usize = 32;
 /// Tiles above each other in a block.
 const TILES: usize = 8;
 /// Panels of `b` beside each other in a block.
 const PANELS: usize = 16;
-/// Bytes of `b` that are packed at a time, if that is [`DEPTH`] at least.
+/// Bytes of `b` that are packed at a time, if those are as deep as a block.
 const SLAB: usize = 16 << 20;
 /// Blocks for each thread, so that none waits long for the last.
 const BLOCKS_A_THREAD: usize = 4;
 /// Multiplications below which waking other threads costs more than they save.
 const FEW: usize = 1 << 18;
 
-/// A vector of pairs: aligned so that none crosses a line of the cache.
+/// A vector of words: aligned so that none crosses a line of the cache.
 #[repr(C, align(64))]
 struct Line(#[allow(dead_code)] [MaybeUninit<u32>; LANES]);
 
-/// A CPU that has the instructions.
-#[derive(Clone, Copy)]
-pub(crate) struct Native(());
+/// The numbers of the summed dimension that a block takes.
+const fn depth<T>() -> usize {
+    WORDS * numbers::<T>()
+}
 
-impl Native {
+/// A float type with instructions of its own.
+pub(crate) trait Native: Copy + Send + Sync {
+    /// Whether this CPU has them.
+    fn is_native() -> bool;
+
+    /// [`Place::sum_up`] of this type.
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn sum_up(place: Place<Self>, rows: usize);
+}
+
+/// Whether this CPU has what all types need.
+fn has_avx512() -> bool {
+    is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl")
+}
+
+impl Native for f32 {
+    fn is_native() -> bool {
+        has_avx512()
+    }
+
+    unsafe fn sum_up(place: Place<Self>, rows: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { place.sum_up(rows) }
+    }
+}
+
+impl Native for bf16 {
+    fn is_native() -> bool {
+        has_avx512() && is_x86_feature_detected!("avx512bf16")
+    }
+
+    unsafe fn sum_up(place: Place<Self>, rows: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { place.sum_up(rows) }
+    }
+}
+
+/// A CPU that has the instructions for `T`.
+pub(crate) struct Multiplier<T>(PhantomData<T>);
+
+impl<T: Native> Multiplier<T> {
     pub(crate) fn find() -> Option<Self> {
-        let found = is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512bf16");
-        found.then_some(Self(()))
+        T::is_native().then_some(Self(PhantomData))
     }
 
     /// # Panics
     /// If a factor, the bias or the result has another size than the product says.
-    pub(crate) fn multiply(self, product: Product) {
+    pub(crate) fn multiply(self, product: Product<T>) {
         let Product { size: (m, n, k), a, b, bias, out } = product;
         let (a, b) = (Source::of(a, m, k), Source::of(b, n, k));
         assert!(out.len() == m * n && bias.is_none_or(|bias| bias.len() == n), "a result of {m} rows of {n}");
         if m == 0 || n == 0 {
             return;
         }
-        let mut sums = Vec::<f32>::with_capacity(if k > DEPTH { m * n } else { 0 });
-        let slab_depth = (SLAB / (2 * n) / DEPTH).max(1) * DEPTH;
-        let mut panels = Vec::<Line>::with_capacity(n.div_ceil(LANES) * k.min(slab_depth).div_ceil(2));
+        let mut sums = Vec::<f32>::with_capacity(if k > depth::<T>() { m * n } else { 0 });
+        let slab_depth = (SLAB / (size_of::<T>() * n) / depth::<T>()).max(1) * depth::<T>();
+        let mut panels = Vec::<Line>::with_capacity(n.div_ceil(LANES) * k.min(slab_depth).div_ceil(numbers::<T>()));
         let whole = Whole {
             size: (m, n, k),
             a,
@@ -133,36 +174,36 @@ fn part(len: usize, parts: usize, i: usize) -> Range<usize> {
 }
 
 /// A depth in parts, as starts and lengths, to pack one after the other: all panels of a part while its rows are near.
-fn chunks(depths: Range<usize>, source: Source) -> impl Iterator<Item = (usize, usize)> {
-    let step = if source.across { CHUNK } else { DEPTH };
+fn chunks<T>(depths: Range<usize>, source: &Source<T>) -> impl Iterator<Item = (usize, usize)> + use<T> {
+    let step = if source.across { CHUNK } else { depth::<T>() };
     depths.clone().step_by(step).map(move |at| (at, step.min(depths.end - at)))
 }
 
 /// A product with its memory.
-struct Whole {
+struct Whole<T> {
     size: (usize, usize, usize),
-    a: Source,
-    b: Source,
+    a: Source<T>,
+    b: Source<T>,
     /// Of `n` numbers, or null.
-    bias: Disjoint<half::bf16>,
-    /// A slab of `b`: for each panel of [`COLUMNS`] columns, but for the last, which may be one vector wide, `[pairs, width]`.
+    bias: Disjoint<T>,
+    /// A slab of `b`: for each panel of [`COLUMNS`] columns, but for the last, which may be one vector wide, `[words, width]`.
     panels: Disjoint<u32>,
     /// As the result, but for products with no more than one block in depth.
     sums: Disjoint<f32>,
-    out: Disjoint<half::bf16>,
+    out: Disjoint<T>,
 }
 
-impl Whole {
-    /// Where a panel of a slab of so many pairs begins, and the columns it has, with those of its padding.
-    fn panel(&self, pairs: usize, panel: usize) -> (usize, usize, usize) {
+impl<T: Native> Whole<T> {
+    /// Where a panel of a slab of so many words begins, and the columns it has, with those of its padding.
+    fn panel(&self, words: usize, panel: usize) -> (usize, usize, usize) {
         let columns = (self.size.1 - panel * COLUMNS).min(COLUMNS);
-        (panel * COLUMNS * pairs, columns, columns.next_multiple_of(LANES))
+        (panel * COLUMNS * words, columns, columns.next_multiple_of(LANES))
     }
 
     /// Depth and panels that are packed at once.
     fn pack_size(&self) -> (usize, usize) {
         // Parts of rows that are not too short, if several lines share a row, or else as much of a line as a block takes.
-        if self.b.across { (4 * CHUNK, 8) } else { (DEPTH, 1) }
+        if self.b.across { (4 * CHUNK, 8) } else { (depth::<T>(), 1) }
     }
 
     /// How many parts of a slab are packed, beside each other and in all.
@@ -179,12 +220,12 @@ impl Whole {
     unsafe fn pack(&self, slab: &Range<usize>, beside: usize, below: usize) {
         let (depth, panels) = self.pack_size();
         let range = below * depth..slab.len().min((below + 1) * depth);
-        for (at, depths) in chunks(range, self.b) {
+        for (at, depths) in chunks(range, &self.b) {
             for panel in beside * panels..self.size.1.div_ceil(COLUMNS).min((beside + 1) * panels) {
-                let (start, columns, width) = self.panel(slab.len().div_ceil(2), panel);
+                let (start, columns, width) = self.panel(slab.len().div_ceil(numbers::<T>()), panel);
                 // SAFETY: the caller's promise.
                 unsafe {
-                    let out = self.panels.start().add(start + at / 2 * width);
+                    let out = self.panels.start().add(start + at / numbers::<T>() * width);
                     self.b.pack((panel * COLUMNS, columns), (slab.start + at, depths), width, out);
                 }
             }
@@ -201,20 +242,20 @@ impl Whole {
         let tile = |i: usize| part(rows.len(), tiles, i);
         let mut start = slab.start;
         loop {
-            let depths = (slab.end - start).min(DEPTH);
-            let pairs = depths.div_ceil(2);
-            for (at, depths) in chunks(0..depths, self.a) {
+            let depths = (slab.end - start).min(depth::<T>());
+            let words = depths.div_ceil(numbers::<T>());
+            for (at, depths) in chunks(0..depths, &self.a) {
                 for i in 0..tiles {
                     let (tile, width) = (tile(i).start, tile(i).len());
                     // SAFETY: rows of this block; the scratch has room for them in this depth.
                     unsafe {
-                        let out = scratch.add(tile * pairs + at / 2 * width);
+                        let out = scratch.add(tile * words + at / numbers::<T>() * width);
                         self.a.pack((rows.start + tile, width), (start + at, depths), width, out);
                     }
                 }
             }
             for panel in columns.start / COLUMNS..columns.end.div_ceil(COLUMNS) {
-                let (panel_start, panel_columns, width) = self.panel(slab.len().div_ceil(2), panel);
+                let (panel_start, panel_columns, width) = self.panel(slab.len().div_ceil(numbers::<T>()), panel);
                 for i in 0..tiles {
                     let tile = tile(i);
                     let (row, column) = (rows.start + tile.start, panel * COLUMNS);
@@ -222,9 +263,9 @@ impl Whole {
                     unsafe {
                         let bias = self.bias.start();
                         let place = Place {
-                            pairs,
-                            a: scratch.add(tile.start * pairs),
-                            b: self.panels.start().add(panel_start + (start - slab.start) / 2 * width),
+                            words,
+                            a: scratch.add(tile.start * words),
+                            b: self.panels.start().add(panel_start + (start - slab.start) / numbers::<T>() * width),
                             sums: self.sums.start().wrapping_add(row * n + column),
                             out: self.out.start().add(row * n + column),
                             bias: if bias.is_null() { bias } else { bias.add(column) },
@@ -233,7 +274,7 @@ impl Whole {
                             is_first: start == 0,
                             is_last: start + depths == k,
                         };
-                        place.sum_up(tile.len());
+                        T::sum_up(place, tile.len());
                     }
                 }
             }
@@ -252,7 +293,7 @@ fn with_scratch<R>(work: impl FnOnce(*mut u32) -> R) -> R {
     }
 
     let mut memory = SCRATCH.take();
-    memory.reserve(TILES * ROWS * DEPTH / 2 / LANES);
+    memory.reserve(TILES * ROWS * WORDS / LANES);
     let result = work(memory.as_mut_ptr().cast());
     SCRATCH.set(memory);
     result

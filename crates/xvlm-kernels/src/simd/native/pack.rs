@@ -1,8 +1,7 @@
-//! Packing a factor into panels `[pairs, lines]` of pairs of numbers that follow each other in the summed dimension.
+//! Packing a factor into panels `[words, lines]`: a word is a number of four bytes, or two of two bytes that follow each
+//! other in the summed dimension.
 
 use std::arch::x86_64::*;
-
-use half::bf16;
 
 use super::Factor;
 use super::tile::{LANES, first_lanes};
@@ -12,24 +11,29 @@ const AHEAD: usize = 32;
 
 /// A factor in memory.
 #[derive(Clone, Copy)]
-pub(super) struct Source {
-    start: *const bf16,
+pub(super) struct Source<T> {
+    start: *const T,
     /// Numbers from line to line, or from one number of a line to the next if that is `across`.
     stride: usize,
     pub(super) across: bool,
 }
 
 // SAFETY: what it points to is only read.
-unsafe impl Send for Source {}
+unsafe impl<T: Sync> Send for Source<T> {}
 // SAFETY: as above.
-unsafe impl Sync for Source {}
+unsafe impl<T: Sync> Sync for Source<T> {}
 
-impl Source {
+/// Numbers in a word.
+pub(super) const fn numbers<T>() -> usize {
+    size_of::<u32>() / size_of::<T>()
+}
+
+impl<T: Copy> Source<T> {
     /// A factor of `lines` lines of `k` numbers.
     ///
     /// # Panics
     /// If it has another size.
-    pub(super) fn of(factor: Factor, lines: usize, k: usize) -> Self {
+    pub(super) fn of(factor: Factor<T>, lines: usize, k: usize) -> Self {
         let (values, stride, across) = match factor {
             Factor::Along(values) => (values, k, false),
             Factor::Across(values) => (values, lines, true),
@@ -38,8 +42,8 @@ impl Source {
         Self { start: values.as_ptr(), stride, across }
     }
 
-    /// Packs the numbers `depth..depth + depths` of the lines from `line` on into `out [depths / 2, width]`: `lines` of
-    /// them, and whatever for the rest of the width, but a zero for the second number of an odd last pair.
+    /// Packs the numbers `depth..depth + depths` of the lines from `line` on into `out [words, width]`: `lines` of
+    /// them, and whatever for the rest of the width, but zeros for what a last word lacks.
     ///
     /// # Safety
     /// The CPU has AVX-512 F, BW and VL; the lines, one at least, and the depths are there; `out` has room.
@@ -56,9 +60,9 @@ impl Source {
             if self.across {
                 let start = self.start.add(depth * self.stride + line);
                 if width > LANES {
-                    interleave::<2>(start, self.stride, lines, depths, width, out)
+                    interleave::<T, 2>(start, self.stride, lines, depths, width, out)
                 } else {
-                    interleave::<1>(start, self.stride, lines, depths, width, out)
+                    interleave::<T, 1>(start, self.stride, lines, depths, width, out)
                 }
             } else {
                 for from in (0..lines).step_by(LANES) {
@@ -76,8 +80,8 @@ impl Source {
 /// # Safety
 /// As for [`Source::pack`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn interleave<const V: usize>(
-    start: *const bf16,
+unsafe fn interleave<T, const V: usize>(
+    start: *const T,
     stride: usize,
     lines: usize,
     depths: usize,
@@ -88,36 +92,44 @@ unsafe fn interleave<const V: usize>(
     for (v, masks) in masks.iter_mut().enumerate() {
         *masks = (first_lanes(lines.saturating_sub(v * LANES)), first_lanes(width - v * LANES));
     }
-    // SAFETY: the caller's promise; lanes that are not there are not read, and a prefetch may be of anything.
-    let pack = |row: *const bf16, next: Option<*const bf16>, out: *mut u32| unsafe {
+    // SAFETY: the caller's promise; lanes that are not there are not read.
+    let pack = |row: *const T, next: Option<*const T>, out: *mut u32| unsafe {
         for (v, (there, lanes)) in masks.iter().enumerate() {
-            let read =
-                |row: *const bf16| _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(*there, row.add(v * LANES).cast()));
+            let read = |row: *const T| {
+                let from = row.add(v * LANES);
+                if numbers::<T>() == 1 {
+                    _mm512_maskz_loadu_epi32(*there, from.cast())
+                } else {
+                    _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(*there, from.cast()))
+                }
+            };
             let second = next.map_or(_mm512_setzero_si512(), read);
-            let both = _mm512_or_si512(read(row), _mm512_slli_epi32::<16>(second));
-            _mm512_mask_storeu_epi32(out.add(v * LANES).cast(), *lanes, both);
+            let word = _mm512_or_si512(read(row), _mm512_slli_epi32::<16>(second));
+            _mm512_mask_storeu_epi32(out.add(v * LANES).cast(), *lanes, word);
         }
     };
     let (mut row, mut out) = (start, out);
-    for _ in 0..depths / 2 {
-        let next = row.wrapping_add(stride);
-        _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(AHEAD * stride).cast());
-        _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(AHEAD * stride).cast());
-        pack(row, Some(next), out);
-        (row, out) = (next.wrapping_add(stride), out.wrapping_add(width));
+    let after = |row: *const T| row.wrapping_add(stride);
+    let prefetch = |row: *const T| _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(AHEAD * stride).cast());
+    for _ in 0..depths / numbers::<T>() {
+        prefetch(row);
+        let next = if numbers::<T>() == 1 { None } else { Some(after(row)) };
+        next.inspect(|next| prefetch(*next));
+        pack(row, next, out);
+        (row, out) = (after(next.unwrap_or(row)), out.wrapping_add(width));
     }
-    if !depths.is_multiple_of(2) {
+    if !depths.is_multiple_of(numbers::<T>()) {
         pack(row, None, out);
     }
 }
 
-/// Packs `lines` lines, `stride` numbers from one to the next, as the `lanes` of a vector, and `width` pairs on the next.
+/// Packs `lines` lines, `stride` numbers from one to the next, as the `lanes` of a vector, and `width` words on the next.
 ///
 /// # Safety
 /// As for [`Source::pack`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn transpose(
-    start: *const bf16,
+unsafe fn transpose<T>(
+    start: *const T,
     stride: usize,
     lines: usize,
     depths: usize,
@@ -125,27 +137,37 @@ unsafe fn transpose(
     width: usize,
     out: *mut u32,
 ) {
-    const DEPTHS: usize = 2 * LANES;
+    let step = numbers::<T>() * LANES;
     let pack = |depth: usize, depths: usize| {
-        let there: __mmask32 = if depths < DEPTHS { (1 << depths) - 1 } else { !0 };
+        let there = if depths < 32 { (1u32 << depths) - 1 } else { !0 };
         let mut rows = [_mm512_setzero_si512(); LANES];
         for (line, row) in rows.iter_mut().enumerate() {
             // Where there are no more lines, the last once more, for lanes that nobody reads.
             // SAFETY: the caller's promise; numbers that are not there are not read.
-            *row = unsafe { _mm512_maskz_loadu_epi16(there, start.add(line.min(lines - 1) * stride + depth).cast()) };
+            *row = unsafe {
+                let from = start.add(line.min(lines - 1) * stride + depth);
+                if numbers::<T>() == 1 {
+                    _mm512_maskz_loadu_epi32(there as __mmask16, from.cast())
+                } else {
+                    _mm512_maskz_loadu_epi16(there, from.cast())
+                }
+            };
         }
         let columns = transposed(rows);
-        for (pair, column) in columns.iter().enumerate() {
-            if pair < depths.div_ceil(2) {
+        for (word, column) in columns.iter().enumerate() {
+            if word < depths.div_ceil(numbers::<T>()) {
                 // SAFETY: the caller's promise.
-                unsafe { _mm512_mask_storeu_epi32(out.add((depth / 2 + pair) * width).cast(), lanes, *column) };
+                unsafe {
+                    let out = out.add((depth / numbers::<T>() + word) * width);
+                    _mm512_mask_storeu_epi32(out.cast(), lanes, *column);
+                }
             }
         }
     };
-    for depth in (0..depths / DEPTHS * DEPTHS).step_by(DEPTHS) {
-        pack(depth, DEPTHS);
+    for depth in (0..depths / step * step).step_by(step) {
+        pack(depth, step);
     }
-    let rest = depths % DEPTHS;
+    let rest = depths % step;
     if rest > 0 {
         pack(depths - rest, rest);
     }
