@@ -5,8 +5,8 @@
 //! of the forward pass, so that a step is three times this, and four times if activations are computed anew.
 //!
 //! *Activations* are the numbers that the graph of the forward pass keeps for the backward pass. They are counted operation by
-//! operation, as the modules of this crate are written and computed on the CPU; what an allocator adds, and what an operation needs while it
-//! runs, is left out.
+//! operation, as the modules of this crate are written and computed on the CPU; what an allocator adds, and what an operation
+//! needs while it runs, is left out.
 
 use serde::Serialize;
 

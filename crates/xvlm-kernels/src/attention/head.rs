@@ -334,6 +334,7 @@ impl<'a> Scratch<'a> {
 
     /// Gradients of these queries, and of the keys and values, which are added up until [`Self::finish`]. The gradient of the
     /// scores is added to `bias_gradient`, `[keys, queries]` with the distance of its rows.
+    #[allow(clippy::too_many_arguments)]
     pub(crate) fn backward<T: Real>(
         &mut self,
         arch: Arch,
