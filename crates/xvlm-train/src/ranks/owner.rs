@@ -2,7 +2,6 @@
 
 use std::sync::mpsc::{self, Sender};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
 use crate::error::BoxError;
 
@@ -47,9 +46,10 @@ impl<T: 'static> Owner<T> {
 
     /// Lets `end`, which ends the process, run; ends it with `code` if that does not happen soon, because the thread is
     /// waiting for other ranks. What started them then ends those.
+    #[cfg(feature = "mpi")]
     pub(super) fn end(&self, code: i32, end: impl FnOnce(&T) + Send + 'static) -> ! {
         if self.post(Box::new(end)).is_ok() {
-            thread::sleep(Duration::from_secs(2));
+            thread::sleep(std::time::Duration::from_secs(2));
         }
         std::process::exit(code)
     }
