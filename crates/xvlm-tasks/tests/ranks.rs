@@ -223,7 +223,8 @@ fn numbers(weights: Vec<(String, Tensor)>) -> Vec<(String, Vec<f32>)> {
 /// The largest difference of any weight, with its name.
 fn farthest(a: &[(String, Vec<f32>)], b: &[(String, Vec<f32>)]) -> (f32, String) {
     assert_eq!(a.len(), b.len());
-    let far = |((name, a), (other, b)): (&(String, Vec<f32>), &(String, Vec<f32>))| {
+    type Named = (String, Vec<f32>);
+    let far = |((name, a), (other, b)): (&Named, &Named)| {
         assert_eq!((name, a.len()), (other, b.len()));
         (a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max), name.clone())
     };
