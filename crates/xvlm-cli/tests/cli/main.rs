@@ -251,6 +251,12 @@ fn pretrain_leaves_a_model() {
     assert_eq!(report["iterations"], 2);
     let preset = text(dir, "pretrain --preset scenes --print-config");
     assert!(preset.contains("train_file: []") && preset.contains("# "), "{preset}");
+    // What came of a file and of what was replaced in it is printed whole, and can be given back.
+    let whole = text(dir, "pretrain --config tiny.yaml --set train.seed=7 --print-config");
+    assert!(whole.contains("seed: 7") && whole.contains("max_bad_fraction: "), "{whole}");
+    fs::write(dir.join("whole.yaml"), &whole).unwrap();
+    assert_eq!(text(dir, "pretrain --config whole.yaml --print-config"), whole);
+    assert!(text(dir, "pretrain --preset scenes --set train.seed=7 --print-config").contains("seed: 7"));
 }
 
 #[test]
@@ -538,6 +544,8 @@ fn wrong_usage_has_its_own_exit_code() {
         "ground --image a.png",
         "pretrain --out run",
         "pretrain --out run --config a.yaml --preset scenes",
+        "pretrain --out run --preset scenes --print-config",
+        "pretrain --preset scenes --dry-run --ranks alone",
         "eval nlvr --data data",
         "synth --out data --scenes 0 --seed 1",
         "demo --minutes 3",
