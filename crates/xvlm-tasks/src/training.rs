@@ -83,7 +83,7 @@ impl<'de> Deserialize<'de> for Training {
                 let rest = WithoutEpochs { map, epochs: &mut epochs, has_iterations: &mut has_iterations };
                 let config = TrainConfig::deserialize(MapAccessDeserializer::new(rest))?;
                 match epochs.is_some() && has_iterations {
-                    true => Err(de::Error::custom("expected epochs or iterations, found both (null takes one away)")),
+                    true => Err(de::Error::custom("expected epochs or iterations, found both (epochs: null leaves iterations)")),
                     false => Ok(Training { epochs, config }),
                 }
             }
