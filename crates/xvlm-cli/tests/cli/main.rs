@@ -337,7 +337,17 @@ fn a_dry_run_tells_what_a_run_will_be() {
     assert!(first[1]["samples"][0]["texts"][0]["masked"].as_str().unwrap().starts_with("[CLS]"), "{first}");
     // The run may then begin there.
     json(dir, "pretrain --config tiny.yaml --out plan --set train.iterations=1");
-    refused(dir, "pretrain --config tiny.yaml --dry-run --set train_file=[none.jsonl]", &["none.jsonl"]);
+    let refuse = |set: &str, expected: &[&str]| {
+        refused(dir, &format!("pretrain --config tiny.yaml --dry-run --set {set}"), expected);
+    };
+    refuse("train_file=[none.jsonl]", &["none.jsonl"]);
+    refuse("init_from=none", &["none"]);
+    refuse("init_from=plan/model --set model.embed_dim=8", &["plan/model", "text_proj.weight"]);
+    refuse("train.optimizer.frozen_names=[visoin]", &["optimizer.frozen_names", "visoin"]);
+    refuse("train.optimizer.frozen_names=[e,o,temp]", &["optimizer.frozen_names", "none to train"]);
+    json(dir, "pretrain --config tiny.yaml --dry-run --set init_from=plan/model");
+    let limited = text(dir, "pretrain --config tiny.yaml --dry-run --set train.time_limit_minutes=3");
+    assert!(limited.contains("time limit, minutes") && limited.contains("on the host"), "{limited}");
 }
 
 #[test]
