@@ -385,6 +385,7 @@ fn losses_can_be_drawn() {
 
     refused(dir, "plot empty", &["empty: expected a folder of a run, with metrics.jsonl"]);
     refused(dir, "plot none", &["none"]);
+    refused(dir, "plot one one/metrics.jsonl", &["RUN: expected each run once, found one/metrics.jsonl twice"]);
     refused(dir, "plot one --loss itm", &["--loss: expected one of itc, mlm, found itm"]);
     refused(dir, "plot one --out losses.gif", &["--out", ".png or .svg"]);
     refused(dir, "plot one --out none/losses.png", &["none"]);
