@@ -128,7 +128,8 @@ impl Scene {
                             let points = points.join(" ");
                             write!(
                                 svg,
-                                "<polyline {style} stroke-linejoin=\"round\" stroke-linecap=\"round\" points=\"{points}\"/>"
+                                "<polyline {style} stroke-linejoin=\"round\" stroke-linecap=\"round\" \
+                                 points=\"{points}\"/>"
                             )
                         }
                     }
