@@ -234,9 +234,8 @@ impl PretrainConfig {
     /// # Errors
     /// If it cannot be written as YAML.
     pub fn to_yaml(&self) -> Result<String, ConfigProblem> {
-        let problem = |error: serde_norway::Error| {
-            ConfigProblem { file: "configuration".to_owned(), message: error.to_string() }
-        };
+        let problem =
+            |error: serde_norway::Error| ConfigProblem { file: "configuration".to_owned(), message: error.to_string() };
         serde_norway::to_string(self).map_err(problem)
     }
 

@@ -119,8 +119,9 @@ impl Scene {
                     let opacity =
                         if ink.opacity() < 1.0 { format!(" opacity=\"{}\"", ink.opacity()) } else { String::new() };
                     let (class, colour, width) = (ink.class(), hex(*ink), ink.width());
-                    let style =
-                        format!("class=\"{class}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"{width}\"{opacity}");
+                    let style = format!(
+                        "class=\"{class}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"{width}\"{opacity}"
+                    );
                     match points.as_slice() {
                         [(x, y)] => write!(svg, "<circle {style} cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"{}\"/>", ink.dot()),
                         points => {
