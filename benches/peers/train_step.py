@@ -3,7 +3,8 @@
 
 The base model with random weights: transformers' Swin-B and BERT-base, whose last six layers also attend to patch tokens;
 dropout 0.1 and stochastic depth 0.1 as in training. A step is forward, backward, clipping to norm 1 and AdamW (fused, in
-the groups of the original). Pictures of 224 pixels, texts padded to 40 tokens, of which up to 8 are masked; all random.
+the four groups of the original: with and without decay, old and new parameters).
+Pictures of 224 pixels, texts padded to 40 tokens, of which up to 8 are masked; all random.
 
 Stream image-text: each picture with a text. ITC; ITM of each pair and of two hard negatives for each; MLM.
 Stream region: twice as many texts as pictures, each about a box of one; the same losses, and L1 and GIoU of the boxes.
@@ -39,6 +40,10 @@ IGNORED = -100
 EMBED, TEMPERATURE = 256, 0.07
 FUSION_LAYER = 6
 STREAMS = ("image-text", "region")
+# The original's norm, norm1 and norm2 of Swin are called layernorm here.
+NO_DECAY = ("bias", "LayerNorm.weight", "norm.weight", "layernorm.weight", "layernorm_before", "layernorm_after")
+# What no published encoder has.
+NEW = ("temperature", "project_vision", "project_text", "itm_head", "bbox_head", "crossattention")
 
 
 def text_config(**more):
@@ -192,14 +197,23 @@ def peak_memory():
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
+def groups(model):
+    """The parameters by decay and learning rate, as the original's names choose them."""
+    by_kind = {}
+    for name, parameter in model.named_parameters():
+        kind = any(part in name for part in NO_DECAY), any(part in name for part in NEW)
+        by_kind.setdefault(kind, []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": 0.0 if no_decay else 0.01, "lr": 2e-4 if is_new else 1e-4}
+        for (no_decay, is_new), parameters in by_kind.items()
+    ]
+
+
 class Training:
     def __init__(self, arguments):
         self.arguments = arguments
         self.model = Model().train()
-        plain = [p for p in self.model.parameters() if p.ndim > 1]
-        others = [p for p in self.model.parameters() if p.ndim <= 1]
-        groups = [{"params": plain, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.98), eps=1e-8, fused=True)
+        self.optimizer = torch.optim.AdamW(groups(self.model), betas=(0.9, 0.98), eps=1e-8, fused=True)
         self.batch = draw(arguments.stream, arguments.batch)
 
     def step(self):

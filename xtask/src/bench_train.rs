@@ -232,19 +232,11 @@ fn serve(step: &Step, batch: usize) -> Done {
         }
         let seconds = start.elapsed().as_secs_f64();
         let cpu_seconds = (served::cpu_time()? - cpu).as_secs_f64();
-        let answer =
-            json!({ "seconds": seconds, "cpu_seconds": cpu_seconds, "loss": loss, "peak_memory": peak_memory()? });
+        let peak = train::peak_memory_mib().ok_or("peak memory: not told by the system")? << 20;
+        let answer = json!({ "seconds": seconds, "cpu_seconds": cpu_seconds, "loss": loss, "peak_memory": peak });
         println!("{answer}");
     }
     Ok(())
-}
-
-/// Most bytes that this process has ever had in memory (proc_pid_status(5), `VmHWM`).
-fn peak_memory() -> Outcome<u64> {
-    let status = std::fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib: u64 = line.and_then(|line| line.split_whitespace().next()).ok_or("VmHWM: not told")?.parse()?;
-    Ok(kib << 10)
 }
 
 /// A batch of the peer's sizes; the numbers do not matter.

@@ -20,8 +20,9 @@ const PRINTED: usize = 4;
 struct Report<'a> {
     #[serde(flatten)]
     plan: &'a Plan,
-    /// The estimate of all memory, in bytes.
-    memory_total: u64,
+    /// The estimates of all memory of the device and of the host, in bytes.
+    memory_device: u64,
+    memory_host: u64,
     first_batches: Vec<First>,
     /// The pictures of the first batches, if they were to be drawn.
     picture: Option<PathBuf>,
@@ -69,7 +70,8 @@ pub(crate) fn run(config: &PretrainConfig, ranks: usize, out: Option<&Path>, jso
         let drawn = batches.iter().flat_map(|first| first.samples.iter().take(DRAWN));
         output::write(path, &inspect::sheet(&drawn.collect::<Vec<_>>(), side as u32).to_png()?)?;
     }
-    let report = Report { plan: &plan, memory_total: plan.memory.total(), first_batches: batches, picture };
+    let [memory_device, memory_host] = [plan.memory.device(), plan.memory.host()];
+    let report = Report { plan: &plan, memory_device, memory_host, first_batches: batches, picture };
     output::print(json, &report, text)
 }
 
@@ -130,8 +132,12 @@ fn of_parameters(rows: &mut Rows, counts: &ParameterCounts) {
 }
 
 fn of_memory(rows: &mut Rows, memory: &Memory) {
-    heading(rows, "Memory of a process, estimated, with the largest batch");
-    let more = [("f32 masters", memory.masters), ("means of weights", memory.ema)];
+    heading(rows, "Memory of a process, estimated, with the largest batch: on the device");
+    let more = [
+        ("f32 masters", memory.masters),
+        ("means of weights", memory.ema),
+        ("gradients on their way, about", memory.reduction),
+    ];
     row(rows, "weights", size(memory.weights));
     more.into_iter().filter(|(_, bytes)| *bytes > 0).for_each(|(name, bytes)| row(rows, name, size(bytes)));
     row(rows, "gradients", size(memory.gradients));
@@ -142,9 +148,12 @@ fn of_memory(rows: &mut Rows, memory: &Memory) {
     };
     row(rows, format!("activations, kept{}", chosen(false)), size(memory.activations_kept));
     row(rows, format!("activations, recomputed{}", chosen(true)), size(memory.activations_recomputed));
-    row(rows, "batches built ahead", size(memory.batches));
+    row(rows, "batches of an iteration", size(memory.batches));
+    row(rows, "together, as configured", size(memory.device()));
+    heading(rows, "Memory of a process, estimated: on the host (beside that of the device, if this is the CPU)");
+    row(rows, "batches built ahead", size(memory.batches_ahead));
     row(rows, "decoded images, at most", size(memory.image_cache));
-    row(rows, "together, as configured", size(memory.total()));
+    row(rows, "together", size(memory.host()));
 }
 
 fn of_work(rows: &mut Rows, streams: &[Stream], per_iteration: f64) {
@@ -171,7 +180,11 @@ fn of_data(rows: &mut Rows, streams: &[Stream]) {
 
 fn of_schedule(rows: &mut Rows, schedule: &Schedule) {
     heading(rows, "Schedule");
-    row(rows, "iterations", thousands(schedule.iterations));
+    let limit = schedule.time_limit_minutes;
+    row(rows, if limit.is_some() { "iterations, at most" } else { "iterations" }, thousands(schedule.iterations));
+    if let Some(minutes) = limit {
+        row(rows, "time limit, minutes", minutes.to_string());
+    }
     row(rows, "warm-up, iterations", thousands(schedule.warmup));
     let rate = |rate: f64| if rate == 0.0 { "0".to_owned() } else { format!("{rate:.1e}") };
     row(rows, "highest learning rate", rate(schedule.peak_lr));

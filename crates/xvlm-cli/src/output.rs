@@ -23,6 +23,9 @@ pub(crate) enum CliError {
     /// An option has a value that cannot be used.
     #[error("{option}: expected {expected}, found {found}")]
     Option { option: &'static str, expected: &'static str, found: String },
+    /// An option has a value that is none of those there are.
+    #[error("{option}: expected one of {known}, found {found}")]
+    Choice { option: &'static str, known: String, found: String },
     /// The result could not be written as JSON.
     #[error("result: {0}")]
     Json(#[from] serde_json::Error),
@@ -93,8 +96,10 @@ pub(crate) fn write(path: &Path, content: &[u8]) -> Result<(), CliError> {
     Ok(xvlm::weights::write_file_atomically(path, |out| out.write_all(content))?)
 }
 
-/// Text as HTML or SVG.
+/// Text as HTML or SVG, without the characters that XML cannot hold.
 pub(crate) fn escape(text: &str) -> String {
+    let is_held = |c: &char| matches!(c, '\t' | '\n') || !(c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}'));
+    let text: String = text.chars().filter(is_held).collect();
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 

@@ -46,13 +46,13 @@ pub(crate) struct Pretrain {
     set: Vec<String>,
     /// Print what the run is going to be (parameters, memory, FLOPs, data, schedule, first batches), draw the first batches
     /// into first-batch.png if there is an --out, and stop
-    #[arg(long, conflicts_with = "resume")]
+    #[arg(long, conflicts_with_all = ["resume", "ranks"])]
     dry_run: bool,
     /// Number of processes that a --dry-run is about
     #[arg(long, value_name = "N", requires = "dry_run", value_parser = clap::value_parser!(u16).range(1..))]
     processes: Option<u16>,
-    /// Print the preset and do nothing else
-    #[arg(long, requires = "preset", conflicts_with_all = ["out", "resume", "set", "json", "dry_run"])]
+    /// Print the whole configuration and do nothing else; a preset in which nothing is replaced as it is written
+    #[arg(long, conflicts_with_all = ["out", "resume", "json", "dry_run"])]
     print_config: bool,
     /// What to train in several processes with, once mpirun, torchrun or srun has started them
     #[arg(long, value_name = "ENGINE", value_enum, default_value_t = Ranks::Auto)]
@@ -97,13 +97,16 @@ struct Report {
 
 impl Pretrain {
     pub(crate) fn run(self) -> Result<(), CliError> {
-        if let (true, Some(name)) = (self.print_config, &self.preset) {
+        if let (true, Some(name), []) = (self.print_config, &self.preset, self.set.as_slice()) {
             return output::print_text(PretrainConfig::preset_text(name)?);
         }
         let config = match (&self.config, &self.preset) {
             (Some(path), _) => PretrainConfig::open(path, &self.set)?,
             (None, preset) => PretrainConfig::preset(preset.as_deref().unwrap_or_default(), &self.set)?,
         };
+        if self.print_config {
+            return output::print_text(&config.to_yaml()?);
+        }
         if self.dry_run {
             return dry_run::run(&config, self.processes.unwrap_or(1).into(), self.out.as_deref(), self.json);
         }

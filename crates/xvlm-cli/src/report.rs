@@ -269,6 +269,7 @@ mod tests {
     #[test]
     fn texts_cannot_leave_their_place() {
         assert_eq!(escape("<b a=\"1\">&"), "&lt;b a=&quot;1&quot;&gt;&amp;");
+        assert_eq!(escape("a\u{1b}[0m\0\tb\u{ffff}"), "a[0m\tb");
         assert!(mark(false, "<i>").contains("&lt;i&gt; ✗"));
     }
 }

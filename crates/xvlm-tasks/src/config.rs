@@ -229,6 +229,16 @@ impl PretrainConfig {
         yaml::read(file, text, overrides)
     }
 
+    /// The whole of it as YAML, which [`Self::from_yaml`] reads.
+    ///
+    /// # Errors
+    /// If it cannot be written as YAML.
+    pub fn to_yaml(&self) -> Result<String, ConfigProblem> {
+        let problem =
+            |error: serde_norway::Error| ConfigProblem { file: "configuration".to_owned(), message: error.to_string() };
+        serde_norway::to_string(self).map_err(problem)
+    }
+
     /// Iterations in place of epochs, where `ranks` processes train together.
     pub fn fix_length(&mut self, ranks: usize) {
         let batch = self.data.batch_size.saturating_mul(ranks).saturating_mul(self.train.accumulate) as u64;
@@ -241,9 +251,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_preset_is_valid() {
+    fn every_preset_is_valid_and_can_be_written() {
         for name in PretrainConfig::presets() {
-            PretrainConfig::preset(name, &[]).unwrap();
+            let preset = PretrainConfig::preset(name, &[]).unwrap();
+            assert_eq!(PretrainConfig::from_yaml("written", &preset.to_yaml().unwrap(), &[]).unwrap(), preset);
         }
     }
 

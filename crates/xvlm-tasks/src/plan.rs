@@ -1,13 +1,19 @@
 //! What a pre-training run is going to be, before it is: parameters, memory, work, data and schedule, and its first batches.
 //!
 //! Counts of parameters, records and iterations are exact. Memory and FLOPs are estimates: they follow from the sizes
-//! ([`xvlm_encoders::Load`]), with every batch as large and every text as long as the configuration lets them be.
+//! ([`xvlm_encoders::Load`]), with every batch as large and every text as long as the configuration lets them be. A part of the
+//! model whose parameters are all frozen, and what comes before it too, has no backward pass, and nothing of it is kept; a part of
+//! which only some parameters are frozen counts as if none were.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde::Serialize;
 use xvlm_data::{BatchBuilder, BatchConfig, CaptionBatch, RegionBatch};
 use xvlm_encoders::cost::{Cost, Load, Part};
 use xvlm_encoders::{Blueprint, Xvlm};
 use xvlm_train::{Precision, Progress, TrainConfig, Warmup};
+use xvlm_weights::{LoadRules, ModelFolder};
 
 use crate::config::{Objective, PretrainConfig};
 use crate::error::TaskError;
@@ -56,16 +62,20 @@ pub struct Group {
     pub parameters: u64,
 }
 
-/// Bytes that one process holds. Those of activations and gradients are estimates, and the whole is one: what operations
-/// need while they run, and what an allocator keeps, comes on top.
+/// Bytes that one process holds: on its device, and in the host's memory (the same, if the device is the CPU). Those of
+/// activations and gradients are estimates, and the sums are: what operations need while they run, and what an allocator
+/// keeps, comes on top.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Memory {
     /// The parameters as the model computes with them.
     pub weights: u64,
     /// Their `f32` masters, if they are of a smaller type.
     pub masters: u64,
-    /// A gradient for each trainable parameter.
+    /// A gradient for each trainable parameter: in the type of the model where it comes from one batch, else a sum in `f32`.
+    /// (What a model uses twice in a batch has a sum too, which is left out here.)
     pub gradients: u64,
+    /// What goes to the other processes, and what comes back: two sets of gradients in `f32`, if there are others.
+    pub reduction: u64,
     /// The optimizer's two moments.
     pub moments: u64,
     /// The mean of the weights, if one is kept.
@@ -76,17 +86,24 @@ pub struct Memory {
     pub activations_kept: u64,
     /// See there.
     pub activations_recomputed: u64,
-    /// Batches that are built ahead.
+    /// The pixels of all batches of an iteration, on the device.
     pub batches: u64,
-    /// Decoded images that are kept; a limit.
+    /// Those of the batches that are built ahead, on the host.
+    pub batches_ahead: u64,
+    /// Decoded images that are kept on the host; a limit.
     pub image_cache: u64,
 }
 
 impl Memory {
-    /// All of it, with activations as configured.
-    pub fn total(&self) -> u64 {
-        let Self { weights, masters, gradients, moments, ema, activations, batches, image_cache, .. } = *self;
-        weights + masters + gradients + moments + ema + activations + batches + image_cache
+    /// What is on the device, with activations as configured.
+    pub fn device(&self) -> u64 {
+        let Self { weights, masters, gradients, reduction, moments, ema, activations, batches, .. } = *self;
+        weights + masters + gradients + reduction + moments + ema + activations + batches
+    }
+
+    /// What is on the host.
+    pub fn host(&self) -> u64 {
+        self.batches_ahead + self.image_cache
     }
 }
 
@@ -118,11 +135,13 @@ pub struct Stream {
 pub struct Schedule {
     /// Iterations; fewer if a time limit ends the run.
     pub iterations: u64,
+    /// The time limit in minutes, if there is one; the learning rates are those of a run that it does not end.
+    pub time_limit_minutes: Option<f64>,
     /// Iterations in which the learning rate goes up.
     pub warmup: u64,
-    /// The highest learning rate.
+    /// The highest learning rate that an iteration has, before `lr_mult`.
     pub peak_lr: f64,
-    /// The last.
+    /// What it goes down to.
     pub final_lr: f64,
     /// Batches of one process that make an optimizer step.
     pub accumulate: usize,
@@ -144,7 +163,8 @@ pub struct FirstBatches {
 /// configuration wants to be kept of shards.
 ///
 /// # Errors
-/// As [`pretrain::run`] before it begins to train.
+/// As [`pretrain::run`] before it begins to train: about values, data, a model to start from that is not there or of other
+/// shapes, and names to be frozen that no parameter has.
 pub fn plan(
     config: &PretrainConfig,
     ranks: usize,
@@ -153,7 +173,15 @@ pub fn plan(
     let mut config = config.clone();
     config.fix_length(ranks);
     let builder = pretrain::open_batches(&mut config, None, progress)?.for_rank(0, ranks);
-    let parameters = count(&config)?;
+    let shapes = Blueprint::of(|vb| Xvlm::new(&config.model, vb))?.shapes();
+    config.train.optimizer.check_frozen(shapes.keys().map(String::as_str))?;
+    if let Some(dir) = &config.init_from {
+        let files = ModelFolder::open(dir)?;
+        let shapes = shapes.iter().map(|(name, shape)| (name.as_str(), shape.as_slice()));
+        xvlm_weights::compare(&files.name, &files.tensors, shapes, &LoadRules::default())?;
+    }
+    let parameters = count(&config, &shapes);
+    let work = Work { config: &config, is_trained: trained(&config, &shapes) };
     let has_regions = config.regions.iter_perc > 0.0;
     let captions = builder.captions(0)?;
     let regions = if has_regions { Some(builder.regions(0)?) } else { None };
@@ -175,8 +203,8 @@ pub fn plan(
         images_per_step,
         texts_per_step: images_per_step,
         epochs: epochs(caption_records, images_per_step, 1.0),
-        flops_per_step: flops(&config, &of_captions),
-        flops_of_first_batch: flops(&config, &first.0),
+        flops_per_step: work.flops(&of_captions),
+        flops_of_first_batch: work.flops(&first.0),
         largest: of_captions,
     }];
     if let Some(first) = &first.1 {
@@ -188,14 +216,14 @@ pub fn plan(
             images_per_step,
             texts_per_step: steps * max_regions as u64,
             epochs: epochs(region_records, images_per_step, config.regions.iter_perc),
-            flops_per_step: flops(&config, &of_regions),
-            flops_of_first_batch: flops(&config, first),
+            flops_per_step: work.flops(&of_regions),
+            flops_of_first_batch: work.flops(first),
             largest: of_regions,
         });
     }
     let shares = [1.0, config.regions.iter_perc];
     let plan = Plan {
-        memory: memory(&config, &parameters, &streams),
+        memory: work.memory(&parameters, &streams, ranks),
         parameters,
         flops_per_iteration: streams.iter().zip(shares).map(|(stream, share)| share * stream.flops_per_step).sum(),
         schedule: schedule(&config.train, ranks),
@@ -204,10 +232,9 @@ pub fn plan(
     Ok((plan, FirstBatches { captions, regions, builder }))
 }
 
-/// Counts parameters without making them.
-fn count(config: &PretrainConfig) -> Result<ParameterCounts, TaskError> {
+/// Counts the parameters of these shapes.
+fn count(config: &PretrainConfig, shapes: &BTreeMap<String, Vec<usize>>) -> ParameterCounts {
     let optimizer = &config.train.optimizer;
-    let shapes = Blueprint::of(|vb| Xvlm::new(&config.model, vb))?.shapes();
     let mut counts = ParameterCounts {
         total: 0,
         trainable: 0,
@@ -215,7 +242,7 @@ fn count(config: &PretrainConfig) -> Result<ParameterCounts, TaskError> {
         parts: Part::ALL.map(|part| (part, 0)).to_vec(),
         groups: Vec::new(),
     };
-    for (name, shape) in &shapes {
+    for (name, shape) in shapes {
         let number = shape.iter().product::<usize>() as u64;
         counts.total += number;
         let part = Part::of_parameter(&config.model, name);
@@ -234,30 +261,76 @@ fn count(config: &PretrainConfig) -> Result<ParameterCounts, TaskError> {
     counts.groups.sort_by(|a, b| {
         (a.lr, b.weight_decay).partial_cmp(&(b.lr, a.weight_decay)).unwrap_or(a.tensors.cmp(&b.tensors))
     });
-    Ok(counts)
+    counts
 }
 
-fn memory(config: &PretrainConfig, parameters: &ParameterCounts, streams: &[Stream]) -> Memory {
-    let TrainConfig { precision, recompute, ema_decay, .. } = *config.train;
-    let size = precision.dtype().size_in_bytes() as u64;
-    let activations = |recompute| {
-        let of_stream = |stream: &Stream| size * cost(config, &stream.largest).activations(recompute);
-        streams.iter().map(of_stream).max().unwrap_or(0)
-    };
-    let trainable = 4 * parameters.trainable;
-    let pixels = 4 * 3 * config.data.resolution.pow(2) as u64;
-    let images = config.data.batch_size as f64 + config.regions.iter_perc * config.data.max_images as f64;
-    Memory {
-        weights: size * parameters.total,
-        masters: if precision == Precision::F32 { 0 } else { trainable },
-        gradients: trainable,
-        moments: 2 * trainable,
-        ema: if ema_decay.is_some() { trainable } else { 0 },
-        activations: activations(recompute),
-        activations_kept: activations(false),
-        activations_recomputed: activations(true),
-        batches: config.loader.ahead.max(1) as u64 * (images * pixels as f64) as u64,
-        image_cache: (config.image_cache_mib as u64) << 20,
+/// Whether the backward pass goes through each of [`Part::ALL`]: not where it and what comes before it are frozen.
+fn trained(config: &PretrainConfig, shapes: &BTreeMap<String, Vec<usize>>) -> [bool; 4] {
+    let optimizer = &config.train.optimizer;
+    let is_of = |part, name: &str| Part::of_parameter(&config.model, name) == part && !optimizer.freezes(name);
+    let has_own = |part| shapes.keys().any(|name| is_of(part, name));
+    let [vision, text, fusion, _] = Part::ALL.map(has_own);
+    // Something is trained, and the losses are those of heads.
+    [vision, text, vision || text || fusion, true]
+}
+
+/// Estimates what a process holds and computes.
+struct Work<'a> {
+    config: &'a PretrainConfig,
+    /// See [`trained`].
+    is_trained: [bool; 4],
+}
+
+impl Work<'_> {
+    fn memory(&self, parameters: &ParameterCounts, streams: &[Stream], ranks: usize) -> Memory {
+        let config = self.config;
+        let TrainConfig { precision, recompute, ema_decay, accumulate, .. } = *config.train;
+        let size = precision.dtype().size_in_bytes() as u64;
+        let activations = |recompute| {
+            let of_stream = |stream: &Stream| size * self.cost(&stream.largest).activations(recompute);
+            streams.iter().map(of_stream).max().unwrap_or(0)
+        };
+        let trainable = 4 * parameters.trainable;
+        let is_sum = accumulate > 1 || ranks > 1;
+        let pixels = 4 * 3 * config.data.resolution.pow(2) as u64;
+        let (captions, regions) = (config.data.batch_size, config.data.max_images);
+        let largest = captions + if config.regions.iter_perc > 0.0 { regions } else { 0 };
+        let usual = captions as f64 + config.regions.iter_perc * regions as f64;
+        Memory {
+            weights: size * parameters.total,
+            masters: if precision == Precision::F32 { 0 } else { trainable },
+            gradients: if is_sum { trainable } else { size * parameters.trainable },
+            reduction: if ranks > 1 { 2 * trainable } else { 0 },
+            moments: 2 * trainable,
+            ema: if ema_decay.is_some() { trainable } else { 0 },
+            activations: activations(recompute),
+            activations_kept: activations(false),
+            activations_recomputed: activations(true),
+            batches: (accumulate * largest) as u64 * pixels,
+            batches_ahead: config.loader.ahead.max(1) as u64 * (usual * pixels as f64) as u64,
+            image_cache: (config.image_cache_mib as u64) << 20,
+        }
+    }
+
+    /// What is kept for the backward pass, of the parts that have one.
+    fn cost(&self, loads: &[Load]) -> Cost {
+        let costs = loads.iter().flat_map(|load| self.config.model.costs(load).into_iter().zip(self.is_trained));
+        costs.filter(|(_, is_trained)| *is_trained).fold(Cost::default(), |sum, (cost, _)| sum.and(cost))
+    }
+
+    /// FLOPs of an optimizer step: the forward pass, and where there is a backward pass twice as much for that, and once more
+    /// what is computed anew.
+    fn flops(&self, loads: &[Load]) -> f64 {
+        let of_part = |((part, cost), is_trained): ((Part, Cost), bool)| {
+            let passes = match is_trained {
+                true if self.config.train.recompute && part != Part::Heads => 4,
+                true => 3,
+                false => 1,
+            };
+            (passes * cost.flops) as f64
+        };
+        let costs = |load: &Load| Part::ALL.into_iter().zip(self.config.model.costs(load)).zip(self.is_trained);
+        self.config.train.accumulate as f64 * loads.iter().flat_map(costs).map(of_part).sum::<f64>()
     }
 }
 
@@ -266,28 +339,17 @@ fn schedule(config: &TrainConfig, ranks: usize) -> Schedule {
         Warmup::Iterations(iterations) => iterations,
         Warmup::Fraction(share) => (config.iterations as f64 * share) as u64,
     };
+    // It goes up until the warm-up ends and then down, or the run ends before.
+    let highest = warmup.min(config.iterations.saturating_sub(1));
     Schedule {
         iterations: config.iterations,
+        time_limit_minutes: config.time_limit_minutes,
         warmup,
-        peak_lr: config.optimizer.lr,
+        peak_lr: config.learning_rate(highest, Duration::ZERO),
         final_lr: config.optimizer.lr * config.schedule.final_lr_fraction,
         accumulate: config.accumulate,
         ranks,
     }
-}
-
-fn cost(config: &PretrainConfig, loads: &[Load]) -> Cost {
-    loads.iter().map(|load| config.model.cost(load)).fold(Cost::default(), Cost::and)
-}
-
-/// FLOPs of an optimizer step: the forward pass, twice as much for the backward pass, and once more what is computed anew.
-fn flops(config: &PretrainConfig, loads: &[Load]) -> f64 {
-    let of_part = |(part, cost): (Part, Cost)| {
-        let passes = if config.train.recompute && part != Part::Heads { 4 } else { 3 };
-        (passes * cost.flops) as f64
-    };
-    let of_batch = loads.iter().flat_map(|load| Part::ALL.into_iter().zip(config.model.costs(load))).map(of_part);
-    config.train.accumulate as f64 * of_batch.sum::<f64>()
 }
 
 /// The load of texts with a concept each, as [`crate::align`] passes them through the model.
@@ -362,4 +424,67 @@ fn first_regions(config: &PretrainConfig, batch: &RegionBatch) -> Vec<Load> {
     let text = &batch.text;
     let load = Load { tokens: text.len, regions: text.rows, ..Load::default() };
     vec![aligned(config, load, text.rows, batch.images, text.masked_positions.len(), true)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use xvlm_train::ScheduleConfig;
+
+    #[test]
+    fn the_highest_rate_is_that_of_an_iteration() {
+        for warmup in [Warmup::Iterations(0), Warmup::Iterations(7), Warmup::Iterations(90), Warmup::Fraction(0.33)] {
+            let schedule = ScheduleConfig { warmup, ..ScheduleConfig::default() };
+            let config = TrainConfig { iterations: 40, schedule, ..TrainConfig::default() };
+            let rates = (0..40).map(|iteration| config.learning_rate(iteration, Duration::ZERO));
+            assert_eq!(super::schedule(&config, 1).peak_lr, rates.fold(0.0, f64::max), "{warmup:?}");
+        }
+    }
+
+    /// The estimates of the 4M preset with one change, for so many ranks: those of memory, and FLOPs of a caption batch.
+    fn estimate(set: &str, ranks: usize) -> (Memory, f64) {
+        let mut config = PretrainConfig::preset("base-4m", &[format!("train={set}")]).unwrap();
+        config.data.resolution = config.model.vision_config.image_res();
+        let shapes = Blueprint::of(|vb| Xvlm::new(&config.model, vb)).unwrap().shapes();
+        let work = Work { config: &config, is_trained: trained(&config, &shapes) };
+        let largest = largest_captions(&config);
+        let flops = work.flops(&largest);
+        let stream = Stream {
+            name: "captions",
+            records: None,
+            shards: 0,
+            images_per_step: 0,
+            texts_per_step: 0,
+            epochs: None,
+            largest,
+            flops_per_step: flops,
+            flops_of_first_batch: flops,
+        };
+        (work.memory(&count(&config, &shapes), &[stream], ranks), flops)
+    }
+
+    #[test]
+    fn what_is_frozen_is_not_kept() {
+        let frozen = |names: &str| estimate(&format!("{{optimizer: {{frozen_names: [{names}]}}}}"), 1);
+        let ((all, all_flops), (no_vision, vision_flops)) = (frozen(""), frozen("vision_encoder"));
+        assert!(no_vision.activations_kept < all.activations_kept && vision_flops < all_flops);
+        assert!(no_vision.activations_recomputed < all.activations_recomputed);
+        // Gradients still go through frozen layers of a part.
+        assert_eq!(frozen("vision_encoder.layers.0").1, all_flops);
+        // The fusion layers come after both encoders.
+        let layers: Vec<String> = (6..12).map(|layer| format!("layer.{layer}.")).collect();
+        let (no_fusion, fusion_flops) = frozen(&layers.join(", "));
+        assert_eq!((no_fusion.activations_kept, fusion_flops), (all.activations_kept, all_flops));
+        assert!(frozen("vision_encoder, text_encoder").1 < vision_flops);
+    }
+
+    #[test]
+    fn sums_of_gradients_are_wide() {
+        let of = |set: &str, ranks| estimate(set, ranks).0;
+        let (one, four, ranks) = (of("{precision: bf16}", 1), of("{precision: bf16, accumulate: 4}", 1), of("{}", 2));
+        assert_eq!((4 * one.gradients, 2 * four.gradients), (one.moments, four.moments));
+        assert_eq!((one.reduction, ranks.reduction), (0, ranks.moments));
+        assert_eq!(4 * one.batches, four.batches);
+        assert_eq!(one.host(), four.host());
+    }
 }

@@ -82,10 +82,11 @@ impl<'de> Deserialize<'de> for Training {
                 let (mut epochs, mut has_iterations) = (None, false);
                 let rest = WithoutEpochs { map, epochs: &mut epochs, has_iterations: &mut has_iterations };
                 let config = TrainConfig::deserialize(MapAccessDeserializer::new(rest))?;
-                match epochs.is_some() && has_iterations {
-                    true => Err(de::Error::custom("expected epochs or iterations, found both (null takes one away)")),
-                    false => Ok(Training { epochs, config }),
+                if epochs.is_some() && has_iterations {
+                    let message = "expected epochs or iterations, found both (epochs: null leaves iterations)";
+                    return Err(de::Error::custom(message));
                 }
+                Ok(Training { epochs, config })
             }
         }
         deserializer.deserialize_map(Fields)

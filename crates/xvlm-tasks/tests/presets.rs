@@ -447,6 +447,8 @@ fn what_the_original_would_mean_otherwise_is_refused() {
     refused(CaptioningPretrain, "captioning-pretrain", "CLIP_GRAD_NORM", "CLIP_GRAD", "did you mean `CLIP_GRAD_NORM`?");
     refused(CaptioningPretrain, "captioning-pretrain", "O1", "O3", "accelerator.FP16_OPT_LEVEL: expected O0, O1 or O2");
     refused(CaptioningPretrain, "captioning-pretrain", "num_workers", "num_worker", "did you mean `num_workers`?");
+    refused(Vqa, "vqa", "lr_mult: 2", "lr_mul: 2", "optimizer.lr_mul: unknown field `lr_mul`; did you mean `lr_mult`?");
+    refused(Vqa, "vqa", "num_warmup_steps: 0.1", "num_warmup_steps: 0.1, warmup: 3", "schedular.warmup: unknown field");
 }
 
 #[test]

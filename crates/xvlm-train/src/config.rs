@@ -159,6 +159,25 @@ impl OptimizerConfig {
         if contains_any(parameter, &self.lr_mult_names) { self.lr_mult } else { 1.0 }
     }
 
+    /// Checks `frozen_names` against the names of a model's parameters.
+    ///
+    /// # Errors
+    /// [`TrainError::Config`] if names are frozen that no parameter has, or nothing is left to train.
+    pub fn check_frozen<'a>(&self, parameters: impl Iterator<Item = &'a str> + Clone) -> Result<(), TrainError> {
+        let wrong = |found| {
+            let (field, expected) = ("optimizer.frozen_names", "parts of names of parameters, but not of all");
+            TrainError::Config { field, expected, found }
+        };
+        let has = |part: &str| parameters.clone().any(|name| name.contains(part));
+        if let Some(part) = self.frozen_names.iter().find(|part| !has(part)) {
+            return Err(wrong(format!("{part:?}, which no parameter has")));
+        }
+        match !self.frozen_names.is_empty() && parameters.clone().all(|name| self.freezes(name)) {
+            true => Err(wrong(format!("{:?}, which leave none to train", self.frozen_names))),
+            false => Ok(()),
+        }
+    }
+
     /// Whether the parameter of this name is left as it is.
     pub fn freezes(&self, parameter: &str) -> bool {
         contains_any(parameter, &self.frozen_names)

@@ -98,17 +98,7 @@ impl<'a> Optimizer<'a> {
                 lr_mult: config.optimizer.lr_mult_of(name),
             });
         }
-        let frozen = |found| {
-            let (field, expected) = ("optimizer.frozen_names", "parts of names of parameters, but not of all");
-            TrainError::Config { field, expected, found }
-        };
-        let has = |part: &str| parameters.iter().any(|(name, _)| name.contains(part));
-        if let Some(part) = config.optimizer.frozen_names.iter().find(|part| !has(part)) {
-            return Err(frozen(format!("{part:?}, which no parameter has")));
-        }
-        if slots.is_empty() && !parameters.is_empty() {
-            return Err(frozen(format!("{:?}, which leave none to train", config.optimizer.frozen_names)));
-        }
+        config.optimizer.check_frozen(parameters.iter().map(|(name, _)| name.as_str()))?;
         Ok(Self {
             slots,
             steps: 0,

@@ -42,36 +42,34 @@ impl fmt::Display for LoadReport {
     }
 }
 
-/// Gives each parameter the tensor of its name, in the parameter's dtype and on its device.
-///
-/// `name` is what errors call the source of the tensors. Every difference is found before anything is changed: on
-/// an error about names, shapes or conversion all parameters are as they were.
+/// Compares tensors with the names and shapes of parameters, as [`assign`] does first: what it reports as loaded is what would
+/// be.
 ///
 /// # Errors
 /// [`WeightsError::Missing`], [`WeightsError::Unexpected`] and [`WeightsError::Shape`], each with all tensors
 /// concerned, or [`WeightsError::Several`] of them; what `rules` allow is reported instead. A wrong shape cannot be
 /// allowed.
-pub fn assign(
+pub fn compare<'a>(
     name: &str,
     tensors: &BTreeMap<String, Tensor>,
-    targets: &[(String, Var)],
+    targets: impl Iterator<Item = (&'a str, &'a [usize])>,
     rules: &LoadRules,
 ) -> Result<LoadReport, WeightsError> {
     let mut report = LoadReport::default();
-    let (mut missing, mut reshaped, mut pairs) = (Vec::new(), Vec::new(), Vec::new());
-    for (target, var) in targets {
+    let (mut missing, mut reshaped, mut known) = (Vec::new(), Vec::new(), HashSet::new());
+    for (target, shape) in targets {
+        known.insert(target);
         match tensors.get(target) {
-            Some(tensor) if tensor.dims() == var.dims() => pairs.push((target, var, tensor)),
+            Some(tensor) if tensor.dims() == shape => report.loaded.push(target.to_owned()),
             Some(tensor) => reshaped.push(Reshaped {
-                name: target.clone(),
-                expected: var.dims().to_vec(),
+                name: target.to_owned(),
+                expected: shape.to_vec(),
                 found: tensor.dims().to_vec(),
             }),
-            None if allowed(&rules.allow_missing, target) => report.missing.push(target.clone()),
-            None => missing.push(NamedShape { name: target.clone(), shape: var.dims().to_vec() }),
+            None if allowed(&rules.allow_missing, target) => report.missing.push(target.to_owned()),
+            None => missing.push(NamedShape { name: target.to_owned(), shape: shape.to_vec() }),
         }
     }
-    let known: HashSet<&str> = targets.iter().map(|(target, _)| target.as_str()).collect();
     let mut unexpected = Vec::new();
     for (tensor, value) in tensors.iter().filter(|(tensor, _)| !known.contains(tensor.as_str())) {
         if allowed(&rules.allow_unexpected, tensor) {
@@ -81,11 +79,28 @@ pub fn assign(
         }
     }
     refuse(name, missing, unexpected, reshaped)?;
+    Ok(report)
+}
 
+/// Gives each parameter the tensor of its name, in the parameter's dtype and on its device.
+///
+/// `name` is what errors call the source of the tensors. Every difference is found before anything is changed: on
+/// an error about names, shapes or conversion all parameters are as they were.
+///
+/// # Errors
+/// As [`compare`], and if a tensor cannot be converted.
+pub fn assign(
+    name: &str,
+    tensors: &BTreeMap<String, Tensor>,
+    targets: &[(String, Var)],
+    rules: &LoadRules,
+) -> Result<LoadReport, WeightsError> {
+    let shapes = targets.iter().map(|(target, var)| (target.as_str(), var.dims()));
+    let report = compare(name, tensors, shapes, rules)?;
     let failed = |tensor: &str, source| WeightsError::tensor(name, tensor, source);
     let own: HashSet<usize> = targets.iter().map(|(_, var)| storage(var)).collect();
+    let pairs = targets.iter().filter_map(|(target, var)| Some((target, var, tensors.get(target)?)));
     let ready = pairs
-        .into_iter()
         .map(|(target, var, tensor)| {
             let value = tensor.detach().to_device(var.device()).and_then(|value| value.to_dtype(var.dtype()));
             // A parameter cannot be set from its own memory, and must not be from that of one just overwritten.
@@ -95,7 +110,6 @@ pub fn assign(
         .collect::<Result<Vec<_>, _>>()?;
     for (target, var, value) in ready {
         var.set(&value).map_err(|source| failed(target, source))?;
-        report.loaded.push(target.clone());
     }
     Ok(report)
 }

@@ -20,7 +20,7 @@ mod interpolate;
 mod names;
 mod tensors;
 
-pub use assign::{LoadReport, LoadRules, assign};
+pub use assign::{LoadReport, LoadRules, assign, compare};
 pub use atomic::write_file_atomically;
 pub use checkpoint::{Checkpoint, CheckpointKind, TensorInfo, first_non_finite, write_pytorch};
 pub use convert::{Because, Conversion, ConversionReport, Layout};

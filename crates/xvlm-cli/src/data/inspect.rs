@@ -83,7 +83,8 @@ impl Inspect {
             None => PretrainConfig::preset("base-4m", &self.set)?,
         };
         // Texts are shown, and none of their tokens: instead of the preset's any vocabulary that knows the letters does.
-        let is_told = |path: &PathBuf| self.config.is_some() || path.as_os_str() != "vocab.txt";
+        let of_preset = PretrainConfig::preset("base-4m", &[])?.tokenizer;
+        let is_told = |path: &PathBuf| self.config.is_some() || of_preset.as_ref() != Some(path);
         let tokenizer = match config.tokenizer.filter(is_told) {
             Some(path) => TextTokenizer::from_file(path)?,
             None => TextTokenizer::from_vocabulary(&scenes::vocabulary())?,

@@ -51,14 +51,16 @@ pub(crate) fn figure(panels: &[Panel], runs: &[String], look: Look) -> Scene {
     let width = 2.0 * EDGE + columns as f64 * WIDTH;
     let mut scene = Scene { width, height: 0.0, shapes: Vec::new(), label: "losses over the iterations".to_owned() };
     let (mut x, mut y) = (EDGE + MARGIN[0], EDGE + 0.5 * LEGEND);
+    let most = width - EDGE - x - SAMPLE - 6.0;
     for (i, run) in runs.iter().enumerate() {
-        let length = SAMPLE + 6.0 + text_width(run, TITLE) + 18.0;
+        let run = shortened(run, TITLE, most);
+        let length = SAMPLE + 6.0 + text_width(&run, TITLE);
         if x + length > width - EDGE && x > EDGE + MARGIN[0] {
             (x, y) = (EDGE + MARGIN[0], y + LEGEND);
         }
         scene.line(Ink::Curve(i), [(x, y), (x + SAMPLE, y)]);
-        scene.text(Ink::Text, TITLE, Anchor::Start, (x + SAMPLE + 6.0, y + 4.5), run.as_str());
-        x += length;
+        scene.text(Ink::Text, TITLE, Anchor::Start, (x + SAMPLE + 6.0, y + 4.5), run);
+        x += length + 18.0;
     }
     let top = y + 0.5 * LEGEND;
     let last = last_iteration(panels);
@@ -73,6 +75,19 @@ pub(crate) fn figure(panels: &[Panel], runs: &[String], look: Look) -> Scene {
     }
     scene.height = top + rows as f64 * HEIGHT + EDGE + 8.0;
     scene
+}
+
+/// A text that is at most so wide, by leaving out what is in its middle.
+fn shortened(text: &str, size: f64, width: f64) -> String {
+    let letters: Vec<char> = text.chars().collect();
+    let with = |kept: usize| -> String {
+        let (begin, end) = (&letters[..kept.div_ceil(2)], &letters[letters.len() - kept / 2..]);
+        begin.iter().chain(&['…']).chain(end).collect()
+    };
+    match text_width(text, size) <= width {
+        true => text.to_owned(),
+        false => (0..letters.len()).rev().map(with).find(|text| text_width(text, size) <= width).unwrap_or_default(),
+    }
 }
 
 /// A single panel without a legend, and without a title where `panel` has none.
@@ -308,6 +323,21 @@ mod tests {
         assert_eq!(lines(&scene, Ink::Curve(0)).len(), 1 + 1, "in the legend and the panel that has it");
         assert_eq!(lines(&scene, Ink::Curve(1)).len(), 1 + 2);
         assert_eq!(lines(&scene, Ink::Raw(1)).len(), 2);
+    }
+
+    #[test]
+    fn long_names_are_shortened_in_the_middle() {
+        assert_eq!(shortened("a run", TITLE, 100.0), "a run");
+        let name = format!("begin{}end", "-".repeat(200));
+        let scene = figure(&[panel(&[&[(1.0, 1.0)]])], &[name], Look::default());
+        let of_legend = |shape: &Shape| match shape {
+            Shape::Text { text, at, .. } if text.starts_with("begin") => Some((text.clone(), at.0)),
+            _ => None,
+        };
+        let (text, x) = scene.shapes.iter().find_map(of_legend).unwrap();
+        assert!(text.contains('…') && text.ends_with("end"), "{text}");
+        let end = x + text_width(&text, TITLE);
+        assert!(end <= scene.width - EDGE && end > scene.width - EDGE - 2.0 * TITLE, "{end} of {}", scene.width);
     }
 
     #[test]

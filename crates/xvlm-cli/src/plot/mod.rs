@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
-use xvlm::ConfigProblem;
 use xvlm::train::{LossCurve, loss_curves, read_metrics};
 
 use self::figure::{Look, Panel};
@@ -154,6 +153,7 @@ impl Plot {
             return Err(CliError::Option { option: "--smooth", expected: "a share, from 0 to 1", found });
         }
         let mut runs = self.runs.iter().map(|path| Run::open(path)).collect::<Result<Vec<_>, _>>()?;
+        refuse_twice(&runs)?;
         tell_apart(&mut runs);
         let losses = chosen(&runs, &self.losses)?;
         format.write(&scene(&runs, &losses, Look { smooth: self.smooth, log: self.log }), &self.out)?;
@@ -182,22 +182,36 @@ fn tell_apart(runs: &mut [Run]) {
     }
 }
 
-/// The losses to be drawn: those that were asked for, or all, those of whole images before those of regions.
+/// Refuses a run that is given twice, be it by two paths.
+fn refuse_twice(runs: &[Run]) -> Result<(), CliError> {
+    let mut seen = BTreeSet::new();
+    for Run { metrics, .. } in runs {
+        if !seen.insert(metrics.canonicalize().map_err(CliError::io(metrics))?) {
+            let found = format!("{} twice", metrics.display());
+            return Err(CliError::Option { option: "RUN", expected: "each run once", found });
+        }
+    }
+    Ok(())
+}
+
+/// The losses to be drawn, each once: those that were asked for, or all, those of whole images before those of regions.
 fn chosen<'a>(runs: &'a [Run], asked: &'a [String]) -> Result<Vec<&'a str>, CliError> {
     let known: BTreeSet<&str> =
         runs.iter().flat_map(|run| run.curves.iter().map(|curve| curve.name.as_str())).collect();
     match asked.iter().find(|loss| !known.contains(loss.as_str())) {
         Some(loss) => {
             let known = known.into_iter().collect::<Vec<_>>().join(", ");
-            let message = format!("expected one of {known}, found {loss}");
-            Err(ConfigProblem { file: "--loss".to_owned(), message }.into())
+            Err(CliError::Choice { option: "--loss", known, found: loss.clone() })
         }
         None if asked.is_empty() => {
             let mut all: Vec<&str> = known.into_iter().collect();
             all.sort_by_key(|loss| loss.starts_with("region_"));
             Ok(all)
         }
-        None => Ok(asked.iter().map(String::as_str).collect()),
+        None => {
+            let mut seen = BTreeSet::new();
+            Ok(asked.iter().map(String::as_str).filter(|loss| seen.insert(*loss)).collect())
+        }
     }
 }
 
@@ -240,7 +254,7 @@ mod tests {
     fn losses_of_all_runs_are_drawn() {
         let runs = [run("a", &["itc", "region_itc"]), run("b", &["mlm", "giou"])];
         assert_eq!(chosen(&runs, &[]).unwrap(), ["giou", "itc", "mlm", "region_itc"]);
-        assert_eq!(chosen(&runs, &["mlm".to_owned()]).unwrap(), ["mlm"]);
+        assert_eq!(chosen(&runs, &["mlm", "itc", "mlm"].map(str::to_owned)).unwrap(), ["mlm", "itc"]);
         let error = chosen(&runs, &["itm".to_owned()]).unwrap_err().to_string();
         assert_eq!(error, "--loss: expected one of giou, itc, mlm, region_itc, found itm");
     }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use tiny_skia::{Color, FillRule, LineCap, LineJoin, Paint, Path, PathBuilder, Pixmap, Rect, Stroke as Pen, Transform};
+use tiny_skia::{Color, FillRule, LineCap, LineJoin, Paint, Path, PathBuilder, Pixmap, Stroke as Pen, Transform};
 use ttf_parser::{Face, OutlineBuilder};
 use xvlm::Picture;
 
@@ -60,6 +60,11 @@ impl Ink {
     fn width(self) -> f32 {
         if let Self::Curve(_) = self { 1.6 } else { 1.0 }
     }
+
+    /// Radius of the circle that a dot is drawn around with, so that its line covers its middle.
+    fn dot(self) -> f32 {
+        self.width() / 2.0
+    }
 }
 
 /// Where a text has the point it is placed at.
@@ -73,7 +78,7 @@ pub(crate) enum Anchor {
 /// One thing in a figure; places are units from the upper left corner.
 #[derive(Clone, Debug)]
 pub(crate) enum Shape {
-    /// Lines from point to point.
+    /// Lines from point to point; a dot, if there is one point.
     Line { points: Vec<(f64, f64)>, ink: Ink },
     /// A text on a base line.
     Text { at: (f64, f64), anchor: Anchor, size: f64, ink: Ink, text: String },
@@ -111,18 +116,24 @@ impl Scene {
         for shape in &self.shapes {
             let _ = match shape {
                 Shape::Line { points, ink } => {
-                    let points: Vec<String> = points.iter().map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
                     let opacity =
                         if ink.opacity() < 1.0 { format!(" opacity=\"{}\"", ink.opacity()) } else { String::new() };
-                    write!(
-                        svg,
-                        "<polyline class=\"{}\" fill=\"none\" stroke=\"{}\" stroke-width=\"{}\" \
-                         stroke-linejoin=\"round\"{opacity} points=\"{}\"/>",
-                        ink.class(),
-                        hex(*ink),
-                        ink.width(),
-                        points.join(" "),
-                    )
+                    let (class, colour, width) = (ink.class(), hex(*ink), ink.width());
+                    let style = format!(
+                        "class=\"{class}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"{width}\"{opacity}"
+                    );
+                    match points.as_slice() {
+                        [(x, y)] => write!(svg, "<circle {style} cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"{}\"/>", ink.dot()),
+                        points => {
+                            let points: Vec<String> = points.iter().map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
+                            let points = points.join(" ");
+                            write!(
+                                svg,
+                                "<polyline {style} stroke-linejoin=\"round\" stroke-linecap=\"round\" \
+                                 points=\"{points}\"/>"
+                            )
+                        }
+                    }
                 }
                 Shape::Text { at: (x, y), anchor, size, ink, text } => {
                     let anchor = match anchor {
@@ -159,7 +170,7 @@ impl Scene {
                         line_join: LineJoin::Round,
                         ..Pen::default()
                     };
-                    if let Some(path) = path(points) {
+                    if let Some(path) = path(points, ink.dot()) {
                         pixels.stroke_path(&path, &paint(*ink), &pen, scale, None);
                     }
                 }
@@ -194,14 +205,15 @@ fn paint(ink: Ink) -> Paint<'static> {
     paint
 }
 
-fn path(points: &[(f64, f64)]) -> Option<Path> {
+fn path(points: &[(f64, f64)], dot: f32) -> Option<Path> {
     let mut path = PathBuilder::new();
     let (first, rest) = points.split_first()?;
-    path.move_to(first.0 as f32, first.1 as f32);
-    match rest {
-        // A point is a dot.
-        [] => path.push_rect(Rect::from_xywh(first.0 as f32 - 0.5, first.1 as f32 - 0.5, 1.0, 1.0)?),
-        rest => rest.iter().for_each(|&(x, y)| path.line_to(x as f32, y as f32)),
+    let (x, y) = (first.0 as f32, first.1 as f32);
+    if rest.is_empty() {
+        path.push_circle(x, y, dot);
+    } else {
+        path.move_to(x, y);
+        rest.iter().for_each(|&(x, y)| path.line_to(x as f32, y as f32));
     }
     path.finish()
 }
@@ -302,6 +314,18 @@ mod tests {
         assert!(width > 30.0 && width < 60.0, "{width}");
         assert!(dark(116 - width as usize..120) > 50, "letters end where they are anchored");
         assert_eq!(dark(60..116 - width as usize), 0);
+    }
+
+    #[test]
+    fn a_point_is_a_dot() {
+        let mut scene = Scene { shapes: Vec::new(), ..scene() };
+        scene.line(Ink::Curve(0), [(25.0, 10.0)]);
+        let svg = scene.svg();
+        assert!(svg.contains("<circle") && svg.contains("cx=\"25.0\" cy=\"10.0\" r=\"0.8\"/>"), "{svg}");
+        assert!(!svg.contains("<polyline"), "{svg}");
+        let picture = scene.picture().unwrap();
+        let pixel = |x: usize, y: usize| picture.rgb()[3 * (y * 120 + x)..][..3].to_vec();
+        assert_eq!((pixel(50, 20), pixel(50, 26)), (draw::colour(1).to_vec(), vec![255; 3]));
     }
 
     #[test]

@@ -251,6 +251,12 @@ fn pretrain_leaves_a_model() {
     assert_eq!(report["iterations"], 2);
     let preset = text(dir, "pretrain --preset scenes --print-config");
     assert!(preset.contains("train_file: []") && preset.contains("# "), "{preset}");
+    // What came of a file and of what was replaced in it is printed whole, and can be given back.
+    let whole = text(dir, "pretrain --config tiny.yaml --set train.seed=7 --print-config");
+    assert!(whole.contains("seed: 7") && whole.contains("max_bad_fraction: "), "{whole}");
+    fs::write(dir.join("whole.yaml"), &whole).unwrap();
+    assert_eq!(text(dir, "pretrain --config whole.yaml --print-config"), whole);
+    assert!(text(dir, "pretrain --preset scenes --set train.seed=7 --print-config").contains("seed: 7"));
 }
 
 #[test]
@@ -331,7 +337,17 @@ fn a_dry_run_tells_what_a_run_will_be() {
     assert!(first[1]["samples"][0]["texts"][0]["masked"].as_str().unwrap().starts_with("[CLS]"), "{first}");
     // The run may then begin there.
     json(dir, "pretrain --config tiny.yaml --out plan --set train.iterations=1");
-    refused(dir, "pretrain --config tiny.yaml --dry-run --set train_file=[none.jsonl]", &["none.jsonl"]);
+    let refuse = |set: &str, expected: &[&str]| {
+        refused(dir, &format!("pretrain --config tiny.yaml --dry-run --set {set}"), expected);
+    };
+    refuse("train_file=[none.jsonl]", &["none.jsonl"]);
+    refuse("init_from=none", &["none"]);
+    refuse("init_from=plan/model --set model.embed_dim=8", &["plan/model", "text_proj.weight"]);
+    refuse("train.optimizer.frozen_names=[visoin]", &["optimizer.frozen_names", "visoin"]);
+    refuse("train.optimizer.frozen_names=[e,o,temp]", &["optimizer.frozen_names", "none to train"]);
+    json(dir, "pretrain --config tiny.yaml --dry-run --set init_from=plan/model");
+    let limited = text(dir, "pretrain --config tiny.yaml --dry-run --set train.time_limit_minutes=3");
+    assert!(limited.contains("time limit, minutes") && limited.contains("on the host"), "{limited}");
 }
 
 #[test]
@@ -369,6 +385,7 @@ fn losses_can_be_drawn() {
 
     refused(dir, "plot empty", &["empty: expected a folder of a run, with metrics.jsonl"]);
     refused(dir, "plot none", &["none"]);
+    refused(dir, "plot one one/metrics.jsonl", &["RUN: expected each run once, found one/metrics.jsonl twice"]);
     refused(dir, "plot one --loss itm", &["--loss: expected one of itc, mlm, found itm"]);
     refused(dir, "plot one --out losses.gif", &["--out", ".png or .svg"]);
     refused(dir, "plot one --out none/losses.png", &["none"]);
@@ -538,6 +555,8 @@ fn wrong_usage_has_its_own_exit_code() {
         "ground --image a.png",
         "pretrain --out run",
         "pretrain --out run --config a.yaml --preset scenes",
+        "pretrain --out run --preset scenes --print-config",
+        "pretrain --preset scenes --dry-run --ranks alone",
         "eval nlvr --data data",
         "synth --out data --scenes 0 --seed 1",
         "demo --minutes 3",

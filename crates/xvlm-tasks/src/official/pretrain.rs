@@ -29,6 +29,12 @@ const STREAM_KEYS: &[&str] = &[
     "tokenized",
 ];
 
+/// What `optimizer` has.
+const OPTIMIZER_KEYS: &[&str] = &["lr", "lr_mult", "opt", "weight_decay"];
+
+/// What `schedular` has.
+const SCHEDULE_KEYS: &[&str] = &["epochs", "lr", "num_training_steps", "num_warmup_steps", "sched"];
+
 /// What `accelerator` has.
 const ACCELERATOR_KEYS: &[&str] =
     &["CLIP_GRAD_NORM", "FP16_LOSS_SCALE", "FP16_OPT_LEVEL", "GRAD_ACCUMULATE_STEPS", "RNG_SEED", "SYNCBN"];
@@ -126,6 +132,8 @@ pub(super) fn workers(stream: &Section) -> Result<LoaderConfig, ConfigProblem> {
 pub(super) fn training(root: &Section, lr_mult_names: Vec<String>) -> Result<Training, ConfigProblem> {
     let (optimizer, schedule) = (root.section("optimizer")?, root.section("schedular")?);
     let accelerator = root.section("accelerator")?;
+    optimizer.refuse_unknown(OPTIMIZER_KEYS)?;
+    schedule.refuse_unknown(SCHEDULE_KEYS)?;
     accelerator.refuse_unknown(ACCELERATOR_KEYS)?;
     // What would mean something else here.
     optimizer.expect_text("opt", "adamW")?;

@@ -129,7 +129,8 @@ impl Section {
         match self.values.keys().find(|key| !known.contains(&key.as_str())) {
             None => Ok(()),
             Some(unknown) => {
-                let message = format!("unknown field `{unknown}`{}", suggestion(unknown, known.iter().copied()));
+                let nearest = suggestion(unknown, known.iter().copied());
+                let message = format!("{}{unknown}: unknown field `{unknown}`{nearest}", self.prefix);
                 Err(ConfigProblem { file: self.file.display().to_string(), message })
             }
         }
