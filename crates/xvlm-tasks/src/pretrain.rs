@@ -291,7 +291,7 @@ impl Batches<Batch> for PretrainBatches {
 }
 
 /// How a run is started, and how it is asked to stop.
-pub struct Launch {
+pub struct Session {
     /// Go on from the newest checkpoint that is whole; from the beginning if there is none.
     pub resume: bool,
     /// Becomes true when training should save and stop after the iteration it is at.
@@ -300,7 +300,7 @@ pub struct Launch {
     pub ranks: Arc<dyn Communicator>,
 }
 
-impl Launch {
+impl Session {
     /// One process that is not asked to stop.
     pub fn alone(resume: bool) -> Self {
         Self { resume, stop: Arc::default(), ranks: Arc::new(Alone) }
@@ -319,11 +319,11 @@ impl Launch {
 pub fn run(
     config: &PretrainConfig,
     out: &Path,
-    launch: &Launch,
+    session: &Session,
     device: &Device,
     progress: &mut dyn Progress,
 ) -> std::result::Result<Summary, TaskError> {
-    let ranks = &launch.ranks;
+    let ranks = &session.ranks;
     let is_first_rank = ranks.rank() == 0;
     let mut silent = Silent;
     let progress = if is_first_rank { progress } else { &mut silent };
@@ -342,7 +342,7 @@ pub fn run(
         Ok(Box::new(PretrainBatches::new(Arc::clone(&builder), &config, start, device)?))
     };
     let run = RunFolder::new(out)?;
-    let Launch { resume, stop, .. } = launch;
+    let Session { resume, stop, .. } = session;
     if is_first_rank {
         keep_config(&config, &run, *resume, progress)?;
     }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use xvlm_data::scenes::{self, Split, SynthOptions};
 use xvlm_data::{CaptionTensors, Loader, LoaderConfig};
-use xvlm_tasks::pretrain::{self, Batch, Launch, PretrainBatches, Pretraining};
+use xvlm_tasks::pretrain::{self, Batch, PretrainBatches, Pretraining, Session};
 use xvlm_tasks::{PretrainConfig, TaskError};
 use xvlm_train::ranks::{Alone, Communicator};
 use xvlm_train::{
@@ -114,7 +114,7 @@ fn a_run_that_explodes_says_where_and_keeps_what_was_good() {
     let train = |lr: f64| json!({ "iterations": 12, "checkpoint_every": 1, "clip": null, "optimizer": { "lr": lr }, "schedule": { "warmup": 3 } });
     let (dir, config) = world(train(1e30));
     let run = |config: &PretrainConfig, resume| {
-        pretrain::run(config, &dir.path().join("run"), &Launch::alone(resume), &Device::Cpu, &mut Silent)
+        pretrain::run(config, &dir.path().join("run"), &Session::alone(resume), &Device::Cpu, &mut Silent)
     };
     let error = run(&config, false).unwrap_err();
     let TaskError::Train(TrainError::NotFinite { tensor: Some(_), records, checkpoint: Some(checkpoint), .. }) = &error
@@ -164,7 +164,7 @@ impl Progress for Warnings {
 fn a_setting_that_is_new_was_its_default() {
     let (dir, config) = world(json!({ "iterations": 1 }));
     let run = |config: &PretrainConfig, resume, warnings: &mut Warnings| {
-        pretrain::run(config, &dir.path().join("run"), &Launch::alone(resume), &Device::Cpu, warnings)
+        pretrain::run(config, &dir.path().join("run"), &Session::alone(resume), &Device::Cpu, warnings)
     };
     let mut warnings = Warnings::default();
     run(&config, false, &mut warnings).unwrap();
