@@ -47,7 +47,7 @@ fn world(train: Value) -> (TempDir, PretrainConfig) {
 fn first_batches() -> (Pretraining, Vec<Batch>) {
     let (dir, mut config) = world(json!({}));
     let builder = Arc::new(pretrain::open_batches(&mut config, Some(dir.path()), &mut Silent).unwrap());
-    let mut batches = PretrainBatches::new(builder, &config, 0, &Device::Cpu).unwrap();
+    let mut batches = PretrainBatches::new(builder, &config, 0).unwrap();
     let batches = batches.next().unwrap().into_iter().flatten().collect();
     (Pretraining::new(&config.model, 1, &Device::Cpu).unwrap(), batches)
 }
@@ -158,6 +158,32 @@ impl Progress for Warnings {
     fn warning(&mut self, message: &str) {
         self.0.push(message.to_owned());
     }
+}
+
+#[test]
+fn a_refused_resume_leaves_the_configuration_alone() {
+    let train = |iterations: u64, seed: u64| json!({ "iterations": iterations, "seed": seed });
+    let (dir, config) = world(train(1, 1));
+    let folder = dir.path().join("run");
+    let run = |train: Value| {
+        let train = serde_json::from_value(train).unwrap();
+        let config = PretrainConfig { train, ..config.clone() };
+        pretrain::run(&config, &folder, &Session::alone(true), &Device::Cpu, &mut Silent)
+    };
+    run(train(1, 1)).unwrap();
+    let kept = || fs::read_to_string(folder.join("config.yaml")).unwrap();
+    let before = kept();
+    // The checkpoint is of another seed.
+    assert!(matches!(run(train(2, 2)), Err(TaskError::Train(TrainError::Changed { .. }))));
+    assert_eq!(kept(), before);
+    // Somebody else is at it.
+    let lock = fs::File::open(folder.join("lock")).unwrap();
+    lock.lock().unwrap();
+    assert!(matches!(run(train(2, 1)), Err(TaskError::Train(TrainError::Locked { .. }))));
+    assert_eq!(kept(), before);
+    drop(lock);
+    run(train(2, 1)).unwrap();
+    assert_ne!(kept(), before);
 }
 
 #[test]

@@ -447,12 +447,15 @@ fn two_processes_do_not_train_in_one_folder() {
 fn some_records_are_named_and_the_others_counted() {
     let records = |count: usize| {
         let records = (1..=count).map(|i| format!("a.jsonl:{i}")).collect();
-        let (loss, tensor) = ("itc", None);
-        TrainError::NotFinite { iteration: 1, loss, value: f64::NAN, tensor, records, checkpoint: None }.to_string()
+        let (loss, tensor, of_ranks) = ("itc", None, if count > 8 { 4 } else { 1 });
+        let value = f64::NAN;
+        TrainError::NotFinite { iteration: 1, loss, value, tensor, records, of_ranks, checkpoint: None }.to_string()
     };
     assert!(records(8).contains("; the batch was made of a.jsonl:1, a.jsonl:2,"), "{}", records(8));
     assert!(records(8).contains("a.jsonl:8; there"), "{}", records(8));
     assert!(records(11).contains("a.jsonl:8 and 3 more; there"), "{}", records(11));
+    let said = "; it is in the batch of one of 4 ranks: this rank's was made of a.jsonl:1,";
+    assert!(records(11).contains(said), "{}", records(11));
 }
 
 #[test]
