@@ -300,11 +300,7 @@ impl GenerationTensors {
     ///
     /// What the device says.
     pub fn to_device(self, device: &Device) -> Result<Self> {
-        Ok(Self {
-            ids: self.ids.to_device(device)?,
-            mask: self.mask.to_device(device)?,
-            ..self
-        })
+        Ok(Self { ids: self.ids.to_device(device)?, mask: self.mask.to_device(device)?, ..self })
     }
 }
 

@@ -199,12 +199,7 @@ fn room(source: &io::Error) -> &'static str {
 const NAMED: usize = 8;
 
 /// What there is to say of a number that is not finite.
-fn circumstances(
-    tensor: &Option<String>,
-    records: &[String],
-    of_ranks: usize,
-    checkpoint: &Option<PathBuf>,
-) -> String {
+fn circumstances(tensor: &Option<String>, records: &[String], of_ranks: usize, checkpoint: &Option<PathBuf>) -> String {
     let tensor = tensor.as_ref().map(|name| format!("; the first tensor with such numbers is {name}"));
     let more = match records.len().saturating_sub(NAMED) {
         0 => String::new(),

@@ -15,10 +15,7 @@ use crate::optimizer::Optimizer;
 ///
 /// # Errors
 /// [`TrainError::Unlike`] on every rank, if one does not say what rank 0 says; as [`Communicator::all_gather`].
-pub fn compare<const N: usize>(
-    ranks: &dyn Communicator,
-    said: [(&'static str, String); N],
-) -> Result<(), TrainError> {
+pub fn compare<const N: usize>(ranks: &dyn Communicator, said: [(&'static str, String); N]) -> Result<(), TrainError> {
     if ranks.size() == 1 {
         return Ok(());
     }
