@@ -148,8 +148,9 @@ mod tests {
         let mut stranger = loop {
             match TcpStream::connect(("127.0.0.1", first.port)) {
                 Ok(stream) => break stream,
-                Err(_) => thread::sleep(Duration::from_millis(1)),
+                Err(error) => assert!(!rank_0.is_finished(), "{error}"),
             }
+            thread::sleep(Duration::from_millis(1));
         };
         stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
         stranger.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
