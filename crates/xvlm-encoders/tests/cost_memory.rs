@@ -63,7 +63,8 @@ fn activations_are_what_is_left_in_memory() {
         let rows = Tensor::new(rows, &Device::Cpu).unwrap();
         let looks: Vec<u32> = (0..load.fused).map(|row| (row % load.concepts) as u32).collect();
         let looked = Tensor::ones((load.fused, seen), DType::F32, &Device::Cpu).unwrap();
-        for recompute in [false, true] {
+        // Threads keep the memory in which products pack their factors: the first pass is not measured.
+        for (measured, recompute) in [(false, true), (true, false), (true, true)] {
             let tape = Rc::new(Tape::new(recompute));
             let mut rng = ChaCha8Rng::seed_from_u64(1);
             let pass = Pass::training(&mut rng).on(&tape);
@@ -79,6 +80,9 @@ fn activations_are_what_is_left_in_memory() {
                 model.fuse(&encoded.index_select(&rows, 0)?, &mask, &concepts, Attention::Full, &pass)
             });
             let found = [(vision.1, vision.2), (text.1, text.2), (fusion.1, fusion.2)];
+            if !measured {
+                continue;
+            }
             for (i, (cost, (left, peak))) in config.costs(&load).into_iter().zip(found).enumerate() {
                 let expected = 4.0 * cost.activations(recompute) as f64;
                 // With recomputation the rest is there while a segment runs; in Swin the largest come first.
