@@ -94,13 +94,13 @@ pub fn train<M: Trainable>(
     let mut is_over = run_ends(done, elapsed);
     let for_tensorboard = is_first_rank && config.tensorboard && !is_over;
     let events = for_tensorboard.then(|| EventFile::begin(&run.tensorboard_path(), done)).transpose()?;
-    let mut training = Training { model, config, job, optimizer, reducer, meter, judge, events, trained_on: 0 };
+    let mut trainer = Trainer { model, config, job, optimizer, reducer, meter, judge, events, trained_on: 0 };
     while !is_over {
         let iteration = done + 1;
         let lr = config.learning_rate(done, elapsed);
         let mut rng = generator(config.seed, done, ranks.rank());
         for micro_batches in batches.next().map_err(|source| TrainError::Batches { iteration, source })? {
-            training.step(iteration, lr, &mut rng, micro_batches)?;
+            trainer.step(iteration, lr, &mut rng, micro_batches)?;
         }
         done = iteration;
         (stopped, elapsed) = agree(&**ranks, job.stop.load(Ordering::Relaxed), clock.elapsed())?;
@@ -116,9 +116,9 @@ pub fn train<M: Trainable>(
             let left = Duration::try_from_secs_f64(per_iteration * (config.iterations - done) as f64);
             let left = left.unwrap_or(Duration::MAX);
             let eta = config.time_limit().map_or(left, |limit| left.min(limit.saturating_sub(elapsed)));
-            last_row = Some(training.report(iteration, lr, elapsed, eta, progress)?);
+            last_row = Some(trainer.report(iteration, lr, elapsed, eta, progress)?);
         }
-        let Training { optimizer, meter, judge, .. } = &mut training;
+        let Trainer { optimizer, meter, judge, .. } = &mut trainer;
         if is_due && config.keep_best {
             judge.merge(ranks)?;
             judge.compare(done, model.score().map_err(|source| TrainError::Model { iteration, source })?);
@@ -134,7 +134,7 @@ pub fn train<M: Trainable>(
         }
     }
 
-    let Training { optimizer, trained_on, .. } = &training;
+    let Trainer { optimizer, trained_on, .. } = &trainer;
     let [trained_on] = sum(&**ranks, [*trained_on as f64])?;
     let summary = Summary {
         iterations: done,
@@ -151,7 +151,7 @@ pub fn train<M: Trainable>(
 }
 
 /// A run on its way.
-struct Training<'a, M> {
+struct Trainer<'a, M> {
     model: &'a M,
     config: &'a TrainConfig,
     job: &'a Job<'a>,
@@ -164,7 +164,7 @@ struct Training<'a, M> {
     trained_on: usize,
 }
 
-impl<M: Trainable> Training<'_, M> {
+impl<M: Trainable> Trainer<'_, M> {
     /// One optimizer step, with the mean of the gradients of some batches of every rank. Each batch goes as soon as its
     /// gradients are there.
     fn step(
