@@ -1,15 +1,16 @@
 //! `xvlm pretrain`.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
+use xvlm::Device;
 use xvlm::tasks::PretrainConfig;
-use xvlm::tasks::pretrain::{self, Launch};
+use xvlm::tasks::pretrain::{self, Session};
 use xvlm::train::Summary;
-use xvlm::train::ranks::{self, Engine};
+use xvlm::train::ranks::{self, Communicator, Engine};
 
 use crate::DeviceArgs;
 use crate::dry_run;
@@ -110,7 +111,6 @@ impl Pretrain {
         if self.dry_run {
             return dry_run::run(&config, self.processes.unwrap_or(1).into(), self.out.as_deref(), self.json);
         }
-        let out = self.out.unwrap_or_default();
         let device = self.device.open_for_rank()?;
         let engine = match self.ranks {
             Ranks::Auto => Engine::find(device.is_cuda()).map_err(xvlm::Error::from)?,
@@ -119,20 +119,26 @@ impl Pretrain {
             Ranks::Nccl => Engine::Nccl,
         };
         let ranks = ranks::connect(engine, &device).map_err(xvlm::Error::from)?;
-        let launch = Launch { resume: self.resume, stop: signals::asked_to_stop()?, ranks: Arc::clone(&ranks) };
-        let summary = match pretrain::run(&config, &out, &launch, &device, &mut Training::new()) {
+        match self.train(&config, &device, &ranks) {
             // The others wait for this one.
             Err(error) if ranks.size() > 1 => {
                 output::say(&format!("error on rank {} of {}: {error}", ranks.rank(), ranks.size()));
                 ranks.abort(1)
             }
-            ended => ended?,
-        };
+            ended => ended,
+        }
+    }
+
+    /// One rank's part. Rank 0 says how it went.
+    fn train(&self, config: &PretrainConfig, device: &Device, ranks: &Arc<dyn Communicator>) -> Result<(), CliError> {
+        let out = self.out.as_deref().unwrap_or(Path::new(""));
+        let session = Session { resume: self.resume, stop: signals::asked_to_stop()?, ranks: Arc::clone(ranks) };
+        let summary = pretrain::run(config, out, &session, device, &mut Training::new())?;
         if ranks.rank() > 0 {
             return Ok(());
         }
         // The model is finished: a figure that cannot be written is no reason to fail.
-        if let Err(error) = plot::write_into(&out) {
+        if let Err(error) = plot::write_into(out) {
             output::say(&format!("no figure of the losses: {error}"));
         }
         let Summary {

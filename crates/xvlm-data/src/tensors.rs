@@ -276,6 +276,67 @@ impl ImageBatch {
     }
 }
 
+impl TextTensors {
+    /// The same on another device.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    pub fn to_device(self, device: &Device) -> Result<Self> {
+        Ok(Self {
+            ids: self.ids.to_device(device)?,
+            mask: self.mask.to_device(device)?,
+            masked_ids: self.masked_ids.to_device(device)?,
+            masked_positions: self.masked_positions.to_device(device)?,
+            ..self
+        })
+    }
+}
+
+impl GenerationTensors {
+    /// The same on another device.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    pub fn to_device(self, device: &Device) -> Result<Self> {
+        Ok(Self { ids: self.ids.to_device(device)?, mask: self.mask.to_device(device)?, ..self })
+    }
+}
+
+impl CaptionTensors {
+    /// The same on another device.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    pub fn to_device(self, device: &Device) -> Result<Self> {
+        Ok(Self {
+            pixels: self.pixels.to_device(device)?,
+            text: self.text.to_device(device)?,
+            generation: self.generation.map(|batch| batch.to_device(device)).transpose()?,
+            ..self
+        })
+    }
+}
+
+impl RegionTensors {
+    /// The same on another device.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    pub fn to_device(self, device: &Device) -> Result<Self> {
+        Ok(Self {
+            pixels: self.pixels.to_device(device)?,
+            text: self.text.to_device(device)?,
+            boxes: self.boxes.to_device(device)?,
+            region_mask: self.region_mask.to_device(device)?,
+            ..self
+        })
+    }
+}
+
 /// `[N·3·R·R]` as `[N, 3, R, R]`.
 fn images(pixels: Vec<f32>, count: usize, device: &Device) -> Result<Tensor> {
     let side = (pixels.len() / (3 * count.max(1))).isqrt();

@@ -56,9 +56,9 @@ pub(crate) struct Alignment<'a> {
 }
 
 impl Alignment<'_> {
-    /// The losses of texts with their concepts (a row for each text), if there are any, and with their boxes, if there are any. Matching pairs,
-    /// hard negatives, masked texts and texts that look for their box go through the fusion layers together, as rows of one
-    /// batch.
+    /// The losses of texts with their concepts, a row for each text, and with their boxes, as far as there are any. All that
+    /// goes through the fusion layers goes as one batch: matching pairs, hard negatives, masked texts, texts that look for
+    /// their box.
     pub(crate) fn losses(
         &self,
         text: &TextTensors,

@@ -3,7 +3,8 @@
 //! One iteration is an image–text batch and, with probability `regions.iter_perc`, a region batch, each an optimizer step
 //! of its own. The way of one step reads like this: batch → [`Xvlm::encode_regions`] → text → losses.
 
-use std::path::Path;
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -196,6 +197,14 @@ impl Trainable for Pretraining {
         &self.parameters
     }
 
+    fn to_device(&self, batch: Batch) -> std::result::Result<Batch, BoxError> {
+        let Some((_, parameter)) = self.parameters.first() else { return Ok(batch) };
+        Ok(match batch {
+            Batch::Captions(batch) => Batch::Captions(batch.to_device(parameter.device())?),
+            Batch::Regions(batch) => Batch::Regions(batch.to_device(parameter.device())?),
+        })
+    }
+
     fn losses(&self, batch: &Batch, step: &mut Step) -> std::result::Result<Losses, BoxError> {
         let pass = Pass::training(step.rng).on(step.tape);
         Ok(self.losses_in(&pass, batch, step)?)
@@ -245,11 +254,10 @@ impl Trainable for Pretraining {
     }
 }
 
-/// The batches of a run in order, built ahead on worker threads.
+/// The batches of a run in order, built ahead on worker threads. They lie in the memory of the host.
 pub struct PretrainBatches {
     loader: Loader<(CaptionBatch, Option<RegionBatch>)>,
     accumulate: usize,
-    device: Device,
 }
 
 impl PretrainBatches {
@@ -261,7 +269,6 @@ impl PretrainBatches {
         builder: Arc<BatchBuilder>,
         config: &PretrainConfig,
         start: u64,
-        device: &Device,
     ) -> std::result::Result<Self, DataError> {
         let (iter_perc, accumulate) = (config.regions.iter_perc, config.train.accumulate);
         let build = move |number: u64| {
@@ -272,7 +279,7 @@ impl PretrainBatches {
             Ok((builder.captions(number)?, regions))
         };
         let loader = Loader::starting_at(start * accumulate as u64, config.loader.clone(), build)?;
-        Ok(Self { loader, accumulate, device: device.clone() })
+        Ok(Self { loader, accumulate })
     }
 }
 
@@ -281,9 +288,9 @@ impl Batches<Batch> for PretrainBatches {
         let (mut captions, mut regions) = (Vec::new(), Vec::new());
         for _ in 0..self.accumulate {
             let (caption_batch, region_batch) = self.loader.next()?;
-            captions.push(Batch::Captions(caption_batch.to_tensors(&self.device)?));
+            captions.push(Batch::Captions(caption_batch.to_tensors(&Device::Cpu)?));
             if let Some(batch) = region_batch {
-                regions.push(Batch::Regions(batch.to_tensors(&self.device)?));
+                regions.push(Batch::Regions(batch.to_tensors(&Device::Cpu)?));
             }
         }
         Ok(if regions.is_empty() { vec![captions] } else { vec![captions, regions] })
@@ -291,7 +298,7 @@ impl Batches<Batch> for PretrainBatches {
 }
 
 /// How a run is started, and how it is asked to stop.
-pub struct Launch {
+pub struct Session {
     /// Go on from the newest checkpoint that is whole; from the beginning if there is none.
     pub resume: bool,
     /// Becomes true when training should save and stop after the iteration it is at.
@@ -300,7 +307,7 @@ pub struct Launch {
     pub ranks: Arc<dyn Communicator>,
 }
 
-impl Launch {
+impl Session {
     /// One process that is not asked to stop.
     pub fn alone(resume: bool) -> Self {
         Self { resume, stop: Arc::default(), ranks: Arc::new(Alone) }
@@ -319,11 +326,11 @@ impl Launch {
 pub fn run(
     config: &PretrainConfig,
     out: &Path,
-    launch: &Launch,
+    session: &Session,
     device: &Device,
     progress: &mut dyn Progress,
 ) -> std::result::Result<Summary, TaskError> {
-    let ranks = &launch.ranks;
+    let ranks = &session.ranks;
     let is_first_rank = ranks.rank() == 0;
     let mut silent = Silent;
     let progress = if is_first_rank { progress } else { &mut silent };
@@ -338,14 +345,19 @@ pub fn run(
         let files = ModelFolder::open(dir)?;
         xvlm_weights::assign(&files.name, &files.tensors, &pretraining.parameters, &LoadRules::default())?;
     }
-    let batches = |start| -> std::result::Result<Box<dyn Batches<Batch>>, BoxError> {
-        Ok(Box::new(PretrainBatches::new(Arc::clone(&builder), &config, start, device)?))
-    };
     let run = RunFolder::new(out)?;
-    let Launch { resume, stop, .. } = launch;
-    if is_first_rank {
-        keep_config(&config, &run, *resume, progress)?;
+    let batches = |start| -> std::result::Result<Box<dyn Batches<Batch>>, BoxError> {
+        // The run is sure to go on: nobody else trains in the folder, and the checkpoint fits.
+        if is_first_rank {
+            write_config(&config, &config_path(&run))?;
+        }
+        Ok(Box::new(PretrainBatches::new(Arc::clone(&builder), &config, start)?))
+    };
+    let Session { resume, stop, .. } = session;
+    if is_first_rank && *resume {
+        check_config(&config, &run, progress)?;
     }
+    ranks::compare(&**ranks, [("configuration", without(&config, &OWN).to_string())])?;
     let job = Job { run: &run, resume: *resume, ranks: Arc::clone(ranks), stop: Arc::clone(stop) };
     let Trained { summary, weights } = xvlm_train::train(&pretraining, batches, &config.train, &job, progress)?;
     let (drawn, broken) = builder.counts();
@@ -472,58 +484,85 @@ fn fields_without(place: &str, old: &Value, new: &Value) -> Vec<String> {
     if old.is_object() { fields.collect() } else { Vec::new() }
 }
 
-/// Writes `config.yaml` into the folder of the run; a run that is resumed must be configured as it was, but for what only
-/// says how long to go on, how quickly, and what to leave behind. What did not exist yet when it began was its default; this
-/// is told.
-fn keep_config(
+/// What of a configuration each of several processes may have otherwise.
+const OWN: [&str; 8] = [
+    "/train_file",
+    "/train_file_regions",
+    "/tokenizer",
+    "/init_from",
+    "/loader",
+    "/image_cache_mib",
+    "/dataset/index_dir",
+    "/dataset/limits",
+];
+
+/// What of a configuration may change when a run is resumed: what only says how long to go on, how quickly, and what to leave
+/// behind. What may not change of `train`, the checkpoint knows.
+const FREE: [&str; 9] = [
+    "/train",
+    "/train_dataset_size",
+    "/loader",
+    "/image_cache_mib",
+    "/stored",
+    "/init_from",
+    "/data/max_bad_fraction",
+    "/dataset/index_dir",
+    "/dataset/limits",
+];
+
+/// A configuration without some of its fields.
+fn without(config: &PretrainConfig, fields: &[&str]) -> Value {
+    let mut value = serde_json::to_value(config).unwrap_or_default();
+    take(&mut value, fields);
+    value
+}
+
+fn take(config: &mut Value, fields: &[&str]) {
+    for field in fields {
+        config.pointer_mut(field).map(Value::take);
+    }
+}
+
+/// Where the configuration of a run is kept.
+fn config_path(run: &RunFolder) -> PathBuf {
+    run.path().join("config.yaml")
+}
+
+fn write_config(config: &PretrainConfig, path: &Path) -> std::result::Result<(), TaskError> {
+    let problem = |error: &dyn Display| ConfigProblem { file: path.display().to_string(), message: error.to_string() };
+    let text = serde_norway::to_string(config).map_err(|error| problem(&error))?;
+    Ok(xvlm_weights::write_file_atomically(path, |out| out.write_all(text.as_bytes()))?)
+}
+
+/// Checks that a run is configured as it was when it began, but for what is [`FREE`]. What did not exist yet when it began
+/// was its default; this is told.
+fn check_config(
     config: &PretrainConfig,
     run: &RunFolder,
-    resume: bool,
     progress: &mut dyn Progress,
 ) -> std::result::Result<(), TaskError> {
-    const FREE: [&str; 9] = [
-        "/train",
-        "/train_dataset_size",
-        "/loader",
-        "/image_cache_mib",
-        "/stored",
-        "/init_from",
-        "/data/max_bad_fraction",
-        "/dataset/index_dir",
-        "/dataset/limits",
-    ];
-    let path = run.path().join("config.yaml");
-    let problem = |message: String| ConfigProblem { file: path.display().to_string(), message };
-    let is_new = run.checkpoints()?.is_empty();
-    if resume && !is_new && path.exists() {
-        let text = std::fs::read_to_string(&path).map_err(|error| problem(error.to_string()))?;
-        let mut before: Value = serde_norway::from_str(&text).map_err(|error| problem(error.to_string()))?;
-        let to_value = |config| serde_json::to_value(config).map_err(|error| problem(error.to_string()));
-        let mut now = to_value(config)?;
-        // A file of a version with other fields is compared as it is.
-        if let Ok(whole) = serde_norway::from_str::<PretrainConfig>(&text) {
-            let whole = to_value(&whole)?;
-            let new = fields_without("", &before, &whole);
-            if !new.is_empty() {
-                let (file, new) = (path.display(), new.join(", "));
-                progress.warning(&format!("{file}: the run began without {new}: the defaults, for what was before"));
-            }
-            before = whole;
-        }
-        for config in [&mut before, &mut now] {
-            for free in FREE {
-                config.pointer_mut(free).map(Value::take);
-            }
-        }
-        for (field, now) in now.as_object().into_iter().flatten() {
-            if let Some((field, expected, found)) = xvlm_train::difference(field, &before[field.as_str()], now) {
-                return Err(problem(format!("{field}: expected {expected}, as the run began, found {found}")).into());
-            }
-        }
+    let path = config_path(run);
+    if run.checkpoints()?.is_empty() || !path.exists() {
+        return Ok(());
     }
-    if resume || is_new {
-        let text = serde_norway::to_string(config).map_err(|error| problem(error.to_string()))?;
-        xvlm_weights::write_file_atomically(&path, |out| out.write_all(text.as_bytes()))?;
+    let problem = |message: String| ConfigProblem { file: path.display().to_string(), message };
+    let text = std::fs::read_to_string(&path).map_err(|error| problem(error.to_string()))?;
+    let mut before: Value = serde_norway::from_str(&text).map_err(|error| problem(error.to_string()))?;
+    // A file of a version with other fields is compared as it is.
+    if let Ok(whole) = serde_norway::from_str::<PretrainConfig>(&text) {
+        let whole = without(&whole, &[]);
+        let new = fields_without("", &before, &whole);
+        if !new.is_empty() {
+            let (file, new) = (path.display(), new.join(", "));
+            progress.warning(&format!("{file}: the run began without {new}: the defaults, for what was before"));
+        }
+        before = whole;
+    }
+    take(&mut before, &FREE);
+    for (field, now) in without(config, &FREE).as_object().into_iter().flatten() {
+        if let Some((field, expected, found)) = xvlm_train::difference(field, &before[field.as_str()], now) {
+            return Err(problem(format!("{field}: expected {expected}, as the run began, found {found}")).into());
+        }
     }
     Ok(())
 }

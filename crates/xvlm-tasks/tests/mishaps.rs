@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use xvlm_data::scenes::{self, Split, SynthOptions};
 use xvlm_data::{CaptionTensors, Loader, LoaderConfig};
-use xvlm_tasks::pretrain::{self, Batch, Launch, PretrainBatches, Pretraining};
+use xvlm_tasks::pretrain::{self, Batch, PretrainBatches, Pretraining, Session};
 use xvlm_tasks::{PretrainConfig, TaskError};
 use xvlm_train::ranks::{Alone, Communicator};
 use xvlm_train::{
@@ -47,7 +47,7 @@ fn world(train: Value) -> (TempDir, PretrainConfig) {
 fn first_batches() -> (Pretraining, Vec<Batch>) {
     let (dir, mut config) = world(json!({}));
     let builder = Arc::new(pretrain::open_batches(&mut config, Some(dir.path()), &mut Silent).unwrap());
-    let mut batches = PretrainBatches::new(builder, &config, 0, &Device::Cpu).unwrap();
+    let mut batches = PretrainBatches::new(builder, &config, 0).unwrap();
     let batches = batches.next().unwrap().into_iter().flatten().collect();
     (Pretraining::new(&config.model, 1, &Device::Cpu).unwrap(), batches)
 }
@@ -114,7 +114,7 @@ fn a_run_that_explodes_says_where_and_keeps_what_was_good() {
     let train = |lr: f64| json!({ "iterations": 12, "checkpoint_every": 1, "clip": null, "optimizer": { "lr": lr }, "schedule": { "warmup": 3 } });
     let (dir, config) = world(train(1e30));
     let run = |config: &PretrainConfig, resume| {
-        pretrain::run(config, &dir.path().join("run"), &Launch::alone(resume), &Device::Cpu, &mut Silent)
+        pretrain::run(config, &dir.path().join("run"), &Session::alone(resume), &Device::Cpu, &mut Silent)
     };
     let error = run(&config, false).unwrap_err();
     let TaskError::Train(TrainError::NotFinite { tensor: Some(_), records, checkpoint: Some(checkpoint), .. }) = &error
@@ -161,10 +161,36 @@ impl Progress for Warnings {
 }
 
 #[test]
+fn a_refused_resume_leaves_the_configuration_alone() {
+    let train = |iterations: u64, seed: u64| json!({ "iterations": iterations, "seed": seed });
+    let (dir, config) = world(train(1, 1));
+    let folder = dir.path().join("run");
+    let run = |train: Value| {
+        let train = serde_json::from_value(train).unwrap();
+        let config = PretrainConfig { train, ..config.clone() };
+        pretrain::run(&config, &folder, &Session::alone(true), &Device::Cpu, &mut Silent)
+    };
+    run(train(1, 1)).unwrap();
+    let kept = || fs::read_to_string(folder.join("config.yaml")).unwrap();
+    let before = kept();
+    // The checkpoint is of another seed.
+    assert!(matches!(run(train(2, 2)), Err(TaskError::Train(TrainError::Changed { .. }))));
+    assert_eq!(kept(), before);
+    // Somebody else is at it.
+    let lock = fs::File::open(folder.join("lock")).unwrap();
+    lock.lock().unwrap();
+    assert!(matches!(run(train(2, 1)), Err(TaskError::Train(TrainError::Locked { .. }))));
+    assert_eq!(kept(), before);
+    drop(lock);
+    run(train(2, 1)).unwrap();
+    assert_ne!(kept(), before);
+}
+
+#[test]
 fn a_setting_that_is_new_was_its_default() {
     let (dir, config) = world(json!({ "iterations": 1 }));
     let run = |config: &PretrainConfig, resume, warnings: &mut Warnings| {
-        pretrain::run(config, &dir.path().join("run"), &Launch::alone(resume), &Device::Cpu, warnings)
+        pretrain::run(config, &dir.path().join("run"), &Session::alone(resume), &Device::Cpu, warnings)
     };
     let mut warnings = Warnings::default();
     run(&config, false, &mut warnings).unwrap();

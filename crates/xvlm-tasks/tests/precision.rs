@@ -221,7 +221,7 @@ fn trained(precision: Precision) -> BTreeMap<String, f64> {
     let model = Pretraining::to_train(&config.model, &config.train, &Device::Cpu).unwrap();
     let dir = TempDir::new().unwrap();
     let run = RunFolder::new(dir.path()).unwrap();
-    let batches = |start| Ok(Box::new(PretrainBatches::new(builder, &config, start, &Device::Cpu)?) as Box<_>);
+    let batches = |start| Ok(Box::new(PretrainBatches::new(builder, &config, start)?) as Box<_>);
     let trained = xvlm_train::train(&model, batches, &config.train, &Job::alone(&run, false), &mut Silent).unwrap();
     let rows = xvlm_train::read_metrics(&run.metrics_path()).unwrap();
     let fell = |name: &str| rows[0].losses[name] - rows[2].losses[name];

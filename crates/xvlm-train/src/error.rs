@@ -116,7 +116,7 @@ pub enum TrainError {
     /// A loss or the gradient is infinite or not a number. Nothing was updated or saved with it.
     #[error(
         "iteration {iteration}: {loss}: expected a finite number, found {value}{}",
-        circumstances(tensor, records, checkpoint)
+        circumstances(tensor, records, *of_ranks, checkpoint)
     )]
     NotFinite {
         /// The iteration, from 1.
@@ -127,8 +127,10 @@ pub enum TrainError {
         value: f64,
         /// The first tensor on the way to it that has such numbers, if it is known.
         tensor: Option<String>,
-        /// Where the samples of the batch come from.
+        /// Where the samples of this rank's batch come from.
         records: Vec<String>,
+        /// Of how many ranks the batch may have been: a loss is one rank's, the gradient is that of all.
+        of_ranks: usize,
         /// The last checkpoint, which is good.
         checkpoint: Option<PathBuf>,
     },
@@ -151,6 +153,14 @@ pub enum TrainError {
         operation: &'static str,
         /// Why it did not get it.
         source: BoxError,
+    },
+    /// Processes that train together were not started alike.
+    #[error("rank {rank}: expected the {what} of rank 0, found another")]
+    Unlike {
+        /// The first process that differs from rank 0.
+        rank: usize,
+        /// In what.
+        what: &'static str,
     },
     /// A tensor operation failed: a loss that is no scalar, a device that does not answer, or no memory.
     #[error("{name}: {source}")]
@@ -189,14 +199,18 @@ fn room(source: &io::Error) -> &'static str {
 const NAMED: usize = 8;
 
 /// What there is to say of a number that is not finite.
-fn circumstances(tensor: &Option<String>, records: &[String], checkpoint: &Option<PathBuf>) -> String {
+fn circumstances(tensor: &Option<String>, records: &[String], of_ranks: usize, checkpoint: &Option<PathBuf>) -> String {
     let tensor = tensor.as_ref().map(|name| format!("; the first tensor with such numbers is {name}"));
     let more = match records.len().saturating_sub(NAMED) {
         0 => String::new(),
         more => format!(" and {more} more"),
     };
     let named = records[..records.len().min(NAMED)].join(", ");
-    let records = (!records.is_empty()).then(|| format!("; the batch was made of {named}{more}"));
+    let batch = match of_ranks {
+        0 | 1 => "the batch".to_owned(),
+        ranks => format!("it is in the batch of one of {ranks} ranks: this rank's"),
+    };
+    let records = (!records.is_empty()).then(|| format!("; {batch} was made of {named}{more}"));
     let checkpoint = match checkpoint {
         Some(path) => format!("; the last checkpoint is {}", path.display()),
         None => "; there is no checkpoint yet".to_owned(),

@@ -45,6 +45,15 @@ pub trait Trainable {
     /// What one optimizer step learns from.
     type Batch: Send + 'static;
 
+    /// A batch where the model computes; called when its turn comes, so that a device has room for one. As it is, unless
+    /// implemented.
+    ///
+    /// # Errors
+    /// What the device says; the loop stops with it.
+    fn to_device(&self, batch: Self::Batch) -> Result<Self::Batch, BoxError> {
+        Ok(batch)
+    }
+
     /// The parameters with their names, in a fixed order; each listed once, and of the type the model computes in.
     fn parameters(&self) -> &[(String, Var)];
 

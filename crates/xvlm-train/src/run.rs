@@ -119,7 +119,8 @@ impl RunFolder {
         Checkpoint::open(&self.checkpoint(iteration), iteration)?.finished_weights()
     }
 
-    fn checkpoint(&self, iteration: u64) -> PathBuf {
+    /// Where the checkpoint of an iteration is.
+    pub(crate) fn checkpoint(&self, iteration: u64) -> PathBuf {
         self.checkpoints_path().join(format!("{iteration:07}"))
     }
 

@@ -11,13 +11,14 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use xvlm_kernels::{Gradients, Tape};
 
+use crate::best::Judge;
 use crate::checkpoint::Standing;
 use crate::config::TrainConfig;
 use crate::error::{BoxError, TrainError};
 use crate::events::EventFile;
 use crate::metrics::{MetricsRow, peak_memory_mib};
 use crate::optimizer::Optimizer;
-use crate::ranks::{Alone, Communicator, Reducer, agree, merge, share, sum};
+use crate::ranks::{Alone, Communicator, Reducer, agree, check_alike, merge, share, sum};
 use crate::run::RunFolder;
 use crate::{Batches, Losses, Progress, Silent, Step, StepReport, Summary, Trainable};
 
@@ -50,8 +51,8 @@ pub struct Trained {
 
 /// Trains a model in place.
 ///
-/// `batches` is called once, with the number of iterations already done, and gives the batches of those that follow.
-/// Resuming a finished run brings the model to its end.
+/// `batches` is called once, with the number of iterations already done, and gives the batches of those that follow. By then
+/// the folder of the run is locked, and its checkpoint was seen to fit. Resuming a finished run brings the model to its end.
 ///
 /// With several ranks, each calls this with batches of its own; all begin with the weights of rank 0, and `progress` is told
 /// on rank 0 alone.
@@ -73,112 +74,51 @@ pub fn train<M: Trainable>(
     let progress = if is_first_rank { progress } else { &mut silent };
     let _lock = is_first_rank.then(|| run.lock()).transpose()?;
     let mut optimizer = Optimizer::new(model.parameters(), config)?;
-    let mut reducer = Reducer::new(ranks, &optimizer, config.bucket_mib);
+    let reducer = Reducer::new(ranks, &optimizer, config.bucket_mib);
+    check_alike(ranks, model.parameters(), config)?;
 
     // Where to start: rank 0 knows.
     let Start { standing, mut last_row } =
         if is_first_rank { Start::of(job, config, &mut optimizer, progress)? } else { Start::default() };
-    let Standing { iteration: done, elapsed, tally, mut judge } = standing;
+    let Standing { iteration: done, elapsed, tally, judge } = standing;
     let (mut done, mut elapsed) = share(&**ranks, &mut optimizer, done, elapsed)?;
-    let (first, clock, mut meter) = (done, Clock::start(elapsed), Meter::new(tally));
+    let (first, clock) = (done, Clock::start(elapsed));
+    // The meter measures from now on: what was trained on before is not in its time.
+    let meter = Meter::new(Tally { samples: 0, ..tally });
     let mut batches = batches(done).map_err(|source| TrainError::Batches { iteration: done + 1, source })?;
     progress.start(config.iterations, done);
 
     let mut stopped = false;
-    let is_last =
+    let run_ends =
         |done, elapsed| done >= config.iterations || config.time_limit().is_some_and(|limit| elapsed >= limit);
-    let mut last = is_last(done, elapsed);
-    let for_tensorboard = is_first_rank && config.tensorboard && !last;
-    let mut events = for_tensorboard.then(|| EventFile::begin(&run.tensorboard_path(), done)).transpose()?;
-    let mut trained_on = 0;
-    while !last {
+    let mut is_over = run_ends(done, elapsed);
+    let for_tensorboard = is_first_rank && config.tensorboard && !is_over;
+    let events = for_tensorboard.then(|| EventFile::begin(&run.tensorboard_path(), done)).transpose()?;
+    let mut trainer = Trainer { model, config, job, optimizer, reducer, meter, judge, events, trained_on: 0 };
+    while !is_over {
         let iteration = done + 1;
         let lr = config.learning_rate(done, elapsed);
         let mut rng = generator(config.seed, done, ranks.rank());
         for micro_batches in batches.next().map_err(|source| TrainError::Batches { iteration, source })? {
-            let mut gradients = Gradients::default();
-            let scale = optimizer.loss_scale() / micro_batches.len() as f64;
-            for (i, batch) in micro_batches.iter().enumerate() {
-                let is_last = i + 1 == micro_batches.len();
-                let (drawn, tape) = (rng.clone(), Rc::new(Tape::new(config.recompute)));
-                let step = &mut Step { rng: &mut rng, tape: &tape, ranks };
-                let losses = model.losses(batch, step).map_err(|source| TrainError::Model { iteration, source })?;
-                let (total, values) = total(&losses, scale)?;
-                drop(losses);
-                if let Some((name, value)) = values.iter().find(|(_, value)| !value.is_finite()) {
-                    // The others may have no such numbers, and take no part in looking for them.
-                    let step = &mut Step { rng: &mut drawn.clone(), tape: &tape, ranks: &(Arc::new(Alone) as _) };
-                    let tensor = model.first_not_finite(batch, step);
-                    return Err(not_finite(name, *value, tensor, M::records(batch), iteration, run));
-                }
-                // Gradients that no batch will add to any more are on their way to the other ranks while the others are made.
-                if is_last {
-                    reducer.start(&tape, &total, &gradients)?;
-                }
-                let ready = |variable: &Tensor, gradient: &Tensor| match is_last {
-                    true => reducer.ready(variable, gradient),
-                    false => Ok(()),
-                };
-                tape.backward(total, &mut gradients, ready).map_err(TrainError::tensor("gradient"))?;
-                meter.tally.add_losses(&values);
-                judge.add(&values);
-                trained_on += M::samples(batch);
-            }
-            reducer.finish(&mut gradients)?;
-            let may_overflow = optimizer.loss_scale.can_fall();
-            let norm = optimizer.step(&gradients, lr)?;
-            if !norm.is_finite() && !may_overflow {
-                let tensor = optimizer.first_not_finite(&gradients).map(|name| format!("gradient of {name}"));
-                let records = micro_batches.iter().flat_map(M::records).collect();
-                return Err(not_finite("gradient norm", norm, tensor, records, iteration, run));
-            }
-            model.after_step().map_err(|source| TrainError::Model { iteration, source })?;
-            meter.tally.add_step(norm, micro_batches.iter().map(M::samples).sum());
+            trainer.step(iteration, lr, &mut rng, micro_batches)?;
         }
         done = iteration;
         (stopped, elapsed) = agree(&**ranks, job.stop.load(Ordering::Relaxed), clock.elapsed())?;
-        let ends = is_last(done, elapsed);
+        let ends = run_ends(done, elapsed);
         stopped &= !ends;
-        last = stopped || ends;
+        is_over = stopped || ends;
 
         // A checkpoint comes with a report and is compared with those before; but not where the run is only interrupted, so
         // that one that was interrupted leaves the same behind as one that was not.
         let is_due = ends || done % config.checkpoint_every == 0;
         if is_due || done % config.log_every == 0 {
-            let Report { losses, grad_norm, images_per_second } = meter.report(ranks)?;
             let per_iteration = clock.since_start().as_secs_f64() / (done - first) as f64;
             let left = Duration::try_from_secs_f64(per_iteration * (config.iterations - done) as f64);
             let left = left.unwrap_or(Duration::MAX);
             let eta = config.time_limit().map_or(left, |limit| left.min(limit.saturating_sub(elapsed)));
-            let peak_memory_mib = peak_memory_mib();
-            progress.step(&StepReport {
-                iteration,
-                of: config.iterations,
-                losses: &losses,
-                lr,
-                grad_norm,
-                images_per_second,
-                eta,
-                elapsed,
-                peak_memory_mib,
-            });
-            let (losses, elapsed_seconds) = (losses.into_iter().collect(), elapsed.as_secs_f64());
-            let row = MetricsRow {
-                iteration,
-                losses,
-                lr,
-                grad_norm,
-                loss_scale: optimizer.loss_scale.dynamic(),
-                images_per_second,
-                elapsed_seconds,
-                peak_memory_mib,
-            };
-            if is_first_rank {
-                run.append(&row)?;
-                events.as_mut().map_or(Ok(()), |events| events.append(&row))?;
-            }
-            last_row = Some(row);
+            last_row = Some(trainer.report(iteration, lr, elapsed, eta, progress)?);
         }
+        let Trainer { optimizer, meter, judge, .. } = &mut trainer;
         if is_due && config.keep_best {
             judge.merge(ranks)?;
             judge.compare(done, model.score().map_err(|source| TrainError::Model { iteration, source })?);
@@ -190,11 +130,12 @@ pub fn train<M: Trainable>(
         }
         if (is_due || stopped) && is_first_rank {
             let standing = Standing { iteration: done, elapsed, tally: meter.tally.clone(), judge: judge.clone() };
-            run.save(&standing, config, &optimizer)?;
+            run.save(&standing, config, optimizer)?;
         }
     }
 
-    let [trained_on] = sum(&**ranks, [trained_on as f64])?;
+    let Trainer { optimizer, trained_on, .. } = &trainer;
+    let [trained_on] = sum(&**ranks, [*trained_on as f64])?;
     let summary = Summary {
         iterations: done,
         optimizer_steps: optimizer.steps,
@@ -207,6 +148,151 @@ pub fn train<M: Trainable>(
     };
     progress.finish(&summary);
     Ok(Trained { summary, weights: optimizer.finished_weights()? })
+}
+
+/// A run on its way.
+struct Trainer<'a, M> {
+    model: &'a M,
+    config: &'a TrainConfig,
+    job: &'a Job<'a>,
+    optimizer: Optimizer<'a>,
+    reducer: Reducer,
+    meter: Meter,
+    judge: Judge,
+    events: Option<EventFile>,
+    /// Samples of this rank since training was started or resumed.
+    trained_on: usize,
+}
+
+impl<M: Trainable> Trainer<'_, M> {
+    /// One optimizer step, with the mean of the gradients of some batches of every rank. Each batch goes as soon as its
+    /// gradients are there.
+    fn step(
+        &mut self,
+        iteration: u64,
+        lr: f64,
+        rng: &mut ChaCha8Rng,
+        batches: Vec<M::Batch>,
+    ) -> Result<(), TrainError> {
+        let model = self.model;
+        let failed = |source| TrainError::Model { iteration, source };
+        let mut gradients = Gradients::default();
+        let (count, mut samples, mut records) = (batches.len(), 0, Vec::new());
+        let scale = self.optimizer.loss_scale() / count as f64;
+        for (i, batch) in batches.into_iter().enumerate() {
+            samples += M::samples(&batch);
+            records.extend(M::records(&batch));
+            let batch = model.to_device(batch).map_err(failed)?;
+            self.learn(iteration, &batch, scale, rng, &mut gradients, i + 1 == count)?;
+        }
+        self.reducer.finish(&mut gradients)?;
+        let may_overflow = self.optimizer.loss_scale.can_fall();
+        let norm = self.optimizer.step(&gradients, lr)?;
+        if !norm.is_finite() && !may_overflow {
+            let tensor = self.optimizer.first_not_finite(&gradients).map(|name| format!("gradient of {name}"));
+            let of_ranks = self.job.ranks.size();
+            return Err(self.not_finite(iteration, ("gradient norm", norm), tensor, records, of_ranks));
+        }
+        model.after_step().map_err(failed)?;
+        self.meter.tally.add_step(norm, samples);
+        self.trained_on += samples;
+        Ok(())
+    }
+
+    /// Adds the gradients of a batch's losses, times `scale`. Those of the last batch of a step are on their way to the other
+    /// ranks while the backward pass goes on.
+    fn learn(
+        &mut self,
+        iteration: u64,
+        batch: &M::Batch,
+        scale: f64,
+        rng: &mut ChaCha8Rng,
+        gradients: &mut Gradients,
+        is_last_batch: bool,
+    ) -> Result<(), TrainError> {
+        let (model, recompute) = (self.model, self.config.recompute);
+        let (mut before, tape) = (rng.clone(), Rc::new(Tape::new(recompute)));
+        let step = &mut Step { rng, tape: &tape, ranks: &self.job.ranks };
+        let losses = model.losses(batch, step).map_err(|source| TrainError::Model { iteration, source })?;
+        let (total, values) = total(&losses, scale)?;
+        drop(losses);
+        if let Some(&bad) = values.iter().find(|(_, value)| !value.is_finite()) {
+            // The tensor is found by a second forward pass, which needs the room of the first. This rank makes it alone: the
+            // losses of the others may be finite.
+            drop((total, tape));
+            let (tape, alone) = (Rc::new(Tape::new(recompute)), Arc::new(Alone) as Arc<dyn Communicator>);
+            let step = &mut Step { rng: &mut before, tape: &tape, ranks: &alone };
+            let tensor = model.first_not_finite(batch, step);
+            return Err(self.not_finite(iteration, bad, tensor, M::records(batch), 1));
+        }
+        if is_last_batch {
+            self.reducer.start(&tape, &total, gradients)?;
+        }
+        let reducer = &mut self.reducer;
+        let ready = |variable: &Tensor, gradient: &Tensor| match is_last_batch {
+            true => reducer.ready(variable, gradient),
+            false => Ok(()),
+        };
+        tape.backward(total, gradients, ready).map_err(TrainError::tensor("gradient"))?;
+        self.meter.tally.add_losses(&values);
+        if self.config.keep_best {
+            self.judge.add(&values);
+        }
+        Ok(())
+    }
+
+    /// The error about a loss or norm that is not finite, found in the batches of so many ranks.
+    fn not_finite(
+        &self,
+        iteration: u64,
+        (loss, value): (&'static str, f64),
+        tensor: Option<String>,
+        records: Vec<String>,
+        of_ranks: usize,
+    ) -> TrainError {
+        let checkpoint = self.job.run.checkpoints().ok().and_then(|mut all| all.pop()).map(|(_, path)| path);
+        TrainError::NotFinite { iteration, loss, value, tensor, records, of_ranks, checkpoint }
+    }
+
+    /// Tells `progress` how it went since the last report; rank 0 also writes it down.
+    fn report(
+        &mut self,
+        iteration: u64,
+        lr: f64,
+        elapsed: Duration,
+        eta: Duration,
+        progress: &mut dyn Progress,
+    ) -> Result<MetricsRow, TrainError> {
+        let Job { run, ranks, .. } = self.job;
+        let Report { losses, grad_norm, images_per_second } = self.meter.report(ranks)?;
+        let peak_memory_mib = peak_memory_mib();
+        progress.step(&StepReport {
+            iteration,
+            of: self.config.iterations,
+            losses: &losses,
+            lr,
+            grad_norm,
+            images_per_second,
+            eta,
+            elapsed,
+            peak_memory_mib,
+        });
+        let row = MetricsRow {
+            iteration,
+            losses: losses.into_iter().collect(),
+            lr,
+            grad_norm,
+            loss_scale: self.optimizer.loss_scale.dynamic(),
+            images_per_second,
+            elapsed_seconds: elapsed.as_secs_f64(),
+            peak_memory_mib,
+        };
+        if ranks.rank() == 0 {
+            run.append(&row)?;
+            self.events.as_mut().map_or(Ok(()), |events| events.append(&row))?;
+        }
+        Ok(row)
+    }
 }
 
 /// Where a run begins.
@@ -235,7 +321,14 @@ impl Start {
             return Err(TrainError::Occupied { path: run.path().to_path_buf(), found });
         }
         let last_row = run.rewind(standing.iteration)?;
-        run.write_best(standing.judge.best.as_ref().filter(|_| config.keep_best))?;
+        let Judge { best, .. } = &mut standing.judge;
+        if !config.keep_best {
+            standing.judge = Judge::default();
+        } else if best.as_ref().is_some_and(|best| !run.checkpoint(best.iteration).exists()) {
+            // Removed for a better one that was damaged, or by hand.
+            *best = None;
+        }
+        run.write_best(standing.judge.best.as_ref())?;
         Ok(Self { standing, last_row })
     }
 }
@@ -265,18 +358,6 @@ fn total(losses: &Losses, scale: f64) -> Result<(Tensor, Values), TrainError> {
     };
     let (total, values) = sum().map_err(TrainError::tensor("sum of the losses"))?;
     Ok((total, losses.0.iter().map(|(name, _)| *name).zip(values.into_iter().map(f64::from)).collect()))
-}
-
-fn not_finite(
-    loss: &'static str,
-    value: f64,
-    tensor: Option<String>,
-    records: Vec<String>,
-    iteration: u64,
-    run: &RunFolder,
-) -> TrainError {
-    let checkpoint = run.checkpoints().ok().and_then(|mut all| all.pop()).map(|(_, path)| path);
-    TrainError::NotFinite { iteration, loss, value, tensor, records, checkpoint }
 }
 
 /// Time trained since the run began.

@@ -9,7 +9,7 @@ use std::thread;
 
 use candle_core::{Device, Tensor, Var};
 use rand::Rng;
-use xvlm_train::ranks::{Alone, Communicator, Gather, Threads};
+use xvlm_train::ranks::{Alone, Communicator, Gather, Threads, compare};
 use xvlm_train::{
     Batches, BoxError, Job, Losses, Precision, Progress, RunFolder, Step, StepReport, Summary, TrainConfig, TrainError,
     Trainable, read_metrics,
@@ -213,6 +213,35 @@ fn an_error_on_one_rank_ends_all() {
         assert!(errors[1].contains(expected), "{}", errors[1]);
         assert!(errors[0].contains("has left") && errors[2].contains("has left"), "{errors:?}");
     }
+}
+
+#[test]
+fn ranks_that_are_not_alike_are_named() {
+    let refused = |config_of: fn(usize) -> TrainConfig| {
+        let dir = tempfile::tempdir().unwrap();
+        thread::scope(|scope| {
+            let part = |ranks: Threads| {
+                let (path, config) = (dir.path(), config_of(ranks.rank()));
+                scope.spawn(move || part(Arc::new(ranks), path, &config, false, None, Arc::default()).err().unwrap())
+            };
+            let ranks: Vec<_> = Threads::new(RANKS).into_iter().map(part).collect();
+            ranks.into_iter().map(|rank| rank.join().unwrap().to_string()).collect::<Vec<_>>()
+        })
+    };
+    let lr = refused(|rank| {
+        let mut config = config(8, Precision::F32);
+        config.optimizer.lr *= if rank == 2 { 2.0 } else { 1.0 };
+        config
+    });
+    assert_eq!(lr, ["rank 2: expected the configuration of the training of rank 0, found another"; RANKS]);
+    let error = thread::scope(|scope| {
+        let say = |ranks: Threads| {
+            scope.spawn(move || compare(&ranks, [("data", "a".into()), ("model", ranks.rank().to_string())]))
+        };
+        let ranks: Vec<_> = Threads::new(2).into_iter().map(say).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap().unwrap_err().to_string()).collect::<Vec<_>>()
+    });
+    assert_eq!(error, ["rank 1: expected the model of rank 0, found another"; 2]);
 }
 
 #[test]

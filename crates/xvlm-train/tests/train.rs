@@ -1,5 +1,6 @@
 //! The loop on a small model: resuming, checkpoints, and how it stops.
 
+use std::cell::Cell;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -398,6 +399,49 @@ fn without_a_score_the_losses_tell_the_best() {
     assert_eq!(best.by, Criterion::Losses);
 }
 
+/// A model that gets worse all the time.
+struct Falling(Regression, Cell<f64>);
+
+impl Trainable for Falling {
+    type Batch = Points;
+
+    fn parameters(&self) -> &[(String, Var)] {
+        self.0.parameters()
+    }
+
+    fn losses(&self, batch: &Points, step: &mut Step) -> Result<Losses, BoxError> {
+        self.0.losses(batch, step)
+    }
+
+    fn samples(batch: &Points) -> usize {
+        Regression::samples(batch)
+    }
+
+    fn score(&self) -> Result<Option<f64>, BoxError> {
+        self.1.set(self.1.get() - 1.0);
+        Ok(Some(self.1.get()))
+    }
+}
+
+#[test]
+fn what_is_gone_or_not_kept_is_not_the_best() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = RunFolder::new(dir.path()).unwrap();
+    let config = |iterations, keep_best| TrainConfig { iterations, keep_best, keep_checkpoints: 9, ..config() };
+    let go = |config: TrainConfig, score: f64| {
+        let (model, job) = (Falling(Regression::new(), Cell::new(score)), Job::alone(&run, true));
+        train(&model, |start| STREAM.from(start), &config, &job, &mut Silent).unwrap();
+        run.best().unwrap().map(|(best, _)| best.iteration)
+    };
+    assert_eq!(go(config(15, true), 0.0), Some(5));
+    fs::remove_dir_all(dir.path().join("checkpoints/0000005")).unwrap();
+    assert_eq!(go(config(20, true), -100.0), Some(20));
+    assert_eq!(go(config(25, false), -200.0), None);
+    let state = String::from_utf8(bytes(dir.path(), 25, "state.json")).unwrap();
+    let state: serde_json::Value = serde_json::from_str(&state).unwrap();
+    assert_eq!(state["standing"]["judge"], serde_json::json!({ "since": {}, "best": null }));
+}
+
 #[test]
 fn a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not() {
     let [whole, parts] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
@@ -447,12 +491,15 @@ fn two_processes_do_not_train_in_one_folder() {
 fn some_records_are_named_and_the_others_counted() {
     let records = |count: usize| {
         let records = (1..=count).map(|i| format!("a.jsonl:{i}")).collect();
-        let (loss, tensor) = ("itc", None);
-        TrainError::NotFinite { iteration: 1, loss, value: f64::NAN, tensor, records, checkpoint: None }.to_string()
+        let (loss, tensor, of_ranks) = ("itc", None, if count > 8 { 4 } else { 1 });
+        let value = f64::NAN;
+        TrainError::NotFinite { iteration: 1, loss, value, tensor, records, of_ranks, checkpoint: None }.to_string()
     };
     assert!(records(8).contains("; the batch was made of a.jsonl:1, a.jsonl:2,"), "{}", records(8));
     assert!(records(8).contains("a.jsonl:8; there"), "{}", records(8));
     assert!(records(11).contains("a.jsonl:8 and 3 more; there"), "{}", records(11));
+    let said = "; it is in the batch of one of 4 ranks: this rank's was made of a.jsonl:1,";
+    assert!(records(11).contains(said), "{}", records(11));
 }
 
 #[test]

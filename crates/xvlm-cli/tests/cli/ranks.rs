@@ -38,7 +38,7 @@ fn copy(from: &Path, to: &Path) {
 
 /// What of metrics does not depend on the time.
 fn lasting(run: &Path) -> Vec<MetricsRow> {
-    let timeless = |row| MetricsRow { images_per_second: 0.0, elapsed_seconds: 0.0, ..row };
+    let timeless = |row| MetricsRow { images_per_second: 0.0, elapsed_seconds: 0.0, peak_memory_mib: None, ..row };
     read_metrics(&run.join("metrics.jsonl")).unwrap().into_iter().map(timeless).collect()
 }
 

@@ -100,7 +100,8 @@ impl BatchBuilder {
         Ok(Self { regions, checked: unchecked(), ..self })
     }
 
-    /// The same for process `rank` of `ranks`: together they go through the records once an epoch ([`Order`]).
+    /// The same for process `rank` of `ranks`, each with other records ([`Order`]). Together they go through those of captions once
+    /// an epoch. So they do for regions if every step has a region batch; the records of a step that has none are passed over.
     #[must_use]
     pub fn for_rank(self, rank: usize, ranks: usize) -> Self {
         let (captions, regions) = (self.captions.for_rank(rank, ranks), self.regions.for_rank(rank, ranks));

@@ -63,7 +63,8 @@ pub struct Launch {
     pub local_rank: usize,
     /// Where rank 0 waits for the others: `MASTER_ADDR` (under Slurm, `SLURM_LAUNCH_NODE_IPADDR` if that is not set).
     pub host: String,
-    /// And the port: `MASTER_PORT`, or PyTorch's 29500.
+    /// And the port: `XVLM_PORT`; or `MASTER_PORT`, but the one after it if `torchrun` itself listens there
+    /// (`TORCHELASTIC_USE_AGENT_STORE`); or PyTorch's 29500.
     pub port: u16,
 }
 
@@ -112,18 +113,32 @@ impl Launch {
             ));
         }
         let host = get("MASTER_ADDR").or_else(|| get(by)).filter(|host| !host.is_empty());
-        let port = match get("MASTER_PORT") {
-            Some(port) => {
-                port.parse().ok().filter(|port| *port > 0).ok_or_else(|| wrong("MASTER_PORT", "a port", port))?
-            }
-            None => launch.port,
-        };
+        let port = port_in(get)?.unwrap_or(launch.port);
         match host {
             Some(host) => Ok(Some(Self { host, port, ..launch })),
             // Nobody has to be met.
             None if launch.size == 1 => Ok(Some(Self { port, ..launch })),
             None => Err(wrong("MASTER_ADDR", "the address of the machine of rank 0", "none")),
         }
+    }
+}
+
+/// The port at which ranks meet, if the environment says it.
+fn port_in(get: Get) -> Result<Option<u16>, TrainError> {
+    let port = |name: &str, expected: &'static str, more: u16| {
+        let parse = |port: String| {
+            let found = port.trim().parse::<u16>().ok().filter(|port| *port > 0);
+            found.and_then(|port| port.checked_add(more)).ok_or_else(|| wrong(name, expected, port))
+        };
+        get(name).map(parse).transpose()
+    };
+    if let Some(own) = port("XVLM_PORT", "a port", 0)? {
+        return Ok(Some(own));
+    }
+    // The agent of `torchrun` then has its store at the port, on which nobody else can listen.
+    match get("TORCHELASTIC_USE_AGENT_STORE").as_deref() {
+        Some("True" | "true" | "1") => port("MASTER_PORT", "a port below 65535: ranks meet at the one after it", 1),
+        _ => port("MASTER_PORT", "a port", 0),
     }
 }
 
@@ -199,6 +214,22 @@ mod tests {
         let both = [&TORCHRUN[..], &SLURM].concat();
         assert_eq!(of(Launch::find_in, &both), Ok(Some(launch(9, 16, 1, "node0", 4000))), "torchrun under Slurm");
         assert_eq!(of(local_rank_in, &both), Ok(Some(1)));
+    }
+
+    #[test]
+    fn the_port_is_not_that_of_torchruns_agent() {
+        let port = |more: &[(&str, &str)]| {
+            let set = [more, &TORCHRUN].concat();
+            of(Launch::find_in, &set).map(|launch| launch.unwrap().port)
+        };
+        for yes in ["True", "true", "1"] {
+            assert_eq!(port(&[("TORCHELASTIC_USE_AGENT_STORE", yes)]), Ok(4001), "{yes}");
+        }
+        assert_eq!(port(&[("TORCHELASTIC_USE_AGENT_STORE", "False")]), Ok(4000));
+        assert_eq!(port(&[("TORCHELASTIC_USE_AGENT_STORE", "True"), ("XVLM_PORT", "5000")]), Ok(5000));
+        let error = port(&[("TORCHELASTIC_USE_AGENT_STORE", "True"), ("MASTER_PORT", "65535")]).unwrap_err();
+        assert!(error.starts_with("MASTER_PORT: expected a port below 65535"), "{error}");
+        assert_eq!(port(&[("XVLM_PORT", "0")]), Err("XVLM_PORT: expected a port, found 0".to_owned()));
     }
 
     #[test]

@@ -30,10 +30,11 @@ pub use launch::{Engine, Launch, local_rank};
 pub use mpi::Mpi;
 #[cfg(feature = "nccl")]
 pub use nccl::Nccl;
+pub use share::compare;
 pub use threads::Threads;
 
 pub(crate) use reduce::Reducer;
-pub(crate) use share::{agree, merge, share};
+pub(crate) use share::{agree, check_alike, merge, share};
 
 /// What ranks tell each other. Every rank calls the same methods in the same order, with tensors of the same shape and type;
 /// each call returns when this rank's part is done.

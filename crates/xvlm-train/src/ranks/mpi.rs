@@ -50,37 +50,34 @@ impl Mpi {
         }
     }
 
-    /// Hands the numbers of a tensor to `work`, and makes a tensor of what it returns: of the same size, or of as many rows
-    /// from every rank.
-    fn each<T: WithDType>(
-        &self,
-        tensor: &Tensor,
-        work: impl FnOnce(&SimpleCommunicator, Vec<T>) -> Vec<T> + Send + 'static,
-    ) -> Result<Tensor, BoxError> {
-        let numbers = tensor.flatten_all()?.to_vec1::<T>()?;
-        // MPI counts in C's int.
-        if numbers.len() > i32::MAX as usize / self.size {
-            return Err(format!("expected at most 2³¹ numbers in all, found {} a rank", numbers.len()).into());
-        }
-        let numbers = self.owner.ask(move |universe| work(&universe.world(), numbers))?;
+    /// Does the work with the numbers of a tensor, and makes a tensor of the result: of the same size, or of as many rows from
+    /// every rank.
+    fn each<T: WithDType + Equivalence, W: Work>(&self, tensor: &Tensor, work: W) -> Result<Tensor, BoxError> {
         let mut shape = tensor.dims().to_vec();
-        if let (Some(rows), true) = (shape.first_mut(), numbers.len() != tensor.elem_count()) {
+        if let (true, Some(rows)) = (W::JOINS, shape.first_mut()) {
             *rows *= self.size;
         }
+        // MPI counts in C's int.
+        let count: usize = shape.iter().product();
+        if count > i32::MAX as usize {
+            return Err(format!("expected fewer than 2³¹ numbers in all, found {count}").into());
+        }
+        let numbers = tensor.flatten_all()?.to_vec1::<T>()?;
+        let numbers = self.owner.ask(move |universe| work.run(&universe.world(), numbers))?;
         Ok(Tensor::from_vec(numbers, shape, tensor.device())?)
     }
 
     /// [`Self::each`] for the tensor's type: `f32` stands for the types of two bytes.
     fn run(&self, operation: &'static str, tensor: &Tensor, work: impl Work) -> Result<Tensor, TrainError> {
         let run = || match tensor.dtype() {
-            DType::F32 => self.each::<f32>(tensor, move |world, numbers| work.run(world, numbers)),
-            DType::F64 => self.each::<f64>(tensor, move |world, numbers| work.run(world, numbers)),
-            DType::U8 => self.each::<u8>(tensor, move |world, numbers| work.run(world, numbers)),
-            DType::U32 => self.each::<u32>(tensor, move |world, numbers| work.run(world, numbers)),
-            DType::I64 => self.each::<i64>(tensor, move |world, numbers| work.run(world, numbers)),
+            DType::F32 => self.each::<f32, _>(tensor, work),
+            DType::F64 => self.each::<f64, _>(tensor, work),
+            DType::U8 => self.each::<u8, _>(tensor, work),
+            DType::U32 => self.each::<u32, _>(tensor, work),
+            DType::I64 => self.each::<i64, _>(tensor, work),
             narrow @ (DType::BF16 | DType::F16) => {
                 let wide = tensor.to_dtype(DType::F32)?;
-                let wide = self.each::<f32>(&wide, move |world, numbers| work.run(world, numbers))?;
+                let wide = self.each::<f32, _>(&wide, work)?;
                 Ok(wide.to_dtype(narrow)?)
             }
             other => Err(format!("expected F64, F32, BF16, F16, U8, U32 or I64, found {other:?}").into()),
@@ -91,6 +88,9 @@ impl Mpi {
 
 /// One collective operation, on numbers of any type.
 trait Work: Send + 'static {
+    /// Whether the result has the numbers of every rank.
+    const JOINS: bool = false;
+
     fn run<T: WithDType + Equivalence>(self, world: &SimpleCommunicator, numbers: Vec<T>) -> Vec<T>;
 }
 
@@ -109,6 +109,8 @@ impl Work for Sum {
 }
 
 impl Work for Join {
+    const JOINS: bool = true;
+
     fn run<T: WithDType + Equivalence>(self, world: &SimpleCommunicator, numbers: Vec<T>) -> Vec<T> {
         let mut all = vec![T::zero(); numbers.len() * world.size() as usize];
         world.all_gather_into(&numbers[..], &mut all[..]);

@@ -137,8 +137,15 @@ fn found() -> Result<(usize, usize, [u8; 128]), TrainError> {
             let mpi = super::Mpi::start()?;
             let rank = mpi.rank();
             let failed = || TrainError::tensor("name of the group");
-            let id = if rank == 0 { make() } else { Ok([0; 128]) };
-            let id = id.map_err(|source| TrainError::Ranks { rank, operation: "start of NCCL", source })?;
+            let none = |source: BoxError| TrainError::Ranks { rank, operation: "start of NCCL", source };
+            let made = if rank == 0 { make() } else { Ok([0; 128]) };
+            // Where rank 0 has none, the others are told: a name of no bytes.
+            let len = Tensor::new(&[made.as_ref().map_or(0, |id| id.len() as i64)], &Device::Cpu).map_err(failed())?;
+            let len = mpi.broadcast(&len, 0)?.to_vec1::<i64>().map_err(failed())?;
+            let id = made.map_err(none)?;
+            if len != [id.len() as i64] {
+                return Err(none("expected a name of the group from rank 0, found none".into()));
+            }
             let id = Tensor::from_slice(&id, id.len(), &Device::Cpu).map_err(failed())?;
             let id = mpi.broadcast(&id, 0)?.to_vec1::<u8>().map_err(failed())?;
             Ok((rank, mpi.size(), std::array::from_fn(|i| id[i])))

@@ -130,7 +130,7 @@ impl Reducer {
         let sums = sums.collect::<Result<Vec<_>, _>>()?;
         self.sent = 0;
         self.buckets.iter_mut().for_each(Bucket::clear);
-        self.spread(&sums, gradients).map_err(TrainError::tensor("gradients of all ranks"))
+        self.spread(sums, gradients).map_err(TrainError::tensor("gradients of all ranks"))
     }
 
     /// The order of rank 0 becomes that of all. Variables that have not been seen come last.
@@ -187,8 +187,8 @@ impl Reducer {
         Ok(())
     }
 
-    /// From the buckets' sums to the gradients' means.
-    fn spread(&self, sums: &[Tensor], gradients: &mut Gradients) -> candle_core::Result<()> {
+    /// From the buckets' sums to the gradients' means. Each sum goes when it is spread.
+    fn spread(&self, sums: Vec<Tensor>, gradients: &mut Gradients) -> candle_core::Result<()> {
         // How many ranks have each gradient stands behind the numbers; a device is waited for once.
         let counts = sums.iter().zip(&self.buckets).map(|(sum, bucket)| {
             let count = bucket.variables.len();
@@ -196,8 +196,9 @@ impl Reducer {
         });
         let counts = Tensor::cat(&counts.collect::<candle_core::Result<Vec<_>>>()?, 0)?.to_vec1::<f32>()?;
         let mut counts = counts.into_iter();
-        for (sum, bucket) in sums.iter().zip(&self.buckets) {
-            let mean = (sum / self.ranks.size() as f64)?;
+        for (sum, bucket) in sums.into_iter().zip(&self.buckets) {
+            let mean = (&sum / self.ranks.size() as f64)?;
+            drop(sum);
             let mut start = 0;
             for (&i, count) in bucket.variables.iter().zip(&mut counts) {
                 let variable = &self.variables[i];

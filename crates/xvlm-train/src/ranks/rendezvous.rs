@@ -1,7 +1,7 @@
 //! How ranks that know nothing of each other but an address find together: rank 0 hands all others the same bytes.
 
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{Ipv4Addr, Ipv6Addr, TcpListener, TcpStream, ToSocketAddrs};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -24,17 +24,20 @@ pub(super) fn meet<const N: usize>(
     patience: Duration,
     make: impl FnOnce() -> Result<[u8; N], BoxError>,
 ) -> Result<[u8; N], TrainError> {
-    let place = format!("{}:{}", launch.host, launch.port);
+    let place = (launch.host.as_str(), launch.port);
     let deadline = Instant::now() + patience;
     let meet = || match launch.rank {
         0 => {
             let bytes = make()?;
-            // On all addresses: the name of this machine may be that of a network of its own.
-            let listener = TcpListener::bind(("0.0.0.0", launch.port)).map_err(|error| format!("{place}: {error}"))?;
+            // On all addresses: the name of this machine may be that of a network of its own. Those of IPv6 take in IPv4's,
+            // where there is IPv6.
+            let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, launch.port));
+            let listener = listener.or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, launch.port)));
+            let listener = listener.map_err(|error| format!("port {}: {error}", launch.port))?;
             give(&listener, launch.size, deadline, &bytes)?;
             Ok(bytes)
         }
-        rank => take(&place, rank, deadline),
+        rank => take(place, rank, deadline),
     };
     meet().map_err(|source| TrainError::Ranks { rank: launch.rank, operation: "meeting of ranks", source })
 }
@@ -88,11 +91,10 @@ fn greeted(mut stream: TcpStream, size: usize, bytes: &[u8]) -> io::Result<usize
 }
 
 /// The bytes from rank 0, which may not be there yet.
-fn take<const N: usize>(place: &str, rank: usize, deadline: Instant) -> Result<[u8; N], BoxError> {
+fn take<const N: usize>(place: (&str, u16), rank: usize, deadline: Instant) -> Result<[u8; N], BoxError> {
     loop {
         let taken = || -> io::Result<[u8; N]> {
-            let address = place.to_socket_addrs()?.next().ok_or(io::ErrorKind::NotFound)?;
-            let mut stream = TcpStream::connect_timeout(&address, GREETED_IN)?;
+            let mut stream = connect(place)?;
             stream.set_read_timeout(Some(GREETED_IN))?;
             stream.write_all(&[GREETING, (rank as u64).to_le_bytes()].concat())?;
             let mut bytes = [0; N];
@@ -103,11 +105,24 @@ fn take<const N: usize>(place: &str, rank: usize, deadline: Instant) -> Result<[
         match taken() {
             Ok(bytes) => return Ok(bytes),
             Err(error) if Instant::now() >= deadline => {
-                return Err(format!("{place}: expected rank 0 to answer, found {error}").into());
+                let (host, port) = place;
+                return Err(format!("{host}:{port}: expected rank 0 to answer, found {error}").into());
             }
             Err(_) => thread::sleep(AGAIN),
         }
     }
+}
+
+/// A connection to the first of a place's addresses that answers: its name may have several, of which rank 0 has not all.
+fn connect(place: (&str, u16)) -> io::Result<TcpStream> {
+    let mut last = io::ErrorKind::NotFound.into();
+    for address in place.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, GREETED_IN) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 #[cfg(test)]
@@ -128,20 +143,26 @@ mod tests {
             let make = move || if rank == 0 { Ok([7, 8, 9]) } else { Err("only rank 0 makes them".into()) };
             move || meet(&launch, Duration::from_secs(60), make).unwrap()
         };
-        let others = [2, 1].map(|rank| thread::spawn(met(rank)));
-        // Somebody else knocks.
-        let stranger = thread::spawn(move || {
-            while TcpStream::connect(("127.0.0.1", first.port))
-                .and_then(|mut s| s.write_all(b"GET / HTTP/1.1\r\n\r\n"))
-                .is_err()
-            {
-                thread::sleep(Duration::from_millis(1));
+        let rank_0 = thread::spawn(met(0));
+        // Somebody else knocks first, and gets nothing.
+        let mut stranger = loop {
+            match TcpStream::connect(("127.0.0.1", first.port)) {
+                Ok(stream) => break stream,
+                Err(error) => assert!(!rank_0.is_finished(), "{error}"),
             }
-        });
-        let here = thread::spawn(met(0)).join().unwrap();
+            thread::sleep(Duration::from_millis(1));
+        };
+        stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        stranger.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let mut told = Vec::new();
+        // Closed with bytes unread, the connection may end in an error.
+        let _ = stranger.read_to_end(&mut told);
+        assert_eq!(told, [0; 0]);
+
+        let others = [2, 1].map(|rank| thread::spawn(met(rank)));
+        let here = rank_0.join().unwrap();
         assert_eq!(here, [7, 8, 9]);
         others.into_iter().for_each(|other| assert_eq!(other.join().unwrap(), here));
-        drop(stranger);
     }
 
     #[test]

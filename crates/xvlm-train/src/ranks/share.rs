@@ -4,10 +4,49 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use candle_core::{Device, Tensor, Var};
+use sha2::{Digest, Sha256};
 
 use super::{Communicator, Gather, sum};
+use crate::config::TrainConfig;
 use crate::error::TrainError;
 use crate::optimizer::Optimizer;
+
+/// Checks that all ranks say the same: of each of some things its name, and what this rank says of it.
+///
+/// # Errors
+/// [`TrainError::Unlike`] on every rank, if one does not say what rank 0 says; as [`Communicator::all_gather`].
+pub fn compare<const N: usize>(ranks: &dyn Communicator, said: [(&'static str, String); N]) -> Result<(), TrainError> {
+    if ranks.size() == 1 {
+        return Ok(());
+    }
+    let failed = || TrainError::tensor("what ranks have in common");
+    let digests: Vec<u8> = said.iter().flat_map(|(_, text)| Sha256::digest(text).to_vec()).collect();
+    let own = Tensor::from_vec(digests, (1, N * 32), &Device::Cpu).map_err(failed())?;
+    let all = ranks.all_gather(&own)?.to_vec2::<u8>().map_err(failed())?;
+    for (rank, digests) in all.iter().enumerate() {
+        let mut others = digests.chunks(32).zip(all[0].chunks(32)).zip(&said);
+        if let Some((_, (what, _))) = others.find(|((found, expected), _)| found != expected) {
+            return Err(TrainError::Unlike { rank, what: *what });
+        }
+    }
+    Ok(())
+}
+
+/// Checks that all ranks train the same parameters in the same way, by the same version of this library: they would wait for
+/// each other without end, or take one parameter's numbers for another's.
+pub(crate) fn check_alike(
+    ranks: &Arc<dyn Communicator>,
+    parameters: &[(String, Var)],
+    config: &TrainConfig,
+) -> Result<(), TrainError> {
+    let shape = |(name, parameter): &(String, Var)| format!("{name} {:?} {:?}\n", parameter.dtype(), parameter.dims());
+    let said = [
+        ("version of the program", env!("CARGO_PKG_VERSION").to_owned()),
+        ("configuration of the training", format!("{config:?}")),
+        ("parameters", parameters.iter().map(shape).collect()),
+    ];
+    compare(&**ranks, said)
+}
 
 /// Brings all ranks to the state of rank 0: weights, and what the optimizer knows of them, after `done` iterations. Returns
 /// rank 0's `done` and `elapsed`.
