@@ -132,7 +132,7 @@ pub enum TrainError {
         /// Of how many ranks the batch may have been: a loss is one rank's, the gradient is that of all.
         of_ranks: usize,
         /// The last checkpoint, which is good.
-        checkpoint: Option<PathBuf>,
+        checkpoint: Option<Box<Path>>,
     },
     /// What started this process left something in its environment that makes no sense, or that this build cannot do.
     #[error("{variable}: expected {expected}, found {found}")]
@@ -199,7 +199,12 @@ fn room(source: &io::Error) -> &'static str {
 const NAMED: usize = 8;
 
 /// What there is to say of a number that is not finite.
-fn circumstances(tensor: &Option<String>, records: &[String], of_ranks: usize, checkpoint: &Option<PathBuf>) -> String {
+fn circumstances(
+    tensor: &Option<String>,
+    records: &[String],
+    of_ranks: usize,
+    checkpoint: &Option<Box<Path>>,
+) -> String {
     let tensor = tensor.as_ref().map(|name| format!("; the first tensor with such numbers is {name}"));
     let more = match records.len().saturating_sub(NAMED) {
         0 => String::new(),

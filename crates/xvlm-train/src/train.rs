@@ -250,7 +250,8 @@ impl<M: Trainable> Trainer<'_, M> {
         records: Vec<String>,
         of_ranks: usize,
     ) -> TrainError {
-        let checkpoint = self.job.run.checkpoints().ok().and_then(|mut all| all.pop()).map(|(_, path)| path);
+        let checkpoint =
+            self.job.run.checkpoints().ok().and_then(|mut all| all.pop()).map(|(_, path)| path.into_boxed_path());
         TrainError::NotFinite { iteration, loss, value, tensor, records, of_ranks, checkpoint }
     }
 

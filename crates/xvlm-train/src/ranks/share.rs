@@ -26,7 +26,7 @@ pub fn compare<const N: usize>(ranks: &dyn Communicator, said: [(&'static str, S
     for (rank, digests) in all.iter().enumerate() {
         let mut others = digests.chunks(32).zip(all[0].chunks(32)).zip(&said);
         if let Some((_, (what, _))) = others.find(|((found, expected), _)| found != expected) {
-            return Err(TrainError::Unlike { rank, what: *what });
+            return Err(TrainError::Unlike { rank, what });
         }
     }
     Ok(())
