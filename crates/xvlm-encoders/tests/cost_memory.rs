@@ -63,8 +63,7 @@ fn activations_are_what_is_left_in_memory() {
         let rows = Tensor::new(rows, &Device::Cpu).unwrap();
         let looks: Vec<u32> = (0..load.fused).map(|row| (row % load.concepts) as u32).collect();
         let looked = Tensor::ones((load.fused, seen), DType::F32, &Device::Cpu).unwrap();
-        // Threads keep the memory in which products pack their factors: the first pass is not measured.
-        for (measured, recompute) in [(false, true), (true, false), (true, true)] {
+        for recompute in [false, true] {
             let tape = Rc::new(Tape::new(recompute));
             let mut rng = ChaCha8Rng::seed_from_u64(1);
             let pass = Pass::training(&mut rng).on(&tape);
@@ -80,16 +79,18 @@ fn activations_are_what_is_left_in_memory() {
                 model.fuse(&encoded.index_select(&rows, 0)?, &mask, &concepts, Attention::Full, &pass)
             });
             let found = [(vision.1, vision.2), (text.1, text.2), (fusion.1, fusion.2)];
-            if !measured {
-                continue;
-            }
             for (i, (cost, (left, peak))) in config.costs(&load).into_iter().zip(found).enumerate() {
                 let expected = 4.0 * cost.activations(recompute) as f64;
-                // With recomputation the rest is there while a segment runs; in Swin the largest come first.
+                // With recomputation the rest is there while a segment runs, as is what products pack their factors in; in
+                // Swin the largest segments come first.
                 let found = if recompute { peak } else { left } as f64;
                 let low = if recompute && i == 0 { 0.6 } else { 0.9 };
+                let high = if recompute { 1.2 } else { 1.1 };
                 let ratio = found / expected;
-                assert!((low..1.1).contains(&ratio), "{what}, part {i}, recompute {recompute}: {found} for {expected}");
+                assert!(
+                    (low..high).contains(&ratio),
+                    "{what}, part {i}, recompute {recompute}: {found} for {expected}"
+                );
             }
             drop((vision, text, fusion));
         }
