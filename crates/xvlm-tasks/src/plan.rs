@@ -1,7 +1,7 @@
 //! What a pre-training run is going to be, before it is: parameters, memory, work, data and schedule, and its first batches.
 //!
 //! Counts of parameters, records and iterations are exact. Memory and FLOPs are estimates: they follow from the sizes
-//! ([`xvlm_encoders::Load`]), with every batch as large and every text as long as the configuration lets them be. A part of the
+//! ([`xvlm_encoders::cost::Load`]), with every batch as large and every text as long as the configuration lets them be. A part of the
 //! model whose parameters are all frozen, and what comes before it too, has no backward pass, and nothing of it is kept; a part of
 //! which only some parameters are frozen counts as if none were.
 
