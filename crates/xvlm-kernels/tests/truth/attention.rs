@@ -271,7 +271,9 @@ fn dropout_is_the_same_on_every_path() {
     for (t, heads, width) in [(1, 2, 4), (7, 2, 8), (70, 3, 8)] {
         let kept = factors(dropout, 2 * heads, t, t);
         let qkv = Array::random(&[2, t, 3 * heads * width], 1);
-        let bias = key_bias(2, t, false, 2);
+        // The first key is seen: of scores near −10000 alone a sum in the type of the numbers keeps too few digits.
+        let mut bias = key_bias(2, t, false, 2);
+        bias.values.iter_mut().step_by(t).for_each(|first| *first = 0.0);
         let plain = |qkv: &Array| dropped_self_attention(qkv, &bias, heads, &kept);
         check(
             [qkv],
