@@ -10,7 +10,7 @@
 
 use serde::Serialize;
 
-use crate::config::{BertConfig, SwinConfig, VisionConfig, VitConfig, VitFamily, XvlmConfig};
+use crate::config::{Activation, BertConfig, SwinConfig, VisionConfig, VitConfig, VitFamily, XvlmConfig};
 
 /// What passes through a model at once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -220,8 +220,8 @@ fn vit_cost(config: &VitConfig, load: &Load) -> Cost {
             + linear(rows, hidden, width);
         // Three layers for queries, keys and values are put together for each pass.
         let stacked = if is_clip { 3 * width * (width + 1) } else { 0 };
-        // What CLIP's activation gives is kept.
-        let hidden = if is_clip { 2 * hidden } else { hidden };
+        // What CLIP's activation gives is kept; GELU's is computed again.
+        let hidden = if config.hidden_act == Activation::QuickGelu { 2 * hidden } else { hidden };
         let inside = rows * (10 * width + hidden) + stacked;
         cost = cost.and(Cost::segment(flops, inside, rows * width));
     }
