@@ -151,8 +151,8 @@ impl Block {
         let attended = pass.attend(self.attention_dropout, |dropped| {
             kernels::self_attention(&qkv, bias, self.heads, false, dropped)
         })?;
-        let x = (x + self.projection.forward(&attended)?)?;
+        let x = kernels::add_branch(x, &self.projection.forward(&attended)?, None)?;
         let fed = self.feed_forward.forward(&self.norm2.forward(&x)?)?;
-        x + fed
+        kernels::add_branch(&x, &fed, None)
     }
 }
