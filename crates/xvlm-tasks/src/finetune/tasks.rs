@@ -72,12 +72,20 @@ pub struct VqaTask {
     pub batch_size_test: usize,
     /// How many answers, chosen by their first token, are ranked by the whole.
     pub k_test: usize,
+    /// Most questions about one image that go into a batch together, so that one look at the image serves them all;
+    /// `data.batch_size` counts images. 1: each question has an image of its own, as in the original.
+    #[serde(default = "one")]
+    pub questions_per_image: usize,
     /// The first epoch after which the model is evaluated, from 0.
     #[serde(default)]
     pub start_eval: u64,
     /// Batches: section `data` of the file.
     #[serde(skip)]
     pub data: ItemConfig,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// A statement about two images (`NLVR.py`), judged by accuracy.
@@ -351,7 +359,11 @@ own!(RetrievalTask, ItemConfig, |own, _text, trains| {
 });
 own!(VqaTask, ItemConfig, |own, _text, trains| {
     check_files(&own.train_file, &own.test_file, trains)?;
-    at_least_one(&[("batch_size_test", own.batch_size_test as u64), ("k_test", own.k_test as u64)])
+    at_least_one(&[
+        ("batch_size_test", own.batch_size_test as u64),
+        ("k_test", own.k_test as u64),
+        ("questions_per_image", own.questions_per_image as u64),
+    ])
 });
 own!(NlvrTask, ItemConfig, |own, _text, trains| {
     check_files(&own.train_file, &own.test_file, trains)?;

@@ -111,6 +111,7 @@ fn task(root: &Section, kind: FinetuneKind, model: &ModelConfig) -> Result<Finet
             vg_root: root.needed_path("vg_root")?,
             batch_size_test: root.size("batch_size_test")?,
             k_test: root.size("k_test")?,
+            questions_per_image: 1,
             start_eval: root.size_or("start_eval", 0)? as u64,
         }),
         FinetuneKind::Nlvr => FinetuneTask::Nlvr(NlvrTask {
