@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use xvlm_data::{TextTokenizer, scenes};
 use xvlm_encoders::{Parameters, Xvlm};
 use xvlm_train::{Batches, BoxError, Progress, RunFolder, Silent, Summary, TrainConfig, Trained};
@@ -103,8 +103,7 @@ fn open_model(
             if !fresh.is_empty() {
                 progress.warning(&format!("random, since {} has none: {}", files.name, fresh.join(", ")));
             }
-            let tensors = weights.tensors.into_iter().collect::<std::collections::BTreeMap<String, Tensor>>();
-            xvlm_weights::assign(&files.name, &tensors, &named, &LoadRules::default())?;
+            xvlm_weights::assign(&files.name, &weights.tensors, &named, &LoadRules::default())?;
         }
     }
     Ok(Finetuning::new(model, named, config))

@@ -263,8 +263,10 @@ pub struct ScstTask {
     pub prompt: String,
     /// How captions are searched for in evaluation; its lengths are also those of the captions that are rewarded.
     pub search: Search,
-    /// In how many documents each n-gram occurs: what CIDEr weighs by.
-    pub cider_cached_tokens: PathBuf,
+    /// In how many documents each n-gram occurs: what CIDEr weighs by. If left out, it is counted in the references of
+    /// `train_file`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cider_cached_tokens: Option<PathBuf>,
     /// Captions that are drawn for each image.
     pub sc_train_sample_n: usize,
     /// What the reward of a caption is measured against.

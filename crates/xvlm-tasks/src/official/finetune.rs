@@ -192,7 +192,7 @@ fn task(root: &Section, kind: FinetuneKind, model: &ModelConfig) -> Result<Finet
             test_gt_file: root.needed_path("test_gt_file")?,
             prompt: model.prompt.clone(),
             search: model.search,
-            cider_cached_tokens: root.needed_path("cider_cached_tokens")?,
+            cider_cached_tokens: Some(root.needed_path("cider_cached_tokens")?),
             sc_train_sample_n: root.size("sc_train_sample_n")?,
             sc_baseline_type: match root.text_or("sc_baseline_type", "greedy")?.as_str() {
                 "greedy" => Baseline::Greedy,
