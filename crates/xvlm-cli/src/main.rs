@@ -16,6 +16,7 @@ mod pretrain;
 mod progress;
 mod ranks;
 mod report;
+mod score;
 mod signals;
 mod synth;
 
@@ -44,6 +45,7 @@ enum Command {
     Match(predict::Match),
     Fill(predict::Fill),
     Eval(eval::Eval),
+    Score(score::Score),
     Synth(synth::Synth),
     Pretrain(pretrain::Pretrain),
     Plot(plot::Plot),
@@ -61,6 +63,7 @@ impl Command {
             Self::Match(command) => command.run(),
             Self::Fill(command) => command.run(),
             Self::Eval(command) => command.run(),
+            Self::Score(command) => command.run(),
             Self::Synth(command) => command.run(),
             Self::Pretrain(command) => command.run(),
             Self::Plot(command) => command.run(),
