@@ -5,6 +5,7 @@ mod data;
 mod interrupted;
 #[cfg(feature = "mpi")]
 mod ranks;
+mod score;
 
 use std::fs;
 use std::path::Path;
