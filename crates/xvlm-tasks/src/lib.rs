@@ -34,7 +34,7 @@ pub use error::{ConfigProblem, TaskError};
 pub use finetune::FinetuneConfig;
 pub use generate::{LABEL_SMOOTHING, Source, Written, writing_loss};
 pub use model::{ImageTokens, Model, ModelConfig, Texts};
-pub use search::{Search, Sequence, TextSearch};
+pub use search::{Sampling, Search, Sequence, TextSearch};
 pub use training::Training;
 
 /// How many images or texts go through the model at a time: enough to keep all cores busy.

@@ -22,6 +22,7 @@
 //! The layers below are re-exported as modules: [`kernels`], [`encoders`], [`losses`], [`metrics`], [`data`],
 //! [`weights`], [`train`] and [`tasks`].
 
+pub mod alt;
 #[cfg(feature = "bundled")]
 mod bundled;
 #[cfg(feature = "hub")]
