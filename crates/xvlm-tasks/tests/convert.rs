@@ -161,7 +161,7 @@ fn a_converted_model_does_what_it_is_for() {
         assert_eq!(filled.is_ok(), task == Task::Pretrain);
         let matched = model.match_pairs(&images, &texts);
         assert_eq!(matched.is_ok(), matches!(task, Task::Retrieval | Task::Pretrain));
-        let captions = captioning::caption(&model, &images, search);
+        let captions = captioning::caption(&model, &images, &Writing { search, ..Writing::of(model.config()) });
         assert_eq!(captions.is_ok(), matches!(task, Task::Captioning | Task::Pretrain), "{}", task.name());
         let answers = vqa::answer(&model, &images, &[(0, "a picture of")], search);
         assert_eq!(answers.is_ok(), matches!(task, Task::Vqa | Task::Pretrain), "{}", task.name());
