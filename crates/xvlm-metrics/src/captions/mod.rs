@@ -1,6 +1,8 @@
-//! Captions against references: BLEU and ROUGE-L, as `pycocoevalcap` (version 1.2) computes them.
+//! Captions against references: BLEU, ROUGE-L and CIDEr, as `pycocoevalcap` (version 1.2) computes them.
 //!
 //! Texts are words separated by white space; that they are lower-case and without punctuation is up to the caller.
+
+pub mod cider;
 
 use std::collections::HashMap;
 
