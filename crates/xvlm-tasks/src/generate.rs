@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Result, Tensor};
 use rand_chacha::ChaCha8Rng;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use xvlm_data::GenerationTensors;
 use xvlm_encoders::{Concepts, Pass, Xvlm};
 use xvlm_losses as losses;
@@ -16,7 +16,7 @@ use crate::search::{Sampling, Search, Sequence, TextSearch};
 pub const LABEL_SMOOTHING: f32 = 0.1;
 
 /// A text the model wrote.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Written {
     /// The text, without what it was to continue.
     pub text: String,

@@ -10,7 +10,8 @@ use xvlm_data::{Picture, TextTokenizer};
 use xvlm_encoders::{Task, VisionConfig, XvlmConfig};
 use xvlm_tasks::convert::{Goal, convert, export, layout};
 use xvlm_tasks::finetune::initial_weights;
-use xvlm_tasks::{Model, ModelConfig, Search, captioning, fill, grounding, vqa};
+use xvlm_tasks::captioning::{self, Writing};
+use xvlm_tasks::{Model, ModelConfig, Search, fill, grounding, vqa};
 use xvlm_weights::{Checkpoint, ConversionReport, LoadRules, ModelFiles, ModelFolder, Origin, StoredType};
 
 type Tensors = BTreeMap<String, Tensor>;

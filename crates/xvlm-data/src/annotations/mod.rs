@@ -21,6 +21,7 @@ mod open_images;
 mod pairs;
 mod pickle;
 mod refer;
+mod references;
 mod report;
 pub(crate) mod source;
 mod stream;
@@ -36,6 +37,7 @@ pub use self::items::{CaptionItem, FillItem, GroundingItem, NlvrItem, RetrievalI
 pub use self::karpathy::Karpathy;
 pub use self::open_images::OpenImages;
 pub use self::pairs::{Conceptual, Sbu, SbuCaptions};
+pub use self::references::read_references;
 pub use self::report::{Reason, Report, Skipped};
 pub use self::source::{Annotated, Exclusions, Records};
 pub use self::template::NameTemplate;

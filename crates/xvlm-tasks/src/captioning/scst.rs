@@ -7,6 +7,7 @@ use xvlm_data::tensors::ReferenceTensors;
 use xvlm_data::{TextTokenizer, pre_caption};
 use xvlm_encoders::{Pass, Xvlm};
 use xvlm_losses as losses;
+use xvlm_metrics::captions::cider::{CiderD, with_end};
 use xvlm_train::Step;
 
 use super::prompt_tokens;
@@ -15,13 +16,20 @@ use crate::finetune::{Baseline, ScstTask};
 use crate::generate::{Source, search_texts};
 use crate::search::{Sampling, Search, Sequence};
 
-/// What a caption is worth.
+/// What captions are worth.
 pub trait Reward {
-    /// The rewards of captions, each with the references of its image; all are words with single spaces between them.
+    /// The rewards of captions of one image, given its references; all are words with single spaces between them.
     ///
     /// # Errors
     /// What keeps a caption from being rewarded.
-    fn rewards(&self, captions: &[String], references: &[&[String]]) -> std::result::Result<Vec<f64>, TaskError>;
+    fn rewards(&self, captions: &[String], references: &[String]) -> std::result::Result<Vec<f64>, TaskError>;
+}
+
+impl Reward for CiderD {
+    fn rewards(&self, captions: &[String], references: &[String]) -> std::result::Result<Vec<f64>, TaskError> {
+        let references = self.references(references)?;
+        Ok(captions.iter().map(|caption| self.score(caption, &references)).collect())
+    }
 }
 
 /// Training on rewards.
@@ -163,11 +171,14 @@ impl<R: Reward> Scst<R> {
         references: &[Vec<String>],
         tokenizer: &TextTokenizer,
     ) -> std::result::Result<Vec<f64>, TaskError> {
-        let captions: Vec<String> = drawn.iter().map(|drawn| rewarded(&self.text(drawn, tokenizer))).collect();
-        let references: Vec<Vec<String>> =
-            references.iter().map(|texts| texts.iter().map(|text| rewarded(text)).collect()).collect();
-        let own = |drawn: &Drawn| references.get(drawn.image as usize).map_or(&[][..], Vec::as_slice);
-        self.reward.rewards(&captions, &drawn.iter().map(own).collect::<Vec<_>>())
+        let mut rewards = Vec::with_capacity(drawn.len());
+        for of_image in drawn.chunk_by(|a, b| a.image == b.image) {
+            let captions: Vec<String> = of_image.iter().map(|drawn| with_end(&self.text(drawn, tokenizer))).collect();
+            let own = references.get(of_image[0].image as usize).map_or(&[][..], Vec::as_slice);
+            let own: Vec<String> = own.iter().map(|text| with_end(text)).collect();
+            rewards.extend(self.reward.rewards(&captions, &own)?);
+        }
+        Ok(rewards)
     }
 
     /// The mean over captions of `−advantage · mean over tokens of log p(token)`, the end's among them, with the gradients of
@@ -228,14 +239,7 @@ fn mean(numbers: &[f64]) -> f64 {
     numbers.iter().sum::<f64>() / numbers.len().max(1) as f64
 }
 
-/// What of a text is rewarded: its words and their end, which is a word of its own, so that it costs to end too early or too
-/// late (`_wrap_sentence` of the original).
-pub fn rewarded(text: &str) -> String {
-    let text = text.trim();
-    format!("{} <eos>", text.strip_suffix('.').unwrap_or(text))
-}
-
-/// The captions of training images as [`rewarded`] counts them: what document frequencies are computed from where no file has
+/// The captions of training images as they are rewarded ([`with_end`]): what document frequencies are computed from where no file has
 /// them.
 ///
 /// # Errors
@@ -244,6 +248,6 @@ pub fn documents<'a>(
     images: impl IntoIterator<Item = &'a [String]>,
     max_words: usize,
 ) -> std::result::Result<Vec<Vec<String>>, TaskError> {
-    let of_image = |captions: &[String]| captions.iter().map(|text| Ok(rewarded(&pre_caption(text, max_words)?))).collect();
+    let of_image = |captions: &[String]| captions.iter().map(|text| Ok(with_end(&pre_caption(text, max_words)?))).collect();
     images.into_iter().map(of_image).collect()
 }

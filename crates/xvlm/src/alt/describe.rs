@@ -204,31 +204,40 @@ pub struct Report {
     pub outcome: Outcome,
 }
 
-/// Describes the images of documents that are chosen, and writes the descriptions into them. Each document comes with its path,
-/// to which the addresses in it are relative; those that begin with `/` are relative to `root`.
+/// A document and where it stands.
+#[derive(Clone, Copy, Debug)]
+pub struct Page<'a> {
+    /// Its file, to whose folder addresses are relative.
+    pub path: &'a Path,
+    /// The document.
+    pub document: &'a Document,
+    /// The folder that addresses with a `/` in front begin in.
+    pub root: Option<&'a Path>,
+}
+
+/// Describes the images of documents that are chosen, and writes the descriptions into them.
 ///
 /// # Errors
 /// What `describe` says. What is wrong with a picture is in the reports.
 pub fn fill_in<E>(
-    documents: &[(&Path, &Document)],
+    pages: &[Page],
     choice: Choice,
-    root: Option<&Path>,
     describer: &mut Describer,
     describe: Describe<E>,
     counter: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<(Vec<Report>, Edited)>, E> {
-    let chosen: Vec<Vec<usize>> = documents.iter().map(|(_, document)| document.chosen(choice)).collect();
+    let chosen: Vec<Vec<usize>> = pages.iter().map(|page| page.document.chosen(choice)).collect();
     let mut sources = Vec::new();
-    for ((path, document), chosen) in documents.iter().zip(&chosen) {
+    for (Page { path, document, root }, chosen) in pages.iter().zip(&chosen) {
         let placed: Vec<usize> = chosen.iter().copied().filter(|&image| document.has_place(image)).collect();
-        sources.extend(document.sources(&placed, path.parent().unwrap_or(Path::new("")), root));
+        sources.extend(document.sources(&placed, path.parent().unwrap_or(Path::new("")), *root));
     }
     let mut outcomes = describer.describe(&sources, describe, counter)?.into_iter();
-    let filled = documents.iter().zip(&chosen).map(|((_, document), chosen)| {
+    let filled = pages.iter().zip(&chosen).map(|(page, chosen)| {
         let mut descriptions = Vec::new();
         let reports = chosen.iter().map(|&number| {
-            let image = &document.images()[number];
-            let outcome = match document.has_place(number) {
+            let image = &page.document.images()[number];
+            let outcome = match page.document.has_place(number) {
                 true => outcomes.next().unwrap_or(Outcome::Wordless),
                 false => Outcome::Unplaced,
             };
@@ -236,7 +245,7 @@ pub fn fill_in<E>(
             Report { line: image.line, source: image.source.clone(), outcome }
         });
         let reports: Vec<Report> = reports.collect();
-        (reports, document.with(&descriptions))
+        (reports, page.document.with(&descriptions))
     });
     Ok(filled.collect())
 }

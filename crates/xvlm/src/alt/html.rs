@@ -105,10 +105,12 @@ fn image(html: &[u8], tag: &StartTag<usize>) -> Option<Image> {
 
 /// Where the first attribute `alt` of a tag stands, with the space before it; the tag's attributes begin at `at`.
 fn alt_attribute(html: &[u8], mut at: usize) -> Option<Range<usize>> {
+    fn is_space(byte: u8) -> bool {
+        matches!(byte, b' ' | b'\t' | b'\n' | b'\r' | 0x0c)
+    }
     let skip = |from: usize, which: fn(u8) -> bool| {
         from + html[from..].iter().take_while(|byte| which(**byte)).count()
     };
-    let is_space = |byte: u8| matches!(byte, b' ' | b'\t' | b'\n' | b'\r' | 0x0c);
     loop {
         let before = at;
         at = skip(at, |byte| is_space(byte) || byte == b'/');

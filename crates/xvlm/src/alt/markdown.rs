@@ -102,10 +102,10 @@ fn inline_html(
     range: Range<usize>,
     scanner: &mut Scanner,
 ) -> Vec<(Found, usize, Option<Place>)> {
-    let is_whole = text.get(range.clone()) == Some(tag);
+    // On its first line a tag is the same with the marks and without.
+    let same = if text.get(range.clone()) == Some(tag) { tag.len() } else { tag.find('\n').unwrap_or(0) };
     let found = scanner.scan(tag.as_bytes()).into_iter().map(|image| {
-        // Right after its name a tag is the same with marks and without; what is replaced must be.
-        let place = image.place.filter(|place| is_whole || place.is_empty());
+        let place = image.place.filter(|place| place.end <= same);
         let place = place.map(|place| Place {
             range: range.start + place.start..range.start + place.end,
             writing: Writing::HtmlInMarkdown,

@@ -8,6 +8,7 @@
 
 mod describe;
 mod html;
+mod list;
 mod markdown;
 mod phrase;
 mod source;
@@ -17,7 +18,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-pub use describe::{Describe, Described, Describer, Outcome, Report, fill_in, is_picture};
+pub use describe::{Describe, Described, Describer, Outcome, Page, Report, fill_in, is_picture};
+pub use list::{Entry, csv_list, markdown_list};
 
 /// How a document is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -132,7 +134,7 @@ pub struct Document {
 }
 
 /// A document into which descriptions were written.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Edited {
     /// Its content.
     pub content: Vec<u8>,
