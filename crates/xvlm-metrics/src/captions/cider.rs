@@ -9,7 +9,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 
 use rayon::prelude::*;
 
-use super::{check, words};
+use super::{CHUNK, check, words};
 use crate::error::{MetricsError, some};
 
 /// Longest run of words that is compared.
@@ -17,9 +17,6 @@ const LONGEST: usize = 4;
 
 /// Standard deviation, in words, of the penalty on lengths that differ (`sigma` of the reference implementation).
 const SIGMA: f64 = 6.0;
-
-/// Captions a thread works through at a time.
-const CHUNK: usize = 512;
 
 /// One to four words by their numbers, which start at 1: the first in the lowest 32 bits, 0 where there is none.
 /// In this order all single words come before all pairs, and so on.
@@ -78,7 +75,7 @@ impl DocumentFrequencies {
             some("references of a caption", captions.len())?;
             document.clear();
             for caption in captions {
-                let numbers: Vec<_> = words(caption).into_iter().map(|word| table.number(word)).collect();
+                let numbers: Vec<_> = words(caption).map(|word| table.number(word)).collect();
                 ngrams(&numbers, &mut document);
             }
             document.sort_unstable();
@@ -214,7 +211,6 @@ impl CiderD {
         let mut others = HashMap::new();
         let captions = references.iter().map(|reference| {
             let numbers: Vec<u32> = words(reference)
-                .into_iter()
                 .map(|word| {
                     let next = (self.frequencies.words.len() + others.len()) as u32 + 1;
                     let known = self.frequencies.words.get(word).copied();
@@ -236,7 +232,6 @@ impl CiderD {
         let mut unseen: Vec<&str> = Vec::new();
         let base = self.frequencies.words.len() + references.others.len();
         let numbers: Vec<u32> = words(&caption)
-            .into_iter()
             .map(|word| {
                 let known = self.frequencies.words.get(word).or_else(|| references.others.get(word));
                 known.copied().unwrap_or_else(|| {
