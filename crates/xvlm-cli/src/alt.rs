@@ -166,8 +166,7 @@ impl Documents {
                 Some(Page { path: &file.path, document, root: file.root.as_deref() })
             })
             .collect();
-        let filled =
-            Stage::run("images", |at| fill_in(&pages, choice, &mut describer, &mut describe, at))?;
+        let filled = Stage::run("images", |at| fill_in(&pages, choice, &mut describer, &mut describe, at))?;
         let mut filled = filled.into_iter();
         let mut documents = Vec::new();
         for (file, read) in files.iter().zip(&opened) {
@@ -217,7 +216,13 @@ impl Documents {
             let written: usize = summary.documents.iter().map(|done| done.written).sum();
             let verb = if summary.changed { "written" } else { "to be written" };
             text += &format!("{written} descriptions {verb}, of {} pictures", summary.pictures);
-            text.extend(summary.outcomes.iter().filter(|(name, _)| **name != "described").map(|(name, n)| format!(", {n} {name}")));
+            text.extend(
+                summary
+                    .outcomes
+                    .iter()
+                    .filter(|(name, _)| **name != "described")
+                    .map(|(name, n)| format!(", {n} {name}")),
+            );
             text
         })?;
         match broken + unread {
@@ -255,7 +260,11 @@ impl Documents {
                 Some(format) => add(path.clone(), path.file_name().unwrap_or_default().into(), None, format),
                 None => {
                     let found = "another file".to_owned();
-                    return Err(CliError::File { path: path.clone(), expected: "HTML or Markdown, by its name", found });
+                    return Err(CliError::File {
+                        path: path.clone(),
+                        expected: "HTML or Markdown, by its name",
+                        found,
+                    });
                 }
             }
         }
@@ -353,7 +362,8 @@ impl Pictures {
             }
         }
         files.dedup();
-        let kept = if self.sidecar && !self.replace { files.iter().filter(|file| sidecar(file).exists()).count() } else { 0 };
+        let kept =
+            if self.sidecar && !self.replace { files.iter().filter(|file| sidecar(file).exists()).count() } else { 0 };
         files.retain(|file| !self.sidecar || self.replace || !sidecar(file).exists());
         if kept > 0 {
             say(&format!("{kept} pictures have a file beside them already; --replace writes it anew"));
@@ -377,7 +387,9 @@ impl Pictures {
         }
         let list = match (self.format, self.describe.json) {
             (Form::Json, _) | (_, true) => serde_json::to_string_pretty(&entries)? + "\n",
-            (Form::Text, _) => entries.iter().map(|entry| format!("{}: {}\n", entry.picture.display(), entry.outcome)).collect(),
+            (Form::Text, _) => {
+                entries.iter().map(|entry| format!("{}: {}\n", entry.picture.display(), entry.outcome)).collect()
+            }
             (Form::Csv, _) => alt::csv_list(&entries),
             (Form::Markdown, _) => alt::markdown_list(&entries),
         };

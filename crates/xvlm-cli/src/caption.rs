@@ -104,7 +104,8 @@ impl Caption {
         let sampling = Sampling { temperature: self.temperature, top_k: self.top_k as usize, top_p: self.top_p };
         let mut found = Vec::with_capacity(self.images.len());
         for (images, seed) in self.images.chunks(Self::BATCH).zip(self.seed..) {
-            let pictures = images.par_iter().map(|image| Picture::open_upright(image)).collect::<Result<Vec<_>, _>>()?;
+            let pictures =
+                images.par_iter().map(|image| Picture::open_upright(image)).collect::<Result<Vec<_>, _>>()?;
             let written = match self.sample {
                 true => predictor.sample_captions(&pictures, &writing, sampling, self.samples.into(), seed)?,
                 false => predictor.captions(&pictures, &writing)?.into_iter().map(|written| vec![written]).collect(),

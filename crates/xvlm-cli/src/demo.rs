@@ -13,9 +13,8 @@ use xvlm::metrics::boxes::{BoxScores, refer_iou};
 use xvlm::metrics::fill::FillScores;
 use xvlm::metrics::retrieval::RetrievalScores;
 use xvlm::metrics::vqa::ExactScores;
-use xvlm::tasks::captioning::{self, TruthScores};
-use xvlm::tasks::Sweep;
-use xvlm::tasks::{Model, PretrainConfig, fill, grounding, pretrain, retrieval, vqa};
+use xvlm::tasks::captioning::{self, TruthScores, Writing};
+use xvlm::tasks::{Model, PretrainConfig, Sweep, fill, grounding, pretrain, retrieval, vqa};
 use xvlm::train::{LossCurve, Warmup, loss_curves, read_metrics};
 use xvlm::{Picture, Predictor};
 

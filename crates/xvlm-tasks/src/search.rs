@@ -444,7 +444,9 @@ mod tests {
         Sampling { top_k: 2, ..all }.warp(&mut equal);
         assert_eq!(equal, [1.0, 1.0, f32::NEG_INFINITY, 1.0]);
 
-        for wrong in [Sampling { temperature: 0.0, ..all }, Sampling { top_p: 0.0, ..all }, Sampling { top_p: 1.1, ..all }] {
+        for wrong in
+            [Sampling { temperature: 0.0, ..all }, Sampling { top_p: 0.0, ..all }, Sampling { top_p: 1.1, ..all }]
+        {
             assert!(wrong.check().is_err(), "{wrong:?}");
         }
         assert_eq!(all.check(), Ok(()));

@@ -8,9 +8,9 @@ use serde_json::json;
 use tempfile::TempDir;
 use xvlm_data::{Picture, TextTokenizer};
 use xvlm_encoders::{Task, VisionConfig, XvlmConfig};
+use xvlm_tasks::captioning::{self, Writing};
 use xvlm_tasks::convert::{Goal, convert, export, layout};
 use xvlm_tasks::finetune::initial_weights;
-use xvlm_tasks::captioning::{self, Writing};
 use xvlm_tasks::{Model, ModelConfig, Search, fill, grounding, vqa};
 use xvlm_weights::{Checkpoint, ConversionReport, LoadRules, ModelFiles, ModelFolder, Origin, StoredType};
 

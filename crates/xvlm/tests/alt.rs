@@ -38,12 +38,21 @@ fn images_of_html_without_a_description_get_one() {
         ("<IMG\n\tSRC='a.png'/>", "<IMG alt=\"D1\"\n\tSRC='a.png'/>"),
         ("<img/src=a.png/>", "<img alt=\"D1\"/src=a.png/>"),
         ("<img>", "<img alt=\"D1\">"),
-        ("a\r\n\r\n<img src=a.png>\r\n<img src=b.png>", "a\r\n\r\n<img alt=\"D1\" src=a.png>\r\n<img alt=\"D2\" src=b.png>"),
-        ("ü € 𝄞 <img src=ü.png> &amp; <img src=\"a&amp;b.png\">", "ü € 𝄞 <img alt=\"D1\" src=ü.png> &amp; <img alt=\"D2\" src=\"a&amp;b.png\">"),
+        (
+            "a\r\n\r\n<img src=a.png>\r\n<img src=b.png>",
+            "a\r\n\r\n<img alt=\"D1\" src=a.png>\r\n<img alt=\"D2\" src=b.png>",
+        ),
+        (
+            "ü € 𝄞 <img src=ü.png> &amp; <img src=\"a&amp;b.png\">",
+            "ü € 𝄞 <img alt=\"D1\" src=ü.png> &amp; <img alt=\"D2\" src=\"a&amp;b.png\">",
+        ),
         ("<img title='a > b' src=a.png>", "<img alt=\"D1\" title='a > b' src=a.png>"),
         ("<img data-alt=x src=a.png>", "<img alt=\"D1\" data-alt=x src=a.png>"),
         ("<noscript><img src=a.png></noscript>", "<noscript><img alt=\"D1\" src=a.png></noscript>"),
-        ("<picture><source srcset=b.webp><img src=a.png></picture>", "<picture><source srcset=b.webp><img alt=\"D1\" src=a.png></picture>"),
+        (
+            "<picture><source srcset=b.webp><img src=a.png></picture>",
+            "<picture><source srcset=b.webp><img alt=\"D1\" src=a.png></picture>",
+        ),
         ("<pre>x</pre><img src=a.png></code>", "<pre>x</pre><img alt=\"D1\" src=a.png></code>"),
         ("<!-- a --!><img src=a.png>", "<!-- a --!><img alt=\"D1\" src=a.png>"),
         ("a < b <img src=a.png", "a < b <img src=a.png"),
@@ -115,13 +124,22 @@ fn descriptions_that_are_there_can_be_replaced() {
 fn images_of_markdown_without_a_description_get_one() {
     for (before, after) in [
         ("![](a.png)", "![D1](a.png)"),
-        ("# A\r\n\r\nü ![](a.png) and ![]( <b c.png> \"title\")\r\n", "# A\r\n\r\nü ![D1](a.png) and ![D2]( <b c.png> \"title\")\r\n"),
+        (
+            "# A\r\n\r\nü ![](a.png) and ![]( <b c.png> \"title\")\r\n",
+            "# A\r\n\r\nü ![D1](a.png) and ![D2]( <b c.png> \"title\")\r\n",
+        ),
         ("![][cup]\n\n[cup]: a.png", "![D1][cup]\n\n[cup]: a.png"),
         ("[![](a.png)](page.html)", "[![D1](a.png)](page.html)"),
         ("> - ![](a.png)\n>   ![](b.png)", "> - ![D1](a.png)\n>   ![D2](b.png)"),
-        ("| a | b |\n|---|---|\n| ![](a.png) | <img src=b.png> |", "| a | b |\n|---|---|\n| ![D1](a.png) | <img alt=\"D2\" src=b.png> |"),
+        (
+            "| a | b |\n|---|---|\n| ![](a.png) | <img src=b.png> |",
+            "| a | b |\n|---|---|\n| ![D1](a.png) | <img alt=\"D2\" src=b.png> |",
+        ),
         ("text <img src=a.png> text", "text <img alt=\"D1\" src=a.png> text"),
-        ("<p align=center>\n<img src=a.png\nwidth=3>\n</p>", "<p align=center>\n<img alt=\"D1\" src=a.png\nwidth=3>\n</p>"),
+        (
+            "<p align=center>\n<img src=a.png\nwidth=3>\n</p>",
+            "<p align=center>\n<img alt=\"D1\" src=a.png\nwidth=3>\n</p>",
+        ),
         ("> <p>\n> <img\n> src=a.png>\n> </p>", "> <p>\n> <img alt=\"D1\"\n> src=a.png>\n> </p>"),
         ("a <img\nsrc=a.png> b ![](b.png)", "a <img alt=\"D1\"\nsrc=a.png> b ![D2](b.png)"),
         ("> a <img\n> src=a.png> b", "> a <img alt=\"D1\"\n> src=a.png> b"),
@@ -269,8 +287,7 @@ fn documents_are_filled_in() {
     };
     let mut describer = Describer::new(Phrasing::default(), 0.5);
     let mut at = (0, 0);
-    let filled =
-        fill_in(&documents, Choice::default(), &mut describer, &mut ask, &mut |done, of| at = (done, of));
+    let filled = fill_in(&documents, Choice::default(), &mut describer, &mut ask, &mut |done, of| at = (done, of));
     let filled = filled.unwrap();
     // Pictures 1 to 4; equal ones once.
     assert_eq!((asked, describer.pictures(), at), (4, 4, (12, 12)));
@@ -282,7 +299,11 @@ fn documents_are_filled_in() {
     assert_eq!(*outcomes[3], Outcome::Wordless);
     assert_eq!(*outcomes[4], Outcome::Remote);
     for (number, part) in [(5, "none.png"), (6, "broken.png"), (10, "found none")] {
-        assert!(matches!(outcomes[number], Outcome::Broken { problem } if problem.contains(part)), "{:?}", outcomes[number]);
+        assert!(
+            matches!(outcomes[number], Outcome::Broken { problem } if problem.contains(part)),
+            "{:?}",
+            outcomes[number]
+        );
     }
     assert!(matches!(outcomes[7], Outcome::Unsupported { problem } if problem.contains("SVG")), "{:?}", outcomes[7]);
     assert_eq!(outcomes[8].text(), Some("A picture 2 wide."));
@@ -307,10 +328,59 @@ fn documents_are_filled_in() {
 
 /// Pieces that documents are made of, in any order: they open and close what the others are in.
 const PIECES: &[&str] = &[
-    "<img src=a.png>", "<img src='b.png'\n", "<img alt='' src=a>", "<img alt=\"c\">", "![](a.png)", "![ ](b.png)", "![c](d.png)",
-    "![][r]", "[r]: e.png\n", "\n", "\r\n", "\n\n", "> ", "- ", "    ", "```\n", "~~~", "`", "<!--", "-->", "<pre>", "</pre>", "<code>",
-    "</code>", "<script>", "</script>", "<template>", "</template>", "<p>", "</p>", "<div>\n", "</div>\n\n", ">", "<", "\"", "'", "ü", "𝄞",
-    "\\", "[", "]", "(", ")", "!", "| a | b |\n|---|---|\n", "|", "text ", "&amp;", "<base href=x/>", "\t", "\0", "---\n", "$",
+    "<img src=a.png>",
+    "<img src='b.png'\n",
+    "<img alt='' src=a>",
+    "<img alt=\"c\">",
+    "![](a.png)",
+    "![ ](b.png)",
+    "![c](d.png)",
+    "![][r]",
+    "[r]: e.png\n",
+    "\n",
+    "\r\n",
+    "\n\n",
+    "> ",
+    "- ",
+    "    ",
+    "```\n",
+    "~~~",
+    "`",
+    "<!--",
+    "-->",
+    "<pre>",
+    "</pre>",
+    "<code>",
+    "</code>",
+    "<script>",
+    "</script>",
+    "<template>",
+    "</template>",
+    "<p>",
+    "</p>",
+    "<div>\n",
+    "</div>\n\n",
+    ">",
+    "<",
+    "\"",
+    "'",
+    "ü",
+    "𝄞",
+    "\\",
+    "[",
+    "]",
+    "(",
+    ")",
+    "!",
+    "| a | b |\n|---|---|\n",
+    "|",
+    "text ",
+    "&amp;",
+    "<base href=x/>",
+    "\t",
+    "\0",
+    "---\n",
+    "$",
 ];
 
 proptest! {

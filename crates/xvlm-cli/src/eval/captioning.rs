@@ -1,14 +1,21 @@
 //! `xvlm eval captioning`.
 
+use std::path::{Path, PathBuf};
+
 use clap::Args;
 use serde::Serialize;
-use xvlm::data::annotations::{Reading, read_references};
+use xvlm::Search;
+use xvlm::data::annotations::{CaptionItem, Reading, read_references};
 use xvlm::tasks::captioning::{self, CaptionScores, TruthScores};
 use xvlm::tasks::finetune::{FinetuneKind, FinetuneTask};
+use xvlm::tasks::{FinetuneConfig, TaskError};
 
 use super::{Common, DataArgs, Source, count, percent};
 use crate::caption::WritingArgs;
 use crate::output::{CliError, Rows, say};
+
+/// Pictures at a time, where no configuration says how many.
+const BATCH: usize = 32;
 
 /// Captions against the reference captions: BLEU, ROUGE-L and CIDEr; on a folder of `xvlm synth` also against what is true
 ///
@@ -36,47 +43,68 @@ struct Scores {
     wordless: Vec<String>,
 }
 
+/// What a configuration says of its test.
+struct Test<'a> {
+    prompt: &'a str,
+    search: Search,
+    batch: usize,
+    files: &'a [PathBuf],
+    images: &'a Path,
+    references: &'a Path,
+}
+
+impl<'a> Test<'a> {
+    fn of(config: &'a FinetuneConfig) -> Option<Self> {
+        macro_rules! test {
+            ($task:ident) => {
+                Self {
+                    prompt: &$task.prompt,
+                    search: $task.search,
+                    batch: $task.batch_size_test,
+                    files: &$task.test_file,
+                    images: &$task.image_root,
+                    references: &$task.test_gt_file,
+                }
+            };
+        }
+        match &config.task {
+            FinetuneTask::Captioning(task) => Some(test!(task)),
+            FinetuneTask::CaptioningScst(task) => Some(test!(task)),
+            _ => None,
+        }
+    }
+
+    fn items(&self) -> Result<Vec<CaptionItem>, TaskError> {
+        let reading = Reading { images: Some(self.images.to_owned()), ..Reading::strict() };
+        let references = read_references(self.references)?;
+        captioning::with_references(
+            reading.captions(self.files)?.items,
+            references,
+            &self.references.display().to_string(),
+        )
+    }
+}
+
 impl Captioning {
     pub(super) fn run(self) -> Result<(), CliError> {
-        let kind = match self.data.is_scst() {
-            true => FinetuneKind::CaptioningScst,
-            false => FinetuneKind::Captioning,
-        };
-        let source = self.data.open(kind)?;
+        // A configuration of either kind of training says how to test.
+        let open = |kind| self.data.open(kind);
+        let source =
+            open(FinetuneKind::Captioning).or_else(|error| open(FinetuneKind::CaptioningScst).map_err(|_| error))?;
         let name = self.data.name();
         let done = self.common.evaluate("captions", &name, |model, sweep| {
-            let mut writing = captioning::Writing::of(model.config());
+            let writing = captioning::Writing::of(model.config());
             let batch = |of_config: usize| self.batch_size.map_or(of_config, usize::from);
-            let (prompt, search, batch_size, files, root, references) = match &source {
+            let test = match &source {
+                Source::Config(config) => Test::of(config),
                 Source::Folder(folder) => {
                     let writing = self.writing.of(writing);
-                    return captioning::evaluate_folder(model, folder, &writing, batch(32), sweep);
+                    return captioning::evaluate_folder(model, folder, &writing, batch(BATCH), sweep);
                 }
-                Source::Config(config) => match &config.task {
-                    FinetuneTask::Captioning(task) => (
-                        &task.prompt,
-                        task.search,
-                        task.batch_size_test,
-                        &task.test_file,
-                        &task.image_root,
-                        &task.test_gt_file,
-                    ),
-                    FinetuneTask::CaptioningScst(task) => (
-                        &task.prompt,
-                        task.search,
-                        task.batch_size_test,
-                        &task.test_file,
-                        &task.image_root,
-                        &task.test_gt_file,
-                    ),
-                    other => unreachable!("opened for captioning: {:?}", other.kind()),
-                },
             };
-            (writing.prompt, writing.search) = (prompt.clone(), search);
-            let reading = Reading { images: Some(root.clone()), ..Reading::strict() };
-            let items = reading.captions(files)?.items;
-            let items = captioning::with_references(items, read_references(references)?, &references.display().to_string())?;
-            captioning::evaluate(model, items, &self.writing.of(writing), batch(batch_size), sweep)
+            let Some(test) = test else { return Err(TaskError::Empty { what: name.clone() }) };
+            let writing = captioning::Writing { prompt: test.prompt.to_owned(), search: test.search };
+            captioning::evaluate(model, test.items()?, &self.writing.of(writing), batch(test.batch), sweep)
         })?;
         let Some(done) = done else { return Ok(()) };
         if let Some(out) = &self.common.out {

@@ -1,5 +1,6 @@
 //! The built program, with a tiny untrained model: what it prints and writes, and what it refuses.
 
+mod captions;
 mod data;
 #[cfg(unix)]
 mod interrupted;

@@ -135,7 +135,9 @@ pub fn with_references(
         None => Ok(items),
         Some(first) => {
             let count = references.len();
-            let message = format!("expected references of the images that are described alone, found those of {count} others, image {first} among them");
+            let message = format!(
+                "expected references of the images that are described alone, found those of {count} others, image {first} among them"
+            );
             Err(ConfigProblem { file: file.to_owned(), message }.into())
         }
     }
@@ -157,8 +159,7 @@ pub fn evaluate(
     let work = Work { name: "captions", options: json!(writing), batch };
     let name = |item: &CaptionItem| json!([item.id, item.image]).to_string();
     let answers = sweep.run(&work, &items, name, |items| {
-        let opened: Vec<Result<Picture, DataError>> =
-            items.par_iter().map(|item| Picture::open(&item.image)).collect();
+        let opened: Vec<Result<Picture, DataError>> = items.par_iter().map(|item| Picture::open(&item.image)).collect();
         let (mut pictures, mut problems) = (Vec::new(), Vec::new());
         for opened in opened {
             problems.push(opened.map(|picture| pictures.push(picture)));
@@ -239,7 +240,8 @@ pub fn evaluate_folder(
 /// If the file cannot be written.
 pub fn write_results(path: &Path, items: &[CaptionItem], answers: &[Written]) -> Result<(), TaskError> {
     let id = |id: &str| id.parse::<u64>().ok().filter(|n| n.to_string() == id).map_or(json!(id), Value::from);
-    let results = items.iter().zip(answers).map(|(item, written)| json!({"image_id": id(&item.id), "caption": written.text}));
+    let results =
+        items.iter().zip(answers).map(|(item, written)| json!({"image_id": id(&item.id), "caption": written.text}));
     let results = Value::Array(results.collect()).to_string();
     Ok(write_file_atomically(path, |out| out.write_all(results.as_bytes()))?)
 }

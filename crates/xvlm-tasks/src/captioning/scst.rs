@@ -149,8 +149,7 @@ impl<R: Reward> Scst<R> {
             end_at_limit: false,
         };
         let draw = rng.map(|rng| (Sampling::default(), rng));
-        let texts =
-            source.look_at(&index, |looks| search_texts(model, looks, &prompts, search, self.end, draw))?;
+        let texts = source.look_at(&index, |looks| search_texts(model, looks, &prompts, search, self.end, draw))?;
         let drawn = |(image, text): (u32, Sequence)| {
             let mut tokens = text.ids.get(self.prompt.len()..).unwrap_or_default().to_vec();
             // Before the limit, nothing but the end ends a text.
@@ -186,14 +185,7 @@ impl<R: Reward> Scst<R> {
     ///
     /// # Errors
     /// If the model cannot write.
-    fn loss(
-        &self,
-        model: &Xvlm,
-        images: &Tensor,
-        drawn: &[Drawn],
-        advantages: &[f32],
-        pass: &Pass,
-    ) -> Result<Tensor> {
+    fn loss(&self, model: &Xvlm, images: &Tensor, drawn: &[Drawn], advantages: &[f32], pass: &Pass) -> Result<Tensor> {
         let given = self.prompt.len();
         // The last token of a text is only predicted.
         let longest = drawn.iter().map(|drawn| given + drawn.tokens.len()).max().unwrap_or(0).saturating_sub(1);
@@ -248,6 +240,205 @@ pub fn documents<'a>(
     images: impl IntoIterator<Item = &'a [String]>,
     max_words: usize,
 ) -> std::result::Result<Vec<Vec<String>>, TaskError> {
-    let of_image = |captions: &[String]| captions.iter().map(|text| Ok(with_end(&pre_caption(text, max_words)?))).collect();
+    let of_image =
+        |captions: &[String]| captions.iter().map(|text| Ok(with_end(&pre_caption(text, max_words)?))).collect();
     images.into_iter().map(of_image).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+    use std::sync::Arc;
+
+    use candle_core::{D, DType, Device, Var};
+    use rand::SeedableRng;
+    use serde_json::json;
+    use xvlm_encoders::{Parameters, Task};
+    use xvlm_kernels as kernels;
+    use xvlm_train::ranks::{Alone, Communicator};
+    use xvlm_train::{Gradients, Tape};
+
+    use super::*;
+
+    /// Rewards a word.
+    struct Word(&'static str);
+
+    impl Reward for Word {
+        fn rewards(&self, captions: &[String], references: &[String]) -> std::result::Result<Vec<f64>, TaskError> {
+            assert!(references.iter().chain(captions).all(|text| text.ends_with(" <eos>")), "{captions:?}");
+            let share = |text: &String| {
+                let words: Vec<&str> = text.split_whitespace().collect();
+                words.iter().filter(|word| **word == self.0).count() as f64 / words.len() as f64
+            };
+            Ok(captions.iter().map(share).collect())
+        }
+    }
+
+    fn tokenizer() -> TextTokenizer {
+        TextTokenizer::from_vocabulary(&["a", "picture", "of", "red", "blue"].map(str::to_owned)).unwrap()
+    }
+
+    fn model(tokenizer: &TextTokenizer, dtype: DType) -> (Xvlm, Vec<(String, Var)>) {
+        let config = json!({
+            "task": Task::Captioning,
+            "vision_config": {
+                "kind": "swin",
+                "image_res": 16, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2,
+            },
+            "text_config": {
+                "vocab_size": tokenizer.vocab_size(), "hidden_size": 16, "num_hidden_layers": 2, "fusion_layer": 1,
+                "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 24,
+            },
+            "embed_dim": 16,
+        });
+        let parameters = Parameters::new(3);
+        let config = serde_json::from_value(config).unwrap();
+        let model = Xvlm::new(&config, parameters.builder(dtype, &Device::Cpu)).unwrap();
+        (model, parameters.named())
+    }
+
+    fn scst(tokenizer: &TextTokenizer, baseline: Baseline) -> Scst<Word> {
+        Scst {
+            reward: Word("red"),
+            prompt: prompt_tokens("a picture of", tokenizer, 30, 40).unwrap(),
+            max_tokens: 5,
+            samples: 4,
+            baseline,
+            end: tokenizer.sep_id(),
+            padding: tokenizer.pad_id(),
+        }
+    }
+
+    fn pixels(images: usize, dtype: DType) -> Tensor {
+        let values: Vec<f32> = (0..images * 3 * 16 * 16).map(|i| (i as f32 * 0.37).sin()).collect();
+        Tensor::from_vec(values, (images, 3, 16, 16), &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+    }
+
+    fn drawn(scst: &Scst<Word>) -> Vec<Drawn> {
+        // Captions of several lengths: one that ends, one that was cut off, one without a word.
+        let word = |text: &str| tokenizer().token_to_id(text).unwrap();
+        let (red, blue) = (word("red"), word("blue"));
+        [(0, vec![red, blue, scst.end]), (1, vec![blue, red, red, blue, red]), (1, vec![scst.end])]
+            .map(|(image, tokens)| Drawn { image, tokens })
+            .into()
+    }
+
+    #[test]
+    fn the_loss_is_that_of_the_texts_one_by_one() {
+        let tokenizer = tokenizer();
+        let ((model, _), scst) = (model(&tokenizer, DType::F32), scst(&tokenizer, Baseline::Greedy));
+        let (drawn, advantages) = (drawn(&scst), [0.5, -1.5, 2.0]);
+        let pass = Pass::inference();
+        let images = model.encode_image(&pixels(2, DType::F32), &pass).unwrap();
+        let found = scst.loss(&model, &images, &drawn, &advantages, &pass).unwrap().to_scalar::<f32>().unwrap();
+        let source = Source::whole(&images).unwrap();
+        let mut expected = 0.0;
+        for (drawn, advantage) in drawn.iter().zip(advantages) {
+            let mut total = 0.0;
+            for (place, &token) in drawn.tokens.iter().enumerate() {
+                let ids: Vec<u32> = scst.prompt.iter().chain(&drawn.tokens[..place]).copied().collect();
+                let t = ids.len();
+                let ids = Tensor::from_vec(ids, (1, t), &Device::Cpu).unwrap();
+                let mask = Tensor::ones((1, t), DType::F32, &Device::Cpu).unwrap();
+                let states = source.look_at(&[drawn.image], |looks| model.decode(&ids, &mask, looks, &pass)).unwrap();
+                let last = states.narrow(1, t - 1, 1).unwrap().squeeze(1).unwrap().contiguous().unwrap();
+                let logits = model.next_token_logits(&last).unwrap();
+                let log = kernels::log_softmax(&logits, D::Minus1).unwrap().to_vec2::<f32>().unwrap();
+                total += log[0][token as usize];
+            }
+            expected -= advantage * total / drawn.tokens.len() as f32 / 3.0;
+        }
+        assert!((found - expected).abs() < 1e-4, "{found} for {expected}");
+    }
+
+    #[test]
+    fn the_gradient_is_that_of_finite_differences() {
+        let tokenizer = tokenizer();
+        let ((model, parameters), scst) = (model(&tokenizer, DType::F64), scst(&tokenizer, Baseline::Greedy));
+        let (drawn, advantages) = (drawn(&scst), [0.5, -1.5, 2.0]);
+        let pixels = pixels(2, DType::F64);
+        let loss = || {
+            let pass = Pass::inference();
+            let images = model.encode_image(&pixels, &pass).unwrap();
+            scst.loss(&model, &images, &drawn, &advantages, &pass).unwrap()
+        };
+        let gradients = loss().backward().unwrap();
+        let mut seen = 0;
+        for (name, var) in &parameters {
+            // Every part of the model; what a parameter's first numbers do not reach, its last do.
+            let shape = var.shape().clone();
+            let before = var.as_detached_tensor().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+            let at = before.len() / 2;
+            let gradient = gradients
+                .get(var)
+                .map_or(0.0, |gradient| gradient.flatten_all().unwrap().to_vec1::<f64>().unwrap()[at]);
+            let moved = |by: f64| {
+                let mut values = before.clone();
+                values[at] += by;
+                var.set(&Tensor::from_vec(values, &shape, &Device::Cpu).unwrap()).unwrap();
+                loss().to_scalar::<f64>().unwrap()
+            };
+            let difference = (moved(1e-5) - moved(-1e-5)) / 2e-5;
+            moved(0.0);
+            assert!(
+                (gradient - difference).abs() < 1e-7 * (1.0 + difference.abs()),
+                "{name}: {gradient}, {difference}"
+            );
+            seen += usize::from(gradient.abs() > 1e-9);
+        }
+        assert!(seen > parameters.len() / 2, "{seen} of {}", parameters.len());
+    }
+
+    #[test]
+    fn what_is_rewarded_becomes_likelier() {
+        let tokenizer = tokenizer();
+        let references = vec![vec!["red".to_owned()]; 2];
+        for baseline in [Baseline::Greedy, Baseline::Sample] {
+            let (model, parameters) = model(&tokenizer, DType::F32);
+            let scst = scst(&tokenizer, baseline);
+            let batch = ReferenceTensors { pixels: pixels(2, DType::F32), references: references.clone() };
+            let ranks = Arc::new(Alone) as Arc<dyn Communicator>;
+            let rng = &mut ChaCha8Rng::seed_from_u64(5);
+            let mut rewards = Vec::new();
+            for _ in 0..60 {
+                let tape: Rc<Tape> = Rc::default();
+                let done =
+                    scst.losses(&model, &batch, &tokenizer, &mut Step { rng, tape: &tape, ranks: &ranks }).unwrap();
+                rewards.push(done.reward);
+                let mut gradients = Gradients::default();
+                tape.backward(done.loss, &mut gradients, |_, _| Ok(())).unwrap();
+                for (_, var) in &parameters {
+                    if let Some(gradient) = gradients.get(var) {
+                        var.set(&(var.as_detached_tensor() - (gradient * 2.0).unwrap()).unwrap()).unwrap();
+                    }
+                }
+            }
+            let (before, after) = (mean(&rewards[..10]), mean(&rewards[50..]));
+            assert!(after > before + 0.1, "{baseline:?}: {before} before, {after} after");
+        }
+    }
+
+    #[test]
+    fn rewards_are_measured_against_a_baseline() {
+        let rewards = [1.0, 2.0, 6.0, 4.0];
+        assert_eq!(baselines(&rewards, 2, Some(&[0.5, 7.0])), [0.5, 0.5, 7.0, 7.0]);
+        assert_eq!(baselines(&rewards, 2, None), [2.0, 1.0, 4.0, 6.0]);
+        assert_eq!(baselines(&rewards, 4, None), [4.0, 11.0 / 3.0, 7.0 / 3.0, 3.0]);
+    }
+
+    #[test]
+    fn a_caption_that_was_cut_off_loses_its_last_word() {
+        let tokenizer = tokenizer();
+        let scst = scst(&tokenizer, Baseline::Greedy);
+        let texts: Vec<String> = drawn(&scst).iter().map(|drawn| scst.text(drawn, &tokenizer)).collect();
+        assert_eq!(texts, ["red blue", "blue red red blue", ""]);
+    }
+
+    #[test]
+    fn documents_are_cleaned_and_have_an_end() {
+        let images = [vec!["A red circle.".to_owned(), "Blue!".to_owned()]];
+        let found = documents(images.iter().map(Vec::as_slice), 30).unwrap();
+        assert_eq!(found, [["a red circle <eos>", "blue <eos>"]]);
+        assert!(documents([&["?".to_owned()][..]], 30).is_err());
+    }
 }

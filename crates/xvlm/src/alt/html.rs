@@ -108,9 +108,7 @@ fn alt_attribute(html: &[u8], mut at: usize) -> Option<Range<usize>> {
     fn is_space(byte: u8) -> bool {
         matches!(byte, b' ' | b'\t' | b'\n' | b'\r' | 0x0c)
     }
-    let skip = |from: usize, which: fn(u8) -> bool| {
-        from + html[from..].iter().take_while(|byte| which(**byte)).count()
-    };
+    let skip = |from: usize, which: fn(u8) -> bool| from + html[from..].iter().take_while(|byte| which(**byte)).count();
     loop {
         let before = at;
         at = skip(at, |byte| is_space(byte) || byte == b'/');

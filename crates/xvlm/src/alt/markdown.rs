@@ -71,11 +71,7 @@ fn image(text: &str, source: String, range: Range<usize>, described: bool) -> (F
 }
 
 /// The images of a block of HTML, which stands in pieces, as a quotation has marks before each line.
-fn html_block(
-    text: &str,
-    pieces: &[Range<usize>],
-    scanner: &mut Scanner,
-) -> Vec<(Found, usize, Option<Place>)> {
+fn html_block(text: &str, pieces: &[Range<usize>], scanner: &mut Scanner) -> Vec<(Found, usize, Option<Place>)> {
     let html: String = pieces.iter().map(|piece| &text[piece.clone()]).collect();
     let in_text = |at: usize| {
         let mut start = 0;

@@ -203,7 +203,8 @@ impl Document {
 
     /// The document with descriptions of some of its images, by their numbers; of those without a place, nothing is written.
     pub fn with(&self, descriptions: &[(usize, String)]) -> Edited {
-        let placed = descriptions.iter().filter_map(|(image, text)| Some((self.images.get(*image)?.place.as_ref()?, text)));
+        let placed =
+            descriptions.iter().filter_map(|(image, text)| Some((self.images.get(*image)?.place.as_ref()?, text)));
         let mut placed: Vec<(&Place, &String)> = placed.collect();
         placed.sort_by_key(|(place, _)| (place.range.start, place.range.end));
         let mut edited = Edited { content: Vec::with_capacity(self.content.len()), changes: Vec::new() };

@@ -172,7 +172,9 @@ mod tests {
     #[test]
     fn a_document_can_hold_its_pictures() {
         let at = |reference: &str| resolve(reference, None, Path::new(""), None);
-        for reference in ["data:image/png;base64,aGk=", "data:;base64,a Gk", "data:image/gif;BASE64,aGk%3D", "data:,h%69"] {
+        for reference in
+            ["data:image/png;base64,aGk=", "data:;base64,a Gk", "data:image/gif;BASE64,aGk%3D", "data:,h%69"]
+        {
             assert_eq!(at(reference), Source::Inline(b"hi".to_vec()), "{reference}");
         }
     }
