@@ -173,7 +173,7 @@ fn eval_scores_every_task() {
         ("grounding", vec!["accuracy@0.5", "mean_iou"]),
         ("retrieval", vec!["text_r1", "text_r5", "text_r10", "image_r1", "image_r5", "image_r10"]),
         ("fill", vec!["top1"]),
-        ("caption", vec!["right"]),
+        ("captioning", vec!["right"]),
         ("vqa", vec!["right"]),
     ] {
         let scores = json(dir, &format!("eval {task} --model model --data data"));
