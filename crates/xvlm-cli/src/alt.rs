@@ -157,7 +157,7 @@ impl Documents {
         }
         let predictor = self.describe.model.open()?;
         let mut describe = self.describe.describe(&predictor);
-        let choice = Choice { decorative: self.decorative || self.replace, given: self.replace };
+        let choice = Choice { decorative: self.decorative, given: self.replace };
         let pages: Vec<Page> = files
             .iter()
             .zip(&opened)
