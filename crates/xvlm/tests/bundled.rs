@@ -138,7 +138,8 @@ fn it_describes_several_pictures_in_several_ways() {
     let pictures: Vec<Picture> = scenes.iter().map(picture).collect();
     let writing = predictor.writing();
     let captions = predictor.captions(&pictures, &writing).unwrap();
-    let right = captions.iter().zip(&scenes).filter(|(written, scene)| check_caption(scene, &written.text).objects_right);
+    let right =
+        captions.iter().zip(&scenes).filter(|(written, scene)| check_caption(scene, &written.text).objects_right);
     assert!(right.count() >= 2, "{captions:?}");
     let alone = predictor.look(&pictures[2]).unwrap().caption_as(&writing).unwrap();
     assert_eq!(alone.text, captions[2].text);
@@ -147,5 +148,8 @@ fn it_describes_several_pictures_in_several_ways() {
     let texts: BTreeSet<&str> = drawn[0].iter().map(|written| written.text.as_str()).collect();
     assert!(drawn.iter().all(|texts| texts.len() == 4) && texts.len() > 1, "{drawn:?}");
     let one = predictor.look(&pictures[0]).unwrap().sample_captions(&writing, Sampling::default(), 4, 9).unwrap();
-    assert_eq!(one.iter().map(|written| &written.text).collect::<Vec<_>>(), drawn[0].iter().map(|w| &w.text).collect::<Vec<_>>());
+    assert_eq!(
+        one.iter().map(|written| &written.text).collect::<Vec<_>>(),
+        drawn[0].iter().map(|w| &w.text).collect::<Vec<_>>()
+    );
 }

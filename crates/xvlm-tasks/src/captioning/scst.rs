@@ -3,11 +3,12 @@
 
 use candle_core::{Result, Tensor};
 use rand_chacha::ChaCha8Rng;
+use xvlm_data::annotations::{DocumentCounts, read_document_counts};
 use xvlm_data::tensors::ReferenceTensors;
 use xvlm_data::{TextTokenizer, pre_caption};
 use xvlm_encoders::{Pass, Xvlm};
 use xvlm_losses as losses;
-use xvlm_metrics::captions::cider::{CiderD, with_end};
+use xvlm_metrics::captions::cider::{CiderD, DocumentFrequencies, with_end};
 use xvlm_train::Step;
 
 use super::prompt_tokens;
@@ -64,6 +65,28 @@ pub struct Drawn {
     pub image: u32,
     /// The tokens that were drawn after the prompt, the end among them if it was drawn.
     pub tokens: Vec<u32>,
+}
+
+impl Scst<CiderD> {
+    /// Rewards by CIDEr-D, with the document frequencies of the configuration's file, or, without one, of the captions of the
+    /// training images, each an image's.
+    ///
+    /// # Errors
+    /// If the file cannot be read, cleaning leaves nothing of a caption, or as [`Self::new`].
+    pub fn open<'a>(
+        task: &ScstTask,
+        images: impl IntoIterator<Item = &'a [String]>,
+        tokenizer: &TextTokenizer,
+    ) -> std::result::Result<Self, TaskError> {
+        let frequencies = match &task.cider_cached_tokens {
+            Some(file) => {
+                let DocumentCounts { documents, counts } = read_document_counts(file)?;
+                DocumentFrequencies::from_counts(documents, counts)?
+            }
+            None => DocumentFrequencies::of_references(&documents(images, task.data.max_words)?)?,
+        };
+        Self::new(task, CiderD::new(frequencies), tokenizer)
+    }
 }
 
 impl<R: Reward> Scst<R> {
