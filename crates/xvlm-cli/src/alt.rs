@@ -151,9 +151,11 @@ impl Documents {
         let mut describer = self.describe.describer()?;
         let mut opened: Vec<Result<(Document, Vec<u8>), String>> = Vec::new();
         for file in &files {
-            let content = fs::read(&file.path).map_err(CliError::io(&file.path))?;
-            let read = Document::read(file.format, content.clone()).map_err(|problem| problem.to_string());
-            opened.push(read.map(|document| (document, content)));
+            let read = fs::read(&file.path).map_err(|error| error.to_string()).and_then(|content| {
+                let document = Document::read(file.format, content.clone()).map_err(|problem| problem.to_string())?;
+                Ok((document, content))
+            });
+            opened.push(read);
         }
         let predictor = self.describe.model.open()?;
         let mut describe = self.describe.describe(&predictor);

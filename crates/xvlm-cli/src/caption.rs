@@ -103,7 +103,8 @@ impl Caption {
         let writing = self.writing.of(predictor.writing());
         let sampling = Sampling { temperature: self.temperature, top_k: self.top_k as usize, top_p: self.top_p };
         let mut found = Vec::with_capacity(self.images.len());
-        for (images, seed) in self.images.chunks(Self::BATCH).zip(self.seed..) {
+        for (batch, images) in (0u64..).zip(self.images.chunks(Self::BATCH)) {
+            let seed = self.seed.wrapping_add(batch);
             let pictures =
                 images.par_iter().map(|image| Picture::open_upright(image)).collect::<Result<Vec<_>, _>>()?;
             let written = match self.sample {

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use xvlm::Picture;
 
 use super::{folder, json, refused, stderr, text, xvlm};
@@ -13,9 +13,10 @@ fn captions_can_be_drawn() {
     let dir = folder();
     let dir = dir.path();
     text(dir, "synth --out data --scenes 2 --seed 5");
-    let images = "--model model --image data/images/000000.png data/images/000001.png --max-tokens 6";
+    let images = "--model model --image data/images/000000.png data/images/000001.png";
     let texts = |more: &str| -> Vec<Vec<String>> {
-        let found = json(dir, &format!("caption {images} {more}"));
+        let length = if more.contains("--max-tokens") { "" } else { "--max-tokens 6" };
+        let found = json(dir, &format!("caption {images} {length} {more}"));
         let of = |about: &Value| {
             let results = about["results"].as_array().unwrap().iter();
             results.map(|written| written["text"].as_str().unwrap().to_owned()).collect()
@@ -29,7 +30,7 @@ fn captions_can_be_drawn() {
     assert_eq!(texts("--sample --top-k 1"), texts("--beams 1"));
     let words = |texts: &[Vec<String>]| texts.iter().flatten().map(|text| text.split(' ').count()).max().unwrap();
     assert!(words(&texts("--max-tokens 2 --prompt the~picture")) <= 2);
-    let lines = text(dir, &format!("caption {images} --sample --samples 2"));
+    let lines = text(dir, &format!("caption {images} --max-tokens 3 --sample --samples 2"));
     assert_eq!(lines.matches("data/images/000001.png: ").count(), 2, "{lines}");
     refused(dir, &format!("caption {images} --sample --top-p 0"), &["top_p: expected above 0"]);
     refused(dir, &format!("caption {images} --repetition-penalty -1"), &["repetition_penalty"]);

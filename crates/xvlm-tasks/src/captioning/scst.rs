@@ -442,6 +442,22 @@ mod tests {
     }
 
     #[test]
+    fn a_model_of_half_a_type_is_trained_too() {
+        let tokenizer = tokenizer();
+        let (model, parameters) = model(&tokenizer, DType::BF16);
+        let scst = scst(&tokenizer, Baseline::Sample);
+        let references = vec![vec!["red".to_owned()]; 2];
+        let batch = ReferenceTensors { pixels: pixels(2, DType::F32), references };
+        let (tape, ranks): (Rc<Tape>, _) = (Rc::default(), Arc::new(Alone) as Arc<dyn Communicator>);
+        let rng = &mut ChaCha8Rng::seed_from_u64(5);
+        let done = scst.losses(&model, &batch, &tokenizer, &mut Step { rng, tape: &tape, ranks: &ranks }).unwrap();
+        assert!(done.loss.dtype() == DType::F32 && done.loss.to_scalar::<f32>().unwrap().is_finite());
+        let mut gradients = Gradients::default();
+        tape.backward(done.loss, &mut gradients, |_, _| Ok(())).unwrap();
+        assert!(parameters.iter().filter(|(_, var)| gradients.get(var).is_some()).count() > parameters.len() / 2);
+    }
+
+    #[test]
     fn rewards_are_measured_against_a_baseline() {
         let rewards = [1.0, 2.0, 6.0, 4.0];
         assert_eq!(baselines(&rewards, 2, Some(&[0.5, 7.0])), [0.5, 0.5, 7.0, 7.0]);
