@@ -20,6 +20,7 @@ mod progress;
 mod ranks;
 mod report;
 mod run;
+mod score;
 mod signals;
 mod synth;
 
@@ -49,6 +50,7 @@ enum Command {
     Match(predict::Match),
     Fill(predict::Fill),
     Eval(eval::Eval),
+    Score(score::Score),
     Synth(synth::Synth),
     Pretrain(pretrain::Pretrain),
     Finetune(finetune::Finetune),
@@ -68,6 +70,7 @@ impl Command {
             Self::Match(command) => command.run(),
             Self::Fill(command) => command.run(),
             Self::Eval(command) => command.run(),
+            Self::Score(command) => command.run(),
             Self::Synth(command) => command.run(),
             Self::Pretrain(command) => command.run(),
             Self::Finetune(command) => command.run(),

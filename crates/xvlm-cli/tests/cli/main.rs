@@ -497,7 +497,7 @@ fn bad_data_and_configurations_are_refused() {
         ("grounding", "grounding.json"),
         ("retrieval", "retrieval.json"),
         ("fill", "fill.json"),
-        ("caption", "captions.json"),
+        ("captioning", "captions.json"),
     ] {
         refused(dir, &format!("eval {task} --model model --data none"), &[&format!("none/{file}")]);
     }
