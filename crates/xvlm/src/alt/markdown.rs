@@ -5,7 +5,7 @@ use std::ops::Range;
 use pulldown_cmark::{Event, Options, Parser, Tag, TagEnd};
 
 use super::html::Scanner;
-use super::{Alt, Found, Place, Writing};
+use super::{Alt, Found, Place, Spotted, Writing};
 
 /// Everything that changes what is an image and what is not.
 const OPTIONS: Options = Options::ENABLE_TABLES
@@ -17,7 +17,7 @@ const OPTIONS: Options = Options::ENABLE_TABLES
     .union(Options::ENABLE_PLUSES_DELIMITED_METADATA_BLOCKS);
 
 /// The images of a text with the places of their descriptions, and the base that HTML in it names.
-pub(super) fn scan(text: &str) -> (Vec<(Found, usize, Option<Place>)>, Option<String>) {
+pub(super) fn scan(text: &str) -> (Vec<Spotted>, Option<String>) {
     let mut images = Vec::new();
     let mut scanner = Scanner::default();
     // Images that are open, and pieces of the HTML block that is.
@@ -43,19 +43,18 @@ pub(super) fn scan(text: &str) -> (Vec<(Found, usize, Option<Place>)>, Option<St
             }
             // The tag as it is without the marks of a quotation or a list that it may stand in.
             Event::InlineHtml(tag) => images.extend(inline_html(text, &tag, range, &mut scanner)),
-            Event::Text(words) | Event::Code(words) | Event::InlineMath(words) | Event::DisplayMath(words) => {
-                if !words.trim().is_empty() {
-                    open.iter_mut().for_each(|(.., described)| *described = true);
-                }
+            Event::Text(words) | Event::Code(words) | Event::InlineMath(words) | Event::DisplayMath(words)
+                if !words.trim().is_empty() =>
+            {
+                open.iter_mut().for_each(|(.., described)| *described = true);
             }
             _ => {}
         }
     }
-    images.sort_by_key(|(_, start, _)| *start);
     (images, scanner.base)
 }
 
-fn image(text: &str, source: String, range: Range<usize>, described: bool) -> (Found, usize, Option<Place>) {
+fn image(text: &str, source: String, range: Range<usize>, described: bool) -> Spotted {
     const BEGINS: &str = "![";
     let at = range.start + BEGINS.len();
     let is_there = text.get(range.start..at) == Some(BEGINS);
@@ -67,11 +66,12 @@ fn image(text: &str, source: String, range: Range<usize>, described: bool) -> (F
     let end = end.filter(|&end| !described || text[end..].starts_with("]("));
     let place = end.filter(|_| is_there).map(|end| Place { range: at..end, writing: Writing::Markdown });
     let source = Some(source).filter(|source| !source.trim().is_empty());
-    (Found { source, alt: if described { Alt::Given } else { Alt::Missing } }, range.start, place)
+    let alt = if described { Alt::Given } else { Alt::Missing };
+    Spotted { found: Found { source, alt }, start: range.start, place }
 }
 
 /// The images of a block of HTML, which stands in pieces, as a quotation has marks before each line.
-fn html_block(text: &str, pieces: &[Range<usize>], scanner: &mut Scanner) -> Vec<(Found, usize, Option<Place>)> {
+fn html_block(text: &str, pieces: &[Range<usize>], scanner: &mut Scanner) -> Vec<Spotted> {
     let html: String = pieces.iter().map(|piece| &text[piece.clone()]).collect();
     let in_text = |at: usize| {
         let mut start = 0;
@@ -87,17 +87,12 @@ fn html_block(text: &str, pieces: &[Range<usize>], scanner: &mut Scanner) -> Vec
             // What is replaced must stand in one piece.
             (range.len() == place.len()).then_some(Place { range, writing: Writing::HtmlInMarkdown })
         });
-        Some((image.found, in_text(image.start)?, place))
+        Some(Spotted { found: image.found, start: in_text(image.start)?, place })
     });
     found.collect()
 }
 
-fn inline_html(
-    text: &str,
-    tag: &str,
-    range: Range<usize>,
-    scanner: &mut Scanner,
-) -> Vec<(Found, usize, Option<Place>)> {
+fn inline_html(text: &str, tag: &str, range: Range<usize>, scanner: &mut Scanner) -> Vec<Spotted> {
     // On its first line a tag is the same with the marks and without.
     let same = if text.get(range.clone()) == Some(tag) { tag.len() } else { tag.find('\n').unwrap_or(0) };
     let found = scanner.scan(tag.as_bytes()).into_iter().map(|image| {
@@ -106,7 +101,7 @@ fn inline_html(
             range: range.start + place.start..range.start + place.end,
             writing: Writing::HtmlInMarkdown,
         });
-        (image.found, range.start + image.start, place)
+        Spotted { found: image.found, start: range.start + image.start, place }
     });
     found.collect()
 }

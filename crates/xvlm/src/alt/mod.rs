@@ -112,6 +112,13 @@ struct Place {
     writing: Writing,
 }
 
+/// What was found, and where it begins.
+struct Spotted {
+    found: Found,
+    start: usize,
+    place: Option<Place>,
+}
+
 /// An image of a document.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image {
@@ -159,7 +166,7 @@ impl Document {
                 let mut scanner = html::Scanner::default();
                 let images = scanner.scan(&content).into_iter().map(|image| {
                     let place = image.place.map(|range| Place { range, writing: Writing::Html });
-                    (image.found, image.start, place)
+                    Spotted { found: image.found, start: image.start, place }
                 });
                 (images.collect::<Vec<_>>(), scanner.base)
             }
@@ -170,8 +177,8 @@ impl Document {
             }
         };
         let (mut line, mut at) = (1, 0);
-        found.sort_by_key(|(_, start, _)| *start);
-        let numbered = found.into_iter().map(|(Found { source, alt }, start, place)| {
+        found.sort_by_key(|image| image.start);
+        let numbered = found.into_iter().map(|Spotted { found: Found { source, alt }, start, place }| {
             line += content[at..start].iter().filter(|byte| **byte == b'\n').count();
             at = start;
             Image { line, source, alt, place }
