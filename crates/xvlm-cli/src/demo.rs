@@ -13,8 +13,8 @@ use xvlm::metrics::boxes::{BoxScores, refer_iou};
 use xvlm::metrics::fill::FillScores;
 use xvlm::metrics::retrieval::RetrievalScores;
 use xvlm::metrics::vqa::ExactScores;
-use xvlm::tasks::captioning::{self, CaptionScores};
-use xvlm::tasks::{Model, PretrainConfig, Session, fill, grounding, pretrain, retrieval, vqa};
+use xvlm::tasks::captioning::{self, TruthScores, Writing};
+use xvlm::tasks::{Model, PretrainConfig, Session, Sweep, fill, grounding, pretrain, retrieval, vqa};
 use xvlm::train::{LossCurve, Warmup, loss_curves, read_metrics};
 use xvlm::{Picture, Predictor};
 
@@ -79,7 +79,7 @@ pub(crate) struct Scores {
     grounding: BoxScores,
     grounding_unseen: BoxScores,
     retrieval: RetrievalScores,
-    caption: CaptionScores,
+    caption: TruthScores,
     questions: ExactScores,
     fill: FillScores,
 }
@@ -115,7 +115,7 @@ impl Demo {
             grounding_unseen: unseen.scores,
             retrieval: found.retrieval.scores,
             questions: found.questions.scores.clone(),
-            caption: found.captions.scores,
+            caption: found.captions.truth.unwrap_or_default(),
             fill: found.fill.scores.clone(),
         };
         let report = Report {
@@ -223,6 +223,9 @@ impl Scores {
     }
 }
 
+/// Pictures that are described at a time.
+const BATCH: usize = 32;
+
 /// What the model found on a folder.
 struct Found {
     grounding: grounding::Evaluation,
@@ -236,7 +239,9 @@ impl Found {
     fn on(model: &Model, data: &Path) -> Result<Self, CliError> {
         Ok(Self {
             grounding: Stage::run("phrases", |at| grounding::evaluate(model, data, at))?,
-            captions: Stage::run("captions", |at| captioning::evaluate(model, data, model.config().search, at))?,
+            captions: Stage::run("captions", |at| {
+                captioning::evaluate_folder(model, data, &Writing::of(model.config()), BATCH, &mut Sweep::new(at))
+            })?,
             questions: Stage::run("questions", |at| vqa::evaluate(model, data, at))?,
             retrieval: Stage::run("pairs", |at| retrieval::evaluate(model, data, K_TEST, at))?,
             fill: Stage::run("blanks", |at| fill::evaluate(model, data, at))?,
@@ -246,7 +251,7 @@ impl Found {
     /// Everything about one picture.
     fn about(&self, image: &Path) -> Result<Shown, CliError> {
         let done = &self.captions;
-        let mut captions = done.items.iter().zip(&done.written).zip(&done.checks);
+        let mut captions = done.items.iter().zip(&done.answers).zip(&done.checks);
         let caption = captions.find(|((item, _), _)| item.image == image).map(|((item, written), check)| Caption {
             text: written.text.clone(),
             truth: item.captions.first().cloned().unwrap_or_default(),

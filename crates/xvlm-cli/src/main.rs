@@ -3,6 +3,8 @@
 //! One module a command. Results go to stdout, as text or (`--json`) as one JSON document; all else goes to stderr.
 //! Of a question about a picture nothing is printed, and no file appears, before it has been answered.
 
+mod alt;
+mod caption;
 mod data;
 mod demo;
 mod draw;
@@ -42,7 +44,8 @@ struct Cli {
 enum Command {
     Demo(demo::Demo),
     Ground(predict::Ground),
-    Caption(predict::Caption),
+    Caption(caption::Caption),
+    Alt(alt::Alt),
     Answer(predict::Answer),
     Match(predict::Match),
     Fill(predict::Fill),
@@ -62,6 +65,7 @@ impl Command {
             Self::Demo(command) => command.run(),
             Self::Ground(command) => command.run(),
             Self::Caption(command) => command.run(),
+            Self::Alt(command) => command.run(),
             Self::Answer(command) => command.run(),
             Self::Match(command) => command.run(),
             Self::Fill(command) => command.run(),

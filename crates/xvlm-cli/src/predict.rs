@@ -1,10 +1,10 @@
-//! `xvlm ground`, `caption`, `answer`, `match`, `fill`: questions about pictures.
+//! `xvlm ground`, `answer`, `match`, `fill`: questions about pictures.
 
 use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
-use xvlm::{Completion, Picture, Search, View};
+use xvlm::{Completion, Picture, View};
 
 use crate::ModelArgs;
 use crate::draw::number_boxes;
@@ -112,34 +112,6 @@ impl Ground {
             let edges = [edges.xmin, edges.ymin, edges.xmax, edges.ymax].map(|edge| format!("{edge:7.1}")).concat();
             let probability = found.probability.map(percent).unwrap_or_default();
             vec![(format!("{}  {}", i + 1, found.text), Some(format!("{edges}  {probability:>7}")))]
-        })
-    }
-}
-
-/// Describe a picture
-#[derive(Args)]
-pub(crate) struct Caption {
-    #[command(flatten)]
-    look: Look,
-    /// Texts followed at a time; 1 is greedy. By default what the model's configuration says
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
-    beams: Option<u8>,
-}
-
-impl Caption {
-    pub(crate) fn run(self) -> Result<(), CliError> {
-        let found = self.look.ask(|view| {
-            Ok(vec![match self.beams {
-                Some(beams) => view.caption_with(Search { beams: beams.into(), ..view.search() })?,
-                None => view.caption()?,
-            }])
-        })?;
-        output::print(self.look.json, &found, |found| {
-            let line = |about: &About<xvlm::Written>| {
-                let texts: String = about.results.iter().map(|written| format!("{}\n", written.text)).collect();
-                if found.len() > 1 { format!("{}: {texts}", about.image.display()) } else { texts }
-            };
-            found.iter().map(line).collect()
         })
     }
 }

@@ -39,7 +39,7 @@ pub use error::{ConfigProblem, SweepProblem, TaskError};
 pub use finetune::FinetuneConfig;
 pub use generate::{LABEL_SMOOTHING, Source, Written, writing_loss};
 pub use model::{ImageTokens, Model, ModelConfig, Texts};
-pub use search::{Search, Sequence, TextSearch};
+pub use search::{Sampling, Search, Sequence, TextSearch};
 pub use session::Session;
 pub use sweep::Sweep;
 pub use training::Training;

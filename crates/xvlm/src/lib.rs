@@ -22,6 +22,7 @@
 //! The layers below are re-exported as modules: [`kernels`], [`encoders`], [`losses`], [`metrics`], [`data`],
 //! [`weights`], [`train`] and [`tasks`].
 
+pub mod alt;
 #[cfg(feature = "bundled")]
 mod bundled;
 #[cfg(feature = "hub")]
@@ -35,8 +36,9 @@ pub use candle_core::Device;
 pub use hub::Hub;
 pub use predictor::{Answer, Grounding, Match, PixelBox, Predictor, View};
 pub use xvlm_data::Picture;
+pub use xvlm_tasks::captioning::Writing;
 pub use xvlm_tasks::fill::Completion;
-pub use xvlm_tasks::{ConfigProblem, Model, Search, TaskError as Error, Written};
+pub use xvlm_tasks::{ConfigProblem, Model, Sampling, Search, TaskError as Error, Written};
 pub use {
     xvlm_data as data, xvlm_encoders as encoders, xvlm_kernels as kernels, xvlm_losses as losses,
     xvlm_metrics as metrics, xvlm_tasks as tasks, xvlm_train as train, xvlm_weights as weights,

@@ -1,5 +1,6 @@
 //! The built program, with a tiny untrained model: what it prints and writes, and what it refuses.
 
+mod captions;
 mod data;
 #[cfg(unix)]
 mod interrupted;
@@ -173,7 +174,7 @@ fn eval_scores_every_task() {
         ("grounding", vec!["accuracy@0.5", "mean_iou"]),
         ("retrieval", vec!["text_r1", "text_r5", "text_r10", "image_r1", "image_r5", "image_r10"]),
         ("fill", vec!["top1"]),
-        ("caption", vec!["right"]),
+        ("captioning", vec!["right"]),
         ("vqa", vec!["right"]),
     ] {
         let scores = json(dir, &format!("eval {task} --model model --data data"));
@@ -497,7 +498,7 @@ fn bad_data_and_configurations_are_refused() {
         ("grounding", "grounding.json"),
         ("retrieval", "retrieval.json"),
         ("fill", "fill.json"),
-        ("caption", "captions.json"),
+        ("captioning", "captions.json"),
     ] {
         refused(dir, &format!("eval {task} --model model --data none"), &[&format!("none/{file}")]);
     }

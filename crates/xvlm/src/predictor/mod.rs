@@ -1,12 +1,14 @@
 //! A model and what can be asked about a picture.
 
+mod captioning;
+
 use std::path::Path;
 
 use candle_core::Device;
 use serde::Serialize;
 use xvlm_data::Picture;
 use xvlm_tasks::fill::{self, Completion};
-use xvlm_tasks::{ImageTokens, Model, Search, Written, captioning, grounding, vqa};
+use xvlm_tasks::{ImageTokens, Model, Search, grounding, vqa};
 
 use crate::Error;
 
@@ -153,27 +155,6 @@ impl View<'_> {
             Grounding { text: (*text).to_owned(), bounds, probability: found.probability }
         });
         Ok(named.collect())
-    }
-
-    /// Describes the picture, searching as the model's configuration says.
-    ///
-    /// # Errors
-    /// If a tensor operation fails.
-    pub fn caption(&self) -> Result<Written, Error> {
-        self.caption_with(self.search())
-    }
-
-    /// How captions are searched for, unless told otherwise: what the model's configuration says.
-    pub fn search(&self) -> Search {
-        self.model.config().search
-    }
-
-    /// Describes the picture, searching as given.
-    ///
-    /// # Errors
-    /// If a tensor operation fails.
-    pub fn caption_with(&self, search: Search) -> Result<Written, Error> {
-        Ok(captioning::caption(self.model, &self.image, search)?.remove(0))
     }
 
     /// Answers questions.
