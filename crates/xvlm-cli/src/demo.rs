@@ -7,14 +7,14 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 use xvlm::data::SourceConfig;
-use xvlm::data::annotations::RetrievalItem;
+use xvlm::data::annotations::{RetrievalItem, read_vqa};
 use xvlm::data::scenes::{Split, SynthOptions};
 use xvlm::metrics::boxes::{BoxScores, refer_iou};
 use xvlm::metrics::fill::FillScores;
 use xvlm::metrics::retrieval::RetrievalScores;
 use xvlm::metrics::vqa::ExactScores;
 use xvlm::tasks::captioning::{self, CaptionScores};
-use xvlm::tasks::{Model, PretrainConfig, fill, grounding, pretrain, retrieval, vqa};
+use xvlm::tasks::{Model, PretrainConfig, Sweep, fill, grounding, pretrain, retrieval, vqa};
 use xvlm::train::{LossCurve, Warmup, loss_curves, read_metrics};
 use xvlm::{Picture, Predictor};
 
@@ -114,7 +114,7 @@ impl Demo {
             grounding: found.grounding.scores,
             grounding_unseen: unseen.scores,
             retrieval: found.retrieval.scores,
-            questions: found.questions.scores.clone(),
+            questions: found.questions.scores.exact.clone().unwrap_or_default(),
             caption: found.captions.scores,
             fill: found.fill.scores.clone(),
         };
@@ -237,7 +237,10 @@ impl Found {
         Ok(Self {
             grounding: Stage::run("phrases", |at| grounding::evaluate(model, data, at))?,
             captions: Stage::run("captions", |at| captioning::evaluate(model, data, model.config().search, at))?,
-            questions: Stage::run("questions", |at| vqa::evaluate(model, data, at))?,
+            questions: Stage::run("questions", |at| {
+                let items = read_vqa(data.join("vqa.json"))?;
+                vqa::evaluate(model, items, &vqa::Options::default(), &mut Sweep::new(at))
+            })?,
             retrieval: Stage::run("pairs", |at| retrieval::evaluate(model, data, K_TEST, at))?,
             fill: Stage::run("blanks", |at| fill::evaluate(model, data, at))?,
         })

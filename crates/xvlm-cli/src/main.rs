@@ -8,6 +8,7 @@ mod demo;
 mod draw;
 mod dry_run;
 mod eval;
+mod judge;
 mod output;
 mod plot;
 mod predict;
@@ -43,6 +44,7 @@ enum Command {
     Answer(predict::Answer),
     Match(predict::Match),
     Fill(predict::Fill),
+    Judge(judge::Judge),
     Eval(eval::Eval),
     Synth(synth::Synth),
     Pretrain(pretrain::Pretrain),
@@ -60,6 +62,7 @@ impl Command {
             Self::Answer(command) => command.run(),
             Self::Match(command) => command.run(),
             Self::Fill(command) => command.run(),
+            Self::Judge(command) => command.run(),
             Self::Eval(command) => command.run(),
             Self::Synth(command) => command.run(),
             Self::Pretrain(command) => command.run(),

@@ -8,12 +8,13 @@ use std::sync::Arc;
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::{Value, json};
-use xvlm_data::annotations::NlvrItem;
+use xvlm_data::annotations::{Loaded, NlvrItem, Reading};
 use xvlm_data::{DataError, Picture, pre_caption};
 use xvlm_metrics::nlvr::accuracy;
 
 use super::judge;
 use crate::error::TaskError;
+use crate::finetune::NlvrTask;
 use crate::grouped::Grouped;
 use crate::model::Model;
 use crate::sweep::{LeftOut, Sweep, Work};
@@ -55,6 +56,14 @@ pub struct Scores {
     pub count: usize,
     /// Number of different sentences.
     pub sentences: usize,
+}
+
+/// Reads the test files of a configuration.
+///
+/// # Errors
+/// As [`Reading::nlvr`]; with `strict`, the first broken item is one.
+pub fn test_items(task: &NlvrTask, strict: bool) -> Result<Loaded<NlvrItem>, DataError> {
+    Reading { images: Some(task.image_root.clone()), strict, ..Reading::default() }.nlvr(&task.test_file)
 }
 
 /// Judges statements. Those about the same pair are judged together, and each image of a batch is encoded once.
