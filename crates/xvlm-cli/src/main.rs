@@ -19,6 +19,7 @@ mod progress;
 mod ranks;
 mod report;
 mod run;
+mod score;
 mod signals;
 mod synth;
 
@@ -48,6 +49,7 @@ enum Command {
     Fill(predict::Fill),
     Judge(judge::Judge),
     Eval(eval::Eval),
+    Score(score::Score),
     Synth(synth::Synth),
     Pretrain(pretrain::Pretrain),
     Finetune(finetune::Finetune),
@@ -67,6 +69,7 @@ impl Command {
             Self::Fill(command) => command.run(),
             Self::Judge(command) => command.run(),
             Self::Eval(command) => command.run(),
+            Self::Score(command) => command.run(),
             Self::Synth(command) => command.run(),
             Self::Pretrain(command) => command.run(),
             Self::Finetune(command) => command.run(),

@@ -8,6 +8,7 @@ use tempfile::TempDir;
 use xvlm_data::annotations::{NlvrItem, Reading, VqaItem};
 use xvlm_data::{Picture, TextTokenizer};
 use xvlm_encoders::{Pass, Task, XvlmConfig};
+use xvlm_metrics::nlvr::NlvrScores;
 use xvlm_tasks::convert::layout;
 use xvlm_tasks::vqa::{self, AnswerList, Answering, Ranked, Ranking};
 use xvlm_tasks::{ImageTokens, Model, ModelConfig, Search, Source, Sweep, TaskError, Texts, nlvr};
@@ -192,7 +193,8 @@ fn questions_of_a_data_set() {
     let items = questions(
         &folder,
         &json!([
-            {"question_id": 1, "image": "0.png", "question": "what is it", "answer": ten, "kind": "other"},
+            {"question_id": 1, "image": "0.png", "question": "what is it", "answer": ten, "kind": "other",
+             "question_type": "what is"},
             {"question_id": 2, "image": "broken.png", "question": "is it red", "answer": ["red"]},
             {"question_id": 30, "image": "1.png", "question": "is it the circle", "answer": "red", "kind": "colour"},
             {"question_id": 4, "image": "0.png", "question": "what is the image"},
@@ -214,7 +216,12 @@ fn questions_of_a_data_set() {
     assert_eq!(
         scores,
         json!({
-            "consensus": {"accuracy": 90.0, "count": 1, "kinds": {"other": {"right": 90.0, "count": 1}}},
+            "consensus": {
+                "accuracy": 90.0,
+                "count": 1,
+                "answer_types": {"other": {"accuracy": 90.0, "count": 1}},
+                "question_types": {"what is": {"accuracy": 90.0, "count": 1}},
+            },
             "exact": {"right": 100.0, "count": 2, "kinds": {"colour": {"right": 100.0, "count": 2}}},
             "without_answers": ["4"],
         })
@@ -323,9 +330,8 @@ fn statements_of_a_data_set() {
     // Labels that make the second of a sentence's two judgements wrong, and the other sentence right.
     (items[0].label, items[1].label, items[2].label) = (answers[0], !answers[1], answers[2]);
     let done = evaluate(&items);
-    let nlvr::Scores { accuracy, consistency, count, sentences } = done.scores;
-    assert!((accuracy - 200.0 / 3.0).abs() < 1e-9, "{accuracy}");
-    assert_eq!((consistency, count, sentences), (50.0, 3, 2));
+    let expected = NlvrScores { accuracy: 200.0 / 3.0, consistency: Some(50.0), count: 3, sentences: 2 };
+    assert_eq!(done.scores, expected);
     let mut csv = Vec::new();
     nlvr::write_results(&done, &mut csv).unwrap();
     let word = |judged: bool| if judged { "True" } else { "False" };

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 use xvlm::data::annotations::Reading;
+use xvlm::metrics::nlvr::NlvrScores;
 use xvlm::tasks::finetune::{FinetuneKind, FinetuneTask};
-use xvlm::tasks::nlvr::{self, Options, Scores};
+use xvlm::tasks::nlvr::{self, Options};
 
 use super::reading::Aside;
 use super::{Common, DataArgs, Source, count, percent};
@@ -26,7 +27,7 @@ pub(crate) struct Nlvr {
 #[derive(Serialize)]
 struct Report {
     #[serde(flatten)]
-    scores: Scores,
+    scores: NlvrScores,
     #[serde(flatten)]
     aside: Aside,
 }
@@ -64,11 +65,11 @@ fn report_rows(report: &Report) -> Rows {
     rows
 }
 
-pub(crate) fn statement_rows(scores: &Scores) -> Rows {
-    vec![
-        percent("statements judged rightly", scores.accuracy),
-        percent("sentences right of all their pairs", scores.consistency),
-        count("statements", scores.count),
-        count("sentences", scores.sentences),
-    ]
+pub(crate) fn statement_rows(scores: &NlvrScores) -> Rows {
+    let mut rows = vec![percent("statements judged rightly", scores.accuracy), count("statements", scores.count)];
+    if let Some(consistency) = scores.consistency {
+        rows.push(percent("sentences right of all their pairs", consistency));
+        rows.push(count("sentences", scores.sentences));
+    }
+    rows
 }

@@ -1,12 +1,11 @@
 //! `xvlm eval vqa`.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
 use xvlm::data::annotations::Reading;
-use xvlm::metrics::vqa::{ExactScores, KindScores};
+use xvlm::metrics::vqa::ExactScores;
 use xvlm::tasks::finetune::{FinetuneKind, FinetuneTask};
 use xvlm::tasks::sweep::LeftOut;
 use xvlm::tasks::vqa::{self, AnswerList, Answering, Options, Ranking, Scores};
@@ -115,7 +114,8 @@ fn report_rows(report: &Report) -> Rows {
     let mut rows = Rows::new();
     if let Some(scores) = &report.scores.consensus {
         rows.push(percent("agreement with people (VQA accuracy)", scores.accuracy));
-        rows.extend(kind_rows(&scores.kinds));
+        let types = scores.answer_types.iter().chain(&scores.question_types);
+        rows.extend(types.map(|(name, scores)| percent(name, scores.accuracy)));
         rows.push(count("questions with ten answers", scores.count));
     }
     rows.extend(report.scores.exact.iter().flat_map(question_rows));
@@ -129,15 +129,10 @@ fn report_rows(report: &Report) -> Rows {
     rows
 }
 
-/// The scores of kinds that have a name.
-fn kind_rows(kinds: &BTreeMap<String, KindScores>) -> Rows {
-    let named = kinds.iter().filter(|(kind, _)| !kind.is_empty());
-    named.map(|(kind, scores)| percent(kind, scores.right)).collect()
-}
-
 pub(crate) fn question_rows(scores: &ExactScores) -> Rows {
     let mut rows = vec![percent("answers right", scores.right)];
-    rows.extend(kind_rows(&scores.kinds));
+    let named = scores.kinds.iter().filter(|(kind, _)| !kind.is_empty());
+    rows.extend(named.map(|(kind, scores)| percent(kind, scores.right)));
     rows.push(count("questions", scores.count));
     rows
 }

@@ -1,16 +1,15 @@
 //! Statements of a data set, judged and scored.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
 use rayon::prelude::*;
-use serde::Serialize;
 use serde_json::{Value, json};
 use xvlm_data::annotations::{Loaded, NlvrItem, Reading};
 use xvlm_data::{DataError, Picture, pre_caption};
-use xvlm_metrics::nlvr::accuracy;
+use xvlm_metrics::nlvr::NlvrScores;
 
 use super::judge;
 use crate::error::TaskError;
@@ -40,22 +39,9 @@ pub struct Evaluation {
     /// The probability that each is true; above one half counts as true.
     pub answers: Vec<f32>,
     /// How right this is.
-    pub scores: Scores,
+    pub scores: NlvrScores,
     /// The statements that could not be judged.
     pub left_out: Vec<LeftOut>,
-}
-
-/// How right judgements are, in percent.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Scores {
-    /// Statements judged rightly.
-    pub accuracy: f64,
-    /// Sentences that were judged rightly about every pair of images they are said of.
-    pub consistency: f64,
-    /// Number of statements.
-    pub count: usize,
-    /// Number of different sentences.
-    pub sentences: usize,
 }
 
 /// Reads the test files of a configuration.
@@ -84,7 +70,7 @@ pub fn evaluate(
     let name = |item: &NlvrItem| json!([item.images, item.sentence]).to_string();
     let answers = sweep.run(&work, &grouped.apply(&items), name, |items| judge_items(model, items))?;
     let (items, answers, left_out) = grouped.undo(answers).split(items);
-    let scores = Scores::new(&items, &answers)?;
+    let scores = score(&items, &answers);
     Ok(Evaluation { items, answers, scores, left_out })
 }
 
@@ -130,22 +116,18 @@ fn judge_items(model: &Model, items: &[&NlvrItem]) -> Result<Vec<Result<f32, Dat
     Ok(checked.into_iter().filter_map(|checked| checked.map(|()| judged.next()).transpose()).collect())
 }
 
-impl Scores {
-    fn new(items: &[NlvrItem], probabilities: &[f32]) -> Result<Self, TaskError> {
-        let judged: Vec<bool> = probabilities.iter().map(|&probability| is_true(probability)).collect();
-        let labels: Vec<bool> = items.iter().map(|item| item.label).collect();
-        let mut sentences: BTreeMap<String, bool> = BTreeMap::new();
-        for ((item, judged), label) in items.iter().zip(&judged).zip(&labels) {
-            *sentences.entry(sentence_key(item)).or_insert(true) &= judged == label;
-        }
-        let consistent = sentences.values().filter(|&&all_right| all_right).count();
-        Ok(Self {
-            accuracy: accuracy(&judged, &labels)?,
-            consistency: 100.0 * consistent as f64 / sentences.len().max(1) as f64,
-            count: items.len(),
-            sentences: sentences.len(),
-        })
-    }
+/// Scores of judgements; two statements that say one sentence have one [`sentence_key`].
+fn score(items: &[NlvrItem], probabilities: &[f32]) -> NlvrScores {
+    let mut sentences: HashMap<String, usize> = HashMap::new();
+    let numbered = items.iter().enumerate().map(|(number, item)| {
+        let next = sentences.len();
+        let sentence = *sentences.entry(sentence_key(item)).or_insert(next);
+        // An identifier as NLVR2 has them: the third part is the pair's, the others are the sentence's.
+        format!("list-0-{number}-{sentence}")
+    });
+    let numbered: Vec<String> = numbered.collect();
+    let right = items.iter().zip(probabilities).map(|(item, &probability)| is_true(probability) == item.label);
+    NlvrScores::new(numbered.iter().map(String::as_str).zip(right))
 }
 
 fn is_true(probability: f32) -> bool {

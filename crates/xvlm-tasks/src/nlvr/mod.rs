@@ -13,7 +13,7 @@ use crate::error::TaskError;
 use crate::generate::Source;
 use crate::model::{ImageTokens, Model, Texts};
 
-pub use evaluate::{Evaluation, Options, Scores, evaluate, test_items, write_results};
+pub use evaluate::{Evaluation, Options, evaluate, test_items, write_results};
 
 /// The temperature of the similarities that other images are drawn by (`models/model_nlvr_pretrain.py`).
 const TEMPERATURE: f64 = 0.07;

@@ -1,6 +1,6 @@
 //! Questions of a data set, answered and scored.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::io::Write;
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use xvlm_data::annotations::{Loaded, Reading, VqaItem};
 use xvlm_data::{DataError, pre_caption};
-use xvlm_metrics::vqa::{ExactScores, KindScores, consensus};
+use xvlm_metrics::vqa::{ExactScores, VqaScores, consensus};
 
 use super::{AnswerList, Ranking, answer, rank_answers};
 use crate::error::TaskError;
@@ -69,41 +69,13 @@ pub struct Evaluation {
 pub struct Scores {
     /// Agreement with ten people: the official accuracy of VQA v2. Of the questions that have at least as many answers.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub consensus: Option<Consensus>,
+    pub consensus: Option<VqaScores>,
     /// How often the answer is one in the file, but for punctuation and capitals. Of the questions that have fewer answers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exact: Option<ExactScores>,
     /// The questions without answers, by identifier: they are answered, but not scored.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub without_answers: Vec<String>,
-}
-
-/// Agreement with people.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct Consensus {
-    /// The mean over all questions, in percent.
-    pub accuracy: f64,
-    /// Number of questions.
-    pub count: usize,
-    /// The same for each kind of answer (yes/no, number, other).
-    pub kinds: BTreeMap<String, KindScores>,
-}
-
-impl Consensus {
-    /// Of the kind of each question, and its agreement from 0 to 1.
-    fn new(agreed: &[(&str, f64)]) -> Self {
-        let mut tally: BTreeMap<&str, (f64, usize)> = BTreeMap::new();
-        for (kind, agreement) in agreed {
-            let (sum, count) = tally.entry(kind).or_default();
-            (*sum, *count) = (*sum + agreement, *count + 1);
-        }
-        let mean = |(sum, count): (f64, usize)| 100.0 * sum / count.max(1) as f64;
-        let all = tally.values().fold((0.0, 0), |all, kind| (all.0 + kind.0, all.1 + kind.1));
-        let kinds = tally
-            .iter()
-            .map(|(&kind, &(sum, count))| (kind.to_owned(), KindScores { right: mean((sum, count)), count }));
-        Self { accuracy: mean(all), count: all.1, kinds: kinds.collect() }
-    }
 }
 
 impl Item for VqaItem {
@@ -187,7 +159,8 @@ impl Scores {
             match item.answers.len() {
                 0 => without_answers.push(item.question_id.clone()),
                 PEOPLE.. => {
-                    agreed.push((item.kind.as_str(), consensus(&given.text, &item.answers)?));
+                    let (kind, question_type) = (item.kind.as_str(), item.question_type.as_str());
+                    agreed.push((kind, question_type, consensus(&given.text, &item.answers)?));
                 }
                 _ => {
                     let given = clean(&given.text);
@@ -197,7 +170,7 @@ impl Scores {
             }
         }
         Ok(Self {
-            consensus: (!agreed.is_empty()).then(|| Consensus::new(&agreed)),
+            consensus: (!agreed.is_empty()).then(|| VqaScores::new(agreed)),
             exact: (!exact.is_empty()).then(|| ExactScores::new(exact)),
             without_answers,
         })

@@ -16,7 +16,7 @@ use crate::generate::{Source, Written, write};
 use crate::model::{ImageTokens, Model, Texts};
 use crate::search::Search;
 
-pub use evaluate::{Answering, Consensus, Evaluation, Given, Options, Scores, evaluate, test_items, write_results};
+pub use evaluate::{Answering, Evaluation, Given, Options, Scores, evaluate, test_items, write_results};
 pub use rank::{AnswerList, Ranked, Ranking, rank, rank_answers};
 
 /// The original cuts questions in training (`max_words`), but lets a test have longer ones.
