@@ -222,7 +222,9 @@ fn questions_of_a_data_set() {
                 "answer_types": {"other": {"accuracy": 90.0, "count": 1}},
                 "question_types": {"what is": {"accuracy": 90.0, "count": 1}},
             },
-            "exact": {"right": 100.0, "count": 2, "kinds": {"colour": {"right": 100.0, "count": 2}}},
+            "right": 100.0,
+            "count": 2,
+            "kinds": {"colour": {"right": 100.0, "count": 2}},
             "without_answers": ["4"],
         })
     );

@@ -71,7 +71,7 @@ pub struct Scores {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub consensus: Option<VqaScores>,
     /// How often the answer is one in the file, but for punctuation and capitals. Of the questions that have fewer answers.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub exact: Option<ExactScores>,
     /// The questions without answers, by identifier: they are answered, but not scored.
     #[serde(skip_serializing_if = "Vec::is_empty")]
