@@ -7,7 +7,7 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 use xvlm::data::SourceConfig;
-use xvlm::data::annotations::RetrievalItem;
+use xvlm::data::annotations::{RetrievalItem, read_vqa};
 use xvlm::data::scenes::{Split, SynthOptions};
 use xvlm::metrics::boxes::{BoxScores, refer_iou};
 use xvlm::metrics::fill::FillScores;
@@ -114,7 +114,7 @@ impl Demo {
             grounding: found.grounding.scores,
             grounding_unseen: unseen.scores,
             retrieval: found.retrieval.scores,
-            questions: found.questions.scores.clone(),
+            questions: found.questions.scores.exact.clone().unwrap_or_default(),
             caption: found.captions.truth.unwrap_or_default(),
             fill: found.fill.scores.clone(),
         };
@@ -242,7 +242,10 @@ impl Found {
             captions: Stage::run("captions", |at| {
                 captioning::evaluate_folder(model, data, &Writing::of(model.config()), BATCH, &mut Sweep::new(at))
             })?,
-            questions: Stage::run("questions", |at| vqa::evaluate(model, data, at))?,
+            questions: Stage::run("questions", |at| {
+                let items = read_vqa(data.join("vqa.json"))?;
+                vqa::evaluate(model, items, &vqa::Options::default(), &mut Sweep::new(at))
+            })?,
             retrieval: Stage::run("pairs", |at| retrieval::evaluate(model, data, K_TEST, at))?,
             fill: Stage::run("blanks", |at| fill::evaluate(model, data, at))?,
         })

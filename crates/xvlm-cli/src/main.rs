@@ -11,6 +11,7 @@ mod draw;
 mod dry_run;
 mod eval;
 mod finetune;
+mod judge;
 mod output;
 mod plot;
 mod predict;
@@ -49,6 +50,7 @@ enum Command {
     Answer(predict::Answer),
     Match(predict::Match),
     Fill(predict::Fill),
+    Judge(judge::Judge),
     Eval(eval::Eval),
     Score(score::Score),
     Synth(synth::Synth),
@@ -69,6 +71,7 @@ impl Command {
             Self::Answer(command) => command.run(),
             Self::Match(command) => command.run(),
             Self::Fill(command) => command.run(),
+            Self::Judge(command) => command.run(),
             Self::Eval(command) => command.run(),
             Self::Score(command) => command.run(),
             Self::Synth(command) => command.run(),

@@ -19,6 +19,7 @@ pub mod finetune;
 mod finite;
 mod generate;
 pub mod grounding;
+mod grouped;
 mod model;
 pub mod nlvr;
 pub mod official;

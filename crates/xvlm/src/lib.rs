@@ -34,10 +34,11 @@ pub use bundled::bundled_files;
 pub use candle_core::Device;
 #[cfg(feature = "hub")]
 pub use hub::Hub;
-pub use predictor::{Answer, Grounding, Match, PixelBox, Predictor, View};
+pub use predictor::{Answer, Grounding, Judgement, LikelyAnswer, Match, PixelBox, Predictor, RankedAnswers, View};
 pub use xvlm_data::Picture;
 pub use xvlm_tasks::captioning::Writing;
 pub use xvlm_tasks::fill::Completion;
+pub use xvlm_tasks::vqa::{AnswerList, Ranking};
 pub use xvlm_tasks::{ConfigProblem, Model, Sampling, Search, TaskError as Error, Written};
 pub use {
     xvlm_data as data, xvlm_encoders as encoders, xvlm_kernels as kernels, xvlm_losses as losses,

@@ -4,6 +4,7 @@ mod captions;
 mod data;
 #[cfg(unix)]
 mod interrupted;
+mod questions;
 #[cfg(feature = "mpi")]
 mod ranks;
 mod score;
@@ -559,14 +560,15 @@ fn wrong_usage_has_its_own_exit_code() {
         "pretrain --out run --config a.yaml --preset scenes",
         "pretrain --out run --preset scenes --print-config",
         "pretrain --preset scenes --dry-run --ranks alone",
-        "eval nlvr --data data",
+        "eval nlvr",
+        "judge --images a.png --text it",
         "synth --out data --scenes 0 --seed 1",
         "demo --minutes 3",
         "demo --train --model model",
     ] {
         assert_eq!(xvlm(dir.path(), arguments).status.code(), Some(2), "{arguments}");
     }
-    for command in ["demo", "ground", "caption", "answer", "match", "fill", "eval", "synth", "pretrain"] {
+    for command in ["demo", "ground", "caption", "answer", "match", "fill", "judge", "eval", "synth", "pretrain"] {
         assert!(text(dir.path(), &format!("{command} --help")).contains("Usage: xvlm"), "{command}");
     }
 }

@@ -1,6 +1,8 @@
 //! A model and what can be asked about a picture.
 
 mod captioning;
+mod nlvr;
+mod vqa;
 
 use std::path::Path;
 
@@ -8,9 +10,12 @@ use candle_core::Device;
 use serde::Serialize;
 use xvlm_data::Picture;
 use xvlm_tasks::fill::{self, Completion};
-use xvlm_tasks::{ImageTokens, Model, Search, grounding, vqa};
+use xvlm_tasks::{ImageTokens, Model, grounding};
 
 use crate::Error;
+
+pub use self::nlvr::Judgement;
+pub use self::vqa::{Answer, LikelyAnswer, RankedAnswers};
 
 /// A model, ready to look at pictures.
 pub struct Predictor {
@@ -53,15 +58,6 @@ pub struct Match {
     pub probability: f32,
     /// Cosine of the picture's and the text's embeddings: what a search over many compares.
     pub similarity: f32,
-}
-
-/// An answer to a question.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Answer {
-    /// The question.
-    pub question: String,
-    /// The answer.
-    pub answer: String,
 }
 
 impl Predictor {
@@ -155,18 +151,6 @@ impl View<'_> {
             Grounding { text: (*text).to_owned(), bounds, probability: found.probability }
         });
         Ok(named.collect())
-    }
-
-    /// Answers questions.
-    ///
-    /// # Errors
-    /// If a tensor operation fails.
-    pub fn answer(&self, questions: &[&str]) -> Result<Vec<Answer>, Error> {
-        let answers = vqa::answer(self.model, &self.image, &self.about(questions), Search::answers())?;
-        let paired = questions.iter().zip(answers);
-        Ok(paired
-            .map(|(question, written)| Answer { question: (*question).to_owned(), answer: written.text })
-            .collect())
     }
 
     /// Says how well each text tells the picture.
