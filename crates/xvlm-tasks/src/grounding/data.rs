@@ -1,0 +1,146 @@
+//! What grounding is evaluated on, and the file of results.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde_json::{Value, json};
+use xvlm_data::annotations::{GroundingItem, Reading, Reason, Report, read_proposals};
+
+use crate::error::{ConfigProblem, TaskError};
+use crate::finetune::{BboxTask, WeakGroundingTask};
+use crate::some;
+
+/// The files of references of RefCOCO, RefCOCO+ and RefCOCOg, by the splits they are of.
+const REFERENCES: [&str; 3] = ["refs(unc).p", "refs(umd).p", "refs(google).p"];
+/// The folder that the original's configurations mean.
+const REFCOCO_PLUS: &str = "refcoco+";
+/// The split that nothing is evaluated on.
+const TRAIN: &str = "train";
+
+/// Phrases and their boxes.
+#[derive(Clone, Debug)]
+pub struct TestSet {
+    /// The phrases.
+    pub items: Vec<GroundingItem>,
+    /// What was left out while reading.
+    pub report: Report,
+}
+
+impl TestSet {
+    /// `grounding.json` of a folder.
+    ///
+    /// # Errors
+    /// If the file cannot be read, has a broken item, or has none.
+    pub fn of_folder(data: &Path) -> Result<Self, TaskError> {
+        let (file, strict) = ("grounding.json", Reading::strict());
+        let loaded = strict.grounding(&[data.join(file)])?;
+        Ok(Self { items: some(loaded.items, data, file)?, report: loaded.report })
+    }
+
+    /// The test files of a configuration: lists, which get their boxes from RefCOCO's published files unless they have them, or
+    /// published files themselves. Items of the training split are left out.
+    ///
+    /// # Errors
+    /// If a file cannot be read, no item is left, or, if `strict`, an item is broken.
+    pub fn of_boxes(task: &BboxTask, strict: bool) -> Result<Self, TaskError> {
+        let references = task.refcoco_data.as_deref().filter(|_| !task.vlue_test);
+        Self::read(&task.test_file, &task.image_root, references, strict)
+    }
+
+    /// As [`Self::of_boxes`], with the boxes of a detector: those of `det_file` by image, or those that the items have.
+    ///
+    /// # Errors
+    /// As [`Self::of_boxes`].
+    pub fn of_weak(task: &WeakGroundingTask, strict: bool) -> Result<Self, TaskError> {
+        let references = task.refcoco_data.as_deref().filter(|_| !task.vlue_test);
+        let mut set = Self::read(&task.test_file, &task.image_root, references, strict)?;
+        if let Some(file) = task.det_file.as_deref().filter(|_| !task.vlue_test) {
+            set.propose(file)?;
+        }
+        Ok(set)
+    }
+
+    /// Gives each item the boxes that a file has for its image, in place of its own; see [`read_proposals`].
+    ///
+    /// # Errors
+    /// If the file cannot be read, or has boxes for none of the images.
+    pub fn propose(&mut self, file: &Path) -> Result<(), TaskError> {
+        let proposals = read_proposals(file)?;
+        for item in &mut self.items {
+            item.proposals = proposals.get(&item.image_id).cloned().unwrap_or_default();
+        }
+        if self.items.iter().all(|item| item.proposals.is_empty()) {
+            let message = "expected boxes for the images that are asked about, found none for any of them".to_owned();
+            return Err(ConfigProblem { file: file.display().to_string(), message }.into());
+        }
+        Ok(())
+    }
+
+    fn read(files: &[PathBuf], images: &Path, references: Option<&Path>, strict: bool) -> Result<Self, TaskError> {
+        let mut files = files.to_vec();
+        if let Some(references) = references.filter(|_| !files.iter().all(|file| is_published(file))) {
+            files.push(find_references(references)?);
+        }
+        let reading = Reading { images: Some(images.to_owned()), strict, ..Reading::default() };
+        let loaded = reading.grounding(&files)?;
+        let (mut items, mut report) = (loaded.items, loaded.report);
+        items.retain(|item| {
+            let tested = item.split.as_deref() != Some(TRAIN);
+            if !tested {
+                report.skip(Reason::OtherSplit, || format!("reference {} of the split {TRAIN}", item.ref_id));
+            }
+            tested
+        });
+        if items.is_empty() {
+            let names: Vec<String> = files.iter().map(|file| file.display().to_string()).collect();
+            return Err(TaskError::Empty { what: names.join(", ") });
+        }
+        Ok(Self { items, report })
+    }
+}
+
+fn is_published(file: &Path) -> bool {
+    file.extension().is_some_and(|extension| extension == "p")
+}
+
+/// The published file that `refcoco_data` means: the file itself, or one in that folder or in `refcoco+` below it.
+fn find_references(data: &Path) -> Result<PathBuf, TaskError> {
+    if data.is_file() {
+        return Ok(data.to_owned());
+    }
+    let folders = [data.to_owned(), data.join(REFCOCO_PLUS)];
+    let places = folders.iter().flat_map(|folder| REFERENCES.iter().map(|name| folder.join(name)));
+    places.into_iter().find(|path| path.is_file()).ok_or_else(|| {
+        let names = REFERENCES.join(", ");
+        let message = format!("expected one of {names}, here or in {REFCOCO_PLUS} below, found none");
+        ConfigProblem { file: data.display().to_string(), message }.into()
+    })
+}
+
+/// Writes boxes `(x, y, w, h)` in pixels as the original's evaluation puts them together, a list of `{"ref_id", "pred"}`.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn write_results(
+    path: &Path,
+    items: &[GroundingItem],
+    boxes: impl IntoIterator<Item = [f32; 4]>,
+) -> Result<(), TaskError> {
+    #[derive(Serialize)]
+    struct Line {
+        ref_id: Value,
+        pred: [f32; 4],
+    }
+    // Identifiers are numbers in all published files.
+    let id = |id: &str| match id.parse::<u64>() {
+        Ok(number) if number.to_string() == id => json!(number),
+        _ => json!(id),
+    };
+    let mut text = String::from("[");
+    for (i, (item, pred)) in items.iter().zip(boxes).enumerate() {
+        let line = json!(Line { ref_id: id(&item.ref_id), pred });
+        text += &format!("{}{line}", if i == 0 { "\n" } else { ",\n" });
+    }
+    text += "\n]\n";
+    Ok(xvlm_weights::write_file_atomically(path, |out| out.write_all(text.as_bytes()))?)
+}
