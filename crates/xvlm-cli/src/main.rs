@@ -8,6 +8,7 @@ mod demo;
 mod draw;
 mod dry_run;
 mod eval;
+mod ground;
 mod output;
 mod plot;
 mod predict;
@@ -38,7 +39,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Demo(demo::Demo),
-    Ground(predict::Ground),
+    Ground(ground::Ground),
     Caption(predict::Caption),
     Answer(predict::Answer),
     Match(predict::Match),

@@ -31,9 +31,10 @@ mod predictor;
 pub use candle_core::Device;
 #[cfg(feature = "hub")]
 pub use hub::Hub;
-pub use predictor::{Answer, Grounding, Match, PixelBox, Predictor, View};
+pub use predictor::{Answer, Grounding, Heated, Match, PixelBox, Predictor, Proposal, View};
 pub use xvlm_data::Picture;
 pub use xvlm_tasks::fill::Completion;
+pub use xvlm_tasks::grounding::{HeatMap, Layers, StretchedHeat};
 pub use xvlm_tasks::{ConfigProblem, Model, Search, TaskError as Error, Written};
 pub use {
     xvlm_data as data, xvlm_encoders as encoders, xvlm_kernels as kernels, xvlm_losses as losses,

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use xvlm_data::annotations::{GroundingItem, Reading, Reason, Report, read_proposals};
 
-use crate::error::{ConfigProblem, TaskError};
+use crate::error::{ConfigProblem, SweepProblem, TaskError};
 use crate::finetune::{BboxTask, WeakGroundingTask};
 use crate::some;
 
@@ -38,22 +38,22 @@ impl TestSet {
     }
 
     /// The test files of a configuration: lists, which get their boxes from RefCOCO's published files unless they have them, or
-    /// published files themselves. Items of the training split are left out.
+    /// published files themselves. Items of the training split are left out, and so are broken ones, up to a share of all.
     ///
     /// # Errors
-    /// If a file cannot be read, no item is left, or, if `strict`, an item is broken.
-    pub fn of_boxes(task: &BboxTask, strict: bool) -> Result<Self, TaskError> {
+    /// If a file cannot be read, no item is left, or more than `max_bad_fraction` of them are broken.
+    pub fn of_boxes(task: &BboxTask, max_bad_fraction: f64) -> Result<Self, TaskError> {
         let references = task.refcoco_data.as_deref().filter(|_| !task.vlue_test);
-        Self::read(&task.test_file, &task.image_root, references, strict)
+        Self::read(&task.test_file, &task.image_root, references, max_bad_fraction)
     }
 
     /// As [`Self::of_boxes`], with the boxes of a detector: those of `det_file` by image, or those that the items have.
     ///
     /// # Errors
     /// As [`Self::of_boxes`].
-    pub fn of_weak(task: &WeakGroundingTask, strict: bool) -> Result<Self, TaskError> {
+    pub fn of_weak(task: &WeakGroundingTask, max_bad_fraction: f64) -> Result<Self, TaskError> {
         let references = task.refcoco_data.as_deref().filter(|_| !task.vlue_test);
-        let mut set = Self::read(&task.test_file, &task.image_root, references, strict)?;
+        let mut set = Self::read(&task.test_file, &task.image_root, references, max_bad_fraction)?;
         if let Some(file) = task.det_file.as_deref().filter(|_| !task.vlue_test) {
             set.propose(file)?;
         }
@@ -76,14 +76,26 @@ impl TestSet {
         Ok(())
     }
 
-    fn read(files: &[PathBuf], images: &Path, references: Option<&Path>, strict: bool) -> Result<Self, TaskError> {
+    fn read(
+        files: &[PathBuf],
+        images: &Path,
+        references: Option<&Path>,
+        max_bad_fraction: f64,
+    ) -> Result<Self, TaskError> {
         let mut files = files.to_vec();
         if let Some(references) = references.filter(|_| !files.iter().all(|file| is_published(file))) {
             files.push(find_references(references)?);
         }
+        let strict = max_bad_fraction <= 0.0;
         let reading = Reading { images: Some(images.to_owned()), strict, ..Reading::default() };
         let loaded = reading.grounding(&files)?;
         let (mut items, mut report) = (loaded.items, loaded.report);
+        let left_out = report.iter().map(|(_, skipped)| skipped.count).sum::<u64>() as usize;
+        let units = left_out + items.len();
+        if left_out as f64 > max_bad_fraction * units as f64 {
+            let first = report.iter().find_map(|(_, skipped)| skipped.examples.first().cloned()).unwrap_or_default();
+            return Err(SweepProblem::TooManyBroken { left_out, units, limit: max_bad_fraction, first }.into());
+        }
         items.retain(|item| {
             let tested = item.split.as_deref() != Some(TRAIN);
             if !tested {
