@@ -85,24 +85,21 @@ fn plate(picture: &mut Picture, index: usize, [left, top]: [f32; 2]) {
 /// Five colours of matplotlib's inferno, whose lightness rises evenly.
 const INFERNO: [[f32; 3]; 5] =
     [[0.0, 0.0, 4.0], [87.0, 16.0, 110.0], [188.0, 55.0, 84.0], [249.0, 142.0, 9.0], [252.0, 255.0, 164.0]];
-/// How much of the picture is seen below the heat.
-const SEEN: f32 = 0.4;
-/// Heat is shown by its root: small differences of what is warm are seen too.
-const GAMMA: f32 = 0.5;
+/// How much the heat covers the picture where there is none, and where it is hottest.
+const COVER: [f32; 2] = [0.5, 0.7];
 
-/// Shows heat in the place of a picture, of which it lets something through: one number a pixel, from 0 (or below) to the maximum.
+/// Lays heat over a picture: one number a pixel, from 0 (or below) to the maximum. What is cold is darkened.
 pub(crate) fn heat(picture: &mut Picture, values: &[f32]) {
     let hottest = values.iter().copied().fold(0.0, f32::max);
     for (pixel, &value) in picture.rgb_mut().chunks_exact_mut(3).zip(values) {
-        let share = if hottest > 0.0 { (value / hottest).clamp(0.0, 1.0).powf(GAMMA) } else { 0.0 };
+        let share = if hottest > 0.0 { (value / hottest).clamp(0.0, 1.0) } else { 0.0 };
         let at = share * (INFERNO.len() - 1) as f32;
         let low = (at as usize).min(INFERNO.len() - 2);
-        // Colours of the picture would be taken for heat.
-        let grey = 0.299 * f32::from(pixel[0]) + 0.587 * f32::from(pixel[1]) + 0.114 * f32::from(pixel[2]);
+        let cover = COVER[0] + (COVER[1] - COVER[0]) * share;
         for (channel, byte) in pixel.iter_mut().enumerate() {
             let [from, to] = [INFERNO[low][channel], INFERNO[low + 1][channel]];
             let colour = from + (to - from) * (at - low as f32);
-            *byte = (SEEN * grey + (1.0 - SEEN) * colour).round() as u8;
+            *byte = ((1.0 - cover) * f32::from(*byte) + cover * colour).round() as u8;
         }
     }
 }
@@ -185,10 +182,10 @@ mod tests {
         heat(&mut picture, &[-1.0, 0.1, 0.5, 1.0]);
         let light = |x| pixel(&picture, x, 0).iter().map(|&byte| u32::from(byte)).sum::<u32>();
         assert!(light(0) < light(1) && light(1) < light(2) && light(2) < light(3), "{:?}", picture.rgb());
-        assert_eq!(pixel(&picture, 0, 0), [24, 24, 26]);
+        assert_eq!(pixel(&picture, 0, 0), [100, 0, 2]);
         let mut cold = Picture::from_rgb(1, 1, vec![200, 0, 0]).unwrap();
         heat(&mut cold, &[0.0]);
-        assert_eq!(pixel(&cold, 0, 0), [24, 24, 26]);
+        assert_eq!(pixel(&cold, 0, 0), [100, 0, 2]);
     }
 
     #[test]

@@ -65,6 +65,12 @@ struct Pointed {
 impl Ground {
     pub(crate) fn run(self) -> Result<(), CliError> {
         let texts = worded(&self.texts)?;
+        if let (Some(path), 2..) = (&self.draw, self.look.images.len())
+            && (path.is_file() || path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png")))
+        {
+            let (expected, found) = ("a folder, since there are several pictures", path.display().to_string());
+            return Err(CliError::Option { option: "--draw", expected, found });
+        }
         if self.heat { self.heat(&texts) } else { self.boxes(&texts) }
     }
 
@@ -82,7 +88,8 @@ impl Ground {
         let proposals = self.proposals.as_deref().map(|file| proposals(file, &self.look.images)).transpose()?;
         let layers = self.layer.map_or(Layers::All, Layers::One);
         let grid = |heated: &Heated| heated.map.values.chunks(heated.map.side).map(<[f32]>::to_vec).collect();
-        let pointed = |heated: Heated| Pointed { heat: self.grid.then(|| grid(&heated)), proposals: Vec::new(), heated };
+        let pointed =
+            |heated: Heated| Pointed { heat: self.grid.then(|| grid(&heated)), proposals: Vec::new(), heated };
         let mut found =
             self.look.ask(|view| Ok(view.heat(texts, layers)?.into_iter().map(pointed).collect::<Vec<_>>()))?;
         for (about, boxes) in found.iter_mut().zip(proposals.iter().flatten()) {
@@ -97,9 +104,8 @@ impl Ground {
             let panels = panels.collect::<Result<Vec<_>, xvlm::Error>>()?;
             Ok::<_, xvlm::Error>(draw::tiles(&panels, COLUMNS).unwrap_or_else(|| about.picture.clone()).to_png()?)
         })?;
-        self.look.print(&found, |i, Pointed { heated, .. }| {
-            row(i, &heated.text, &heated.bounds, Some(heated.probability))
-        })
+        self.look
+            .print(&found, |i, Pointed { heated, .. }| row(i, &heated.text, &heated.bounds, Some(heated.probability)))
     }
 
     /// Draws each picture, and writes it where `--draw` says.
@@ -114,10 +120,6 @@ impl Ground {
         let paths = match found {
             [_] => vec![path.clone()],
             several => {
-                if path.is_file() {
-                    let (expected, found) = ("a folder, since there are several pictures", "a file".to_owned());
-                    return Err(CliError::File { path: path.clone(), expected, found });
-                }
                 std::fs::create_dir_all(path).map_err(CliError::io(path))?;
                 names(several.iter().map(|about| about.image.as_path())).map(|name| path.join(name)).collect()
             }

@@ -351,10 +351,9 @@ fn vlue_lists_bring_proposals() {
     assert!(read_grounding(folder.json("o.json", &json!({"a": []}))).is_err());
 
     // Phrases of one object share a reference; one of two objects could not be scored.
-    let item = |image: &str, x: u32| {
-        json!({"ref_id": 7, "image": image, "text": "a cup", "bbox": [x, 2, 3, 4], "height": 80, "width": 100})
-    };
-    let list = folder.json("twice.json", &json!([item("a.jpg", 1), item("a.jpg", 1), item("a.jpg", 5), item("b.jpg", 1)]));
+    let item = |image: &str, x: u32| json!({"ref_id": 7, "image": image, "text": "a cup", "bbox": [x, 2, 3, 4], "height": 80, "width": 100});
+    let list =
+        folder.json("twice.json", &json!([item("a.jpg", 1), item("a.jpg", 1), item("a.jpg", 5), item("b.jpg", 1)]));
     let loaded = Reading::default().grounding(&[&list]).unwrap();
     assert_eq!((loaded.items.len(), count(&loaded, Reason::DuplicateId)), (2, 2), "{}", loaded.report);
     let expected = "item 2: ref_id: expected one object, as before: [1.0, 2.0, 3.0, 4.0] of a.jpg, found \"7\" again";

@@ -7,11 +7,11 @@ use serde::Serialize;
 use xvlm::data::annotations::Report;
 use xvlm::metrics::boxes::BoxScores;
 use xvlm::tasks::FinetuneConfig;
-use xvlm::tasks::sweep::LeftOut;
 use xvlm::tasks::finetune::{FinetuneKind, FinetuneTask};
 use xvlm::tasks::grounding::{
     BoxOptions, GroundingScores, Layers, TestSet, WeakOptions, WeakScores, evaluate, evaluate_weakly, write_results,
 };
+use xvlm::tasks::sweep::LeftOut;
 
 use super::{Common, DataArgs, Source, count, percent};
 use crate::output::{CliError, Rows, say};
@@ -65,9 +65,7 @@ impl Grounding {
         let weak = self.weak || named;
         let only_weak = [("--layer", self.layer.is_some()), ("--proposals", self.proposals.is_some())];
         match only_weak.into_iter().find(|(_, given)| *given && !weak) {
-            Some((option, _)) => {
-                Err(CliError::Option { option, expected: "--weak with it", found: "none".to_owned() })
-            }
+            Some((option, _)) => Err(CliError::Option { option, expected: "--weak with it", found: "none".to_owned() }),
             None => Ok(weak),
         }
     }
@@ -85,7 +83,9 @@ impl Grounding {
         let options = BoxOptions { batch, as_original: self.as_original };
         let name = self.data.name();
         let TestSet { items, report } = set;
-        let done = self.common.evaluate("phrases", &name, |model, sweep| evaluate(model, items, &options, sweep))?;
+        let done = self
+            .common
+            .evaluate("pictures of phrases", &name, |model, sweep| evaluate(model, items, &options, sweep))?;
         let Some(done) = done else { return Ok(()) };
         self.write(|path| write_results(path, &done.items, done.boxes(&options)))?;
         self.print(&name, done.scores, report, &done.left_out, |scores| {
@@ -112,8 +112,9 @@ impl Grounding {
         let options = WeakOptions { layers, as_original: self.as_original, ..options };
         let name = self.data.name();
         let TestSet { items, report } = set;
-        let done =
-            self.common.evaluate("phrases", &name, |model, sweep| evaluate_weakly(model, items, &options, sweep))?;
+        let done = self
+            .common
+            .evaluate("pictures of phrases", &name, |model, sweep| evaluate_weakly(model, items, &options, sweep))?;
         let Some(done) = done else { return Ok(()) };
         self.write(|path| {
             let boxes = done.answers.iter().map(|answer| answer.bbox);
@@ -177,7 +178,9 @@ fn weak_rows(scores: &WeakScores) -> Rows {
         percent("phrases pointed at", scores.pointing),
         percent("by the maximum of the stretched map", scores.pointing_maximum),
     ];
-    rows.extend(scores.pointing_splits.iter().map(|(split, pointing)| percent(format!("{split} pointed at"), *pointing)));
+    rows.extend(
+        scores.pointing_splits.iter().map(|(split, pointing)| percent(format!("{split} pointed at"), *pointing)),
+    );
     let boxes = if scores.proposals { "boxes chosen among proposals" } else { "boxes drawn around the heat" };
     rows.push((boxes.to_owned(), None));
     rows.extend(grounding_rows(&scores.boxes.all));

@@ -47,9 +47,8 @@ pub struct GroundingScores {
 impl GroundingScores {
     /// By REFER's rule, of a box `(x, y, w, h)` in pixels for each item; one that has none is wrong.
     fn of(items: &[GroundingItem], boxes: impl IntoIterator<Item = Option<[f32; 4]>>) -> Self {
-        let overlap = |(item, found): (&GroundingItem, Option<[f32; 4]>)| {
-            found.map_or(0.0, |found| refer_iou(found, item.bbox))
-        };
+        let overlap =
+            |(item, found): (&GroundingItem, Option<[f32; 4]>)| found.map_or(0.0, |found| refer_iou(found, item.bbox));
         let overlaps: Vec<f32> = items.iter().zip(boxes).map(overlap).collect();
         let mut splits: BTreeMap<String, Vec<f32>> = BTreeMap::new();
         for (item, &overlap) in items.iter().zip(&overlaps) {

@@ -113,16 +113,21 @@ pub fn evaluate_weakly(
     let answers = items.par_iter().zip(maps).map(|(item, map)| WeakAnswer::of(item, map, proposals));
     let mut answers = answers.collect::<Result<Vec<_>, TaskError>>()?;
     if options.as_original && proposals {
-        let mut before = None;
-        for answer in &mut answers {
-            match answer.is_warm {
-                true => before = answer.bbox,
-                false => answer.bbox = before,
-            }
-        }
+        repeat_boxes(&mut answers);
     }
     let scores = WeakScores::of(&items, &answers, proposals);
     Ok(WeakEvaluation { items, answers, scores, left_out })
+}
+
+/// As the original does: a phrase without a proposal that scores above 0 is answered with the box of the phrase before.
+fn repeat_boxes(answers: &mut [WeakAnswer]) {
+    let mut before = None;
+    for answer in answers {
+        match answer.is_warm {
+            true => before = answer.bbox,
+            false => answer.bbox = before,
+        }
+    }
 }
 
 fn has_area([_, _, w, h]: &[f32; 4]) -> bool {
@@ -172,5 +177,52 @@ impl WeakScores {
     /// Scores of the boxes of all phrases.
     pub fn all(&self) -> BoxScores {
         self.boxes.all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn item(proposals: &[[f32; 4]]) -> GroundingItem {
+        GroundingItem {
+            ref_id: "7".to_owned(),
+            image: "a.png".into(),
+            image_id: "a".to_owned(),
+            image_index: 0,
+            text: "a cup".to_owned(),
+            bbox: [0.0, 0.0, 4.0, 4.0],
+            height: 8,
+            width: 8,
+            split: Some("val".to_owned()),
+            proposals: proposals.to_vec(),
+        }
+    }
+
+    fn answer(values: [f32; 4], proposals: &[[f32; 4]]) -> WeakAnswer {
+        let map = HeatMap { side: 2, values: values.to_vec(), probability: 0.5 };
+        WeakAnswer::of(&item(proposals), map, true).unwrap()
+    }
+
+    #[test]
+    fn the_hottest_proposal_is_chosen_even_where_none_is_warm() {
+        let (left, right, none) = ([0.0, 0.0, 4.0, 4.0], [4.0, 0.0, 4.0, 4.0], [1.0, 1.0, 0.0, 3.0]);
+        let warm = answer([1.0, 0.0, 0.0, 0.0], &[none, right, left]);
+        assert_eq!((warm.bbox, warm.is_warm), (Some(left), true));
+        // All alike: the first that has area.
+        let cold = answer([0.0; 4], &[none, right, left]);
+        assert_eq!((cold.bbox, cold.is_warm), (Some(right), false));
+        assert_eq!(cold.point, [4.0, 4.0]);
+
+        let scores = WeakScores::of(&[item(&[]), item(&[])], &[warm.clone(), cold.clone()], true);
+        assert_eq!((scores.pointing, scores.cold), (100.0, 1));
+        assert_eq!((scores.all().accuracy, scores.all().mean_iou), (50.0, 50.0));
+        assert_eq!(scores.pointing_splits["val"], 100.0);
+        assert_eq!(scores.boxes.splits["val"].count, 2);
+
+        let mut answers = vec![cold.clone(), warm, cold.clone(), cold];
+        repeat_boxes(&mut answers);
+        let boxes: Vec<_> = answers.iter().map(|answer| answer.bbox).collect();
+        assert_eq!(boxes, [None, Some(left), Some(left), Some(left)]);
     }
 }
