@@ -8,6 +8,7 @@ mod demo;
 mod draw;
 mod dry_run;
 mod eval;
+mod finetune;
 mod ground;
 mod output;
 mod plot;
@@ -17,6 +18,7 @@ mod pretrain;
 mod progress;
 mod ranks;
 mod report;
+mod run;
 mod signals;
 mod synth;
 
@@ -47,6 +49,7 @@ enum Command {
     Eval(eval::Eval),
     Synth(synth::Synth),
     Pretrain(pretrain::Pretrain),
+    Finetune(finetune::Finetune),
     Plot(plot::Plot),
     Presets(presets::Presets),
     Data(data::Data),
@@ -64,6 +67,7 @@ impl Command {
             Self::Eval(command) => command.run(),
             Self::Synth(command) => command.run(),
             Self::Pretrain(command) => command.run(),
+            Self::Finetune(command) => command.run(),
             Self::Plot(command) => command.run(),
             Self::Presets(command) => command.run(),
             Self::Data(command) => command.run(),

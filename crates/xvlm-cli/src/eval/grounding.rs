@@ -19,7 +19,8 @@ use crate::output::{CliError, Rows, say};
 /// Boxes of phrases: those with an IoU of at least 0.5 with the truth, and the mean IoU (both in percent)
 ///
 /// With --weak, of a model that was never told a box: where it looks chooses among the boxes of a detector, or, where there
-/// are none, is pointed at. With --out, the boxes are written to DIR/grounding.json, a list of {"ref_id", "pred": [x, y, w, h]}.
+/// are none, is pointed at. With --out, what is found is written to DIR/grounding.json, which `xvlm score grounding` reads: a
+/// list of {"ref_id", "bbox": [x, y, w, h]}, with --weak and a "point": [x, y].
 #[derive(Args)]
 pub(crate) struct Grounding {
     #[command(flatten)]
@@ -87,7 +88,7 @@ impl Grounding {
             .common
             .evaluate("pictures of phrases", &name, |model, sweep| evaluate(model, items, &options, sweep))?;
         let Some(done) = done else { return Ok(()) };
-        self.write(|path| write_results(path, &done.items, done.boxes(&options)))?;
+        self.write(|path| write_results(path, &done.items, done.boxes(&options).map(|bbox| (bbox, None))))?;
         self.print(&name, done.scores, report, &done.left_out, |scores| {
             [grounding_rows(&scores.all), split_rows(scores)].concat()
         })
@@ -116,12 +117,9 @@ impl Grounding {
             .common
             .evaluate("pictures of phrases", &name, |model, sweep| evaluate_weakly(model, items, &options, sweep))?;
         let Some(done) = done else { return Ok(()) };
-        self.write(|path| {
-            let boxes = done.answers.iter().map(|answer| answer.bbox);
-            let found = done.items.iter().zip(boxes).filter_map(|(item, bbox)| Some((item.clone(), bbox?)));
-            let (items, boxes): (Vec<_>, Vec<_>) = found.unzip();
-            write_results(path, &items, boxes)
-        })?;
+        // A box that there is not is wrong.
+        let found = done.answers.iter().map(|answer| (answer.bbox.unwrap_or_default(), Some(answer.point)));
+        self.write(|path| write_results(path, &done.items, found))?;
         self.print(&name, done.scores, report, &done.left_out, weak_rows)
     }
 

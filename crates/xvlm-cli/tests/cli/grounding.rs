@@ -71,7 +71,7 @@ fn the_built_in_world_is_scored() {
         let results: Vec<Value> =
             serde_json::from_slice(&fs::read(dir.join(folder).join("grounding.json")).unwrap()).unwrap();
         assert_eq!(json!(results.len()), boxes["count"]);
-        assert!(results.iter().all(|line| line["ref_id"].is_string() && line["pred"].as_array().unwrap().len() == 4));
+        assert!(results.iter().all(|line| line["ref_id"].is_string() && line["bbox"].as_array().unwrap().len() == 4));
     }
     // What is there already is not asked again, and boxes to choose from need no other heat.
     assert_eq!(json(dir, "eval grounding --model model --data data --weak --out weak --resume"), weak);

@@ -129,19 +129,22 @@ fn find_references(data: &Path) -> Result<PathBuf, TaskError> {
     })
 }
 
-/// Writes boxes `(x, y, w, h)` in pixels as the original's evaluation puts them together, a list of `{"ref_id", "pred"}`.
+/// Writes what was found for each item, the form of a data set's phrases: a list of `{"ref_id", "bbox", "point"}`, an entry a phrase,
+/// with a box `(x, y, w, h)` and a point `(x, y)`, if there is one, in pixels.
 ///
 /// # Errors
 /// If the file cannot be written.
 pub fn write_results(
     path: &Path,
     items: &[GroundingItem],
-    boxes: impl IntoIterator<Item = [f32; 4]>,
+    found: impl IntoIterator<Item = ([f32; 4], Option<[f32; 2]>)>,
 ) -> Result<(), TaskError> {
     #[derive(Serialize)]
-    struct Line {
+    struct Entry {
         ref_id: Value,
-        pred: [f32; 4],
+        bbox: [f32; 4],
+        #[serde(skip_serializing_if = "Option::is_none")]
+        point: Option<[f32; 2]>,
     }
     // Identifiers are numbers in all published files.
     let id = |id: &str| match id.parse::<u64>() {
@@ -149,9 +152,9 @@ pub fn write_results(
         _ => json!(id),
     };
     let mut text = String::from("[");
-    for (i, (item, pred)) in items.iter().zip(boxes).enumerate() {
-        let line = json!(Line { ref_id: id(&item.ref_id), pred });
-        text += &format!("{}{line}", if i == 0 { "\n" } else { ",\n" });
+    for (i, (item, (bbox, point))) in items.iter().zip(found).enumerate() {
+        let entry = json!(Entry { ref_id: id(&item.ref_id), bbox, point });
+        text += &format!("{}{entry}", if i == 0 { "\n" } else { ",\n" });
     }
     text += "\n]\n";
     Ok(xvlm_weights::write_file_atomically(path, |out| out.write_all(text.as_bytes()))?)
