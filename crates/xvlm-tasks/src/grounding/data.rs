@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde_json::{Value, json};
-use xvlm_data::annotations::{GroundingItem, Reading, Reason, Report, read_proposals};
+use xvlm_data::annotations::{GroundingItem, Loaded, Reading, Reason, Report, read_proposals};
 
 use crate::error::{ConfigProblem, SweepProblem, TaskError};
 use crate::finetune::{BboxTask, WeakGroundingTask};
@@ -82,10 +82,7 @@ impl TestSet {
         references: Option<&Path>,
         max_bad_fraction: f64,
     ) -> Result<Self, TaskError> {
-        let mut files = files.to_vec();
-        if let Some(references) = references.filter(|_| !files.iter().all(|file| is_published(file))) {
-            files.push(find_references(references)?);
-        }
+        let files = with_references(files, references)?;
         let strict = max_bad_fraction <= 0.0;
         let reading = Reading { images: Some(images.to_owned()), strict, ..Reading::default() };
         let loaded = reading.grounding(&files)?;
@@ -109,6 +106,28 @@ impl TestSet {
         }
         Ok(Self { items, report })
     }
+}
+
+/// The phrases that boxes are trained on: of lists all; of published files those of the training split.
+///
+/// # Errors
+/// If a file cannot be read.
+pub(crate) fn training_phrases(task: &BboxTask) -> Result<Loaded<GroundingItem>, TaskError> {
+    let files = with_references(&task.train_file, task.refcoco_data.as_deref().filter(|_| !task.vlue_test))?;
+    let splits = match files.iter().all(|file| is_published(file)) {
+        true => vec![TRAIN.to_owned()],
+        false => Vec::new(),
+    };
+    Ok(Reading { images: Some(task.image_root.clone()), splits, ..Reading::default() }.grounding(&files)?)
+}
+
+/// Lists of phrases together with the published file that has their boxes.
+fn with_references(files: &[PathBuf], references: Option<&Path>) -> Result<Vec<PathBuf>, TaskError> {
+    let mut files = files.to_vec();
+    if let Some(references) = references.filter(|_| !files.iter().all(|file| is_published(file))) {
+        files.push(find_references(references)?);
+    }
+    Ok(files)
 }
 
 fn is_published(file: &Path) -> bool {
@@ -158,4 +177,39 @@ pub fn write_results(
     }
     text += "\n]\n";
     Ok(xvlm_weights::write_file_atomically(path, |out| out.write_all(text.as_bytes()))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::FinetuneConfig;
+    use crate::finetune::FinetuneTask;
+
+    #[test]
+    fn training_has_the_boxes_of_the_published_file_and_its_training_split() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, content: &[u8]| std::fs::write(dir.path().join(name), content).unwrap();
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../xvlm-data/tests/golden/refs_python2_2.p");
+        write("refs(umd).p", &std::fs::read(golden).unwrap());
+        let image = |id: u32| json!({"id": id, "file_name": format!("{id}.jpg"), "height": 80, "width": 100});
+        let annotation = |id: u32, image: u32| json!({"id": id, "image_id": image, "bbox": [1, 2, 3, 4]});
+        let instances =
+            json!({"images": [image(42), image(43)], "annotations": [annotation(7, 42), annotation(8, 43)]});
+        write("instances.json", instances.to_string().as_bytes());
+        write("train.json", json!([{"image": "42.jpg", "text": "a cup", "ref_id": 11}]).to_string().as_bytes());
+        let texts = |train_file: &str| {
+            let path = dir.path().display();
+            let overrides =
+                [format!("task.train_file={path}/{train_file}"), format!("task.refcoco_data={path}")];
+            let FinetuneTask::Bbox(task) = FinetuneConfig::preset("refcoco-bbox", &overrides).unwrap().task else {
+                panic!("another task");
+            };
+            let items = training_phrases(&task).unwrap().items;
+            items.into_iter().map(|item| (item.text, item.bbox)).collect::<Vec<_>>()
+        };
+        let bbox = [1.0, 2.0, 3.0, 4.0];
+        assert_eq!(texts("train.json"), [("a cup".to_owned(), bbox)]);
+        let published = [("the red cup".to_owned(), bbox), ("left cup".to_owned(), bbox)];
+        assert_eq!(texts("refs(umd).p"), published);
+    }
 }

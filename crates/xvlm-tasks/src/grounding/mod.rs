@@ -6,6 +6,7 @@ mod heat;
 mod weak;
 
 pub use boxes::{BoxOptions, Evaluation, Found, evaluate, ground, losses};
+pub(crate) use data::training_phrases;
 pub use data::{TestSet, write_results};
 pub use heat::{Heat, HeatMap, Layers, StretchedHeat, heat, heat_maps};
 pub use weak::{WeakAnswer, WeakEvaluation, WeakOptions, WeakScores, evaluate_weakly};
