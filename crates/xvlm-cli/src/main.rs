@@ -11,6 +11,7 @@ mod draw;
 mod dry_run;
 mod eval;
 mod finetune;
+mod ground;
 mod judge;
 mod output;
 mod plot;
@@ -44,7 +45,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Demo(demo::Demo),
-    Ground(predict::Ground),
+    Ground(ground::Ground),
     Caption(caption::Caption),
     Alt(alt::Alt),
     Answer(predict::Answer),

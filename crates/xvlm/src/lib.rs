@@ -34,10 +34,13 @@ pub use bundled::bundled_files;
 pub use candle_core::Device;
 #[cfg(feature = "hub")]
 pub use hub::Hub;
-pub use predictor::{Answer, Grounding, Judgement, LikelyAnswer, Match, PixelBox, Predictor, RankedAnswers, View};
+pub use predictor::{
+    Answer, Grounding, Heated, Judgement, LikelyAnswer, Match, PixelBox, Predictor, Proposal, RankedAnswers, View,
+};
 pub use xvlm_data::Picture;
 pub use xvlm_tasks::captioning::Writing;
 pub use xvlm_tasks::fill::Completion;
+pub use xvlm_tasks::grounding::{HeatMap, Layers, StretchedHeat};
 pub use xvlm_tasks::vqa::{AnswerList, Ranking};
 pub use xvlm_tasks::{ConfigProblem, Model, Sampling, Search, TaskError as Error, Written};
 pub use {
