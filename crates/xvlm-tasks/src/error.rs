@@ -1,5 +1,7 @@
 //! What can go wrong in a task.
 
+use std::path::PathBuf;
+
 use xvlm_data::DataError;
 use xvlm_encoders::Task;
 use xvlm_metrics::MetricsError;
@@ -28,6 +30,9 @@ pub enum TaskError {
     /// A configuration that cannot be read or understood.
     #[error(transparent)]
     Config(#[from] ConfigProblem),
+    /// A data set that cannot be worked through.
+    #[error(transparent)]
+    Sweep(#[from] SweepProblem),
     /// A phrase to be completed that has no blank.
     #[error("text {text:?}: expected at least one blank, written ___ or [MASK], found none")]
     Blank {
@@ -104,4 +109,46 @@ pub struct ConfigProblem {
     pub file: String,
     /// What was expected and found, with the field.
     pub message: String,
+}
+
+/// What keeps a data set from being worked through.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SweepProblem {
+    /// A file of answers that cannot be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// Answers that are not to what is asked now.
+    #[error("{}: {message}", path.display())]
+    Answers {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and found.
+        message: String,
+    },
+    /// Data of which too much is broken to score the rest.
+    #[error("{left_out} of {units} are broken, more than {:.1} %; the first: {first}", 100.0 * limit)]
+    TooManyBroken {
+        /// Units that cannot be asked about.
+        left_out: usize,
+        /// Units in all.
+        units: usize,
+        /// The share that may be left out.
+        limit: f64,
+        /// What is wrong with the first.
+        first: String,
+    },
+    /// It was asked to stop.
+    #[error("stopped: {done} of {of} are done")]
+    Stopped {
+        /// Units that have answers.
+        done: usize,
+        /// Units in all.
+        of: usize,
+    },
 }

@@ -7,6 +7,8 @@ use std::path::Path;
 
 use xvlm_data::Picture;
 
+pub(crate) use sweep::Item;
+
 mod align;
 pub mod captioning;
 mod config;
@@ -24,17 +26,19 @@ pub mod presets;
 pub mod pretrain;
 pub mod retrieval;
 mod search;
+pub mod sweep;
 mod training;
 pub mod vqa;
 mod yaml;
 
 pub use align::Negatives;
 pub use config::{ItcGradient, Objective, PretrainConfig, RegionStream};
-pub use error::{ConfigProblem, TaskError};
+pub use error::{ConfigProblem, SweepProblem, TaskError};
 pub use finetune::FinetuneConfig;
 pub use generate::{LABEL_SMOOTHING, Source, Written, writing_loss};
 pub use model::{ImageTokens, Model, ModelConfig, Texts};
 pub use search::{Search, Sequence, TextSearch};
+pub use sweep::Sweep;
 pub use training::Training;
 
 /// How many images or texts go through the model at a time: enough to keep all cores busy.
@@ -42,14 +46,6 @@ const BATCH: usize = 32;
 
 /// What is told while a data set is worked through: how many of how many items are done.
 pub type Counter<'a> = &'a mut dyn FnMut(usize, usize);
-
-/// What asks something about an image.
-trait Item {
-    /// The image's file.
-    fn image(&self) -> &Path;
-    /// What is asked.
-    fn text(&self) -> &str;
-}
 
 /// Asks everything that `items` ask, of which those about one image stand together: each image is opened, given to `check`
 /// with each of its items, and encoded once.

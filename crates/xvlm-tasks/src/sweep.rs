@@ -1,0 +1,461 @@
+//! Working through a large data set: in batches, in several processes, with answers that outlast an interruption.
+//!
+//! With a folder, answers are written to `NAME.jsonl` (in several processes `NAME.1.jsonl`, …) as they come: a line that says
+//! what is asked of what, then a line a unit of work. A sweep that is resumed reads them, whatever the number of processes was,
+//! and asks for the rest.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rayon::prelude::*;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use xvlm_data::{DataError, Picture};
+use xvlm_train::ranks::{Alone, Communicator, Gather};
+
+use crate::Counter;
+use crate::error::{SweepProblem, TaskError};
+use crate::model::{ImageTokens, Model};
+
+/// How a data set is worked through.
+pub struct Sweep<'a> {
+    /// Where answers are kept as they come; in memory alone if there is no folder.
+    pub folder: Option<PathBuf>,
+    /// Go on from the answers in the folder. Otherwise there must be none.
+    pub resume: bool,
+    /// What the answers depend on beside the items and the task's own options, such as the model: a sweep is resumed only if
+    /// all of it is the same.
+    pub about: Value,
+    /// Becomes true when the sweep should stop after the batch it is at.
+    pub stop: Arc<AtomicBool>,
+    /// The processes that share the work. All of them get all answers.
+    pub ranks: Arc<dyn Communicator>,
+    /// Share of units that may be left out because of broken data.
+    pub max_bad_fraction: f64,
+    /// Told how many units of this process are done, of how many.
+    pub counter: Counter<'a>,
+}
+
+/// One piece of work.
+pub struct Work {
+    /// Names the file of answers.
+    pub name: &'static str,
+    /// What the answers depend on: the task's options.
+    pub options: Value,
+    /// Units at a time.
+    pub batch: usize,
+}
+
+/// Something that is left out, and so not scored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LeftOut {
+    /// Its place in the list, from 0.
+    pub item: usize,
+    /// What is wrong with it.
+    pub problem: String,
+}
+
+/// The answers to a list of items.
+#[derive(Clone, Debug)]
+pub struct Answers<A> {
+    /// An answer for each item, but for those that are left out.
+    pub given: Vec<Option<A>>,
+    /// What is left out, in the order of the list.
+    pub left_out: Vec<LeftOut>,
+}
+
+impl<A> Answers<A> {
+    /// The items that have answers, with them.
+    pub fn split<T>(self, items: Vec<T>) -> (Vec<T>, Vec<A>, Vec<LeftOut>) {
+        let answered = items.into_iter().zip(self.given).filter_map(|(item, answer)| Some((item, answer?)));
+        let (items, answers) = answered.unzip();
+        (items, answers, self.left_out)
+    }
+}
+
+/// What asks something about an image.
+pub(crate) trait Item {
+    /// The image's file.
+    fn image(&self) -> &Path;
+    /// What is asked.
+    fn text(&self) -> &str;
+}
+
+/// What a file of answers begins with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Heading {
+    work: String,
+    about: Value,
+    options: Value,
+    units: usize,
+    /// SHA-256 of the units' names.
+    digest: String,
+}
+
+/// What became of a unit.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Line {
+    unit: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    answer: Option<Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    problem: Option<String>,
+}
+
+impl<'a> Sweep<'a> {
+    /// In this process and in memory; nothing may be broken.
+    pub fn new(counter: Counter<'a>) -> Self {
+        let (folder, resume, about, stop) = (None, false, Value::Null, Arc::default());
+        Self { folder, resume, about, stop, ranks: Arc::new(Alone), max_bad_fraction: 0.0, counter }
+    }
+
+    /// Asks `ask` about batches of units, each known by its name, and puts the answers together. An answer may be a problem with
+    /// the unit's data: the unit is then left out.
+    ///
+    /// # Errors
+    /// What `ask` says; [`TaskError::Sweep`] if the folder has answers to something else, more than
+    /// [`Self::max_bad_fraction`] of the units are left out, or the sweep was asked to stop.
+    pub fn run<U, A: Serialize + DeserializeOwned>(
+        &mut self,
+        work: &Work,
+        units: &[U],
+        name: impl Fn(&U) -> String,
+        mut ask: impl FnMut(&[&U]) -> Result<Vec<Result<A, DataError>>, TaskError>,
+    ) -> Result<Answers<A>, TaskError> {
+        let mut digest = Sha256::new();
+        units.iter().for_each(|unit| digest.update(format!("{}\n", name(unit))));
+        let heading = Heading {
+            work: work.name.to_owned(),
+            about: self.about.clone(),
+            options: work.options.clone(),
+            units: units.len(),
+            digest: digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
+        };
+        let mut lines = self.read(&heading)?;
+        let mut file = self.open(&heading)?;
+        // What one process has read, all know.
+        self.share(&mut lines)?;
+        let pending: Vec<usize> = (0..units.len()).filter(|unit| !lines.contains_key(unit)).collect();
+        let (rank, ranks) = (self.ranks.rank(), self.ranks.size());
+        let own: Vec<&[usize]> = pending.chunks(work.batch.max(1)).skip(rank).step_by(ranks).collect();
+        let (of, mut done) = (own.iter().map(|batch| batch.len()).sum(), 0);
+        let mut stopped = false;
+        for batch in own {
+            stopped = self.stop.load(Ordering::Relaxed);
+            if stopped {
+                break;
+            }
+            let asked: Vec<&U> = batch.iter().map(|&unit| &units[unit]).collect();
+            let answers = ask(&asked)?;
+            let mut text = String::new();
+            for (&unit, answer) in batch.iter().zip(answers) {
+                let line = match answer {
+                    Ok(answer) => {
+                        let answer = serde_json::to_value(answer).map_err(|error| self.problem(error.to_string()))?;
+                        Line { unit, answer: Some(answer), problem: None }
+                    }
+                    Err(error) => Line { unit, answer: None, problem: Some(error.to_string()) },
+                };
+                text += &format!("{}\n", json!(line));
+                lines.insert(unit, line);
+            }
+            if let Some((path, file)) = &mut file {
+                file.write_all(text.as_bytes()).map_err(|source| io(path, source))?;
+            }
+            done += batch.len();
+            (self.counter)(done, of);
+        }
+        if let Some((path, file)) = &file {
+            file.sync_all().map_err(|source| io(path, source))?;
+        }
+        self.share(&mut lines)?;
+        if stopped || lines.len() < units.len() {
+            return Err(SweepProblem::Stopped { done: lines.len(), of: units.len() }.into());
+        }
+        self.gather(lines.into_values())
+    }
+
+    /// Asks everything that `items` ask: of those that stand together and are about one image, the image is opened, given to
+    /// `check` with each of them, and encoded once. `ask` gets the images of a batch, and what is asked about which.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub(crate) fn by_image<T: Item + Sync, A: Serialize + DeserializeOwned>(
+        &mut self,
+        work: &Work,
+        model: &Model,
+        items: &[T],
+        check: impl Fn(&T, &Picture) -> Result<(), DataError> + Sync,
+        ask: impl Fn(&ImageTokens, &[(u32, &str)]) -> Result<Vec<A>, TaskError>,
+    ) -> Result<Answers<A>, TaskError> {
+        let groups: Vec<&[T]> = items.chunk_by(|a, b| a.image() == b.image()).collect();
+        let name = |group: &&[T]| {
+            let texts: Vec<&str> = group.iter().map(Item::text).collect();
+            json!([group[0].image(), texts]).to_string()
+        };
+        let answers = self.run(work, &groups, name, |groups| {
+            let open = |group: &&&[T]| {
+                let picture = Picture::open(group[0].image())?;
+                group.iter().try_for_each(|item| check(item, &picture)).map(|()| picture)
+            };
+            let opened: Vec<Result<Picture, DataError>> = groups.par_iter().map(open).collect();
+            let (mut pictures, mut texts, mut counts) = (Vec::new(), Vec::new(), Vec::new());
+            for (opened, group) in opened.into_iter().zip(groups) {
+                counts.push(opened.map(|picture| {
+                    texts.extend(group.iter().map(|item| (pictures.len() as u32, item.text())));
+                    pictures.push(picture);
+                    group.len()
+                }));
+            }
+            let mut answers = match pictures.is_empty() {
+                true => Vec::new(),
+                false => ask(&model.encode(&pictures)?, &texts)?,
+            }
+            .into_iter();
+            Ok(counts.into_iter().map(|count| Ok(answers.by_ref().take(count?).collect::<Vec<A>>())).collect())
+        })?;
+        let (mut given, mut left_out) = (Vec::with_capacity(items.len()), Vec::new());
+        let mut problems = answers.left_out.into_iter();
+        for (group, answers) in groups.iter().zip(answers.given) {
+            let problem = if answers.is_none() { problems.next() } else { None };
+            for at in 0..group.len() {
+                left_out
+                    .extend(problem.iter().map(|out| LeftOut { item: given.len() + at, problem: out.problem.clone() }));
+            }
+            match answers {
+                Some(answers) => given.extend(answers.into_iter().map(Some)),
+                None => given.extend(group.iter().map(|_| None)),
+            }
+        }
+        Ok(Answers { given, left_out })
+    }
+
+    fn problem(&self, message: String) -> TaskError {
+        SweepProblem::Answers { path: self.folder.clone().unwrap_or_default(), message }.into()
+    }
+
+    /// Puts the lines of all units together.
+    fn gather<A: DeserializeOwned>(&self, lines: impl ExactSizeIterator<Item = Line>) -> Result<Answers<A>, TaskError> {
+        let units = lines.len();
+        let mut answers = Answers { given: Vec::with_capacity(units), left_out: Vec::new() };
+        for (item, line) in lines.enumerate() {
+            if let Some(problem) = line.problem {
+                answers.left_out.push(LeftOut { item, problem });
+                answers.given.push(None);
+                continue;
+            }
+            let answer = serde_json::from_value(line.answer.unwrap_or_default());
+            answers.given.push(Some(answer.map_err(|error| self.problem(format!("unit {item}: {error}")))?));
+        }
+        let (left_out, limit) = (answers.left_out.len(), self.max_bad_fraction);
+        match answers.left_out.first() {
+            Some(first) if left_out as f64 > limit * units as f64 => {
+                Err(SweepProblem::TooManyBroken { left_out, units, limit, first: first.problem.clone() }.into())
+            }
+            _ => Ok(answers),
+        }
+    }
+
+    /// The files of answers that the folder has for a piece of work.
+    fn files(&self, work: &str) -> Result<Vec<PathBuf>, TaskError> {
+        let Some(folder) = self.folder.as_ref().filter(|folder| folder.exists()) else { return Ok(Vec::new()) };
+        let is_own = |path: &PathBuf| {
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let middle = name.strip_prefix(work).and_then(|rest| rest.strip_suffix(".jsonl"));
+            middle.is_some_and(|middle| middle.is_empty() || middle[1..].bytes().all(|byte| byte.is_ascii_digit()))
+        };
+        let entries = std::fs::read_dir(folder).map_err(|source| io(folder, source))?;
+        let paths = entries.map(|entry| Ok(entry.map_err(|source| io(folder, source))?.path()));
+        let mut files = paths.collect::<Result<Vec<_>, TaskError>>()?;
+        files.retain(is_own);
+        files.sort();
+        Ok(files)
+    }
+
+    /// The answers that are there.
+    fn read(&self, heading: &Heading) -> Result<BTreeMap<usize, Line>, TaskError> {
+        let mut lines = BTreeMap::new();
+        for path in self.files(&heading.work)? {
+            if !self.resume {
+                let message = "expected no answers, since the work is not resumed, found some".to_owned();
+                return Err(SweepProblem::Answers { path, message }.into());
+            }
+            let file = BufReader::new(File::open(&path).map_err(|source| io(&path, source))?);
+            for (number, line) in file.lines().enumerate() {
+                let line = line.map_err(|source| io(&path, source))?;
+                if number == 0 {
+                    check_heading(&path, heading, &line)?;
+                } else if let Some(line) = serde_json::from_str::<Line>(&line).ok().filter(|l| l.unit < heading.units) {
+                    // A line that an interruption cut short is asked for again.
+                    lines.insert(line.unit, line);
+                }
+            }
+        }
+        Ok(lines)
+    }
+
+    /// The file that this process writes its answers to.
+    fn open(&self, heading: &Heading) -> Result<Option<(PathBuf, File)>, TaskError> {
+        let Some(folder) = &self.folder else { return Ok(None) };
+        std::fs::create_dir_all(folder).map_err(|source| io(folder, source))?;
+        // No process looks for answers after another has begun to write.
+        self.ranks.barrier()?;
+        let path = folder.join(match self.ranks.rank() {
+            0 => format!("{}.jsonl", heading.work),
+            rank => format!("{}.{rank}.jsonl", heading.work),
+        });
+        let open = || {
+            let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path)?;
+            match file.seek(SeekFrom::End(0))? {
+                0 => writeln!(file, "{}", json!(heading))?,
+                // After a line that was cut short, a new one.
+                _ => writeln!(file)?,
+            }
+            Ok(file)
+        };
+        let file = open().map_err(|source| io(&path, source))?;
+        Ok(Some((path, file)))
+    }
+
+    /// Makes the lines of each process known to all.
+    fn share(&self, lines: &mut BTreeMap<usize, Line>) -> Result<(), TaskError> {
+        if self.ranks.size() == 1 {
+            return Ok(());
+        }
+        let own: String = lines.values().map(|line| format!("{}\n", json!(line))).collect();
+        let all = Gather::new(&self.ranks, own.len())?.join_numbers(own.as_bytes())?;
+        for line in all.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
+            let line: Line = serde_json::from_slice(line).map_err(|error| self.problem(error.to_string()))?;
+            lines.insert(line.unit, line);
+        }
+        Ok(())
+    }
+}
+
+fn io(path: &Path, source: std::io::Error) -> TaskError {
+    SweepProblem::Io { path: path.to_owned(), source }.into()
+}
+
+/// Refuses answers to something else.
+fn check_heading(path: &Path, expected: &Heading, line: &str) -> Result<(), TaskError> {
+    let problem = |message: String| Err(SweepProblem::Answers { path: path.to_owned(), message }.into());
+    let found: Heading = match serde_json::from_str(line) {
+        Ok(found) => found,
+        Err(error) => return problem(format!("line 1: expected what was asked, found {error}")),
+    };
+    let (now, before) = (json!(expected), json!(found));
+    let difference = now.as_object().into_iter().flatten();
+    let difference = difference.filter_map(|(field, now)| xvlm_train::difference(field, &before[field.as_str()], now));
+    match difference.into_iter().next() {
+        Some((field, before, now)) => problem(format!("{field}: expected {now}, as asked now, found {before}")),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use xvlm_train::ranks::Threads;
+
+    use super::*;
+
+    const UNITS: [u32; 7] = [3, 1, 4, 1, 5, 9, 2];
+
+    fn work() -> Work {
+        Work { name: "answers", options: json!({"k": 2}), batch: 2 }
+    }
+
+    fn broken(unit: u32) -> DataError {
+        DataError::MissingText { origin: format!("unit {unit}"), expected: "an answer" }
+    }
+
+    /// Doubles units; nine is broken.
+    fn run(sweep: &mut Sweep, asked: &mut Vec<u32>) -> Result<Answers<u32>, TaskError> {
+        sweep.run(&work(), &UNITS, u32::to_string, |units| {
+            asked.extend(units.iter().copied());
+            Ok(units.iter().map(|&&unit| if unit == 9 { Err(broken(unit)) } else { Ok(2 * unit) }).collect())
+        })
+    }
+
+    fn expected(answers: &Answers<u32>) {
+        assert_eq!(answers.given, [Some(6), Some(2), Some(8), Some(2), Some(10), None, Some(4)]);
+        let [out] = answers.left_out.as_slice() else { panic!("{:?}", answers.left_out) };
+        assert_eq!((out.item, out.problem.contains("unit 9")), (5, true));
+    }
+
+    #[test]
+    fn what_was_interrupted_goes_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("answers.jsonl");
+        let stop = Arc::new(AtomicBool::new(false));
+        let go = |resume, about: &str, counter: Counter, asked: &mut Vec<u32>| {
+            let (folder, stop) = (Some(folder.path().to_owned()), Arc::clone(&stop));
+            let about = json!(about);
+            run(&mut Sweep { folder, resume, about, stop, max_bad_fraction: 0.5, ..Sweep::new(counter) }, asked)
+        };
+        let mut asked = Vec::new();
+        let mut counter = |done, _| stop.store(done >= 4, Ordering::Relaxed);
+        let error = go(false, "a", &mut counter, &mut asked).unwrap_err().to_string();
+        assert_eq!(error, "stopped: 4 of 7 are done");
+        assert_eq!(asked, [3, 1, 4, 1]);
+        // A line that was cut short.
+        let text = std::fs::read_to_string(&file).unwrap();
+        std::fs::write(&file, &text[..text.len() - 4]).unwrap();
+        stop.store(false, Ordering::Relaxed);
+        let error = go(false, "a", &mut |_, _| {}, &mut asked).unwrap_err().to_string();
+        assert!(error.contains("answers.jsonl: expected no answers"), "{error}");
+        asked.clear();
+        expected(&go(true, "a", &mut |_, _| {}, &mut asked).unwrap());
+        assert_eq!(asked, [1, 5, 9, 2]);
+        // Once more: nothing is left to ask.
+        asked.clear();
+        expected(&go(true, "a", &mut |_, _| {}, &mut asked).unwrap());
+        assert!(asked.is_empty());
+        let error = go(true, "b", &mut |_, _| {}, &mut asked).unwrap_err().to_string();
+        assert!(error.contains("about: expected \"b\", as asked now, found \"a\""), "{error}");
+    }
+
+    #[test]
+    fn too_much_that_is_broken_is_an_error() {
+        let error = run(&mut Sweep::new(&mut |_, _| {}), &mut Vec::new()).unwrap_err().to_string();
+        assert!(error.starts_with("1 of 7 are broken, more than 0.0 %; the first: "), "{error}");
+        assert!(error.contains("unit 9"), "{error}");
+    }
+
+    #[test]
+    fn several_processes_share_the_work() {
+        let folder = tempfile::tempdir().unwrap();
+        let all: Vec<Vec<u32>> = std::thread::scope(|scope| {
+            let one = |ranks: Threads| {
+                let folder = folder.path().to_owned();
+                scope.spawn(move || {
+                    let mut asked = Vec::new();
+                    let mut counter = |_, _| {};
+                    let mut sweep = Sweep {
+                        folder: Some(folder),
+                        ranks: Arc::new(ranks),
+                        max_bad_fraction: 0.5,
+                        ..Sweep::new(&mut counter)
+                    };
+                    expected(&run(&mut sweep, &mut asked).unwrap());
+                    asked
+                })
+            };
+            let threads: Vec<_> = Threads::new(3).into_iter().map(one).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert_eq!(all, [vec![3, 1, 2], vec![4, 1], vec![5, 9]]);
+        // One process finds what three have answered.
+        let mut asked = Vec::new();
+        let mut counter = |_, _| {};
+        let folder = Some(folder.path().to_owned());
+        let mut sweep = Sweep { folder, resume: true, max_bad_fraction: 0.5, ..Sweep::new(&mut counter) };
+        expected(&run(&mut sweep, &mut asked).unwrap());
+        assert!(asked.is_empty());
+    }
+}
