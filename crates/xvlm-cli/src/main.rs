@@ -14,6 +14,7 @@ mod predict;
 mod presets;
 mod pretrain;
 mod progress;
+mod ranks;
 mod report;
 mod signals;
 mod synth;
@@ -104,7 +105,7 @@ impl DeviceArgs {
 
 impl ModelArgs {
     fn open(&self) -> Result<Predictor, CliError> {
-        let device = self.device.open()?;
+        let device = self.device.open_for_rank()?;
         Ok(match &self.model {
             Some(dir) => Predictor::from_folder(dir, &device)?,
             None => Predictor::bundled(&device)?,

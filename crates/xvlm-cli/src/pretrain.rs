@@ -4,19 +4,20 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde::Serialize;
 use xvlm::Device;
 use xvlm::tasks::PretrainConfig;
 use xvlm::tasks::pretrain::{self, Session};
 use xvlm::train::Summary;
-use xvlm::train::ranks::{self, Communicator, Engine};
+use xvlm::train::ranks::Communicator;
 
 use crate::DeviceArgs;
 use crate::dry_run;
 use crate::output::{self, CliError};
 use crate::plot;
 use crate::progress::Training;
+use crate::ranks::{RanksArgs, or_abort};
 use crate::signals;
 
 /// Pre-train a model on image-text pairs and on boxes with texts
@@ -55,27 +56,13 @@ pub(crate) struct Pretrain {
     /// Print the whole configuration and do nothing else; a preset in which nothing is replaced as it is written
     #[arg(long, conflicts_with_all = ["out", "resume", "json", "dry_run"])]
     print_config: bool,
-    /// What to train in several processes with, once mpirun, torchrun or srun has started them
-    #[arg(long, value_name = "ENGINE", value_enum, default_value_t = Ranks::Auto)]
-    ranks: Ranks,
+    #[command(flatten)]
+    ranks: RanksArgs,
     #[command(flatten)]
     device: DeviceArgs,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
-}
-
-/// What processes talk through.
-#[derive(Clone, Copy, ValueEnum)]
-enum Ranks {
-    /// NCCL between GPUs, MPI between CPUs, nothing if there is one process
-    Auto,
-    /// Nothing: one process
-    Alone,
-    /// MPI
-    Mpi,
-    /// NCCL; each process has a GPU
-    Nccl,
 }
 
 /// How a run ended.
@@ -112,21 +99,8 @@ impl Pretrain {
             return dry_run::run(&config, self.processes.unwrap_or(1).into(), self.out.as_deref(), self.json);
         }
         let device = self.device.open_for_rank()?;
-        let engine = match self.ranks {
-            Ranks::Auto => Engine::find(device.is_cuda()).map_err(xvlm::Error::from)?,
-            Ranks::Alone => Engine::Alone,
-            Ranks::Mpi => Engine::Mpi,
-            Ranks::Nccl => Engine::Nccl,
-        };
-        let ranks = ranks::connect(engine, &device).map_err(xvlm::Error::from)?;
-        match self.train(&config, &device, &ranks) {
-            // The others wait for this one.
-            Err(error) if ranks.size() > 1 => {
-                output::say(&format!("error on rank {} of {}: {error}", ranks.rank(), ranks.size()));
-                ranks.abort(1)
-            }
-            ended => ended,
-        }
+        let ranks = self.ranks.connect(&self.device)?;
+        or_abort(&*ranks, self.train(&config, &device, &ranks))
     }
 
     /// One rank's part. Rank 0 says how it went.

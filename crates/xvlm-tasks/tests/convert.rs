@@ -9,8 +9,9 @@ use tempfile::TempDir;
 use xvlm_data::{Picture, TextTokenizer};
 use xvlm_encoders::{Task, VisionConfig, XvlmConfig};
 use xvlm_tasks::convert::{Goal, convert, export, layout};
+use xvlm_tasks::finetune::initial_weights;
 use xvlm_tasks::{Model, ModelConfig, Search, captioning, fill, grounding, vqa};
-use xvlm_weights::{Checkpoint, ConversionReport, LoadRules, ModelFolder, Origin, StoredType};
+use xvlm_weights::{Checkpoint, ConversionReport, LoadRules, ModelFiles, ModelFolder, Origin, StoredType};
 
 type Tensors = BTreeMap<String, Tensor>;
 
@@ -100,6 +101,12 @@ fn assert_same(found: &Tensor, expected: &Tensor) {
     assert_eq!(numbers(found), numbers(expected));
 }
 
+/// A model folder.
+fn model_files(config: &XvlmConfig, tensors: Tensors) -> ModelFiles {
+    let config = ModelConfig::of(config.clone()).to_json().unwrap();
+    ModelFiles { name: "folder".to_owned(), config, tokenizer: Vec::new(), tensors }
+}
+
 #[test]
 fn every_task_is_made_of_a_pre_trained_model() {
     let pretrained = parameters(&swin(Task::Pretrain));
@@ -115,6 +122,11 @@ fn every_task_is_made_of_a_pre_trained_model() {
         };
         assert_eq!(report.initialised.len(), new, "{}: {report}", task.name());
         assert_eq!(report.loaded.len() + new, tensors.len(), "{}", task.name());
+        let files = model_files(&swin(Task::Pretrain), pretrained.clone());
+        let start = initial_weights(&files, &swin(task), 1).unwrap();
+        assert_eq!(start.fresh(), report.initialised.iter().map(|because| &because.name).collect::<Vec<_>>());
+        assert!(start.tensors.keys().eq(tensors.keys()), "{}", task.name());
+        start.tensors.iter().for_each(|(name, tensor)| assert_same(tensor, &tensors[name]));
         let name = "encoder.layer.3.output.dense.weight";
         let source = &pretrained[&format!("text_encoder.bert.{name}")];
         match task {
@@ -213,6 +225,54 @@ fn positions_are_resized() {
     let (before, after) = (&pretrained["vision_encoder.pos_embed"], &converted.tensors["vision_encoder.pos_embed"]);
     assert_eq!(after.dims(), [1, 1 + 64, 12]);
     assert_same(&after.narrow(1, 0, 1).unwrap(), &before.narrow(1, 0, 1).unwrap());
+}
+
+#[test]
+fn a_model_starts_from_one_for_its_task_or_the_one_before() {
+    let start = |from: &XvlmConfig, to: &XvlmConfig| initial_weights(&model_files(from, parameters(from)), to, 1);
+    for task in Task::ALL {
+        let same = start(&swin(task), &swin(task)).unwrap();
+        assert_eq!((same.fresh().len(), same.report.unused.len()), (0, 0), "{}", task.name());
+        let expected = parameters(&swin(task));
+        same.tensors.iter().for_each(|(name, tensor)| assert_same(tensor, &expected[name]));
+    }
+
+    let assigned = start(&swin(Task::NlvrPretrain), &swin(Task::Nlvr)).unwrap();
+    assert!(assigned.fresh().len() == 6 && assigned.fresh().iter().all(|name| name.starts_with("cls_head.")));
+    let unused: Vec<&str> = assigned.report.unused.iter().map(|because| because.name.as_str()).collect();
+    let is_left = |name: &str| ["ta_head.", "vision_proj."].iter().any(|part| name.starts_with(part));
+    assert!(!unused.is_empty() && unused.iter().all(|name| is_left(name)), "{unused:?}");
+    let (twin, before) = ("text_encoder.encoder.layer.5.output.dense.weight", parameters(&swin(Task::NlvrPretrain)));
+    assert_same(&assigned.tensors[twin], &before[twin]);
+
+    for (from, to) in [(Task::Vqa, Task::Nlvr), (Task::Retrieval, Task::Pretrain), (Task::Captioning, Task::Vqa)] {
+        let error = start(&swin(from), &swin(to)).unwrap_err().to_string();
+        assert!(error.starts_with("weights to start from: expected a model for pretrain"), "{error}");
+    }
+}
+
+#[test]
+fn a_model_starts_at_another_resolution_and_not_with_other_heads() {
+    for (from, count) in [(swin(Task::Pretrain), 3), (vit("deit", "bert"), 1), (vit("clip", "roberta"), 1)] {
+        let files = model_files(&from, parameters(&from));
+        let mut larger = from.at_resolution(64).unwrap();
+        larger.task = Task::Retrieval;
+        let start = initial_weights(&files, &larger, 1).unwrap();
+        assert_eq!((start.report.reshaped.len(), start.fresh().len()), (count, 0));
+        let shapes = layout(&larger, false).unwrap().0.parameters;
+        assert!(start.tensors.iter().all(|(name, tensor)| tensor.dims() == shapes[name]));
+        let converted = run(&[(Origin::Xvlm, &files.tensors)], &goal(larger.clone())).unwrap();
+        start.tensors.iter().for_each(|(name, tensor)| assert_same(tensor, &converted.tensors[name]));
+
+        larger.text_config.num_attention_heads = 4;
+        let error = initial_weights(&files, &larger, 1).unwrap_err().to_string();
+        let expected = "configuration: model.text_config.num_attention_heads: expected 2, that of folder, found 4";
+        assert_eq!(error, expected);
+        let mut wider = larger;
+        (wider.text_config.num_attention_heads, wider.text_config.intermediate_size) = (2, 48);
+        let error = initial_weights(&files, &wider, 1).unwrap_err().to_string();
+        assert!(error.contains("intermediate.dense.weight") && error.contains("folder/model.safetensors"), "{error}");
+    }
 }
 
 /// The tensors of some part of a model, under the names of another program.

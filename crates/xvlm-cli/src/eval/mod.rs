@@ -1,149 +1,197 @@
-//! `xvlm eval`: scores on a folder of annotated pictures.
+//! `xvlm eval`: scores on annotated data. One module a task.
+
+mod captioning;
+mod fill;
+mod grounding;
+mod retrieval;
+mod vqa;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand};
 use serde::Serialize;
-use xvlm::metrics::boxes::BoxScores;
-use xvlm::metrics::fill::FillScores;
-use xvlm::metrics::retrieval::RetrievalScores;
-use xvlm::metrics::vqa::ExactScores;
-use xvlm::tasks::captioning::CaptionScores;
-use xvlm::tasks::{captioning, fill, grounding, retrieval, vqa};
+use serde_json::json;
+use xvlm::tasks::finetune::FinetuneKind;
+use xvlm::tasks::sweep::LeftOut;
+use xvlm::tasks::{FinetuneConfig, Model, Sweep, TaskError};
 
+pub(crate) use self::captioning::caption_rows;
+pub(crate) use self::fill::fill_rows;
+pub(crate) use self::grounding::grounding_rows;
+pub(crate) use self::retrieval::retrieval_rows;
+pub(crate) use self::vqa::question_rows;
 use crate::ModelArgs;
 use crate::output::{self, CliError, Rows, table};
 use crate::progress::Stage;
+use crate::ranks::RanksArgs;
+use crate::signals;
 
-/// Score a model on a folder that `xvlm synth` wrote, or on one's own data in the same formats (captions are checked
-/// against scenes, so they are for the former only)
+/// Score a model on annotated pictures
+///
+/// With --data, on a folder that `xvlm synth` wrote, or on one's own data in the same formats; with --config or --preset, on
+/// the test files of a configuration for fine-tuning, one of the original's among them.
 #[derive(Args)]
 pub(crate) struct Eval {
-    /// What to score
-    #[arg(value_enum)]
+    #[command(subcommand)]
     task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    Captioning(captioning::Captioning),
+    Fill(fill::Fill),
+    Grounding(grounding::Grounding),
+    Retrieval(retrieval::Retrieval),
+    Vqa(vqa::Vqa),
+}
+
+impl Eval {
+    pub(crate) fn run(self) -> Result<(), CliError> {
+        match self.task {
+            Task::Captioning(task) => task.run(),
+            Task::Fill(task) => task.run(),
+            Task::Grounding(task) => task.run(),
+            Task::Retrieval(task) => task.run(),
+            Task::Vqa(task) => task.run(),
+        }
+    }
+}
+
+/// What all evaluations have in common.
+#[derive(Args)]
+pub(super) struct Common {
     #[command(flatten)]
     model: ModelArgs,
-    /// Folder with the annotations: grounding.json, retrieval.json, fill.json, vqa.json, or captions.json
-    /// with scenes.json
+    /// Folder for the answers, which are written as they come, and for the result file
     #[arg(long, value_name = "DIR")]
-    data: PathBuf,
-    /// Retrieval: how many of the nearest by embedding are ranked again by matching, both ways
-    #[arg(long, value_name = "K", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
-    k_test: u32,
+    pub(super) out: Option<PathBuf>,
+    /// Go on from the answers in --out
+    #[arg(long, requires = "out")]
+    resume: bool,
+    /// Share of broken items that may be left out of the scores; they are counted and named
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    max_bad_fraction: f64,
+    #[command(flatten)]
+    ranks: RanksArgs,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
-#[serde(rename_all = "lowercase")]
-enum Task {
-    /// Boxes of phrases: those with an IoU of at least 0.5 with the truth, and the mean IoU (both in percent)
-    Grounding,
-    /// Texts found by their picture and pictures found by their text: recall at 1, 5 and 10 in percent
-    Retrieval,
-    /// Words for blanks: the right one first, or among the first five, in percent
-    Fill,
-    /// Questions answered in the words of the file, in percent
-    Vqa,
-    /// Captions checked against the scene: right objects, colours and relation, in percent
-    Caption,
+/// Which data.
+#[derive(Args)]
+pub(super) struct DataArgs {
+    /// Folder with the annotations, as `xvlm synth` writes them
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["config", "preset"])]
+    data: Option<PathBuf>,
+    /// Configuration file for fine-tuning, whose test files are taken
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["data", "preset"])]
+    config: Option<PathBuf>,
+    /// Configuration that is built in (see `xvlm presets`), whose test files are taken
+    #[arg(long, value_name = "NAME", conflicts_with = "data")]
+    preset: Option<String>,
+    /// Replace one value of the configuration, such as task.image_root=coco; the value is YAML; repeatable
+    #[arg(long, value_name = "KEY=VALUE", conflicts_with = "data")]
+    set: Vec<String>,
+}
+
+/// Where annotations come from.
+pub(super) enum Source<'a> {
+    /// A folder as `xvlm synth` writes it.
+    Folder(&'a Path),
+    /// The test files of a configuration.
+    Config(Box<FinetuneConfig>),
+}
+
+impl DataArgs {
+    /// Where the annotations come from; `kind` says which task a configuration of the original is for.
+    pub(super) fn open(&self, kind: FinetuneKind) -> Result<Source<'_>, CliError> {
+        let config = match (&self.data, &self.config, &self.preset) {
+            (Some(folder), ..) => return Ok(Source::Folder(folder)),
+            (None, Some(path), _) => FinetuneConfig::open(path, kind, &self.set)?,
+            (None, None, preset) => {
+                let config = FinetuneConfig::preset(preset.as_deref().unwrap_or_default(), &self.set)?;
+                if config.task.kind() != kind {
+                    let (expected, found) = ("a configuration for this task", config.task.kind().name().to_owned());
+                    return Err(CliError::Option { option: "--preset", expected, found });
+                }
+                config
+            }
+        };
+        Ok(Source::Config(Box::new(config)))
+    }
+
+    /// What the data are called in reports.
+    pub(super) fn name(&self) -> String {
+        let preset = self.preset.as_ref().map(|name| format!("preset {name}"));
+        let file = self.data.as_ref().or(self.config.as_ref()).map(|path| path.display().to_string());
+        file.or(preset).unwrap_or_default()
+    }
 }
 
 #[derive(Serialize)]
 struct Report<'a, T> {
-    task: Task,
+    task: &'static str,
     model: String,
-    data: &'a Path,
+    data: &'a str,
     #[serde(flatten)]
     scores: T,
+    left_out: &'a [LeftOut],
 }
 
-impl Eval {
-    pub(crate) fn run(self) -> Result<(), CliError> {
-        let predictor = self.model.open()?;
-        let (model, data) = (predictor.model(), self.data.as_path());
-        match self.task {
-            Task::Grounding => {
-                let done = Stage::run("phrases", |at| grounding::evaluate(model, data, at))?;
-                self.print(done.scores, grounding_rows)
-            }
-            Task::Retrieval => {
-                let k_test = self.k_test as usize;
-                let done = Stage::run("pairs", |at| retrieval::evaluate(model, data, k_test, at))?;
-                self.print(done.scores, retrieval_rows)
-            }
-            Task::Fill => {
-                let done = Stage::run("blanks", |at| fill::evaluate(model, data, at))?;
-                self.print(done.scores, fill_rows)
-            }
-            Task::Vqa => {
-                let done = Stage::run("questions", |at| vqa::evaluate(model, data, at))?;
-                self.print(done.scores, question_rows)
-            }
-            Task::Caption => {
-                let done = Stage::run("captions", |at| captioning::evaluate(model, data, model.config().search, at))?;
-                self.print(done.scores, caption_rows)
-            }
-        }
+impl Common {
+    /// Opens the model and lets `work` evaluate it; nothing where another process tells the result.
+    pub(super) fn evaluate<T>(
+        &self,
+        stage: &'static str,
+        data: &str,
+        work: impl FnOnce(&Model, &mut Sweep) -> Result<T, TaskError>,
+    ) -> Result<Option<T>, CliError> {
+        let ranks = self.ranks.connect(&self.model.device)?;
+        let evaluate = || {
+            let predictor = self.model.open()?;
+            let stop = signals::asked_to_stop()?;
+            Stage::run(stage, |counter| {
+                let (folder, resume, max_bad_fraction) = (self.out.clone(), self.resume, self.max_bad_fraction);
+                let about = json!({"model": self.model.name(), "data": data});
+                let ranks = Arc::clone(&ranks);
+                let mut sweep = Sweep { folder, resume, about, stop, ranks, max_bad_fraction, counter };
+                work(predictor.model(), &mut sweep).map_err(CliError::from)
+            })
+        };
+        let done = crate::ranks::or_abort(&*ranks, evaluate())?;
+        Ok(Some(done).filter(|_| ranks.rank() == 0))
     }
 
-    fn print<T: Serialize>(&self, scores: T, rows: impl Fn(&T) -> Rows) -> Result<(), CliError> {
-        let report = Report { task: self.task, model: self.model.name(), data: &self.data, scores };
-        output::print(self.json, &report, |report| table(&rows(&report.scores)))
+    /// Prints scores, and names what was left out.
+    pub(super) fn print<T: Serialize>(
+        &self,
+        task: &'static str,
+        data: &str,
+        scores: T,
+        left_out: &[LeftOut],
+        rows: impl Fn(&T) -> Rows,
+    ) -> Result<(), CliError> {
+        for LeftOut { item, problem } in left_out.iter().take(8) {
+            output::say(&format!("left out: item {item}: {problem}"));
+        }
+        let report = Report { task, model: self.model.name(), data, scores, left_out };
+        output::print(self.json, &report, |report| {
+            let mut rows = rows(&report.scores);
+            if !report.left_out.is_empty() {
+                rows.push(count("left out", report.left_out.len()));
+            }
+            table(&rows)
+        })
     }
 }
 
 /// A row of a score in percent.
-fn percent(name: impl Into<String>, score: f64) -> (String, Option<String>) {
+pub(super) fn percent(name: impl Into<String>, score: f64) -> (String, Option<String>) {
     (name.into(), Some(format!("{score:.1} %")))
 }
 
-fn count(name: &str, count: usize) -> (String, Option<String>) {
+pub(super) fn count(name: &str, count: usize) -> (String, Option<String>) {
     (name.to_owned(), Some(count.to_string()))
-}
-
-pub(crate) fn grounding_rows(scores: &BoxScores) -> Rows {
-    vec![
-        percent("boxes with IoU ≥ 0.5", scores.accuracy),
-        percent("mean IoU", scores.mean_iou),
-        count("phrases", scores.count),
-    ]
-}
-
-pub(crate) fn retrieval_rows(scores: &RetrievalScores) -> Rows {
-    vec![
-        percent("text of a picture, R@1", scores.text_r1),
-        percent("text of a picture, R@5", scores.text_r5),
-        percent("text of a picture, R@10", scores.text_r10),
-        percent("picture of a text, R@1", scores.image_r1),
-        percent("picture of a text, R@5", scores.image_r5),
-        percent("picture of a text, R@10", scores.image_r10),
-    ]
-}
-
-pub(crate) fn fill_rows(scores: &FillScores) -> Rows {
-    let mut rows = vec![percent("right word first", scores.top1), percent("among the first five", scores.top5)];
-    rows.extend(scores.kinds.iter().map(|(kind, scores)| percent(format!("{kind} first"), scores.top1)));
-    rows.push(count("blanks", scores.count));
-    rows
-}
-
-pub(crate) fn question_rows(scores: &ExactScores) -> Rows {
-    let mut rows = vec![percent("answers right", scores.right)];
-    rows.extend(scores.kinds.iter().map(|(kind, scores)| percent(kind, scores.right)));
-    rows.push(count("questions", scores.count));
-    rows
-}
-
-pub(crate) fn caption_rows(scores: &CaptionScores) -> Rows {
-    vec![
-        percent("objects, colours and relation right", scores.right),
-        percent("objects right", scores.objects),
-        percent("colours right", scores.colours),
-        percent("relation right", scores.relation),
-        percent("all right, with sizes and textures", scores.all),
-        count("captions", scores.count),
-    ]
 }

@@ -1,5 +1,6 @@
 //! The configuration of fine-tuning: what a pre-trained model is trained on next.
 
+mod start;
 mod tasks;
 
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use xvlm_data::{BatchConfig, ItemConfig, LoaderConfig};
 use xvlm_encoders::{Task, XvlmConfig};
 use xvlm_weights::StoredType;
 
+pub use start::{InitialWeights, initial_weights};
 pub use tasks::{
     Baseline, BboxPretrainTask, BboxTask, CaptioningTask, NlvrTask, PairsTask, RetrievalTask, ScstTask, VqaTask,
     WeakGroundingTask,

@@ -22,7 +22,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::error::WeightsError;
 pub(crate) use numbers::READABLE;
-use numbers::numbers;
+use numbers::{numbers, type_name};
 pub use pytorch::write_pytorch;
 use storage::{Layout, Storage};
 
@@ -40,6 +40,8 @@ pub enum CheckpointKind {
     Safetensors,
     /// An index of several files of the above kinds, as the Hugging Face hub has them.
     ShardIndex,
+    /// No file: tensors that are in memory already.
+    Memory,
 }
 
 impl Display for CheckpointKind {
@@ -49,6 +51,7 @@ impl Display for CheckpointKind {
             Self::PytorchLegacy => "legacy PyTorch pickle",
             Self::Safetensors => "safetensors",
             Self::ShardIndex => "index of shards",
+            Self::Memory => "tensors in memory",
         })
     }
 }
@@ -88,6 +91,8 @@ pub struct Checkpoint {
     name: String,
     kind: CheckpointKind,
     contents: Contents,
+    /// Tensors that are in memory, where there is no file.
+    held: BTreeMap<String, Tensor>,
 }
 
 /// What a file lists.
@@ -119,10 +124,32 @@ impl Checkpoint {
             contents.tensors = contents.tensors.into_iter().map(|(name, info)| (strip(name), info)).collect();
             contents.left_out = contents.left_out.into_iter().map(strip).collect();
         }
-        Ok(Self { name: path.display().to_string(), kind, contents })
+        Ok(Self { name: path.display().to_string(), kind, contents, held: BTreeMap::new() })
     }
 
-    /// Its path.
+    /// Tensors that are in memory already, as if a file held them; errors call it `name`. The numbers are not copied.
+    ///
+    /// # Errors
+    /// [`WeightsError::Malformed`] if there are none.
+    pub fn of_tensors(name: &str, tensors: BTreeMap<String, Tensor>) -> Result<Self, WeightsError> {
+        let part = Part::new(Path::new(name), "model");
+        if tensors.is_empty() {
+            return Err(part.malformed("tensors", "none"));
+        }
+        let mut contents = Contents::default();
+        let shared: Arc<Path> = Path::new(name).into();
+        for (name, tensor) in &tensors {
+            let size = (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64;
+            let layout = Layout::contiguous(tensor.dims().to_vec());
+            let layout = layout.ok_or_else(|| part.tensor(name).malformed("a shape", "one that is too large"))?;
+            let info = TensorInfo { type_name: type_name(tensor.dtype()), layout, storage: contents.storages.len() };
+            contents.storages.push(Storage::plain(&shared, 0, size));
+            contents.tensors.insert(name.clone(), info);
+        }
+        Ok(Self { name: name.to_owned(), kind: CheckpointKind::Memory, contents, held: tensors })
+    }
+
+    /// Its path, or the name it was given.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -157,6 +184,10 @@ impl Checkpoint {
         let (file, tensor) = (|| self.name.clone(), || name.to_owned());
         let info = self.contents.tensors.get(name);
         let info = info.ok_or_else(|| WeightsError::NoSuchTensor { file: file(), tensor: tensor() })?;
+        if let Some(held) = self.held.get(name) {
+            let read = held.to_device(&Device::Cpu).and_then(|held| held.contiguous());
+            return read.map_err(|source| WeightsError::tensor(&self.name, name, source));
+        }
         let numbers = numbers(&info.type_name);
         let (Some(size), Some(dtype)) = (numbers.size, numbers.dtype) else {
             let (expected, found) = (READABLE, info.type_name.clone());

@@ -38,3 +38,11 @@ pub(super) fn numbers(name: &str) -> Numbers {
     };
     Numbers { size: Some(size), dtype }
 }
+
+/// What safetensors calls the type of a tensor.
+pub(super) fn type_name(dtype: DType) -> String {
+    match dtype {
+        DType::F8E4M3 => "F8_E4M3".to_owned(),
+        dtype => dtype.as_str().to_uppercase(),
+    }
+}

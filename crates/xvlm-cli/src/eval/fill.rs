@@ -1,0 +1,39 @@
+//! `xvlm eval fill`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use xvlm::metrics::fill::FillScores;
+use xvlm::tasks::fill;
+
+use super::{Common, count, percent};
+use crate::output::{CliError, Rows};
+
+/// Words for blanks: the right one first, or among the first five, in percent
+#[derive(Args)]
+pub(crate) struct Fill {
+    /// Folder with fill.json
+    #[arg(long, value_name = "DIR")]
+    data: PathBuf,
+    #[command(flatten)]
+    common: Common,
+}
+
+impl Fill {
+    pub(super) fn run(self) -> Result<(), CliError> {
+        let name = self.data.display().to_string();
+        let done =
+            self.common.evaluate("blanks", &name, |model, sweep| fill::evaluate(model, &self.data, sweep.counter))?;
+        match done {
+            Some(done) => self.common.print("fill", &name, done.scores, &[], fill_rows),
+            None => Ok(()),
+        }
+    }
+}
+
+pub(crate) fn fill_rows(scores: &FillScores) -> Rows {
+    let mut rows = vec![percent("right word first", scores.top1), percent("among the first five", scores.top5)];
+    rows.extend(scores.kinds.iter().map(|(kind, scores)| percent(format!("{kind} first"), scores.top1)));
+    rows.push(count("blanks", scores.count));
+    rows
+}
