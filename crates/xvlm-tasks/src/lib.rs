@@ -18,6 +18,7 @@ pub mod fill;
 pub mod finetune;
 mod generate;
 pub mod grounding;
+pub mod matching;
 mod model;
 pub mod nlvr;
 pub mod official;

@@ -9,7 +9,7 @@
 //! kept as long as they fit into [`Options::memory_mib`]; beyond that, those that a batch needs are encoded again.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -288,10 +288,7 @@ pub fn evaluate(
         let wanted: Vec<&[u32]> = readable.map(|(&&image, _)| wanted[image].as_slice()).collect();
         of_readable(opened, |pictures| {
             let images = model.encode(pictures)?;
-            let logits = match &states {
-                Some(states) => match_with(model.xvlm(), &images, states, &wanted)?,
-                None => match_encoding(model.xvlm(), &images, &set.tokens, &wanted, options)?,
-            };
+            let logits = match_images(model.xvlm(), &images, &set.tokens, states.as_ref(), &wanted, options)?;
             Ok(logits.into_iter().map(Packed).collect())
         })
     })?;
@@ -365,6 +362,12 @@ struct States {
 }
 
 impl States {
+    /// Embeddings of all texts `[M, E]`.
+    fn embeddings(&self, model: &Xvlm) -> candle_core::Result<Tensor> {
+        let first = self.flat.index_select(&Tensor::new(self.starts.as_slice(), self.flat.device())?, 0)?;
+        model.project_text(&first.unsqueeze(1)?)
+    }
+
     /// States and mask of some texts, padded to the longest of them `[B, T, H]`, `[B, T]`.
     fn rows(&self, texts: &[u32]) -> candle_core::Result<(Tensor, Tensor)> {
         let device = self.flat.device();
@@ -413,7 +416,7 @@ fn encode_each(
 }
 
 /// The states of some texts; `starts` and `lengths` are as long as all, those of others are 0.
-fn states(model: &Xvlm, tokens: &[Vec<u32>], texts: &[u32], batch: usize) -> candle_core::Result<States> {
+fn encode(model: &Xvlm, tokens: &[Vec<u32>], texts: &[u32], batch: usize) -> candle_core::Result<States> {
     let (mut parts, mut end) = (Vec::new(), 0);
     let (mut starts, mut lengths) = (vec![0; tokens.len()], vec![0; tokens.len()]);
     encode_each(model, tokens, texts, batch, |texts, states| {
@@ -437,9 +440,8 @@ fn encode_texts(
     let all: Vec<u32> = (0..tokens.len() as u32).collect();
     let whole: usize = tokens.iter().map(Vec::len).sum();
     if whole <= tokens_within(model, options.memory_mib) {
-        let states = states(model, tokens, &all, options.batch_size_text)?;
-        let first = states.flat.index_select(&Tensor::new(states.starts.as_slice(), states.flat.device())?, 0)?;
-        return Ok((model.project_text(&first.unsqueeze(1)?)?, Some(states)));
+        let states = encode(model, tokens, &all, options.batch_size_text)?;
+        return Ok((states.embeddings(model)?, Some(states)));
     }
     let (mut rows, mut order) = (Vec::new(), Vec::new());
     encode_each(model, tokens, &all, options.batch_size_text, |texts, states| {
@@ -459,15 +461,24 @@ fn tokens_within(model: &Xvlm, mebibytes: usize) -> usize {
     (mebibytes << 20) / bytes
 }
 
-/// The logit of each image's match with each of the texts wanted of it, which are encoded for it, as many at a time as there
-/// is room for.
-fn match_encoding(
+/// The logit of each image's match with each of the texts wanted of it. Texts that are not encoded are encoded for it, as many
+/// at a time as there is room for.
+fn match_images(
     model: &Xvlm,
     images: &ImageTokens,
     tokens: &[Vec<u32>],
+    states: Option<&States>,
     wanted: &[&[u32]],
     options: Options,
 ) -> candle_core::Result<Vec<Vec<f32>>> {
+    let images = Source::images(images)?;
+    let matching = |states: &States, wanted: &[&[u32]]| -> candle_core::Result<Vec<Vec<f32>>> {
+        let logits = match_with(model, &images, states, wanted)?;
+        Ok(logits.into_iter().map(|row| row.into_iter().map(|[_, matching]| matching).collect()).collect())
+    };
+    if let Some(states) = states {
+        return matching(states, wanted);
+    }
     let mut needed: Vec<u32> = wanted.concat();
     needed.sort_unstable();
     needed.dedup();
@@ -482,7 +493,7 @@ fn match_encoding(
         };
         let (now, later) = rest.split_at(rest.iter().take_while(fits).count().max(1));
         rest = later;
-        let states = states(model, tokens, now, options.batch_size_text)?;
+        let states = encode(model, tokens, now, options.batch_size_text)?;
         let places: Vec<Vec<usize>> = wanted
             .iter()
             .map(|texts| (0..texts.len()).filter(|&at| now.binary_search(&texts[at]).is_ok()).collect())
@@ -491,7 +502,7 @@ fn match_encoding(
             places.iter().zip(wanted).map(|(places, texts)| places.iter().map(|&at| texts[at]).collect()).collect();
         let texts: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
         for ((row, places), found) in
-            logits.iter_mut().zip(&places).zip(match_with(model, images, &states, &texts)?)
+            logits.iter_mut().zip(&places).zip(matching(&states, &texts)?)
         {
             places.iter().zip(found).for_each(|(&at, logit)| row[at] = logit);
         }
@@ -499,14 +510,14 @@ fn match_encoding(
     Ok(logits)
 }
 
-/// The same with texts that are encoded.
+/// The logits, not matching and matching, of each concept with each of the texts wanted of it.
 fn match_with(
     model: &Xvlm,
-    images: &ImageTokens,
+    concepts: &Source,
     states: &States,
     wanted: &[&[u32]],
-) -> candle_core::Result<Vec<Vec<f32>>> {
-    let (source, pass) = (Source::images(images)?, Pass::inference());
+) -> candle_core::Result<Vec<Vec<[f32; 2]>>> {
+    let pass = Pass::inference();
     let pairs: Vec<(u32, u32)> = (0u32..)
         .zip(wanted)
         .flat_map(|(image, texts)| texts.iter().map(move |&text| (image, text)))
@@ -515,11 +526,32 @@ fn match_with(
     for pairs in pairs.chunks(PAIRS) {
         let (index, texts): (Vec<u32>, Vec<u32>) = pairs.iter().copied().unzip();
         let (text, mask) = states.rows(&texts)?;
-        let fused = source.look_at(&index, |looks| model.fuse(&text, &mask, looks, Attention::Full, &pass))?;
-        logits.extend(model.match_logits(&fused)?.narrow(1, 1, 1)?.flatten_all()?.to_vec1::<f32>()?);
+        let fused = concepts.look_at(&index, |looks| model.fuse(&text, &mask, looks, Attention::Full, &pass))?;
+        logits.extend(model.match_logits(&fused)?.to_vec2::<f32>()?.iter().map(|row| [row[0], row[1]]));
     }
     let mut logits = logits.into_iter();
     Ok(wanted.iter().map(|texts| logits.by_ref().take(texts.len()).collect()).collect())
+}
+
+/// Cosines of concepts and texts, and the logits of their not matching and matching: a row a concept.
+pub(crate) fn match_all(
+    model: &Xvlm,
+    concepts: &Source,
+    tokens: &[Vec<u32>],
+) -> candle_core::Result<(Vec<Vec<f32>>, Vec<Vec<[f32; 2]>>)> {
+    let mut all: Vec<u32> = (0..tokens.len() as u32).collect();
+    let states = encode(model, tokens, &all, PAIRS)?;
+    let similarities = model.project_image(&concepts.tokens)?.matmul(&states.embeddings(model)?.t()?)?.to_vec2()?;
+    // Those of like length together.
+    all.sort_by_key(|&text| (tokens[text as usize].len(), text));
+    let wanted = vec![all.as_slice(); concepts.tokens.dim(0)?];
+    let in_order = |found: Vec<[f32; 2]>| {
+        let mut row = vec![[0.0; 2]; found.len()];
+        all.iter().zip(found).for_each(|(&text, logits)| row[text as usize] = logits);
+        row
+    };
+    let logits = match_with(model, concepts, &states, &wanted)?.into_iter().map(in_order).collect();
+    Ok((similarities, logits))
 }
 
 /// For each row of `from [N, E]` the `k` rows of `among [M, E]` that are nearest, the nearest first.
@@ -625,10 +657,7 @@ pub fn score(
     let images_of_text = propose(&text_embeddings, &image_embeddings, k_test)?;
     let wanted = both_ways(&texts_of_image, &images_of_text, texts);
     let texts_wanted: Vec<&[u32]> = wanted.iter().map(Vec::as_slice).collect();
-    let logits = match &states {
-        Some(states) => match_with(model, images, states, &texts_wanted)?,
-        None => match_encoding(model, images, texts, &texts_wanted, options)?,
-    };
+    let logits = match_images(model, images, texts, states.as_ref(), &texts_wanted, options)?;
     let matches = Matches::new(&wanted, logits);
     let [image_to_text, text_to_image] = matches.rankings(&texts_of_image, &images_of_text);
     let similarities = image_embeddings.matmul(&text_embeddings.t()?)?;

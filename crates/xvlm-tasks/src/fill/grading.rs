@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::completing::{Filler, Open};
+use super::completing::{Filler, Open, Proposals};
 use super::phrase::{self, Phrase};
 use super::{Completing, Completion};
 use crate::error::TaskError;
@@ -18,21 +18,21 @@ pub struct Exercise {
 }
 
 /// How good the answers to an exercise are.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Grade {
     /// Whether each answer is accepted.
     pub accepted: bool,
     /// The probability of all answers together, on the scale of [`Completion::probability`].
     pub probability: f32,
     /// Each answer, given the others.
-    pub blanks: Vec<Graded>,
+    pub blanks: Vec<GradedBlank>,
     /// Completions of the whole phrase that are likelier than the answers, the likeliest first.
     pub better: Vec<Completion>,
 }
 
 /// How good the answer in one blank is, the other blanks filled as answered.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Graded {
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GradedBlank {
     /// The answer.
     pub answer: String,
     /// Its probability.
@@ -49,7 +49,7 @@ pub struct Graded {
 }
 
 /// A completion of one blank.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Proposal {
     /// What goes into the blank.
     pub text: String,
@@ -80,6 +80,17 @@ impl<'a> Read<'a> {
     /// The phrase with all blanks but one filled as answered.
     fn with_one_blank(&self, blank: usize) -> Phrase {
         self.phrase.with_one_blank(blank, &self.answers)
+    }
+}
+
+/// Refuses an exercise that cannot be graded.
+pub(super) fn check(model: &Model, exercise: &Exercise) -> Result<(), TaskError> {
+    let read = Read::new(model, 0, exercise)?;
+    let pieces: usize = read.answers.iter().map(Vec::len).sum();
+    let max_tokens = model.config().max_tokens;
+    match read.phrase.clone().fit(max_tokens, pieces) {
+        true => Ok(()),
+        false => Err(TaskError::BlanksApart { text: exercise.text.clone(), max_tokens }),
     }
 }
 
@@ -138,7 +149,7 @@ pub fn grade(
             _ => whole.next().unwrap_or_default(),
         };
         let probability = score.exp() as f32;
-        let graded = |(answer, (score, found)): (&String, (f64, super::completing::Proposals))| {
+        let graded = |(answer, (score, found)): (&String, (f64, Proposals))| {
             let probability = score.exp() as f32;
             let likeliest = found.completions.first().map_or(probability, |first| first.probability);
             let share = if likeliest > probability { probability / likeliest } else { 1.0 };
@@ -146,7 +157,7 @@ pub fn grade(
                 text: completion.text(),
                 probability: completion.probability,
             });
-            Graded {
+            GradedBlank {
                 answer: answer.clone(),
                 probability,
                 rank: 1 + found.above,
@@ -155,7 +166,7 @@ pub fn grade(
                 proposals: proposals.collect(),
             }
         };
-        let blanks: Vec<Graded> = read.exercise.answers.iter().zip(of_blanks).map(graded).collect();
+        let blanks: Vec<GradedBlank> = read.exercise.answers.iter().zip(of_blanks).map(graded).collect();
         grades.push(Grade {
             accepted: blanks.iter().all(|blank| blank.accepted),
             probability,

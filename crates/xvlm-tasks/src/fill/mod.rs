@@ -8,21 +8,26 @@
 //! many pieces (Kauf and Ivanova, ACL 2023, arXiv 2305.10588).
 
 mod completing;
+mod exercises;
 mod grading;
 mod phrase;
 
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use xvlm_data::annotations::{FillItem, read_fill};
+use serde_json::json;
+use xvlm_data::annotations::FillItem;
+use xvlm_data::text_key;
 use xvlm_metrics::fill::FillScores;
 
-pub use self::grading::{Exercise, Grade, Graded, Proposal, grade};
+pub use self::exercises::{ExerciseItem, Graded, grade_all, read_exercises};
+pub use self::grading::{Exercise, Grade, GradedBlank, Proposal, grade};
 use self::completing::{Filler, Open};
 use self::phrase::Phrase;
-use crate::error::TaskError;
+use crate::error::{SweepProblem, TaskError};
 use crate::model::{ImageTokens, Model};
-use crate::{Counter, Item, ask_all, some};
+use crate::sweep::{Answers, LeftOut, Sweep, Work};
+use crate::{BATCH, Item};
 
 /// How completions are looked for.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -57,7 +62,7 @@ impl Completing {
 }
 
 /// Words for the blanks of a phrase.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Completion {
     /// What goes into each blank, in the order of the phrase.
     pub words: Vec<String>,
@@ -94,12 +99,14 @@ pub fn fill(
 
 /// What the model proposed for each item of a data set, and the scores.
 pub struct Evaluation {
-    /// The items.
+    /// The items that were asked.
     pub items: Vec<FillItem>,
     /// The likeliest completions of each.
-    pub completions: Vec<Vec<Completion>>,
-    /// How often an accepted word came first, and among the first five.
+    pub answers: Vec<Vec<Completion>>,
+    /// How often an accepted completion came first, and among the first five.
     pub scores: FillScores,
+    /// What was not asked, and why.
+    pub left_out: Vec<LeftOut>,
 }
 
 impl Item for FillItem {
@@ -112,18 +119,90 @@ impl Item for FillItem {
     }
 }
 
-/// Evaluates on `fill.json` of a folder.
+/// Evaluates on phrases with accepted answers. Of a phrase with several blanks, an accepted answer has the words of all of them,
+/// separated by `|`. Left out, and so not scored: items whose image cannot be read, phrases without a blank, and those with an
+/// answer for another number of blanks.
 ///
 /// # Errors
-/// If the file or an image cannot be read.
-pub fn evaluate(model: &Model, data: &Path, counter: Counter) -> Result<Evaluation, TaskError> {
-    let items = some(read_fill(data.join("fill.json"))?, data, "fill.json")?;
-    let search = Completing::default();
+/// If more than [`Sweep::max_bad_fraction`] of the items are left out, there are none, or the model is made for another task.
+pub fn evaluate(
+    model: &Model,
+    items: Vec<FillItem>,
+    search: Completing,
+    sweep: &mut Sweep,
+) -> Result<Evaluation, TaskError> {
+    if items.is_empty() {
+        return Err(TaskError::Empty { what: "phrases with blanks".to_owned() });
+    }
+    // Five are scored.
+    let search = Completing { top: search.top.max(5), ..search };
+    let problem = |item: &FillItem| {
+        let blanks = match Phrase::read(model, &item.text) {
+            Ok(phrase) => phrase.blanks(),
+            Err(error) => return Some(error.to_string()),
+        };
+        let other = item.answers.iter().map(|answer| answer.split('|').count()).find(|&found| found != blanks)?;
+        Some(TaskError::Answers { text: item.text.clone(), expected: blanks, found: other }.to_string())
+    };
+    let checked = Checked::new(items, sweep.max_bad_fraction, problem)?;
+    let work = Work { name: "fill", options: json!(search), batch: BATCH };
     let ask = |images: &ImageTokens, phrases: &[(u32, &str)]| fill(model, images, phrases, search);
-    let completions = ask_all(model, &items, |_, _| Ok(()), ask, counter)?;
-    let ranks = items.iter().zip(&completions).map(|(item, completions): (_, &Vec<Completion>)| {
-        let accepted = |c: &Completion| item.answers.iter().any(|answer| answer.eq_ignore_ascii_case(&c.words[0]));
+    let answers = sweep.by_image(&work, model, &checked.items, |_, _| Ok(()), ask)?;
+    let (items, answers, left_out) = checked.split(answers);
+    let ranks = items.iter().zip(&answers).map(|(item, completions): (_, &Vec<Completion>)| {
+        let accepted = |completion: &Completion| {
+            item.answers.iter().any(|answer| {
+                let mut words = answer.split('|').zip(&completion.words);
+                words.all(|(answer, word)| same(answer, word))
+            })
+        };
         (item.kind.as_str(), completions.iter().position(accepted))
     });
-    Ok(Evaluation { scores: FillScores::new(ranks), items, completions })
+    Ok(Evaluation { scores: FillScores::new(ranks), items, answers, left_out })
+}
+
+/// Whether an answer has the words of a completion, however it writes them.
+fn same(answer: &str, word: &str) -> bool {
+    text_key(answer) == text_key(word)
+}
+
+/// Items that can be asked about.
+struct Checked<T> {
+    items: Vec<T>,
+    /// The place of each among all.
+    places: Vec<usize>,
+    left_out: Vec<LeftOut>,
+}
+
+impl<T> Checked<T> {
+    fn new(items: Vec<T>, limit: f64, problem: impl Fn(&T) -> Option<String>) -> Result<Self, TaskError> {
+        let units = items.len();
+        let mut checked = Self { items: Vec::with_capacity(units), places: Vec::new(), left_out: Vec::new() };
+        for (place, item) in items.into_iter().enumerate() {
+            match problem(&item) {
+                Some(problem) => checked.left_out.push(LeftOut { item: place, problem }),
+                None => {
+                    checked.items.push(item);
+                    checked.places.push(place);
+                }
+            }
+        }
+        let left_out = checked.left_out.len();
+        match checked.left_out.first() {
+            Some(first) if left_out as f64 > limit * units as f64 => {
+                let first = first.problem.clone();
+                Err(SweepProblem::TooManyBroken { left_out, units, limit, first }.into())
+            }
+            _ => Ok(checked),
+        }
+    }
+
+    /// The items that have answers, with them; and what was left out by its place among all.
+    fn split<A>(self, answers: Answers<A>) -> (Vec<T>, Vec<A>, Vec<LeftOut>) {
+        let (items, answers, later) = answers.split(self.items);
+        let mut left_out = self.left_out;
+        left_out.extend(later.into_iter().map(|out| LeftOut { item: self.places[out.item], ..out }));
+        left_out.sort_by_key(|out| out.item);
+        (items, answers, left_out)
+    }
 }
