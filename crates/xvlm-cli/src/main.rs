@@ -7,7 +7,10 @@ mod data;
 mod demo;
 mod draw;
 mod dry_run;
+mod embed;
 mod eval;
+mod fill;
+mod matching;
 mod output;
 mod plot;
 mod predict;
@@ -16,6 +19,7 @@ mod pretrain;
 mod progress;
 mod ranks;
 mod report;
+mod search;
 mod signals;
 mod synth;
 
@@ -41,8 +45,10 @@ enum Command {
     Ground(predict::Ground),
     Caption(predict::Caption),
     Answer(predict::Answer),
-    Match(predict::Match),
-    Fill(predict::Fill),
+    Match(matching::Match),
+    Fill(fill::Fill),
+    Embed(embed::Embed),
+    Search(search::Search),
     Eval(eval::Eval),
     Synth(synth::Synth),
     Pretrain(pretrain::Pretrain),
@@ -60,6 +66,8 @@ impl Command {
             Self::Answer(command) => command.run(),
             Self::Match(command) => command.run(),
             Self::Fill(command) => command.run(),
+            Self::Embed(command) => command.run(),
+            Self::Search(command) => command.run(),
             Self::Eval(command) => command.run(),
             Self::Synth(command) => command.run(),
             Self::Pretrain(command) => command.run(),

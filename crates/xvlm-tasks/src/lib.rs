@@ -13,6 +13,7 @@ mod align;
 pub mod captioning;
 mod config;
 pub mod convert;
+pub mod embed;
 mod error;
 pub mod fill;
 pub mod finetune;

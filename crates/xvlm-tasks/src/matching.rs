@@ -36,31 +36,44 @@ pub struct Concepts {
 /// # Errors
 /// [`DataError::BoxOutside`] if a box reaches outside its picture by more than a pixel, or there are no pictures.
 pub fn encode(model: &Model, pictures: &[Picture], boxes: &[(u32, [f32; 4])]) -> Result<Concepts, TaskError> {
-    if boxes.is_empty() {
-        return Ok(Concepts { images: model.encode(pictures)?, regions: None });
-    }
-    let vision = &model.config().model.vision_config;
-    let grid = vision.grid();
-    let mut mask = Vec::with_capacity(boxes.len() * (1 + grid * grid));
-    for (i, &(picture, bounds)) in boxes.iter().enumerate() {
-        let Some(picture) = pictures.get(picture as usize) else {
+    let place = |(i, &(picture, bounds)): (usize, &(u32, [f32; 4]))| {
+        let Some(of) = pictures.get(picture as usize) else {
             let message = format!("box {i}: expected a picture below {}, found {picture}", pictures.len());
             return Err(candle_core::Error::Msg(message).into());
         };
-        let (width, height) = (picture.width(), picture.height());
-        let Some([x, y, w, h]) = clip_box(bounds, width, height) else {
-            let (origin, field) = (format!("picture {}", boxes[i].0), format!("box {i}"));
-            return Err(DataError::BoxOutside { origin, field, bbox: bounds, width, height }.into());
-        };
-        let (width, height) = (width as f32, height as f32);
-        let centred = [(x + w / 2.0) / width, (y + h / 2.0) / height, w / width, h / height];
-        mask.push(1.0);
-        mask.extend(kernels::patch_rectangle_mask(centred, grid));
+        let (width, height) = (of.width(), of.height());
+        fractions(bounds, width, height).map(|bounds| (picture, bounds)).ok_or_else(|| {
+            let (origin, field) = (format!("picture {picture}"), format!("box {i}"));
+            DataError::BoxOutside { origin, field, bbox: bounds, width, height }.into()
+        })
+    };
+    let boxes = boxes.iter().enumerate().map(place).collect::<Result<Vec<_>, TaskError>>()?;
+    encode_placed(model, pictures, &boxes)
+}
+
+/// A box in pixels of a picture as `(cx, cy, w, h)` in fractions of it; none if it reaches outside by more than a pixel.
+pub(crate) fn fractions(bounds: [f32; 4], width: u32, height: u32) -> Option<[f32; 4]> {
+    let [x, y, w, h] = clip_box(bounds, width, height)?;
+    let (width, height) = (width as f32, height as f32);
+    Some([(x + w / 2.0) / width, (y + h / 2.0) / height, w / width, h / height])
+}
+
+/// [`encode`] with boxes in fractions of pictures.
+pub(crate) fn encode_placed(
+    model: &Model,
+    pictures: &[Picture],
+    boxes: &[(u32, [f32; 4])],
+) -> Result<Concepts, TaskError> {
+    if boxes.is_empty() {
+        return Ok(Concepts { images: model.encode(pictures)?, regions: None });
     }
+    let grid = model.config().model.vision_config.grid();
+    let row = |(_, bounds): &(u32, [f32; 4])| [vec![1.0], kernels::patch_rectangle_mask(*bounds, grid)].concat();
+    let mask: Vec<f32> = boxes.iter().flat_map(row).collect();
     let mask = Tensor::from_vec(mask, (boxes.len(), 1 + grid * grid), model.device())?;
     let index: Vec<u32> = boxes.iter().map(|&(picture, _)| picture).collect();
-    let pixels = model.pixels(pictures)?;
     let regions = Regions { index: &index, mask: &mask };
+    let pixels = model.pixels(pictures)?;
     let (tokens, images) = model.xvlm().encode_regions(&pixels, regions, &Pass::inference())?;
     Ok(Concepts { images: ImageTokens::new(images), regions: Some(Source { tokens, mask }) })
 }

@@ -251,8 +251,9 @@ pub fn evaluate(
     let mut set = Set::new(model, items)?;
     let limit = sweep.max_bad_fraction;
     check_left_out(&set.left_out, items.len(), limit)?;
+    let side = model.config().model.vision_config.image_res();
     let open = |images: &[&Image]| -> Vec<Result<Picture, DataError>> {
-        images.par_iter().map(|image| Picture::open(&image.path)).collect()
+        images.par_iter().map(|image| Ok(Picture::open(&image.path)?.resized_square(side))).collect()
     };
 
     let work = Work { name: "retrieval-images", options: json!({}), batch: options.batch_size };
@@ -338,17 +339,17 @@ fn of_readable<A>(
     ask: impl FnOnce(&[Picture]) -> Result<Vec<A>, TaskError>,
 ) -> Result<Vec<Result<A, DataError>>, TaskError> {
     let mut pictures = Vec::with_capacity(opened.len());
-    let problems: Vec<Option<DataError>> = opened
-        .into_iter()
-        .map(|opened| opened.map(|picture| pictures.push(picture)).err())
-        .collect();
+    let problems: Vec<Option<DataError>> =
+        opened.into_iter().map(|opened| opened.map(|picture| pictures.push(picture)).err()).collect();
     let answers = if pictures.is_empty() { Vec::new() } else { ask(&pictures)? };
     let mut answers = answers.into_iter();
-    Ok(problems.into_iter().filter_map(|problem| match problem {
-        Some(problem) => Some(Err(problem)),
-        None => answers.next().map(Ok),
-    })
-    .collect())
+    Ok(problems
+        .into_iter()
+        .filter_map(|problem| match problem {
+            Some(problem) => Some(Err(problem)),
+            None => answers.next().map(Ok),
+        })
+        .collect())
 }
 
 /// Encoded texts without their padding.
@@ -432,11 +433,7 @@ fn encode(model: &Xvlm, tokens: &[Vec<u32>], texts: &[u32], batch: usize) -> can
 }
 
 /// Embeddings of all texts `[M, E]`, and their states if there is room for them.
-fn encode_texts(
-    model: &Xvlm,
-    tokens: &[Vec<u32>],
-    options: Options,
-) -> candle_core::Result<(Tensor, Option<States>)> {
+fn encode_texts(model: &Xvlm, tokens: &[Vec<u32>], options: Options) -> candle_core::Result<(Tensor, Option<States>)> {
     let all: Vec<u32> = (0..tokens.len() as u32).collect();
     let whole: usize = tokens.iter().map(Vec::len).sum();
     if whole <= tokens_within(model, options.memory_mib) {
@@ -501,9 +498,7 @@ fn match_images(
         let texts: Vec<Vec<u32>> =
             places.iter().zip(wanted).map(|(places, texts)| places.iter().map(|&at| texts[at]).collect()).collect();
         let texts: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
-        for ((row, places), found) in
-            logits.iter_mut().zip(&places).zip(matching(&states, &texts)?)
-        {
+        for ((row, places), found) in logits.iter_mut().zip(&places).zip(matching(&states, &texts)?) {
             places.iter().zip(found).for_each(|(&at, logit)| row[at] = logit);
         }
     }
@@ -518,10 +513,8 @@ fn match_with(
     wanted: &[&[u32]],
 ) -> candle_core::Result<Vec<Vec<[f32; 2]>>> {
     let pass = Pass::inference();
-    let pairs: Vec<(u32, u32)> = (0u32..)
-        .zip(wanted)
-        .flat_map(|(image, texts)| texts.iter().map(move |&text| (image, text)))
-        .collect();
+    let pairs: Vec<(u32, u32)> =
+        (0u32..).zip(wanted).flat_map(|(image, texts)| texts.iter().map(move |&text| (image, text))).collect();
     let mut logits = Vec::with_capacity(pairs.len());
     for pairs in pairs.chunks(PAIRS) {
         let (index, texts): (Vec<u32>, Vec<u32>) = pairs.iter().copied().unzip();
@@ -644,12 +637,7 @@ pub struct Scores {
 ///
 /// # Errors
 /// If a tensor operation fails, or the model has no heads for it.
-pub fn score(
-    model: &Xvlm,
-    images: &ImageTokens,
-    texts: &[Vec<u32>],
-    k_test: usize,
-) -> candle_core::Result<Scores> {
+pub fn score(model: &Xvlm, images: &ImageTokens, texts: &[Vec<u32>], k_test: usize) -> candle_core::Result<Scores> {
     let options = Options { memory_mib: usize::MAX >> 20, ..Options::new(k_test) };
     let image_embeddings = model.project_image(images.tensor())?;
     let (text_embeddings, states) = encode_texts(model, texts, options)?;

@@ -33,7 +33,8 @@ pub use candle_core::Device;
 pub use hub::Hub;
 pub use predictor::{Answer, Grounding, Match, PixelBox, Predictor, View};
 pub use xvlm_data::Picture;
-pub use xvlm_tasks::fill::Completion;
+pub use xvlm_tasks::embed::{Index, Query, SearchOptions};
+pub use xvlm_tasks::fill::{Completing, Completion, Exercise, Grade};
 pub use xvlm_tasks::{ConfigProblem, Model, Search, TaskError as Error, Written};
 pub use {
     xvlm_data as data, xvlm_encoders as encoders, xvlm_kernels as kernels, xvlm_losses as losses,

@@ -94,7 +94,7 @@ impl<'a> Filler<'a> {
     fn complete_some(&self, open: &[Open]) -> Result<Vec<Proposals>, TaskError> {
         let mut phrases = Vec::with_capacity(open.len());
         for open in open {
-            let longest = open.phrase.blanks() + self.search.pieces - 1;
+            let longest = longest(&open.phrase, self.search);
             phrases.push(self.fitted(&open.text, &open.phrase, longest)?);
         }
         let mut beams: Vec<Beam> = Vec::new();
@@ -141,7 +141,8 @@ impl<'a> Filler<'a> {
                     let log_probability = beam.prior + beginning.log_probability;
                     let completion = self.completion(&beam.lengths, &beginning.pieces, log_probability);
                     found[beam.open].push((log_probability, completion));
-                    let is_counted = beam.lengths != [1] && open[beam.open].against.is_some_and(|p| log_probability > p);
+                    let is_counted =
+                        beam.lengths != [1] && open[beam.open].against.is_some_and(|p| log_probability > p);
                     above[beam.open] += usize::from(is_counted);
                 }
             }
@@ -176,11 +177,10 @@ impl<'a> Filler<'a> {
     }
 
     fn fitted(&self, text: &str, phrase: &Phrase, pieces: usize) -> Result<Phrase, TaskError> {
-        let (mut phrase, max_tokens) = (phrase.clone(), self.model.config().max_tokens);
-        match phrase.fit(max_tokens, pieces) {
-            true => Ok(phrase),
-            false => Err(TaskError::BlanksApart { text: text.to_owned(), max_tokens }),
-        }
+        phrase.check_fit(self.model, text, pieces)?;
+        let mut phrase = phrase.clone();
+        phrase.fit(self.model.config().max_tokens, pieces);
+        Ok(phrase)
     }
 
     /// Log of how likely each choice of lengths is before the model has been asked: each piece beyond one for a blank makes it
@@ -198,8 +198,7 @@ impl<'a> Filler<'a> {
     /// [`Self::priors`] of a completion that may be longer than those that are looked for.
     fn prior_of(&self, answers: &[Vec<u32>]) -> f64 {
         let choices = lengths(answers.len(), self.search.pieces - 1);
-        let all: f64 =
-            choices.iter().map(|lengths| self.longer(lengths.iter().map(|length| length - 1).sum())).sum();
+        let all: f64 = choices.iter().map(|lengths| self.longer(lengths.iter().map(|length| length - 1).sum())).sum();
         (self.longer(answers.iter().map(|answer| answer.len() - 1).sum()) / all).ln()
     }
 
@@ -232,9 +231,8 @@ impl<'a> Filler<'a> {
         let next = [begins, continues].into_iter().flatten();
         let mut next: Vec<(u32, bool)> = next.flat_map(|(ids, new)| ids.iter().map(move |&id| (id, new))).collect();
         let width = self.search.top.max(self.search.beams);
-        let likelier = |a: &(u32, bool), b: &(u32, bool)| {
-            row[b.0 as usize].total_cmp(&row[a.0 as usize]).then(a.0.cmp(&b.0))
-        };
+        let likelier =
+            |a: &(u32, bool), b: &(u32, bool)| row[b.0 as usize].total_cmp(&row[a.0 as usize]).then(a.0.cmp(&b.0));
         if next.len() > width {
             next.select_nth_unstable_by(width - 1, likelier);
             next.truncate(width);
@@ -278,7 +276,8 @@ impl<'a> Filler<'a> {
         for (chunk, asks) in asks.chunks(4 * BATCH).enumerate() {
             let index: Vec<u32> = asks.iter().map(|ask| ask.image).collect();
             let tokens = model.pad(&asks.iter().map(|ask| ask.ids.clone()).collect::<Vec<_>>())?;
-            let fused = model.look(&model.encode_texts(&tokens)?, &tokens.mask, self.images, &index, Attention::Full)?;
+            let fused =
+                model.look(&model.encode_texts(&tokens)?, &tokens.mask, self.images, &index, Attention::Full)?;
             let (b, t, _) = fused.dims3()?;
             let places: Vec<u32> = asks.iter().enumerate().map(|(i, ask)| (i * t + ask.at) as u32).collect();
             let places = candle_core::Tensor::new(places, model.device())?;
@@ -302,6 +301,11 @@ fn words(tokenizer: &TextTokenizer) -> impl Iterator<Item = u32> {
         let token = tokenizer.id_to_token(id);
         token.is_some_and(|token| !is_special(&token) && token.chars().any(char::is_alphanumeric))
     })
+}
+
+/// The most pieces in all blanks of a phrase together.
+pub(super) fn longest(phrase: &Phrase, search: Completing) -> usize {
+    phrase.blanks() + search.pieces.max(1) - 1
 }
 
 /// Numbers of pieces for each of some blanks: one each, and at most `more` beyond that in all.

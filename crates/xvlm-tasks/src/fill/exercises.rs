@@ -165,7 +165,7 @@ pub fn grade_all(
     accept: f32,
     sweep: &mut Sweep,
 ) -> Result<(Vec<Graded>, Vec<LeftOut>), TaskError> {
-    let problem = |item: &ExerciseItem| Some(check(model, &item.exercise).err()?.to_string());
+    let problem = |item: &ExerciseItem| Some(check(model, &item.exercise, search).err()?.to_string());
     let checked = Checked::new(items, sweep.max_bad_fraction, problem)?;
     let work = Work { name: "grades", options: json!([search, accept]), batch: BATCH };
     let ask = |images: &ImageTokens, asked: &[(u32, &str)]| {
@@ -211,7 +211,10 @@ mod tests {
         let items = read("e.jsonl", lines).unwrap();
         let [one, two] = items.as_slice() else { panic!("{items:?}") };
         assert_eq!((one.id.as_str(), one.image.as_path()), ("7", Path::new("pictures/a.png")));
-        assert_eq!((two.id.as_str(), two.exercise.answers.as_slice()), ("3", ["dog", "red cat"].map(String::from).as_slice()));
+        assert_eq!(
+            (two.id.as_str(), two.exercise.answers.as_slice()),
+            ("3", ["dog", "red cat"].map(String::from).as_slice())
+        );
         let table = read("e.csv", table).unwrap();
         assert_eq!(table[0], *one);
         assert_eq!(table[1].exercise, two.exercise);
@@ -221,9 +224,14 @@ mod tests {
     fn what_is_no_exercise_is_named() {
         let line = r#"{"id": "a", "image": "a.png", "text": "a ___", "answer": "dog"}"#;
         let refused = |name: &str, text: &str| read(name, text).unwrap_err();
-        assert!(refused("e.jsonl", &format!("{line}\n{line}")).contains("line 2: id: expected an identifier of its own"));
+        assert!(
+            refused("e.jsonl", &format!("{line}\n{line}")).contains("line 2: id: expected an identifier of its own")
+        );
         assert!(refused("e.jsonl", &format!("{line}\n{{\"image\": 1}}")).contains("line 2: "));
-        assert!(refused("e.jsonl", "{\"image\":\"a\",\"text\":\"b\",\"answer\":3}").contains("expected an answer or a list"));
+        assert!(
+            refused("e.jsonl", "{\"image\":\"a\",\"text\":\"b\",\"answer\":3}")
+                .contains("expected an answer or a list")
+        );
         assert!(refused("e.csv", "image,text\na,b\n").contains("line 1: expected a column answer, found image, text"));
         assert!(refused("e.csv", "image,text,answer\na,b\n").contains("line: 2"));
         assert!(refused("e.jsonl", "\n").contains("at least one item"));

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::completing::{Filler, Open, Proposals};
+use super::completing::{Filler, Open, Proposals, longest};
 use super::phrase::{self, Phrase};
 use super::{Completing, Completion};
 use crate::error::TaskError;
@@ -84,14 +84,12 @@ impl<'a> Read<'a> {
 }
 
 /// Refuses an exercise that cannot be graded.
-pub(super) fn check(model: &Model, exercise: &Exercise) -> Result<(), TaskError> {
-    let read = Read::new(model, 0, exercise)?;
-    let pieces: usize = read.answers.iter().map(Vec::len).sum();
-    let max_tokens = model.config().max_tokens;
-    match read.phrase.clone().fit(max_tokens, pieces) {
-        true => Ok(()),
-        false => Err(TaskError::BlanksApart { text: exercise.text.clone(), max_tokens }),
-    }
+pub(super) fn check(model: &Model, exercise: &Exercise, search: Completing) -> Result<(), TaskError> {
+    let Read { phrase, answers, .. } = Read::new(model, 0, exercise)?;
+    let answered: usize = answers.iter().map(Vec::len).sum();
+    // The other blanks are filled as answered while one is looked at.
+    let looked_at = answered + longest(&phrase, search);
+    phrase.check_fit(model, &exercise.text, looked_at)
 }
 
 /// Grades exercises, each given with the row of `images` it is about. An answer is accepted if its probability, the other
@@ -108,18 +106,15 @@ pub fn grade(
     accept: f32,
 ) -> Result<Vec<Grade>, TaskError> {
     let filler = Filler::new(model, images, search)?;
-    let read = exercises
-        .iter()
-        .map(|&(image, exercise)| Read::new(model, image, exercise))
-        .collect::<Result<Vec<_>, _>>()?;
+    let read =
+        exercises.iter().map(|&(image, exercise)| Read::new(model, image, exercise)).collect::<Result<Vec<_>, _>>()?;
 
     // One phrase a blank, after those of all exercises that have several.
     let several = |read: &&Read| read.answers.len() > 1;
     let single = |read: &Read, blank| (read.with_one_blank(blank), vec![read.answers[blank].clone()]);
     let whole = read.iter().filter(several).map(|read| (read.image, read, (read.phrase.clone(), read.answers.clone())));
-    let blanks = read
-        .iter()
-        .flat_map(|read| (0..read.answers.len()).map(move |blank| (read.image, read, single(read, blank))));
+    let blanks =
+        read.iter().flat_map(|read| (0..read.answers.len()).map(move |blank| (read.image, read, single(read, blank))));
     let asked: Vec<(u32, &Read, (Phrase, Vec<Vec<u32>>))> = whole.chain(blanks).collect();
     let given: Vec<(u32, &str, &Phrase, &[Vec<u32>])> = asked
         .iter()
@@ -153,10 +148,10 @@ pub fn grade(
             let probability = score.exp() as f32;
             let likeliest = found.completions.first().map_or(probability, |first| first.probability);
             let share = if likeliest > probability { probability / likeliest } else { 1.0 };
-            let proposals = found.completions.into_iter().map(|completion| Proposal {
-                text: completion.text(),
-                probability: completion.probability,
-            });
+            let proposals = found
+                .completions
+                .into_iter()
+                .map(|completion| Proposal { text: completion.text(), probability: completion.probability });
             GradedBlank {
                 answer: answer.clone(),
                 probability,

@@ -20,9 +20,9 @@ use xvlm_data::annotations::FillItem;
 use xvlm_data::text_key;
 use xvlm_metrics::fill::FillScores;
 
+use self::completing::{Filler, Open, longest};
 pub use self::exercises::{ExerciseItem, Graded, grade_all, read_exercises};
 pub use self::grading::{Exercise, Grade, GradedBlank, Proposal, grade};
-use self::completing::{Filler, Open};
 use self::phrase::Phrase;
 use crate::error::{SweepProblem, TaskError};
 use crate::model::{ImageTokens, Model};
@@ -53,6 +53,10 @@ impl Default for Completing {
 
 /// [`Completing::longer`] unless the caller says otherwise.
 const LONGER: f32 = 0.5;
+
+/// The share of the likeliest completion's probability at which an answer is accepted, unless the caller says otherwise; measured
+/// on the built-in world (docs/tasks/fill.md).
+pub const ACCEPT: f32 = 0.1;
 
 impl Completing {
     /// One word of the vocabulary for each blank.
@@ -137,8 +141,10 @@ pub fn evaluate(
     // Five are scored.
     let search = Completing { top: search.top.max(5), ..search };
     let problem = |item: &FillItem| {
-        let blanks = match Phrase::read(model, &item.text) {
-            Ok(phrase) => phrase.blanks(),
+        let fits = |phrase: &Phrase| phrase.check_fit(model, &item.text, longest(phrase, search));
+        let read = Phrase::read(model, &item.text).and_then(|phrase| fits(&phrase).map(|()| phrase.blanks()));
+        let blanks = match read {
+            Ok(blanks) => blanks,
             Err(error) => return Some(error.to_string()),
         };
         let other = item.answers.iter().map(|answer| answer.split('|').count()).find(|&found| found != blanks)?;

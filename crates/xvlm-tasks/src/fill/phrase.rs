@@ -81,6 +81,15 @@ impl Phrase {
         true
     }
 
+    /// Refuses a phrase whose blanks are further apart than the longest text of a model, with `pieces` in all of them together.
+    pub(super) fn check_fit(&self, model: &Model, text: &str, pieces: usize) -> Result<(), TaskError> {
+        let max_tokens = model.config().max_tokens;
+        match self.clone().fit(max_tokens, pieces) {
+            true => Ok(()),
+            false => Err(TaskError::BlanksApart { text: text.to_owned(), max_tokens }),
+        }
+    }
+
     /// The phrase as a row of ids, with the pieces given in its blanks; and where the first piece of each blank is.
     pub(super) fn row(&self, cls: u32, mut filled: impl FnMut(usize) -> Vec<u32>) -> (Vec<u32>, Vec<usize>) {
         let (mut ids, mut starts) = (vec![cls], Vec::with_capacity(self.blanks()));
