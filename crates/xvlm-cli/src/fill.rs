@@ -7,7 +7,7 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::json;
 use xvlm::tasks::Sweep;
-use xvlm::tasks::fill::{self, ACCEPT, Graded};
+use xvlm::tasks::fill::{self, ACCEPT, Graded, LONGER};
 use xvlm::tasks::sweep::LeftOut;
 use xvlm::{Completing, Completion, Exercise, Grade, Picture, View};
 
@@ -61,6 +61,9 @@ pub(crate) struct Fill {
     /// Most word pieces in a blank [default: 3, or 2 more than the words]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     pieces: Option<u8>,
+    /// How much less likely each word piece beyond the first makes a completion, before the picture is asked (0 to 1)
+    #[arg(long, value_name = "FACTOR", default_value_t = LONGER, value_parser = share)]
+    longer: f32,
     /// An answer is accepted if it is at least this share as likely as the likeliest completion (0 to 1)
     #[arg(long, value_name = "SHARE", default_value_t = ACCEPT, value_parser = share)]
     accept: f32,
@@ -71,7 +74,7 @@ pub(crate) struct Fill {
     json: bool,
 }
 
-fn share(text: &str) -> Result<f32, String> {
+pub(crate) fn share(text: &str) -> Result<f32, String> {
     let share = text.parse().ok().filter(|share: &f32| (0.0..=1.0).contains(share));
     share.ok_or_else(|| format!("expected a number from 0 to 1, found {text}"))
 }
@@ -146,7 +149,7 @@ impl Fill {
     fn search(&self) -> Completing {
         let words = usize::from(self.words);
         let pieces = self.pieces.map_or(words + 2, usize::from);
-        Completing { top: self.top.into(), words, pieces, ..Completing::default() }
+        Completing { top: self.top.into(), words, pieces, longer: self.longer, ..Completing::default() }
     }
 
     fn ask(&self, view: &View, text: &str) -> Result<Filled, xvlm::Error> {

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use clap::Args;
 use xvlm::data::annotations::read_fill;
 use xvlm::metrics::fill::FillScores;
-use xvlm::tasks::fill::{self, Completing};
+use xvlm::tasks::fill::{self, Completing, LONGER};
 
 use super::{Common, count, percent};
+use crate::fill::share;
 use crate::output::{CliError, Rows};
 
 /// Words for blanks: the right one first, or among the first five, in percent
@@ -19,6 +20,9 @@ pub(crate) struct Fill {
     /// Most words in a blank
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
     words: u8,
+    /// How much less likely each word piece beyond the first makes a completion, before the picture is asked (0 to 1)
+    #[arg(long, value_name = "FACTOR", default_value_t = LONGER, value_parser = share)]
+    longer: f32,
     #[command(flatten)]
     common: Common,
 }
@@ -27,7 +31,7 @@ impl Fill {
     pub(super) fn run(self) -> Result<(), CliError> {
         let name = self.data.display().to_string();
         let words = usize::from(self.words);
-        let search = Completing { words, pieces: words + 2, ..Completing::default() };
+        let search = Completing { words, pieces: words + 2, longer: self.longer, ..Completing::default() };
         let done = self.common.evaluate("blanks", &name, |model, sweep| {
             fill::evaluate(model, read_fill(self.data.join("fill.json"))?, search, sweep)
         })?;
