@@ -10,6 +10,7 @@ mod dry_run;
 mod embed;
 mod eval;
 mod fill;
+mod finetune;
 mod matching;
 mod output;
 mod plot;
@@ -19,6 +20,7 @@ mod pretrain;
 mod progress;
 mod ranks;
 mod report;
+mod run;
 mod search;
 mod signals;
 mod synth;
@@ -52,6 +54,7 @@ enum Command {
     Eval(eval::Eval),
     Synth(synth::Synth),
     Pretrain(pretrain::Pretrain),
+    Finetune(finetune::Finetune),
     Plot(plot::Plot),
     Presets(presets::Presets),
     Data(data::Data),
@@ -71,6 +74,7 @@ impl Command {
             Self::Eval(command) => command.run(),
             Self::Synth(command) => command.run(),
             Self::Pretrain(command) => command.run(),
+            Self::Finetune(command) => command.run(),
             Self::Plot(command) => command.run(),
             Self::Presets(command) => command.run(),
             Self::Data(command) => command.run(),

@@ -10,6 +10,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -24,10 +25,11 @@ use xvlm_data::{DataError, Picture, TextTensors, pre_caption};
 use xvlm_encoders::{Attention, Pass, Task, Xvlm};
 use xvlm_metrics::retrieval::RetrievalScores;
 use xvlm_train::Losses;
+use xvlm_train::ranks::Communicator;
 
 use crate::BATCH;
 use crate::align::{Alignment, Negatives};
-use crate::config::Objective;
+use crate::config::{ItcGradient, Objective};
 use crate::error::{SweepProblem, TaskError};
 use crate::generate::Source;
 use crate::model::{ImageTokens, Model};
@@ -37,7 +39,7 @@ use crate::sweep::{LeftOut, Sweep, Work};
 const PAIRS: usize = 4 * BATCH;
 
 /// The losses of fine-tuning (`models/model_retrieval.py`): ITC and ITM of each image with its text. Texts of equal key are
-/// about the same image.
+/// about the same image. Where several `ranks` train together, ITC compares the samples of all.
 ///
 /// # Errors
 /// If a tensor operation fails, or the model has no heads for it.
@@ -47,9 +49,10 @@ pub fn losses(
     texts: &TextTensors,
     pass: &Pass,
     negatives: Negatives,
+    ranks: Option<(&Arc<dyn Communicator>, ItcGradient)>,
 ) -> candle_core::Result<Losses> {
     let objectives = [Objective::Itc, Objective::Itm];
-    let alignment = Alignment { model, objectives: &objectives, pass, weights: None, ranks: None };
+    let alignment = Alignment { model, objectives: &objectives, pass, weights: None, ranks };
     Ok(Losses(alignment.losses(texts, Some(&Source::images(images)?), None, negatives)?))
 }
 
