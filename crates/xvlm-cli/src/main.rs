@@ -21,6 +21,7 @@ mod progress;
 mod ranks;
 mod report;
 mod run;
+mod score;
 mod search;
 mod signals;
 mod synth;
@@ -52,6 +53,7 @@ enum Command {
     Embed(embed::Embed),
     Search(search::Search),
     Eval(eval::Eval),
+    Score(score::Score),
     Synth(synth::Synth),
     Pretrain(pretrain::Pretrain),
     Finetune(finetune::Finetune),
@@ -72,6 +74,7 @@ impl Command {
             Self::Embed(command) => command.run(),
             Self::Search(command) => command.run(),
             Self::Eval(command) => command.run(),
+            Self::Score(command) => command.run(),
             Self::Synth(command) => command.run(),
             Self::Pretrain(command) => command.run(),
             Self::Finetune(command) => command.run(),

@@ -50,9 +50,30 @@ pub fn refer_iou(a: [f32; 4], b: [f32; 4]) -> f32 {
     if overlap(0) > 1.0 && overlap(1) > 1.0 { iou_xywh(a, b) } else { 0.0 }
 }
 
+/// Whether a point lies in a box `(x, y, w, h)`, its border included: what pointing accuracy counts.
+pub fn contains(xywh: [f32; 4], [x, y]: [f32; 2]) -> bool {
+    let inside = |at: f32, start: f32, side: f32| at >= start && f64::from(at) <= f64::from(start) + f64::from(side);
+    inside(x, xywh[0], xywh[2]) && inside(y, xywh[1], xywh[3])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_point_is_in_the_box_up_to_its_border() {
+        let xywh = [10.0, 20.0, 30.0, 40.0];
+        for (point, expected) in [
+            ([10.0, 20.0], true),
+            ([40.0, 60.0], true),
+            ([25.0, 30.0], true),
+            ([9.9, 30.0], false),
+            ([25.0, 60.1], false),
+            ([f32::NAN, 30.0], false),
+        ] {
+            assert_eq!(contains(xywh, point), expected, "{point:?}");
+        }
+    }
 
     #[test]
     fn one_shared_pixel_is_none() {

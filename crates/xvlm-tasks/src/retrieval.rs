@@ -662,20 +662,8 @@ fn recalls(texts: &[Text], image_to_text: &[Ranking], text_to_image: &[Ranking])
         ranking.iter().position(|&(found, _)| is_own(found as usize))
     };
     let of_images = image_to_text.iter().enumerate();
-    let text_ranks = of_images.map(|(image, ranking)| place(ranking, &|text| texts[text].image == image)).collect();
+    let text_ranks = of_images.map(|(image, ranking)| place(ranking, &|text| texts[text].image == image));
     let of_texts = text_to_image.iter().zip(texts);
-    let image_ranks = of_texts.map(|(ranking, text)| place(ranking, &|image| image == text.image)).collect();
-    let [[text_r1, text_r5, text_r10], [image_r1, image_r5, image_r10]] = [text_ranks, image_ranks].map(within);
-    let text_mean = (text_r1 + text_r5 + text_r10) / 3.0;
-    let image_mean = (image_r1 + image_r5 + image_r10) / 3.0;
-    let r_mean = (text_mean + image_mean) / 2.0;
-    RetrievalScores { text_r1, text_r5, text_r10, text_mean, image_r1, image_r5, image_r10, image_mean, r_mean }
-}
-
-/// How many ranks are below 1, 5 and 10, in percent.
-fn within(ranks: Vec<Option<usize>>) -> [f64; 3] {
-    [1, 5, 10].map(|k| {
-        let found = ranks.iter().flatten().filter(|&&rank| rank < k).count();
-        100.0 * found as f64 / ranks.len().max(1) as f64
-    })
+    let image_ranks = of_texts.map(|(ranking, text)| place(ranking, &|image| image == text.image));
+    RetrievalScores::of_ranks(text_ranks, image_ranks)
 }
