@@ -48,7 +48,7 @@ fn retrieval_lists_number_their_images_across_files() {
     let expected = [(0, "one"), (1, "two"), (0, "three"), (2, "four|five"), (1, "a phrase")];
     assert_eq!(told, expected.map(|(index, text)| (index, text.to_owned())));
     assert_eq!(loaded.items[3].image, Path::new("/images/flickr/c.jpg"));
-    assert_eq!(loaded.items[3].image_id, "c.jpg");
+    assert_eq!(loaded.items[3].image_id, "flickr/c.jpg");
     assert_eq!(count(&loaded, Reason::Malformed), 4);
     assert_eq!(read_retrieval(&train).unwrap()[1].image, folder.path("train2014/b.jpg"));
     assert_eq!(read_retrieval(gzip(&train)).unwrap().len(), 3);

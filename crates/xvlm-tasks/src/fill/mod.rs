@@ -58,13 +58,6 @@ pub const LONGER: f32 = 0.5;
 /// on the built-in world (docs/tasks/fill.md).
 pub const ACCEPT: f32 = 0.03;
 
-impl Completing {
-    /// One word of the vocabulary for each blank.
-    pub fn single() -> Self {
-        Self { pieces: 1, ..Self::default() }
-    }
-}
-
 /// Words for the blanks of a phrase.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Completion {

@@ -217,7 +217,7 @@ impl Reading {
                     let captions = some_texts(&object, first_of(&object, &["caption", "text"]))?;
                     let image_id = match object.get("image_id") {
                         Some(_) => object.id("image_id")?,
-                        None => file.rsplit('/').next().unwrap_or_default().to_owned(),
+                        None => file.clone(),
                     };
                     let (image, split) = (object.file("image", &root)?, optional_text(&object, "split")?);
                     let skip = run.other_split(split.as_deref(), || format!("{}{}", path.display(), context.place));
