@@ -61,7 +61,7 @@ pub(crate) struct Fill {
     /// Most word pieces in a blank [default: 3, or 2 more than the words]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     pieces: Option<u8>,
-    /// How much less likely each word piece beyond the first makes a completion, before the picture is asked (0 to 1)
+    /// How much less likely, before the picture is asked, each word piece beyond one for every word makes a completion (0 to 1)
     #[arg(long, value_name = "FACTOR", default_value_t = LONGER, value_parser = share)]
     longer: f32,
     /// An answer is accepted if it is at least this share as likely as the likeliest completion (0 to 1)

@@ -203,7 +203,10 @@ fn regions_are_matched() {
     let region = predictor.match_regions(&picture, &[whole], &texts).unwrap().remove(0);
     let image = predictor.match_images(std::slice::from_ref(&picture), &texts).unwrap().remove(0);
     for (a, b) in region.iter().zip(&image) {
-        assert!((a.probability - b.probability).abs() < 1e-4 && (a.similarity - b.similarity).abs() < 1e-4, "{a:?} {b:?}");
+        assert!(
+            (a.probability - b.probability).abs() < 1e-4 && (a.similarity - b.similarity).abs() < 1e-4,
+            "{a:?} {b:?}"
+        );
     }
     let embedded = predictor.embed_regions(&picture, &[whole]).unwrap().remove(0);
     let expected = predictor.embed_images(&[picture.clone()]).unwrap().remove(0);
@@ -276,6 +279,7 @@ fn answers_are_graded() {
     assert!(refused("a ___", &["日"]).contains("the tokenizer can write"));
     assert!(refused("a ring", &[]).contains("at least one blank"));
 
-    let found = fill::evaluate(predictor.model(), items, Completing::default(), &mut Sweep::new(&mut |_, _| ())).unwrap();
+    let found =
+        fill::evaluate(predictor.model(), items, Completing::default(), &mut Sweep::new(&mut |_, _| ())).unwrap();
     assert!(found.scores.kinds["colour"].top1 > 75.0, "{:?}", found.scores);
 }

@@ -20,7 +20,7 @@ pub(crate) struct Fill {
     /// Most words in a blank
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
     words: u8,
-    /// How much less likely each word piece beyond the first makes a completion, before the picture is asked (0 to 1)
+    /// How much less likely, before the picture is asked, each word piece beyond one for every word makes a completion (0 to 1)
     #[arg(long, value_name = "FACTOR", default_value_t = LONGER, value_parser = share)]
     longer: f32,
     #[command(flatten)]

@@ -570,7 +570,9 @@ fn wrong_usage_has_its_own_exit_code() {
     ] {
         assert_eq!(xvlm(dir.path(), arguments).status.code(), Some(2), "{arguments}");
     }
-    for command in ["demo", "ground", "caption", "answer", "match", "fill", "embed", "search", "eval", "synth", "pretrain"] {
+    for command in
+        ["demo", "ground", "caption", "answer", "match", "fill", "embed", "search", "eval", "synth", "pretrain"]
+    {
         assert!(text(dir.path(), &format!("{command} --help")).contains("Usage: xvlm"), "{command}");
     }
 }

@@ -25,8 +25,8 @@ pub(super) struct Open {
     pub(super) image: u32,
     pub(super) text: String,
     pub(super) phrase: Phrase,
-    /// Counts the completions that are likelier than this log-probability.
-    pub(super) against: Option<f64>,
+    /// Counts the completions that are likelier than this one: its log-probability and its pieces.
+    pub(super) against: Option<(f64, Vec<u32>)>,
 }
 
 /// What was found for a phrase.
@@ -120,8 +120,8 @@ impl<'a> Filler<'a> {
             self.predict(&asks, |ask, row| {
                 let (owner, beginning) = owners[ask];
                 let beam = &beams[owner];
-                if let (true, Some(against)) = (beam.lengths == [1], open[beam.open].against) {
-                    let likelier = |&&id: &&u32| f64::from(row[id as usize]) + beam.prior > against;
+                if let (true, Some(against)) = (beam.lengths == [1], &open[beam.open].against) {
+                    let likelier = |&&id: &&u32| is_above(against, f64::from(row[id as usize]) + beam.prior, &[id]);
                     above[beam.open] += self.begins.iter().filter(likelier).count();
                 }
                 grown[owner].extend(self.grow(beam, &beam.beginnings[beginning], row));
@@ -141,8 +141,8 @@ impl<'a> Filler<'a> {
                     let log_probability = beam.prior + beginning.log_probability;
                     let completion = self.completion(&beam.lengths, &beginning.pieces, log_probability);
                     found[beam.open].push((log_probability, completion));
-                    let is_counted =
-                        beam.lengths != [1] && open[beam.open].against.is_some_and(|p| log_probability > p);
+                    let against = open[beam.open].against.as_ref().filter(|_| beam.lengths != [1]);
+                    let is_counted = against.is_some_and(|one| is_above(one, log_probability, &beginning.pieces));
                     above[beam.open] += usize::from(is_counted);
                 }
             }
@@ -183,23 +183,24 @@ impl<'a> Filler<'a> {
         Ok(phrase)
     }
 
-    /// Log of how likely each choice of lengths is before the model has been asked: each piece beyond one for a blank makes it
-    /// less so by the same factor, and all choices together have probability 1.
+    /// Log of how likely each choice of lengths is before the model has been asked: each piece beyond one for every word that a
+    /// blank may have makes it less so by the same factor, and all choices together have probability 1.
     fn priors(&self, choices: &[Vec<usize>]) -> Vec<f64> {
-        let weight = |lengths: &Vec<usize>| self.longer(lengths.iter().map(|length| length - 1).sum());
-        let all: f64 = choices.iter().map(weight).sum();
-        choices.iter().map(|lengths| (weight(lengths) / all).ln()).collect()
+        let all: f64 = choices.iter().map(|lengths| self.weight(lengths)).sum();
+        choices.iter().map(|lengths| (self.weight(lengths) / all).ln()).collect()
     }
 
-    fn longer(&self, pieces: usize) -> f64 {
-        f64::from(self.search.longer).powi(i32::try_from(pieces).unwrap_or(i32::MAX))
+    fn weight(&self, lengths: &[usize]) -> f64 {
+        let more: usize = lengths.iter().map(|length| length.saturating_sub(self.search.words)).sum();
+        f64::from(self.search.longer).powi(i32::try_from(more).unwrap_or(i32::MAX))
     }
 
     /// [`Self::priors`] of a completion that may be longer than those that are looked for.
     fn prior_of(&self, answers: &[Vec<u32>]) -> f64 {
         let choices = lengths(answers.len(), self.search.pieces - 1);
-        let all: f64 = choices.iter().map(|lengths| self.longer(lengths.iter().map(|length| length - 1).sum())).sum();
-        (self.longer(answers.iter().map(|answer| answer.len() - 1).sum()) / all).ln()
+        let all: f64 = choices.iter().map(|lengths| self.weight(lengths)).sum();
+        let own: Vec<usize> = answers.iter().map(Vec::len).collect();
+        (self.weight(&own) / all).ln()
     }
 
     /// A phrase with `known` pieces in its blanks, the rest of which is masked; and where the next piece belongs.
@@ -289,6 +290,12 @@ impl<'a> Filler<'a> {
         }
         Ok(())
     }
+}
+
+/// Whether pieces are likelier than those of an answer; the answer itself, asked about in another batch, may differ in its last
+/// digits.
+fn is_above((log_probability, pieces): &(f64, Vec<u32>), of_others: f64, others: &[u32]) -> bool {
+    of_others > *log_probability && pieces != others
 }
 
 /// Pieces that words are made of: with a letter or a digit, and no special tokens.

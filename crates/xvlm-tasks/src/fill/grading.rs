@@ -124,11 +124,11 @@ pub fn grade(
     let open: Vec<Open> = given
         .iter()
         .zip(&scores)
-        .map(|(&(image, text, phrase, _), &score)| Open {
+        .map(|(&(image, text, phrase, answers), &score)| Open {
             image,
             text: text.to_owned(),
             phrase: phrase.clone(),
-            against: Some(score),
+            against: Some((score, answers.concat())),
         })
         .collect();
     let found = filler.complete(&open)?;
@@ -147,7 +147,7 @@ pub fn grade(
         let graded = |(answer, (score, found)): (&String, (f64, Proposals))| {
             let probability = score.exp() as f32;
             let likeliest = found.completions.first().map_or(probability, |first| first.probability);
-            let share = if likeliest > probability { probability / likeliest } else { 1.0 };
+            let share = if found.above > 0 && likeliest > probability { probability / likeliest } else { 1.0 };
             let proposals = found
                 .completions
                 .into_iter()
@@ -166,7 +166,7 @@ pub fn grade(
             accepted: blanks.iter().all(|blank| blank.accepted),
             probability,
             blanks,
-            better: proposals.completions.into_iter().filter(|found| found.probability > probability).collect(),
+            better: proposals.completions.into_iter().take(proposals.above).collect(),
         });
     }
     Ok(grades)

@@ -41,7 +41,8 @@ pub struct Completing {
     pub pieces: usize,
     /// How many beginnings of a completion are followed, if that is more than `top`.
     pub beams: usize,
-    /// How much less likely each piece beyond the first makes a completion, before the model is asked: 0 to 1.
+    /// How much less likely, before the model is asked, each piece makes a completion that goes beyond one for every word a
+    /// blank may have: 0 to 1.
     pub longer: f32,
 }
 
@@ -51,8 +52,8 @@ impl Default for Completing {
     }
 }
 
-/// [`Completing::longer`] unless the caller says otherwise.
-pub const LONGER: f32 = 0.5;
+/// [`Completing::longer`] unless the caller says otherwise: most words that people say are one piece.
+pub const LONGER: f32 = 0.1;
 
 /// The share of the likeliest completion's probability at which an answer is accepted, unless the caller says otherwise; measured
 /// on the built-in world (docs/tasks/fill.md).
