@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::{folder, is_probability, json, names, refused, text, xvlm};
 
