@@ -10,7 +10,7 @@ use xvlm_kernels as kernels;
 use crate::error::TaskError;
 use crate::generate::Source;
 use crate::model::{ImageTokens, Model};
-use crate::retrieval;
+use crate::retrieval::{self, Compared};
 
 /// How well a text tells a concept.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -88,15 +88,9 @@ pub fn scores(model: &Model, concepts: &Source, texts: &[&str]) -> Result<Vec<Ve
     if tokens.is_empty() {
         return Ok(vec![Vec::new(); concepts.tokens.dim(0)?]);
     }
-    let (similarities, logits) = retrieval::match_all(model.xvlm(), concepts, &tokens)?;
-    let paired = similarities.into_iter().zip(logits);
-    let probability = |[no, yes]: [f32; 2]| 1.0 / (1.0 + (no - yes).exp());
-    Ok(paired
-        .map(|(similarities, logits)| {
-            let scored = similarities.into_iter().zip(logits);
-            scored.map(|(similarity, logits)| Score { probability: probability(logits), similarity }).collect()
-        })
-        .collect())
+    let score = |(similarity, [no, yes]): Compared| Score { probability: 1.0 / (1.0 + (no - yes).exp()), similarity };
+    let compared = retrieval::match_all(model.xvlm(), concepts, &tokens)?;
+    Ok(compared.into_iter().map(|row| row.into_iter().map(score).collect()).collect())
 }
 
 /// Embeddings of concepts `[N, E]`, of unit length.

@@ -529,25 +529,29 @@ fn match_with(
     Ok(wanted.iter().map(|texts| logits.by_ref().take(texts.len()).collect()).collect())
 }
 
-/// Cosines of concepts and texts, and the logits of their not matching and matching: a row a concept.
+/// The cosine of a concept and a text, and the logits of their not matching and matching.
+pub(crate) type Compared = (f32, [f32; 2]);
+
+/// Compares all concepts with all texts: a row a concept.
 pub(crate) fn match_all(
     model: &Xvlm,
     concepts: &Source,
     tokens: &[Vec<u32>],
-) -> candle_core::Result<(Vec<Vec<f32>>, Vec<Vec<[f32; 2]>>)> {
+) -> candle_core::Result<Vec<Vec<Compared>>> {
     let mut all: Vec<u32> = (0..tokens.len() as u32).collect();
     let states = encode(model, tokens, &all, PAIRS)?;
-    let similarities = model.project_image(&concepts.tokens)?.matmul(&states.embeddings(model)?.t()?)?.to_vec2()?;
+    let embeddings = model.project_image(&concepts.tokens)?;
+    let similarities = embeddings.matmul(&states.embeddings(model)?.t()?)?.to_vec2::<f32>()?;
     // Those of like length together.
     all.sort_by_key(|&text| (tokens[text as usize].len(), text));
     let wanted = vec![all.as_slice(); concepts.tokens.dim(0)?];
-    let in_order = |found: Vec<[f32; 2]>| {
-        let mut row = vec![[0.0; 2]; found.len()];
-        all.iter().zip(found).for_each(|(&text, logits)| row[text as usize] = logits);
+    let logits = match_with(model, concepts, &states, &wanted)?;
+    let compared = |(similarities, logits): (Vec<f32>, Vec<[f32; 2]>)| {
+        let mut row: Vec<Compared> = similarities.into_iter().map(|similarity| (similarity, [0.0; 2])).collect();
+        all.iter().zip(logits).for_each(|(&text, logits)| row[text as usize].1 = logits);
         row
     };
-    let logits = match_with(model, concepts, &states, &wanted)?.into_iter().map(in_order).collect();
-    Ok((similarities, logits))
+    Ok(similarities.into_iter().zip(logits).map(compared).collect())
 }
 
 /// For each row of `from [N, E]` the `k` rows of `among [M, E]` that are nearest, the nearest first.

@@ -60,19 +60,19 @@ pub(super) fn retrieval(case: &Case) -> Outcome {
         let scores = retrieval::score(&model, &images, &texts, k)?;
         case.check("eval.sims", &scores.similarities)?;
         let (images, texts) = scores.similarities.dims2()?;
-        case.check("eval.score_i2t", &table(&scores.image_to_text, texts)?)?;
-        case.check("eval.score_t2i", &table(&scores.text_to_image, images)?)?;
+        case.check("eval.score_i2t", &dense(&scores.image_to_text, texts)?)?;
+        case.check("eval.score_t2i", &dense(&scores.text_to_image, images)?)?;
     }
     Ok(())
 }
 
 /// Candidates as the original's table, a row each; −100 where there is none.
-fn table(rankings: &[retrieval::Ranking], columns: usize) -> candle_core::Result<Tensor> {
-    let mut table = vec![-100f32; rankings.len() * columns];
+fn dense(rankings: &[retrieval::Ranking], columns: usize) -> candle_core::Result<Tensor> {
+    let mut scores = vec![-100f32; rankings.len() * columns];
     for (row, ranking) in rankings.iter().enumerate() {
-        ranking.iter().for_each(|&(column, logit)| table[row * columns + column as usize] = logit);
+        ranking.iter().for_each(|&(column, logit)| scores[row * columns + column as usize] = logit);
     }
-    Tensor::from_vec(table, (rankings.len(), columns), &Device::Cpu)
+    Tensor::from_vec(scores, (rankings.len(), columns), &Device::Cpu)
 }
 
 /// Boxes of texts, in images of their own or in one that several look at.

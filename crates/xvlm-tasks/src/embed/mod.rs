@@ -109,8 +109,7 @@ pub fn embed(
         &numbered,
         |(_, unit)| unit.name(),
         |units| {
-            let one =
-                |&&(number, unit): &&(usize, &Unit)| Ok(embed_unit(model, pictures, options, &folder, number, unit)?);
+            let one = |&&(number, unit): &&(usize, &Unit)| embed_unit(model, pictures, options, &folder, number, unit);
             units.iter().map(|unit| one(unit).map(Ok)).collect()
         },
     )?;

@@ -83,6 +83,13 @@ impl<'a> Read<'a> {
     }
 }
 
+/// A phrase that is asked about: that of an exercise, or the same with all blanks but one filled as answered.
+struct Asked<'a> {
+    read: &'a Read<'a>,
+    phrase: Phrase,
+    blank: Option<usize>,
+}
+
 /// Refuses an exercise that cannot be graded.
 pub(super) fn check(model: &Model, exercise: &Exercise, search: Completing) -> Result<(), TaskError> {
     let Read { phrase, answers, .. } = Read::new(model, 0, exercise)?;
@@ -109,16 +116,19 @@ pub fn grade(
     let read =
         exercises.iter().map(|&(image, exercise)| Read::new(model, image, exercise)).collect::<Result<Vec<_>, _>>()?;
 
-    // One phrase a blank, after those of all exercises that have several.
+    // Whole phrases of the exercises that have several blanks, then of all exercises a phrase for each blank.
     let several = |read: &&Read| read.answers.len() > 1;
-    let single = |read: &Read, blank| (read.with_one_blank(blank), vec![read.answers[blank].clone()]);
-    let whole = read.iter().filter(several).map(|read| (read.image, read, (read.phrase.clone(), read.answers.clone())));
-    let blanks =
-        read.iter().flat_map(|read| (0..read.answers.len()).map(move |blank| (read.image, read, single(read, blank))));
-    let asked: Vec<(u32, &Read, (Phrase, Vec<Vec<u32>>))> = whole.chain(blanks).collect();
+    let whole = read.iter().filter(several).map(|read| Asked { read, phrase: read.phrase.clone(), blank: None });
+    let of_blanks = read.iter().flat_map(|read| {
+        (0..read.answers.len()).map(|blank| Asked { read, phrase: read.with_one_blank(blank), blank: Some(blank) })
+    });
+    let asked: Vec<Asked> = whole.chain(of_blanks).collect();
     let given: Vec<(u32, &str, &Phrase, &[Vec<u32>])> = asked
         .iter()
-        .map(|(image, read, (phrase, answers))| (*image, read.exercise.text.as_str(), phrase, answers.as_slice()))
+        .map(|Asked { read, phrase, blank }| {
+            let answers = blank.map_or(read.answers.as_slice(), |blank| std::slice::from_ref(&read.answers[blank]));
+            (read.image, read.exercise.text.as_str(), phrase, answers)
+        })
         .collect();
     let scores = filler.score(&given)?;
     let open: Vec<Open> = given
