@@ -209,7 +209,7 @@ fn regions_are_matched() {
         );
     }
     let embedded = predictor.embed_regions(&picture, &[whole]).unwrap().remove(0);
-    let expected = predictor.embed_images(&[picture.clone()]).unwrap().remove(0);
+    let expected = predictor.embed_images(std::slice::from_ref(&picture)).unwrap().remove(0);
     assert!(embedded.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-4));
 
     let outside = PixelBox { xmin: 100.0, ymin: 0.0, xmax: side + 5.0, ymax: 10.0 };
