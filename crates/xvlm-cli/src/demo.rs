@@ -7,13 +7,14 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 use xvlm::data::SourceConfig;
-use xvlm::data::annotations::{RetrievalItem, read_vqa};
+use xvlm::data::annotations::{read_fill, read_retrieval, read_vqa};
 use xvlm::data::scenes::{Split, SynthOptions};
 use xvlm::metrics::boxes::{BoxScores, refer_iou};
 use xvlm::metrics::fill::FillScores;
 use xvlm::metrics::retrieval::RetrievalScores;
 use xvlm::metrics::vqa::ExactScores;
 use xvlm::tasks::captioning::{self, TruthScores, Writing};
+use xvlm::tasks::fill::Completing;
 use xvlm::tasks::{Counter, Model, PretrainConfig, Session, Sweep, fill, grounding, pretrain, retrieval, vqa};
 use xvlm::train::{LossCurve, Warmup, loss_curves, read_metrics};
 use xvlm::{Picture, Predictor};
@@ -246,8 +247,14 @@ impl Found {
                 let items = read_vqa(data.join("vqa.json"))?;
                 vqa::evaluate(model, items, &vqa::Options::default(), &mut Sweep::new(at))
             })?,
-            retrieval: Stage::run("pairs", |at| retrieval::evaluate(model, data, K_TEST, at))?,
-            fill: Stage::run("blanks", |at| fill::evaluate(model, data, at))?,
+            retrieval: Stage::run("pairs", |at| {
+                let items = read_retrieval(data.join("retrieval.json"))?;
+                retrieval::evaluate(model, &items, retrieval::Options::new(K_TEST), &mut Sweep::new(at))
+            })?,
+            fill: Stage::run("blanks", |at| {
+                let items = read_fill(data.join("fill.json"))?;
+                fill::evaluate(model, items, Completing::default(), &mut Sweep::new(at))
+            })?,
         })
     }
 
@@ -270,7 +277,7 @@ impl Found {
             answer: given.text.clone(),
             truth: item.answers.first().cloned().unwrap_or_default(),
         });
-        let blanks = self.fill.items.iter().zip(&self.fill.completions);
+        let blanks = self.fill.items.iter().zip(&self.fill.answers);
         let blanks = blanks.filter(|(item, _)| item.image == image).map(|(item, words)| Blank {
             text: item.text.clone(),
             words: words.iter().take(3).cloned().collect(),
@@ -286,26 +293,22 @@ impl Found {
 
     /// The first caption of the first pictures, and what is found for each.
     fn rankings(&self, model: &Model) -> Result<Vec<Ranking>, CliError> {
-        let items = &self.retrieval.items;
-        let mut rows = self.retrieval.text_to_image.chunks(items.len());
-        let ranking = |(own, item): (usize, &RetrievalItem)| {
-            let (row, text) = (rows.next().unwrap_or_default(), item.captions.first().cloned().unwrap_or_default());
-            // The rows of the other captions.
-            rows.by_ref().take(item.captions.len().saturating_sub(1)).for_each(drop);
-            let mut order: Vec<usize> = (0..row.len()).collect();
-            order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
-            order.truncate(RANKED);
+        let retrieval::Evaluation { images, texts, text_to_image, .. } = &self.retrieval;
+        let ranking = |own: usize| {
+            let text = texts.iter().position(|text| text.image == own).unwrap_or(0);
+            let order: Vec<usize> = text_to_image[text].iter().take(RANKED).map(|&(image, _)| image as usize).collect();
+            let text = texts[text].caption.clone();
             let pictures =
-                order.iter().map(|&image| Picture::open(&items[image].image)).collect::<Result<Vec<_>, _>>()?;
+                order.iter().map(|&image| Picture::open(&images[image].path)).collect::<Result<Vec<_>, _>>()?;
             let pairs: Vec<(u32, &str)> = (0..pictures.len() as u32).map(|image| (image, text.as_str())).collect();
             let probabilities = model.match_pairs(&model.encode(&pictures)?, &pairs)?;
             let ranked = |(image, probability): (usize, f32)| {
-                Ok(Ranked { png: read(&items[image].image)?, probability, is_right: image == own })
+                Ok(Ranked { png: read(&images[image].path)?, probability, is_right: image == own })
             };
             let pictures = order.into_iter().zip(probabilities).map(ranked).collect::<Result<_, CliError>>()?;
             Ok(Ranking { text, pictures })
         };
-        items.iter().enumerate().take(SEARCHES).map(ranking).collect()
+        (0..images.len()).take(SEARCHES).map(ranking).collect()
     }
 }
 

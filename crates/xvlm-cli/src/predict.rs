@@ -1,10 +1,10 @@
-//! `xvlm answer`, `match`, `fill`: questions about pictures.
+//! `xvlm answer`, and what questions about pictures have in common.
 
 use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
-use xvlm::{AnswerList, Completion, Picture, Predictor, Ranking, View};
+use xvlm::{AnswerList, Picture, Predictor, Ranking, View};
 
 use crate::ModelArgs;
 use crate::output::{self, CliError, Rows, table};
@@ -125,63 +125,6 @@ impl Answer {
         self.look.print(&found, |_, found| {
             let answers = found.answers.iter().map(|likely| (likely.answer.clone(), Some(percent(likely.probability))));
             std::iter::once((found.question.clone(), None)).chain(answers).collect()
-        })
-    }
-}
-
-/// Say how well texts tell a picture
-///
-/// Prints, for each text, the probability that it belongs to the picture, and the cosine (-1 to 1) of their embeddings,
-/// which is what a search over many pictures compares first.
-#[derive(Args)]
-pub(crate) struct Match {
-    #[command(flatten)]
-    look: Look,
-    /// Text, such as "a red circle above a blue star"; repeatable
-    #[arg(long = "text", value_name = "TEXT", required = true)]
-    texts: Vec<String>,
-}
-
-impl Match {
-    pub(crate) fn run(self) -> Result<(), CliError> {
-        let texts = worded(&self.texts)?;
-        let found = self.look.ask(|view| view.matches(&texts))?;
-        self.look.print(&found, |_, found| {
-            let scores = format!("{:>7}  cosine {:6.3}", percent(found.probability), found.similarity);
-            vec![(found.text.clone(), Some(scores))]
-        })
-    }
-}
-
-/// Fill in the blank of a phrase about a picture
-#[derive(Args)]
-pub(crate) struct Fill {
-    #[command(flatten)]
-    look: Look,
-    /// Phrase with one blank, written ___ or [MASK], such as "a ___ circle"; repeatable
-    #[arg(long = "text", value_name = "TEXT", required = true)]
-    texts: Vec<String>,
-    /// Number of words to propose for each blank
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
-    top: u16,
-}
-
-#[derive(Serialize)]
-struct Filled {
-    text: String,
-    words: Vec<Completion>,
-}
-
-impl Fill {
-    pub(crate) fn run(self) -> Result<(), CliError> {
-        let top = self.top.into();
-        let found = self.look.ask(|view| {
-            let filled = |text: &String| Ok(Filled { text: text.clone(), words: view.fill(text, top)? });
-            self.texts.iter().map(filled).collect()
-        })?;
-        self.look.print(&found, |_, found| {
-            let words = found.words.iter().map(|c| (c.word.clone(), Some(percent(c.probability))));
-            std::iter::once((found.text.clone(), None)).chain(words).collect()
         })
     }
 }

@@ -39,7 +39,8 @@ pub use predictor::{
 };
 pub use xvlm_data::Picture;
 pub use xvlm_tasks::captioning::Writing;
-pub use xvlm_tasks::fill::Completion;
+pub use xvlm_tasks::embed::{Index, Query, SearchOptions};
+pub use xvlm_tasks::fill::{Completing, Completion, Exercise, Grade};
 pub use xvlm_tasks::grounding::{HeatMap, Layers, StretchedHeat};
 pub use xvlm_tasks::vqa::{AnswerList, Ranking};
 pub use xvlm_tasks::{ConfigProblem, Model, Sampling, Search, TaskError as Error, Written};
