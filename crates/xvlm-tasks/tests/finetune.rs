@@ -193,6 +193,28 @@ fn a_run_that_is_resumed_ends_in_the_same_model() {
 }
 
 #[test]
+fn the_best_checkpoint_is_that_of_the_best_validation() {
+    for kind in [FinetuneKind::Retrieval, FinetuneKind::Nlvr, FinetuneKind::Captioning, FinetuneKind::CaptioningScst] {
+        let out = TempDir::new().unwrap();
+        let mut train = quick(4);
+        train["checkpoint_every"] = json!(2);
+        let mut config = config(kind, train);
+        match &mut config.task {
+            finetune::FinetuneTask::Retrieval(task) => task.val_file = task.test_file.clone(),
+            finetune::FinetuneTask::Nlvr(task) => task.val_file = task.test_file.clone(),
+            finetune::FinetuneTask::Captioning(task) => task.val_file = task.test_file.clone(),
+            finetune::FinetuneTask::CaptioningScst(task) => task.val_file = task.test_file.clone(),
+            other => panic!("{other:?}"),
+        }
+        run(&config, out.path(), false).unwrap();
+        let best = xvlm_train::RunFolder::new(out.path()).unwrap().best().unwrap().unwrap().0;
+        assert_eq!(best.by, xvlm_train::Criterion::Score, "{kind:?}");
+        assert!(best.score >= 0.0 && [2, 4].contains(&best.iteration), "{kind:?}: {best:?}");
+        Model::open(&out.path().join("best"), &Device::Cpu).unwrap();
+    }
+}
+
+#[test]
 fn epochs_are_counted_in_items() {
     let out = TempDir::new().unwrap();
     let train = json!({ "epochs": 2, "tensorboard": false });

@@ -12,12 +12,13 @@ use xvlm_losses as losses;
 use xvlm_metrics::captions::cider::CiderD;
 use xvlm_train::{BoxError, Losses, Step, Trainable};
 
+use super::validate::Validation;
 use super::{FinetuneConfig, FinetuneTask};
 use crate::captioning::Scst;
 use crate::config::ItcGradient;
 use crate::finite::first_not_finite;
 use crate::generate::writing_loss;
-use crate::model::{ImageTokens, Texts};
+use crate::model::{ImageTokens, Model, Texts};
 use crate::pretrain::clamp_temperature;
 use crate::{grounding, nlvr, retrieval, vqa};
 
@@ -96,6 +97,8 @@ pub struct Finetuning {
     rewards: Option<(Scst<CiderD>, Arc<TextTokenizer>)>,
     /// Mean reward, mean baseline and share of captions without a word of the last batch.
     rewarded: Cell<Option<[f64; 3]>>,
+    /// What says which checkpoint is the best.
+    validation: Option<Validation>,
 }
 
 impl Finetuning {
@@ -112,12 +115,17 @@ impl Finetuning {
             FinetuneTask::CaptioningPretrain(_) => Learning::Words,
             FinetuneTask::CaptioningScst(_) => Learning::Rewards,
         };
-        Self { model, parameters, learning, rewards: None, rewarded: Cell::new(None) }
+        Self { model, parameters, learning, rewards: None, rewarded: Cell::new(None), validation: None }
     }
 
     /// The same, for captions that are rewarded: by what.
     pub fn with_rewards(self, scst: Scst<CiderD>, tokenizer: Arc<TextTokenizer>) -> Self {
         Self { rewards: Some((scst, tokenizer)), ..self }
+    }
+
+    /// The same, validated at each checkpoint.
+    pub(super) fn with_validation(self, validation: Validation) -> Self {
+        Self { validation: Some(validation), ..self }
     }
 
     /// The model inside.
@@ -238,6 +246,17 @@ impl Trainable for Finetuning {
     fn first_not_finite(&self, batch: &Batch, step: &mut Step) -> Option<String> {
         let shown = (batch.pixels(), batch.records());
         first_not_finite(shown, &self.parameters, step, |pass, step| self.losses_in(pass, batch, step))
+    }
+
+    fn score(&self, iteration: u64) -> std::result::Result<Option<f64>, BoxError> {
+        let Some(validation) = self.validation.as_ref().filter(|validation| iteration >= validation.first) else {
+            return Ok(None);
+        };
+        let Some((_, parameter)) = self.parameters.first() else { return Ok(None) };
+        let weights = self.parameters.iter().map(|(name, weight)| (name.clone(), weight.as_detached_tensor()));
+        let (config, tokenizer) = (validation.config.clone(), (*validation.tokenizer).clone());
+        let model = Model::with_weights(config, weights, tokenizer, parameter.device())?;
+        Ok(Some(validation.score(&model)?))
     }
 
     fn after_step(&self) -> std::result::Result<(), BoxError> {

@@ -5,6 +5,7 @@ mod learn;
 mod run;
 mod start;
 mod tasks;
+mod validate;
 
 use std::path::{Path, PathBuf};
 
@@ -204,6 +205,17 @@ tasks! {
     CaptioningScst(ScstTask) = "captioning_scst";
 }
 
+impl FinetuneTask {
+    /// The first epoch after which the model is evaluated, from 0.
+    fn start_eval(&self) -> u64 {
+        match self {
+            Self::Vqa(task) => task.start_eval,
+            Self::Captioning(task) => task.start_eval,
+            _ => 0,
+        }
+    }
+}
+
 /// What batches are made of.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
@@ -328,9 +340,8 @@ impl Configuration for FinetuneConfig {
                 return is_trained_on("task.train_file");
             }
             (FinetuneTask::BboxPretrain(_), None) => return is_trained_on("task.train_file_regions"),
-            (FinetuneTask::Vqa(own), Some(_)) => own.start_eval,
-            (FinetuneTask::Captioning(own), Some(_)) => own.start_eval,
-            _ => 0,
+            (task, Some(_)) => task.start_eval(),
+            (_, None) => 0,
         };
         let epochs = self.train.as_ref().and_then(|train| train.epochs);
         match epochs.filter(|&epochs| start_eval >= epochs) {

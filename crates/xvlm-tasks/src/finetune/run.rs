@@ -12,6 +12,7 @@ use xvlm_weights::{LoadRules, ModelFiles, ModelFolder};
 use super::batches::TaskData;
 use super::learn::{Batch, Finetuning};
 use super::start::initial_weights;
+use super::validate::Validation;
 use super::{Data, FinetuneConfig, FinetuneTask};
 use crate::error::{ConfigProblem, TaskError};
 use crate::model::{ModelConfig, check_texts};
@@ -53,11 +54,18 @@ pub fn run(
     };
     let (rank, ranks) = (session.ranks.rank(), session.ranks.size());
     let mut data = TaskData::open(&config, &tokenizer, (rank, ranks), out, progress)?;
-    train.fix_length(data.epoch, (data.batch_size * ranks * train.accumulate) as u64);
+    let batch = (data.batch_size * ranks * train.accumulate) as u64;
+    // In the original an epoch is validated once it is over, from epoch `start_eval` on, counted from 0.
+    let first = if train.epochs.is_some() { (config.task.start_eval() + 1) * data.epoch.div_ceil(batch) } else { 0 };
+    train.fix_length(data.epoch, batch);
     config.train = Some(train.clone());
     let mut model = open_model(&config, &train, start, device, progress)?;
     if let Some(scst) = data.scst.take() {
         model = model.with_rewards(scst, Arc::clone(&tokenizer));
+    }
+    if train.keep_best {
+        let validation = Validation::open(&config.task, model_config(&config), &tokenizer, &session.ranks, first)?;
+        model = validation.into_iter().fold(model, Finetuning::with_validation);
     }
     let run = RunFolder::new(out)?;
     let batches = |start| -> Result<Box<dyn Batches<Batch>>, BoxError> {
