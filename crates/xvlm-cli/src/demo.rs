@@ -14,7 +14,7 @@ use xvlm::metrics::fill::FillScores;
 use xvlm::metrics::retrieval::RetrievalScores;
 use xvlm::metrics::vqa::ExactScores;
 use xvlm::tasks::captioning::{self, CaptionScores};
-use xvlm::tasks::{Model, PretrainConfig, fill, grounding, pretrain, retrieval, vqa};
+use xvlm::tasks::{Model, PretrainConfig, Session, fill, grounding, pretrain, retrieval, vqa};
 use xvlm::train::{LossCurve, Warmup, loss_curves, read_metrics};
 use xvlm::{Picture, Predictor};
 
@@ -160,8 +160,8 @@ impl Demo {
         let options =
             SynthOptions { scenes: TRAINING_SCENES, seed: TRAINING_SEED, split: Split::Seen, embed_images: false };
         write_scenes("training scenes", &data, options)?;
-        pretrain::run(&first, &align, &pretrain::Session::alone(false), &device, &mut Training::new())?;
-        pretrain::run(&second, &run, &pretrain::Session::alone(false), &device, &mut Training::new())?;
+        pretrain::run(&first, &align, &Session::alone(false), &device, &mut Training::new())?;
+        pretrain::run(&second, &run, &Session::alone(false), &device, &mut Training::new())?;
         let curves = loss_curves(&read_metrics(&run.join("metrics.jsonl"))?);
         let model = run.join("model");
         Ok((Predictor::from_folder(&model, &device)?, model.display().to_string(), curves))

@@ -8,6 +8,7 @@ mod demo;
 mod draw;
 mod dry_run;
 mod eval;
+mod finetune;
 mod output;
 mod plot;
 mod predict;
@@ -16,6 +17,7 @@ mod pretrain;
 mod progress;
 mod ranks;
 mod report;
+mod run;
 mod score;
 mod signals;
 mod synth;
@@ -48,6 +50,7 @@ enum Command {
     Score(score::Score),
     Synth(synth::Synth),
     Pretrain(pretrain::Pretrain),
+    Finetune(finetune::Finetune),
     Plot(plot::Plot),
     Presets(presets::Presets),
     Data(data::Data),
@@ -66,6 +69,7 @@ impl Command {
             Self::Score(command) => command.run(),
             Self::Synth(command) => command.run(),
             Self::Pretrain(command) => command.run(),
+            Self::Finetune(command) => command.run(),
             Self::Plot(command) => command.run(),
             Self::Presets(command) => command.run(),
             Self::Data(command) => command.run(),

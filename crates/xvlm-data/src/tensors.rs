@@ -78,8 +78,10 @@ pub struct RegionTensors {
 pub struct QuestionTensors {
     /// `[N, 3, R, R]` f32.
     pub pixels: Tensor,
-    /// `N` questions.
+    /// `Q` questions.
     pub questions: TextTensors,
+    /// `[Q]`: the image of each.
+    pub image_index: Vec<u32>,
     /// The answers of all questions.
     pub answers: Option<AnswerTensors>,
 }
@@ -219,6 +221,7 @@ impl QuestionBatch {
         Ok(QuestionTensors {
             pixels: images(self.pixels, self.images, device)?,
             questions: self.questions.to_tensors(device)?,
+            image_index: self.image_index,
             answers: answers.transpose()?,
         })
     }
@@ -334,6 +337,70 @@ impl RegionTensors {
             region_mask: self.region_mask.to_device(device)?,
             ..self
         })
+    }
+}
+
+impl AnswerTensors {
+    /// The same on another device.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    pub fn to_device(self, device: &Device) -> Result<Self> {
+        Ok(Self { text: self.text.to_device(device)?, weights: self.weights.to_device(device)?, ..self })
+    }
+}
+
+impl QuestionTensors {
+    /// The same on another device.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    pub fn to_device(self, device: &Device) -> Result<Self> {
+        Ok(Self {
+            pixels: self.pixels.to_device(device)?,
+            questions: self.questions.to_device(device)?,
+            answers: self.answers.map(|answers| answers.to_device(device)).transpose()?,
+            ..self
+        })
+    }
+}
+
+impl StatementTensors {
+    /// The same on another device.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    pub fn to_device(self, device: &Device) -> Result<Self> {
+        Ok(Self { pixels: self.pixels.to_device(device)?, text: self.text.to_device(device)?, ..self })
+    }
+}
+
+impl PhraseTensors {
+    /// The same on another device.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    pub fn to_device(self, device: &Device) -> Result<Self> {
+        Ok(Self {
+            pixels: self.pixels.to_device(device)?,
+            text: self.text.to_device(device)?,
+            boxes: self.boxes.to_device(device)?,
+        })
+    }
+}
+
+impl ReferenceTensors {
+    /// The same on another device.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    pub fn to_device(self, device: &Device) -> Result<Self> {
+        Ok(Self { pixels: self.pixels.to_device(device)?, ..self })
     }
 }
 

@@ -8,8 +8,7 @@ use candle_core::Device;
 use tempfile::TempDir;
 use xvlm_data::annotations::{CaptionItem, RetrievalItem, VqaItem, VqaSource};
 use xvlm_data::batch::{
-    Described, Grounding, IGNORE, ImageText, Images, ItemKind, Nlvr, Pairs, Phrase, Question, References, Statement,
-    Vqa,
+    Asked, Described, Grounding, IGNORE, ImageText, Images, ItemKind, Nlvr, Pairs, Phrase, References, Statement, Vqa,
 };
 use xvlm_data::{
     DataError, ImageCache, ImageSource, ItemBatches, ItemConfig, Loader, LoaderConfig, Picture, TextTokenizer,
@@ -129,16 +128,28 @@ fn answers_are_weighted_by_their_share() {
     let question = "What colour is it?".to_owned();
     let item =
         VqaItem { question_id: "7".to_owned(), image, question, answers, kind: String::new(), source: VqaSource::Vqa };
-    let first = Question::from(&item);
+    let other = |image: &ImageSource, question: &str, answer: &str| {
+        let ImageSource::Path(image) = image.clone() else { unreachable!() };
+        let (question, answers) = (question.to_owned(), vec![answer.to_owned()]);
+        VqaItem { question_id: "8".to_owned(), image, question, answers, kind: String::new(), source: VqaSource::Vqa }
+    };
+    let listed = [
+        item,
+        other(&images[1], "is it left?", "a white box on black"),
+        other(&images[2], "is it left?", "it"),
+        other(&images[0], "how many?", "one"),
+        other(&images[0], "is there one?", "yes"),
+    ];
+    let asked = |most: usize| {
+        let items = Asked::by_image(&listed, most);
+        items.iter().map(|item| item.questions.len()).collect::<Vec<_>>()
+    };
+    assert_eq!((asked(1), asked(2), asked(9)), (vec![1; 5], vec![2, 1, 1, 1], vec![3, 1, 1]));
+    let items = Asked::by_image(&listed[..3], 1);
+    let first = &items[0].questions[0];
     let weights = [("white", 0.6), ("a box", 0.2), ("Black", 0.2)];
     assert_eq!(first.answers.iter().map(|(answer, _)| answer.as_str()).collect::<Vec<_>>(), weights.map(|(a, _)| a));
     assert!(first.answers.iter().zip(weights).all(|((_, found), (_, expected))| (found - expected).abs() < 1e-6));
-    let one = |image: &ImageSource, answer: &str| Question {
-        image: image.clone(),
-        question: "is it left?".to_owned(),
-        answers: vec![(answer.to_owned(), 0.5)],
-    };
-    let items = vec![first, one(&images[1], "a white box on black"), one(&images[2], "it")];
     let training = batches(Vqa, items.clone(), ItemConfig { batch_size: 3, ..config() });
     let (tokenizer, mut mirrored) = (tokenizer(), [0; 3]);
     for step in 0..30 {
@@ -151,7 +162,8 @@ fn answers_are_weighted_by_their_share() {
         assert_eq!(answers.counts, counts);
         for (row, &question) in answers.question_index.iter().enumerate() {
             let item = &items[usize::from(numbers[question as usize])];
-            let (answer, weight) = item.answers.iter().find(|(a, _)| *a == answers.text.texts[row]).unwrap();
+            let (answer, weight) =
+                item.questions[0].answers.iter().find(|(a, _)| *a == answers.text.texts[row]).unwrap();
             assert_eq!(answers.weights[row], *weight);
             let ids = &answers.text.ids[row * answers.text.len..][..answers.text.len];
             assert_eq!(ids[0], tokenizer.cls_id());
@@ -169,7 +181,12 @@ fn answers_are_weighted_by_their_share() {
     }
     assert!((4..=26).contains(&mirrored[0]) && mirrored[1..] == [0, 0], "only where nothing says left: {mirrored:?}");
 
-    let unanswered = vec![Question { answers: Vec::new(), ..items[0].clone() }];
+    let grouped = batches(Vqa, Asked::by_image(&listed, 9), config()).evaluation(0).unwrap().1;
+    assert_eq!((grouped.images, grouped.image_index), (3, vec![0, 0, 0, 1, 2]));
+    assert_eq!(grouped.questions.texts[1..3], ["how many", "is there one"]);
+
+    let mut unanswered = items[..1].to_vec();
+    unanswered[0].questions[0].answers.clear();
     let (items, batch) = batches(Vqa, unanswered.clone(), config()).evaluation(0).unwrap();
     assert!(items == [0] && batch.answers.is_none() && batch.questions.rows == 1);
     let error = batches(Vqa, unanswered, config()).training(0).unwrap_err().to_string();

@@ -116,17 +116,27 @@ impl Model {
         Xvlm::new(&config.model, parameters.builder(DType::F32, device))?;
         let named = parameters.named();
         xvlm_weights::assign(&files.name, &files.tensors, &named, &LoadRules::default())?;
-        let tensors: HashMap<String, Tensor> =
-            named.into_iter().map(|(name, var)| (name, var.as_detached_tensor())).collect();
+        let weights = named.into_iter().map(|(name, var)| (name, var.as_detached_tensor()));
         let tokenizer = TextTokenizer::from_bytes(&format!("{}/tokenizer.json", files.name), &files.tokenizer)?;
         let file = format!("{}/{CONFIG}", files.name);
         check_texts(&config.model, config.max_tokens, &tokenizer).map_err(|message| ConfigProblem { file, message })?;
-        Ok(Self {
-            xvlm: Xvlm::new(&config.model, VarBuilder::from_tensors(tensors, DType::F32, device))?,
-            tokenizer,
-            config,
-            device: device.clone(),
-        })
+        Ok(Self::with_weights(config, weights, tokenizer, device)?)
+    }
+
+    /// A model with these weights, in f32.
+    ///
+    /// # Errors
+    /// If a parameter is missing or has another shape.
+    pub(crate) fn with_weights(
+        config: ModelConfig,
+        weights: impl IntoIterator<Item = (String, Tensor)>,
+        tokenizer: TextTokenizer,
+        device: &Device,
+    ) -> candle_core::Result<Self> {
+        let weights = weights.into_iter().map(|(name, tensor)| Ok((name, tensor.to_dtype(DType::F32)?)));
+        let weights = weights.collect::<candle_core::Result<HashMap<String, Tensor>>>()?;
+        let xvlm = Xvlm::new(&config.model, VarBuilder::from_tensors(weights, DType::F32, device))?;
+        Ok(Self { config, xvlm, tokenizer, device: device.clone() })
     }
 
     /// Writes a model folder, atomically.

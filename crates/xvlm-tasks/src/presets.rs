@@ -108,6 +108,13 @@ use Purpose::{Finetune, Pretrain};
 presets! {
     "scenes-align" Pretrain, "built-in scenes, first stage", None;
     "scenes" Pretrain, "built-in scenes, second stage", None;
+    "scenes-retrieval" Finetune(Retrieval), "built-in scenes", None;
+    "scenes-vqa" Finetune(Vqa), "built-in scenes", None;
+    "scenes-nlvr2" Finetune(Nlvr), "built-in scenes", None;
+    "scenes-bbox" Finetune(Bbox), "built-in scenes", None;
+    "scenes-grounding-weak" Finetune(WeakGrounding), "built-in scenes", None;
+    "scenes-captioning" Finetune(Captioning), "built-in scenes", None;
+    "scenes-captioning-scst" Finetune(CaptioningScst), "built-in scenes", None;
     "base-4m" Pretrain, "COCO, VG, SBU, CC3M", Some("Pretrain_XVLM_base_4m.yaml");
     "base-16m" Pretrain, "4M and CC12M, Open Images, Objects365, RefCOCO", Some("Pretrain_XVLM_base_16m.yaml");
     "retrieval-coco" Finetune(Retrieval), "COCO captions", Some("Retrieval_coco.yaml");

@@ -3,34 +3,32 @@
 //! One iteration is an image–text batch and, with probability `regions.iter_perc`, a region batch, each an optimizer step
 //! of its own. The way of one step reads like this: batch → [`Xvlm::encode_regions`] → text → losses.
 
-use std::fmt::Display;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use candle_core::{Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use serde_json::Value;
 use xvlm_data::{
     BatchBuilder, CaptionBatch, CaptionTensors, DataError, Dataset, DatasetConfig, ImageCache, Loader, Need,
     RegionBatch, RegionTensors, SourceConfig, StorageOptions, TextTokenizer, scenes,
 };
 use xvlm_encoders::{Parameters, Pass, Regions, Xvlm, XvlmConfig};
-use xvlm_kernels::all_finite;
 use xvlm_losses as losses;
-use xvlm_train::ranks::{self, Alone, Communicator};
+use xvlm_train::ranks::{Alone, Communicator};
 use xvlm_train::{
-    Batches, BoxError, Job, Losses, Progress, RunFolder, Silent, Step, Summary, TrainConfig, Trainable, Trained,
+    Batches, BoxError, Losses, Progress, RunFolder, Silent, Step, Summary, TrainConfig, Trainable, Trained,
 };
 use xvlm_weights::{LoadRules, ModelFolder};
 
 use crate::align::{Alignment, BoxTargets, Named, Negatives};
 use crate::config::{ItcGradient, Objective, PretrainConfig};
 use crate::error::{ConfigProblem, TaskError};
+use crate::finite::first_not_finite;
 use crate::generate::{LABEL_SMOOTHING, Source, writing_loss};
-use crate::model::{Model, ModelConfig, check_texts};
+use crate::model::{ModelConfig, check_texts};
 use crate::search::Search;
+use crate::session::{Finished, Kept, Session, tell_broken};
 use crate::yaml::Configuration;
 
 /// Bounds of the temperature after each step (the original's `xvlm.temp.clamp_`).
@@ -224,34 +222,25 @@ impl Trainable for Pretraining {
         }
     }
 
-    /// Looks at the pixels, the parameters, the outputs of blocks and layers in the order in which they are computed, and the
-    /// losses.
     fn first_not_finite(&self, batch: &Batch, step: &mut Step) -> Option<String> {
-        let is_bad = |x: &Tensor| !all_finite(x).unwrap_or(true);
-        let (pixels, origins) = match batch {
-            Batch::Captions(batch) => (&batch.pixels, &batch.origins),
-            Batch::Regions(batch) => (&batch.pixels, &batch.origins),
+        let shown = match batch {
+            Batch::Captions(batch) => (&batch.pixels, batch.origins.as_slice()),
+            Batch::Regions(batch) => (&batch.pixels, batch.origins.as_slice()),
         };
-        let mut images = origins.iter().enumerate();
-        if let Some((_, origin)) = images.find(|(image, _)| pixels.get(*image).is_ok_and(|pixels| is_bad(&pixels))) {
-            return Some(format!("pixels of {origin}"));
-        }
-        if let Some((name, _)) = self.parameters.iter().find(|(_, parameter)| is_bad(parameter)) {
-            return Some(format!("parameter {name}"));
-        }
-        let pass = Pass::training(step.rng).checking();
-        let losses = self.losses_in(&pass, batch, step);
-        let output = pass.first_not_finite().map(|name| format!("output of {name}"));
-        let loss = || losses.ok()?.0.into_iter().find(|(_, loss)| is_bad(loss)).map(|(name, _)| format!("loss {name}"));
-        output.or_else(loss)
+        first_not_finite(shown, &self.parameters, step, |pass, step| self.losses_in(pass, batch, step))
     }
 
     fn after_step(&self) -> std::result::Result<(), BoxError> {
-        for (_, temperature) in self.parameters.iter().filter(|(name, _)| name == "temp") {
-            temperature.set(&temperature.clamp(TEMPERATURE.0, TEMPERATURE.1)?)?;
-        }
-        Ok(())
+        Ok(clamp_temperature(&self.parameters)?)
     }
+}
+
+/// Keeps the temperature, if there is one, in its bounds.
+pub(crate) fn clamp_temperature(parameters: &[(String, Var)]) -> Result<()> {
+    parameters
+        .iter()
+        .filter(|(name, _)| name == "temp")
+        .try_for_each(|(_, temperature)| temperature.set(&temperature.clamp(TEMPERATURE.0, TEMPERATURE.1)?))
 }
 
 /// The batches of a run in order, built ahead on worker threads. They lie in the memory of the host.
@@ -297,23 +286,6 @@ impl Batches<Batch> for PretrainBatches {
     }
 }
 
-/// How a run is started, and how it is asked to stop.
-pub struct Session {
-    /// Go on from the newest checkpoint that is whole; from the beginning if there is none.
-    pub resume: bool,
-    /// Becomes true when training should save and stop after the iteration it is at.
-    pub stop: Arc<AtomicBool>,
-    /// The processes that train together.
-    pub ranks: Arc<dyn Communicator>,
-}
-
-impl Session {
-    /// One process that is not asked to stop.
-    pub fn alone(resume: bool) -> Self {
-        Self { resume, stop: Arc::default(), ranks: Arc::new(Alone) }
-    }
-}
-
 /// Pre-trains as configured. The run lies in `out` (`config.yaml`, `metrics.jsonl`, checkpoints), the finished model in
 /// `out/model`: that of the last iteration. With [`TrainConfig::keep_best`], the model of the best checkpoint is in
 /// `out/best`. A run that is asked to stop has no model until it is resumed and finished.
@@ -331,9 +303,8 @@ pub fn run(
     progress: &mut dyn Progress,
 ) -> std::result::Result<Summary, TaskError> {
     let ranks = &session.ranks;
-    let is_first_rank = ranks.rank() == 0;
     let mut silent = Silent;
-    let progress = if is_first_rank { progress } else { &mut silent };
+    let progress = if session.is_first_rank() { progress } else { &mut silent };
     let mut config = config.clone();
     config.fix_length(ranks.size());
     let builder = open_batches(&mut config, Some(out), progress)?.for_rank(ranks.rank(), ranks.size());
@@ -348,28 +319,16 @@ pub fn run(
     let run = RunFolder::new(out)?;
     let batches = |start| -> std::result::Result<Box<dyn Batches<Batch>>, BoxError> {
         // The run is sure to go on: nobody else trains in the folder, and the checkpoint fits.
-        if is_first_rank {
-            write_config(&config, &config_path(&run))?;
+        if session.is_first_rank() {
+            config.keep(&run)?;
         }
         Ok(Box::new(PretrainBatches::new(Arc::clone(&builder), &config, start)?))
     };
-    let Session { resume, stop, .. } = session;
-    if is_first_rank && *resume {
-        check_config(&config, &run, progress)?;
-    }
-    ranks::compare(&**ranks, [("configuration", without(&config, &OWN).to_string())])?;
-    let job = Job { run: &run, resume: *resume, ranks: Arc::clone(ranks), stop: Arc::clone(stop) };
+    config.check(&run, session, progress)?;
+    let job = session.job(&run);
     let Trained { summary, weights } = xvlm_train::train(&pretraining, batches, &config.train, &job, progress)?;
-    let (drawn, broken) = builder.counts();
-    let [drawn, broken] = ranks::sum(&**ranks, [drawn as f64, broken as f64])?;
-    if !is_first_rank {
-        return Ok(summary);
-    }
-    if broken > 0.0 {
-        progress.warning(&format!("{broken} of {drawn} records that were drawn are broken:"));
-        builder.broken().iter().for_each(|record| progress.warning(&format!("  {record}")));
-    }
-    if summary.stopped {
+    tell_broken(builder.counts(), builder.broken().iter().map(ToString::to_string), session, progress)?;
+    if !session.is_first_rank() || summary.stopped {
         return Ok(summary);
     }
     let model = ModelConfig {
@@ -379,21 +338,34 @@ pub fn run(
         prompt: config.data.generation.clone().unwrap_or_default().prompt,
         search: Search::default(),
     };
-    let write = |name: &str, weights: Vec<(String, Tensor)>| {
-        Model::write(&out.join(name), &model, weights, builder.tokenizer(), config.stored)
-    };
-    let best = run.best()?.filter(|_| config.train.keep_best).map(|(best, _)| best.iteration);
-    let best = match best {
-        Some(iteration) if iteration < summary.iterations => Some(run.weights(iteration)),
-        best => best.map(|_| Ok(weights.clone())),
-    };
-    write("model", weights)?;
-    match best {
-        Some(Ok(weights)) => write("best", weights)?,
-        Some(Err(error)) => progress.warning(&format!("{error}; this model is not written")),
-        None => {}
-    }
+    let (tokenizer, stored) = (builder.tokenizer(), config.stored);
+    Finished { run: &run, train: &config.train, summary: &summary, model, tokenizer, stored }
+        .write(out, weights, progress)?;
     Ok(summary)
+}
+
+impl Kept for PretrainConfig {
+    const OWN: &'static [&'static str] = &[
+        "/train_file",
+        "/train_file_regions",
+        "/tokenizer",
+        "/init_from",
+        "/loader",
+        "/image_cache_mib",
+        "/dataset/index_dir",
+        "/dataset/limits",
+    ];
+    const FREE: &'static [&'static str] = &[
+        "/train",
+        "/train_dataset_size",
+        "/loader",
+        "/image_cache_mib",
+        "/stored",
+        "/init_from",
+        "/data/max_bad_fraction",
+        "/dataset/index_dir",
+        "/dataset/limits",
+    ];
 }
 
 /// Opens the data of a run: what builds its batches. Values of the configuration that follow from others are filled in.
@@ -439,7 +411,7 @@ pub fn open_batches(
 }
 
 /// Opens one stream's data; records that are seen to be broken are told, and refused if they are too many.
-fn open_dataset(
+pub(crate) fn open_dataset(
     field: &str,
     sources: &[SourceConfig],
     config: &DatasetConfig,
@@ -469,100 +441,4 @@ fn check_count(sources: &[SourceConfig], dataset: &Dataset, need: Need) -> std::
     };
     let file = sources.iter().flat_map(|source| &source.files).map(String::as_str).collect::<Vec<_>>().join(", ");
     Err(ConfigProblem { file, message: message.to_owned() }.into())
-}
-
-/// The fields of a configuration that an older form of it does not have.
-fn fields_without(place: &str, old: &Value, new: &Value) -> Vec<String> {
-    let fields = new.as_object().into_iter().flatten().flat_map(|(name, value)| {
-        let place = if place.is_empty() { name.clone() } else { format!("{place}.{name}") };
-        match old.get(name) {
-            Some(old) if old.is_object() => fields_without(&place, old, value),
-            Some(_) => Vec::new(),
-            None => vec![format!("{place} = {value}")],
-        }
-    });
-    if old.is_object() { fields.collect() } else { Vec::new() }
-}
-
-/// What of a configuration each of several processes may have otherwise.
-const OWN: [&str; 8] = [
-    "/train_file",
-    "/train_file_regions",
-    "/tokenizer",
-    "/init_from",
-    "/loader",
-    "/image_cache_mib",
-    "/dataset/index_dir",
-    "/dataset/limits",
-];
-
-/// What of a configuration may change when a run is resumed: what only says how long to go on, how quickly, and what to leave
-/// behind. What may not change of `train`, the checkpoint knows.
-const FREE: [&str; 9] = [
-    "/train",
-    "/train_dataset_size",
-    "/loader",
-    "/image_cache_mib",
-    "/stored",
-    "/init_from",
-    "/data/max_bad_fraction",
-    "/dataset/index_dir",
-    "/dataset/limits",
-];
-
-/// A configuration without some of its fields.
-fn without(config: &PretrainConfig, fields: &[&str]) -> Value {
-    let mut value = serde_json::to_value(config).unwrap_or_default();
-    take(&mut value, fields);
-    value
-}
-
-fn take(config: &mut Value, fields: &[&str]) {
-    for field in fields {
-        config.pointer_mut(field).map(Value::take);
-    }
-}
-
-/// Where the configuration of a run is kept.
-fn config_path(run: &RunFolder) -> PathBuf {
-    run.path().join("config.yaml")
-}
-
-fn write_config(config: &PretrainConfig, path: &Path) -> std::result::Result<(), TaskError> {
-    let problem = |error: &dyn Display| ConfigProblem { file: path.display().to_string(), message: error.to_string() };
-    let text = serde_norway::to_string(config).map_err(|error| problem(&error))?;
-    Ok(xvlm_weights::write_file_atomically(path, |out| out.write_all(text.as_bytes()))?)
-}
-
-/// Checks that a run is configured as it was when it began, but for what is [`FREE`]. What did not exist yet when it began
-/// was its default; this is told.
-fn check_config(
-    config: &PretrainConfig,
-    run: &RunFolder,
-    progress: &mut dyn Progress,
-) -> std::result::Result<(), TaskError> {
-    let path = config_path(run);
-    if run.checkpoints()?.is_empty() || !path.exists() {
-        return Ok(());
-    }
-    let problem = |message: String| ConfigProblem { file: path.display().to_string(), message };
-    let text = std::fs::read_to_string(&path).map_err(|error| problem(error.to_string()))?;
-    let mut before: Value = serde_norway::from_str(&text).map_err(|error| problem(error.to_string()))?;
-    // A file of a version with other fields is compared as it is.
-    if let Ok(whole) = serde_norway::from_str::<PretrainConfig>(&text) {
-        let whole = without(&whole, &[]);
-        let new = fields_without("", &before, &whole);
-        if !new.is_empty() {
-            let (file, new) = (path.display(), new.join(", "));
-            progress.warning(&format!("{file}: the run began without {new}: the defaults, for what was before"));
-        }
-        before = whole;
-    }
-    take(&mut before, &FREE);
-    for (field, now) in without(config, &FREE).as_object().into_iter().flatten() {
-        if let Some((field, expected, found)) = xvlm_train::difference(field, &before[field.as_str()], now) {
-            return Err(problem(format!("{field}: expected {expected}, as the run began, found {found}")).into());
-        }
-    }
-    Ok(())
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::Tensor;
 use xvlm_data::annotations::{RetrievalItem, read_retrieval};
@@ -9,9 +10,10 @@ use xvlm_data::{Picture, TextTensors};
 use xvlm_encoders::{Attention, Pass, Xvlm};
 use xvlm_metrics::retrieval::{RetrievalScores, recalls};
 use xvlm_train::Losses;
+use xvlm_train::ranks::Communicator;
 
 use crate::align::{Alignment, Negatives};
-use crate::config::Objective;
+use crate::config::{ItcGradient, Objective};
 use crate::error::TaskError;
 use crate::generate::Source;
 use crate::model::{ImageTokens, Model, Texts};
@@ -21,7 +23,7 @@ use crate::{BATCH, Counter, some};
 const NOT_PROPOSED: f32 = -100.0;
 
 /// The losses of fine-tuning (`models/model_retrieval.py`): ITC and ITM of each image with its text. Texts of equal key are
-/// about the same image.
+/// about the same image. Where several `ranks` train together, ITC compares the samples of all.
 ///
 /// # Errors
 /// If a tensor operation fails, or the model has no heads for it.
@@ -31,9 +33,10 @@ pub fn losses(
     texts: &TextTensors,
     pass: &Pass,
     negatives: Negatives,
+    ranks: Option<(&Arc<dyn Communicator>, ItcGradient)>,
 ) -> candle_core::Result<Losses> {
     let objectives = [Objective::Itc, Objective::Itm];
-    let alignment = Alignment { model, objectives: &objectives, pass, weights: None, ranks: None };
+    let alignment = Alignment { model, objectives: &objectives, pass, weights: None, ranks };
     Ok(Losses(alignment.losses(texts, Some(&Source::images(images)?), None, negatives)?))
 }
 

@@ -89,24 +89,22 @@ pub fn answer_costs(
     losses::text_costs(&model.next_token_logits(&decoded)?, &labels)
 }
 
-/// The loss of answering (`models/model_vqa.py`): the costs of the answers, each with its weight, over the number of images.
-/// Answer `i` is one to row `question[i]` of the questions, each about the image of its row.
+/// The loss of answering (`models/model_vqa.py`): the costs of the answers, each with its weight, over the number of questions.
+/// Question `i` is about row `index[i]` of the images, answer `i` is one to row `question[i]` of the questions.
 ///
 /// # Errors
 /// If a tensor operation fails, or the model has no decoder for answers.
 pub fn loss(
     model: &Xvlm,
     images: &ImageTokens,
-    questions: &Texts,
-    answers: &Texts,
-    question: &[u32],
+    (questions, index): (&Texts, &[u32]),
+    (answers, question): (&Texts, &[u32]),
     weights: &Tensor,
     pass: &Pass,
 ) -> candle_core::Result<Tensor> {
-    let index: Vec<u32> = (0..images.len() as u32).collect();
-    let states = question_states(model, &Source::images(images)?, questions, &index, pass)?;
+    let states = question_states(model, &Source::images(images)?, questions, index, pass)?;
     let costs = answer_costs(model, &states, answers, question, pass)?;
-    (costs * weights)?.sum_all()? / images.len() as f64
+    (costs * weights)?.sum_all()? / index.len() as f64
 }
 
 /// An answer of a list, ranked for a question.

@@ -11,7 +11,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use xvlm_data::scenes::{self, Split, SynthOptions};
 use xvlm_data::{CaptionTensors, Loader, LoaderConfig};
-use xvlm_tasks::pretrain::{self, Batch, PretrainBatches, Pretraining, Session};
+use xvlm_tasks::Session;
+use xvlm_tasks::pretrain::{self, Batch, PretrainBatches, Pretraining};
 use xvlm_tasks::{PretrainConfig, TaskError};
 use xvlm_train::ranks::{Alone, Communicator};
 use xvlm_train::{

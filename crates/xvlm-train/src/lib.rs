@@ -79,12 +79,13 @@ pub trait Trainable {
         None
     }
 
-    /// How good the model is now, a number that is higher for a better one: asked at each checkpoint, to keep the best. The
-    /// mean of the losses since the checkpoint before tells if there is none.
+    /// How good the model is after an iteration, a number that is higher for a better one: asked at each checkpoint, of all
+    /// processes, to keep the best. The mean of the losses since the checkpoint before tells if there is none.
     ///
     /// # Errors
     /// Whatever keeps the model from being evaluated; the loop stops with it.
-    fn score(&self) -> Result<Option<f64>, BoxError> {
+    fn score(&self, iteration: u64) -> Result<Option<f64>, BoxError> {
+        let _ = iteration;
         Ok(None)
     }
 

@@ -121,7 +121,7 @@ pub fn train<M: Trainable>(
         let Trainer { optimizer, meter, judge, .. } = &mut trainer;
         if is_due && config.keep_best {
             judge.merge(ranks)?;
-            judge.compare(done, model.score().map_err(|source| TrainError::Model { iteration, source })?);
+            judge.compare(done, model.score(done).map_err(|source| TrainError::Model { iteration, source })?);
         }
         if stopped {
             // Rank 0 keeps what the others counted too.

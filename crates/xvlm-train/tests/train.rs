@@ -352,7 +352,7 @@ impl Trainable for Scored {
         Regression::samples(batch)
     }
 
-    fn score(&self) -> Result<Option<f64>, BoxError> {
+    fn score(&self, _: u64) -> Result<Option<f64>, BoxError> {
         Ok(Some(-f64::from((self.0.numbers()[0] - 0.3).abs())))
     }
 }
@@ -417,7 +417,7 @@ impl Trainable for Falling {
         Regression::samples(batch)
     }
 
-    fn score(&self) -> Result<Option<f64>, BoxError> {
+    fn score(&self, _: u64) -> Result<Option<f64>, BoxError> {
         self.1.set(self.1.get() - 1.0);
         Ok(Some(self.1.get()))
     }

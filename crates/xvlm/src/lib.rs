@@ -28,6 +28,8 @@ mod bundled;
 mod hub;
 mod predictor;
 
+#[cfg(feature = "bundled")]
+pub use bundled::bundled_files;
 pub use candle_core::Device;
 #[cfg(feature = "hub")]
 pub use hub::Hub;

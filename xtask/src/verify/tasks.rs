@@ -39,7 +39,7 @@ pub(super) fn retrieval(case: &Case) -> Outcome {
         Ok(xvlm::losses::contrastive(&image_features, &text_features, model.temperature()?, keys, None)?.0)
     };
     case.check("out.loss_itc_without_idx", &contrast(&own)?)?;
-    let losses = retrieval::losses(&model, &images, &text, &pass, &mut case.negatives())?.0;
+    let losses = retrieval::losses(&model, &images, &text, &pass, &mut case.negatives(), None)?.0;
     for (name, loss) in &losses {
         case.check(&format!("out.loss_{name}"), loss)?;
     }
@@ -215,7 +215,7 @@ pub(super) fn answers(case: &Case) -> Outcome {
     let decoded = states.look_at(&question, |looks| model.decode(&answers.ids, &answers.mask, looks, &pass))?;
     case.check("mid.decoder_logits", &model.next_token_logits(&decoded)?)?;
     case.check("mid.answer_loss", &vqa::answer_costs(&model, &states, &answers, &question, &pass)?)?;
-    let loss = vqa::loss(&model, &images, &questions, &answers, &question, &weights, &pass)?;
+    let loss = vqa::loss(&model, &images, (&questions, &index), (&answers, &question), &weights, &pass)?;
     case.check("out.loss", &loss)?;
     case.check_gradients(&loss.backward()?, &parameters)
 }

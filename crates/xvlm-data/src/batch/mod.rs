@@ -42,7 +42,7 @@ pub use items::{BrokenItem, ItemBatches, ItemConfig, ItemKind, Maker};
 pub use nlvr::{Nlvr, Statement, StatementBatch};
 pub use regions::RegionBatch;
 pub use texts::{GenerationBatch, IGNORE, TextBatch};
-pub use vqa::{AnswerBatch, Question, QuestionBatch, Vqa};
+pub use vqa::{AnswerBatch, Asked, Question, QuestionBatch, Vqa};
 
 use pixels::Framer;
 use texts::TextMaker;

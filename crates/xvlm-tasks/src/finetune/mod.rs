@@ -1,5 +1,8 @@
 //! The configuration of fine-tuning: what a pre-trained model is trained on next.
 
+mod batches;
+mod learn;
+mod run;
 mod start;
 mod tasks;
 
@@ -12,6 +15,8 @@ use xvlm_data::{BatchConfig, ItemConfig, LoaderConfig};
 use xvlm_encoders::{Task, XvlmConfig};
 use xvlm_weights::StoredType;
 
+pub use learn::{Batch, Finetuning};
+pub use run::run;
 pub use start::{InitialWeights, initial_weights};
 pub use tasks::{
     Baseline, BboxPretrainTask, BboxTask, CaptioningTask, NlvrTask, PairsTask, RetrievalTask, ScstTask, VqaTask,
@@ -391,5 +396,14 @@ impl FinetuneConfig {
     /// its range.
     pub fn from_yaml(file: &str, text: &str, overrides: &[String]) -> Result<Self, ConfigProblem> {
         yaml::read(file, text, overrides)
+    }
+
+    /// The YAML of the configuration.
+    ///
+    /// # Errors
+    /// If a path is no text.
+    pub fn to_yaml(&self) -> Result<String, ConfigProblem> {
+        serde_norway::to_string(self)
+            .map_err(|error| ConfigProblem { file: "configuration".to_owned(), message: error.to_string() })
     }
 }

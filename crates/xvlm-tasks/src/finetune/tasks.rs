@@ -72,12 +72,20 @@ pub struct VqaTask {
     pub batch_size_test: usize,
     /// How many answers, chosen by their first token, are ranked by the whole.
     pub k_test: usize,
+    /// Most questions about one image that go into a batch together, so that one look at the image serves them all;
+    /// `data.batch_size` counts images. 1: each question has an image of its own, as in the original.
+    #[serde(default = "one")]
+    pub questions_per_image: usize,
     /// The first epoch after which the model is evaluated, from 0.
     #[serde(default)]
     pub start_eval: u64,
     /// Batches: section `data` of the file.
     #[serde(skip)]
     pub data: ItemConfig,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// A statement about two images (`NLVR.py`), judged by accuracy.
@@ -255,8 +263,10 @@ pub struct ScstTask {
     pub prompt: String,
     /// How captions are searched for in evaluation; its lengths are also those of the captions that are rewarded.
     pub search: Search,
-    /// In how many documents each n-gram occurs: what CIDEr weighs by.
-    pub cider_cached_tokens: PathBuf,
+    /// In how many documents each n-gram occurs: what CIDEr weighs by. If left out, it is counted in the references of
+    /// `train_file`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cider_cached_tokens: Option<PathBuf>,
     /// Captions that are drawn for each image.
     pub sc_train_sample_n: usize,
     /// What the reward of a caption is measured against.
@@ -351,7 +361,11 @@ own!(RetrievalTask, ItemConfig, |own, _text, trains| {
 });
 own!(VqaTask, ItemConfig, |own, _text, trains| {
     check_files(&own.train_file, &own.test_file, trains)?;
-    at_least_one(&[("batch_size_test", own.batch_size_test as u64), ("k_test", own.k_test as u64)])
+    at_least_one(&[
+        ("batch_size_test", own.batch_size_test as u64),
+        ("k_test", own.k_test as u64),
+        ("questions_per_image", own.questions_per_image as u64),
+    ])
 });
 own!(NlvrTask, ItemConfig, |own, _text, trains| {
     check_files(&own.train_file, &own.test_file, trains)?;

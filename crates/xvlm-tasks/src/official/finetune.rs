@@ -111,6 +111,7 @@ fn task(root: &Section, kind: FinetuneKind, model: &ModelConfig) -> Result<Finet
             vg_root: root.needed_path("vg_root")?,
             batch_size_test: root.size("batch_size_test")?,
             k_test: root.size("k_test")?,
+            questions_per_image: 1,
             start_eval: root.size_or("start_eval", 0)? as u64,
         }),
         FinetuneKind::Nlvr => FinetuneTask::Nlvr(NlvrTask {
@@ -191,7 +192,7 @@ fn task(root: &Section, kind: FinetuneKind, model: &ModelConfig) -> Result<Finet
             test_gt_file: root.needed_path("test_gt_file")?,
             prompt: model.prompt.clone(),
             search: model.search,
-            cider_cached_tokens: root.needed_path("cider_cached_tokens")?,
+            cider_cached_tokens: Some(root.needed_path("cider_cached_tokens")?),
             sc_train_sample_n: root.size("sc_train_sample_n")?,
             sc_baseline_type: match root.text_or("sc_baseline_type", "greedy")?.as_str() {
                 "greedy" => Baseline::Greedy,

@@ -69,7 +69,7 @@ impl Predictor {
     /// If the device fails.
     #[cfg(feature = "bundled")]
     pub fn bundled(device: &Device) -> Result<Self, Error> {
-        Ok(Self { model: Model::from_files(&crate::bundled::files()?, device)? })
+        Ok(Self { model: Model::from_files(&crate::bundled_files()?, device)? })
     }
 
     /// A model folder: `config.json`, `model.safetensors`, `tokenizer.json`.

@@ -1,0 +1,219 @@
+//! The losses of each task, as the training loop knows them.
+
+use candle_core::{Result, Tensor, Var};
+use xvlm_data::tensors::{PhraseTensors, QuestionTensors, ReferenceTensors, StatementTensors};
+use xvlm_data::{CaptionTensors, GenerationTensors, RegionTensors, TextTensors};
+use xvlm_encoders::{Pass, Xvlm};
+use xvlm_kernels::IGNORE;
+use xvlm_losses as losses;
+use xvlm_train::{BoxError, Losses, Step, Trainable};
+
+use super::{FinetuneConfig, FinetuneTask};
+use crate::config::ItcGradient;
+use crate::finite::first_not_finite;
+use crate::generate::writing_loss;
+use crate::model::{ImageTokens, Texts};
+use crate::pretrain::clamp_temperature;
+use crate::{grounding, nlvr, retrieval, vqa};
+
+/// One batch of a task.
+pub enum Batch {
+    /// Whole images with a text each.
+    Pairs(CaptionTensors),
+    /// Boxes in images with a text each.
+    Regions(RegionTensors),
+    /// Questions about images.
+    Questions(QuestionTensors),
+    /// Statements about two images.
+    Statements(StatementTensors),
+    /// Phrases with their boxes.
+    Phrases(PhraseTensors),
+    /// Images with reference captions.
+    References(ReferenceTensors),
+}
+
+impl Batch {
+    /// `[N, 3, R, R]`.
+    fn pixels(&self) -> &Tensor {
+        match self {
+            Self::Pairs(batch) => &batch.pixels,
+            Self::Regions(batch) => &batch.pixels,
+            Self::Questions(batch) => &batch.pixels,
+            Self::Statements(batch) => &batch.pixels,
+            Self::Phrases(batch) => &batch.pixels,
+            Self::References(batch) => &batch.pixels,
+        }
+    }
+
+    /// Where each image is from, as far as the batch knows.
+    fn records(&self) -> &[String] {
+        match self {
+            Self::Pairs(batch) => &batch.origins,
+            Self::Regions(batch) => &batch.origins,
+            _ => &[],
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Pairs(_) => "images with a text each",
+            Self::Regions(_) => "regions",
+            Self::Questions(_) => "questions",
+            Self::Statements(_) => "statements",
+            Self::Phrases(_) => "phrases",
+            Self::References(_) => "images with references",
+        }
+    }
+}
+
+/// What is learnt.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Learning {
+    Retrieval(ItcGradient),
+    Answers,
+    Statements,
+    Assignment,
+    Boxes,
+    /// Captions after a prompt, with that share of labels spread over the vocabulary.
+    Captions(f32),
+    /// The next word of whole texts.
+    Words,
+}
+
+/// A task's model with its losses.
+pub struct Finetuning {
+    model: Xvlm,
+    parameters: Vec<(String, Var)>,
+    learning: Learning,
+}
+
+impl Finetuning {
+    /// A model with its parameters, and what it is to learn.
+    pub fn new(model: Xvlm, parameters: Vec<(String, Var)>, config: &FinetuneConfig) -> Self {
+        let learning = match &config.task {
+            FinetuneTask::Retrieval(task) => Learning::Retrieval(task.itc_gradient),
+            FinetuneTask::WeakGrounding(task) => Learning::Retrieval(task.itc_gradient),
+            FinetuneTask::Vqa(_) => Learning::Answers,
+            FinetuneTask::Nlvr(_) => Learning::Statements,
+            FinetuneTask::NlvrPretrain(_) => Learning::Assignment,
+            FinetuneTask::Bbox(_) | FinetuneTask::BboxPretrain(_) => Learning::Boxes,
+            FinetuneTask::Captioning(task) => Learning::Captions(task.label_smoothing as f32),
+            FinetuneTask::CaptioningPretrain(_) | FinetuneTask::CaptioningScst(_) => Learning::Words,
+        };
+        Self { model, parameters, learning }
+    }
+
+    /// The model inside.
+    pub fn model(&self) -> &Xvlm {
+        &self.model
+    }
+
+    fn losses_in(&self, pass: &Pass, batch: &Batch, step: &mut Step) -> Result<Losses> {
+        let model = &self.model;
+        let encode = || Ok::<_, candle_core::Error>(ImageTokens::new(model.encode_image(batch.pixels(), pass)?));
+        let one = |name, loss| Ok(Losses(vec![(name, loss)]));
+        match (&self.learning, batch) {
+            (Learning::Retrieval(itc_gradient), Batch::Pairs(batch)) => {
+                let rng = &mut *step.rng;
+                let mut negatives = |scores: &Tensor, keys: &[i64]| losses::hard_negatives(scores, keys, None, rng);
+                let ranks = Some((step.ranks, *itc_gradient));
+                retrieval::losses(model, &encode()?, &batch.text, pass, &mut negatives, ranks)
+            }
+            (Learning::Answers, Batch::Questions(batch)) => {
+                let Some(answers) = &batch.answers else {
+                    candle_core::bail!("questions: expected answers, found none")
+                };
+                let questions = (&texts(&batch.questions), batch.image_index.as_slice());
+                let given = (&texts(&answers.text), answers.question_index.as_slice());
+                one("answer", vqa::loss(model, &encode()?, questions, given, &answers.weights, pass)?)
+            }
+            (Learning::Statements, Batch::Statements(batch)) => {
+                one("statement", nlvr::loss(model, &encode()?, &texts(&batch.text), &batch.is_true, pass)?)
+            }
+            (Learning::Assignment, Batch::Pairs(batch)) => {
+                let images = encode()?;
+                let assignments = nlvr::assign(&nlvr::assignment_weights(model, &images)?, step.rng);
+                let (_, loss) = nlvr::assignment(model, &images, &texts(&batch.text), &assignments, pass)?;
+                one("assignment", loss)
+            }
+            (Learning::Boxes, Batch::Phrases(batch)) => {
+                let images = encode()?;
+                let index: Vec<u32> = (0..images.len() as u32).collect();
+                let is_image = vec![false; images.len()];
+                grounding::losses(model, &images, &batch.text, &index, &batch.boxes, &is_image, pass)
+            }
+            (Learning::Boxes, Batch::Regions(batch)) => {
+                let RegionTensors { text, image_index, boxes, is_image, .. } = batch;
+                grounding::losses(model, &encode()?, text, image_index, boxes, is_image, pass)
+            }
+            (Learning::Captions(smoothing), Batch::Pairs(CaptionTensors { generation: Some(rows), .. })) => {
+                one("caption", writing_loss(model, rows, encode()?.tensor(), *smoothing, pass)?)
+            }
+            (Learning::Words, Batch::Pairs(batch)) => {
+                one("caption", writing_loss(model, &rows(&batch.text)?, encode()?.tensor(), 0.0, pass)?)
+            }
+            (learning, batch) => candle_core::bail!("batch: expected one for {learning:?}, found {}", batch.name()),
+        }
+    }
+}
+
+fn texts(batch: &TextTensors) -> Texts {
+    Texts { ids: batch.ids.clone(), mask: batch.mask.clone() }
+}
+
+/// Texts, each about the image of its row, as rows for a decoder that is to write all of them
+/// (`models/model_captioning_pretrain.py`).
+fn rows(text: &TextTensors) -> Result<GenerationTensors> {
+    let (ids, mask) = (text.ids.to_vec2::<u32>()?, text.mask.to_vec2::<f32>()?);
+    let next = |(ids, mask): (&Vec<u32>, &Vec<f32>)| {
+        let words = ids.iter().zip(mask).skip(1);
+        let words = words.map(|(&id, &is_there)| if is_there > 0.0 { i64::from(id) } else { IGNORE });
+        words.chain([IGNORE]).collect::<Vec<_>>()
+    };
+    let labels = ids.iter().zip(&mask).flat_map(next).collect();
+    let image_index = (0..ids.len() as u32).collect();
+    Ok(GenerationTensors { ids: text.ids.clone(), mask: text.mask.clone(), labels, image_index })
+}
+
+impl Trainable for Finetuning {
+    type Batch = Batch;
+
+    fn parameters(&self) -> &[(String, Var)] {
+        &self.parameters
+    }
+
+    fn to_device(&self, batch: Batch) -> std::result::Result<Batch, BoxError> {
+        let Some((_, parameter)) = self.parameters.first() else { return Ok(batch) };
+        let device = parameter.device();
+        Ok(match batch {
+            Batch::Pairs(batch) => Batch::Pairs(batch.to_device(device)?),
+            Batch::Regions(batch) => Batch::Regions(batch.to_device(device)?),
+            Batch::Questions(batch) => Batch::Questions(batch.to_device(device)?),
+            Batch::Statements(batch) => Batch::Statements(batch.to_device(device)?),
+            Batch::Phrases(batch) => Batch::Phrases(batch.to_device(device)?),
+            Batch::References(batch) => Batch::References(batch.to_device(device)?),
+        })
+    }
+
+    fn losses(&self, batch: &Batch, step: &mut Step) -> std::result::Result<Losses, BoxError> {
+        let pass = Pass::training(step.rng).on(step.tape);
+        Ok(self.losses_in(&pass, batch, step)?)
+    }
+
+    fn samples(batch: &Batch) -> usize {
+        batch.pixels().dims()[0]
+    }
+
+    fn records(batch: &Batch) -> Vec<String> {
+        batch.records().to_vec()
+    }
+
+    fn first_not_finite(&self, batch: &Batch, step: &mut Step) -> Option<String> {
+        let shown = (batch.pixels(), batch.records());
+        first_not_finite(shown, &self.parameters, step, |pass, step| self.losses_in(pass, batch, step))
+    }
+
+    fn after_step(&self) -> std::result::Result<(), BoxError> {
+        Ok(clamp_temperature(&self.parameters)?)
+    }
+}

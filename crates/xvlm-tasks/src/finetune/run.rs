@@ -1,0 +1,166 @@
+//! A run of fine-tuning.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::Device;
+use xvlm_data::{TextTokenizer, scenes};
+use xvlm_encoders::{Parameters, Xvlm};
+use xvlm_train::{Batches, BoxError, Progress, RunFolder, Silent, Summary, TrainConfig, Trained};
+use xvlm_weights::{LoadRules, ModelFiles, ModelFolder};
+
+use super::batches::TaskData;
+use super::learn::{Batch, Finetuning};
+use super::start::initial_weights;
+use super::{Data, FinetuneConfig, FinetuneTask};
+use crate::error::{ConfigProblem, TaskError};
+use crate::model::{ModelConfig, check_texts};
+use crate::search::Search;
+use crate::session::{Finished, Kept, Session, tell_broken};
+use crate::yaml::Configuration;
+
+/// Fine-tunes as configured, from the model in `start` if the configuration names none. The run lies in `out`, the finished
+/// model in `out/model`, that of the best checkpoint in `out/best`, as of [`pretrain::run`](crate::pretrain::run).
+///
+/// Of several ranks, each calls this; rank 0 writes, and tells `progress`.
+///
+/// # Errors
+/// If the configuration has nothing to train on, a file cannot be read or written, too many items are broken, or the loss is not
+/// finite. Other ranks may then be waiting for this one, until it calls
+/// [`Communicator::abort`](xvlm_train::ranks::Communicator::abort).
+pub fn run(
+    config: &FinetuneConfig,
+    start: Option<&ModelFiles>,
+    out: &Path,
+    session: &Session,
+    device: &Device,
+    progress: &mut dyn Progress,
+) -> Result<Summary, TaskError> {
+    let mut silent = Silent;
+    let progress = if session.is_first_rank() { progress } else { &mut silent };
+    let mut config = config.clone();
+    let named = config.init_from.as_ref().map(|dir| ModelFolder::open(dir)).transpose()?;
+    let start = named.as_ref().or(start);
+    let tokenizer = Arc::new(tokenizer(&config, start)?);
+    if config.model.text_config.vocab_size == 0 {
+        config.model.text_config.vocab_size = tokenizer.vocab_size();
+    }
+    let problem = |message| ConfigProblem { file: "configuration".to_owned(), message };
+    config.check_values().map_err(problem)?;
+    check_texts(&config.model, config.task.data().max_tokens(), &tokenizer).map_err(problem)?;
+    let Some(mut train) = config.train.clone() else {
+        return Err(problem("train: expected a section, since there is to be training, found none".to_owned()).into());
+    };
+    let (rank, ranks) = (session.ranks.rank(), session.ranks.size());
+    let data = TaskData::open(&config, &tokenizer, (rank, ranks), out, progress)?;
+    train.fix_length(data.epoch, (data.batch_size * ranks * train.accumulate) as u64);
+    config.train = Some(train.clone());
+    let model = open_model(&config, &train, start, device, progress)?;
+    let run = RunFolder::new(out)?;
+    let batches = |start| -> Result<Box<dyn Batches<Batch>>, BoxError> {
+        if session.is_first_rank() {
+            config.keep(&run)?;
+        }
+        Ok(Box::new(data.batches(start, train.accumulate, &config.loader)?))
+    };
+    config.check(&run, session, progress)?;
+    let Trained { summary, weights } = xvlm_train::train(&model, batches, &train, &session.job(&run), progress)?;
+    let drawn = data.drawn();
+    tell_broken(drawn.counts, drawn.broken, session, progress)?;
+    if session.is_first_rank() && !summary.stopped {
+        let (model, stored) = (model_config(&config), config.stored);
+        Finished { run: &run, train: &train, summary: &summary, model, tokenizer: &tokenizer, stored }
+            .write(out, weights, progress)?;
+    }
+    Ok(summary)
+}
+
+/// The tokenizer that the configuration names, or that of the model to start from, or that of the built-in world.
+fn tokenizer(config: &FinetuneConfig, start: Option<&ModelFiles>) -> Result<TextTokenizer, TaskError> {
+    Ok(match (&config.tokenizer, start) {
+        (Some(path), _) => TextTokenizer::from_file(path)?,
+        (None, Some(files)) => TextTokenizer::from_bytes(&format!("{}/tokenizer.json", files.name), &files.tokenizer)?,
+        (None, None) => TextTokenizer::from_vocabulary(&scenes::vocabulary())?,
+    })
+}
+
+/// The task's model with its losses, from the weights of `start`; what that lacks is random, and told.
+fn open_model(
+    config: &FinetuneConfig,
+    train: &TrainConfig,
+    start: Option<&ModelFiles>,
+    device: &Device,
+    progress: &mut dyn Progress,
+) -> Result<Finetuning, TaskError> {
+    let parameters = Parameters::new(train.seed).freezing(&train.optimizer.frozen_names);
+    let model = Xvlm::new(&config.model, parameters.builder(train.precision.dtype(), device))?;
+    let named = parameters.named();
+    match start {
+        None => progress.warning("no model to start from: all parameters are random"),
+        Some(files) => {
+            let weights = initial_weights(files, &config.model, train.seed)?;
+            let fresh = weights.fresh();
+            if !fresh.is_empty() {
+                progress.warning(&format!("random, since {} has none: {}", files.name, fresh.join(", ")));
+            }
+            xvlm_weights::assign(&files.name, &weights.tensors, &named, &LoadRules::default())?;
+        }
+    }
+    Ok(Finetuning::new(model, named, config))
+}
+
+/// What `config.json` of the finished model holds.
+fn model_config(config: &FinetuneConfig) -> ModelConfig {
+    let (max_tokens, max_words) = match config.task.data() {
+        Data::Items(data) => (data.max_tokens, data.max_words),
+        Data::Records(data) => (data.max_tokens, data.max_words),
+    };
+    let (prompt, search) = match &config.task {
+        FinetuneTask::Captioning(task) => (Some(task.prompt.clone()), task.search),
+        FinetuneTask::CaptioningScst(task) => (Some(task.prompt.clone()), task.search),
+        _ => (None, Search::default()),
+    };
+    let base = ModelConfig::of(config.model.clone());
+    ModelConfig { max_tokens, max_words, prompt: prompt.unwrap_or(base.prompt), search, model: base.model }
+}
+
+impl Kept for FinetuneConfig {
+    const OWN: &'static [&'static str] = &[
+        "/task/train_file",
+        "/task/train_file_regions",
+        "/task/val_file",
+        "/task/test_file",
+        "/task/image_root",
+        "/task/vqa_root",
+        "/task/vg_root",
+        "/task/answer_list",
+        "/task/refcoco_data",
+        "/task/det_file",
+        "/task/coco_file",
+        "/task/val_gt_file",
+        "/task/test_gt_file",
+        "/task/cider_cached_tokens",
+        "/task/dataset/index_dir",
+        "/task/dataset/limits",
+        "/tokenizer",
+        "/init_from",
+        "/loader",
+        "/image_cache_mib",
+    ];
+    const FREE: &'static [&'static str] = &[
+        "/task/test_file",
+        "/task/test_gt_file",
+        "/task/batch_size_test",
+        "/task/batch_size_test_text",
+        "/task/k_test",
+        "/task/train_dataset_size",
+        "/task/dataset/index_dir",
+        "/task/dataset/limits",
+        "/train",
+        "/loader",
+        "/image_cache_mib",
+        "/stored",
+        "/init_from",
+        "/data/max_bad_fraction",
+    ];
+}
