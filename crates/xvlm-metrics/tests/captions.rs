@@ -59,10 +59,10 @@ fn scores_are_the_official_ones() -> Result<(), Box<dyn Error>> {
     let references: Vec<Vec<String>> =
         golden.items.iter().map(|item| words.by_ref().take(item.references.len()).collect()).collect();
 
-    let found = bleu(&captions, &references)?;
-    for n in 0..4 {
-        close("BLEU", found[n], golden.bleu[n]);
-    }
+    let bleus = |found: [f64; 4], expected: [f64; 4], what: &str| {
+        found.into_iter().zip(expected).for_each(|(found, expected)| close(what, found, expected));
+    };
+    bleus(bleu(&captions, &references)?, golden.bleu, "BLEU");
     close("ROUGE-L", rouge_l(&captions, &references)?, golden.rouge_l);
     let mean = |scores: &[f64]| scores.iter().sum::<f64>() / scores.len() as f64;
     let ciders = cider(&captions, &references)?;
@@ -83,10 +83,7 @@ fn scores_are_the_official_ones() -> Result<(), Box<dyn Error>> {
         close(what, given[at], item.cider_d);
         let prepared = table.references(&ended_references[at])?;
         close(what, table.score(&ended[at], &prepared), item.cider_d);
-        let found = bleu(&captions[at..=at], &references[at..=at])?;
-        for n in 0..4 {
-            close(what, found[n], item.bleu[n]);
-        }
+        bleus(bleu(&captions[at..=at], &references[at..=at])?, item.bleu, what);
     }
     Ok(())
 }
