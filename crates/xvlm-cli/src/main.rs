@@ -3,13 +3,19 @@
 //! One module a command. Results go to stdout, as text or (`--json`) as one JSON document; all else goes to stderr.
 //! Of a question about a picture nothing is printed, and no file appears, before it has been answered.
 
+mod alt;
+mod caption;
 mod data;
 mod demo;
 mod draw;
 mod dry_run;
+mod embed;
 mod eval;
+mod fill;
 mod finetune;
+mod ground;
 mod judge;
+mod matching;
 mod output;
 mod plot;
 mod predict;
@@ -20,6 +26,7 @@ mod ranks;
 mod report;
 mod run;
 mod score;
+mod search;
 mod signals;
 mod synth;
 
@@ -42,12 +49,15 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Demo(demo::Demo),
-    Ground(predict::Ground),
-    Caption(predict::Caption),
+    Ground(ground::Ground),
+    Caption(caption::Caption),
+    Alt(alt::Alt),
     Answer(predict::Answer),
-    Match(predict::Match),
-    Fill(predict::Fill),
+    Match(matching::Match),
+    Fill(fill::Fill),
     Judge(judge::Judge),
+    Embed(embed::Embed),
+    Search(search::Search),
     Eval(eval::Eval),
     Score(score::Score),
     Synth(synth::Synth),
@@ -64,10 +74,13 @@ impl Command {
             Self::Demo(command) => command.run(),
             Self::Ground(command) => command.run(),
             Self::Caption(command) => command.run(),
+            Self::Alt(command) => command.run(),
             Self::Answer(command) => command.run(),
             Self::Match(command) => command.run(),
             Self::Fill(command) => command.run(),
             Self::Judge(command) => command.run(),
+            Self::Embed(command) => command.run(),
+            Self::Search(command) => command.run(),
             Self::Eval(command) => command.run(),
             Self::Score(command) => command.run(),
             Self::Synth(command) => command.run(),

@@ -1,23 +1,22 @@
-//! `xvlm ground`, `caption`, `answer`, `match`, `fill`: questions about pictures.
+//! `xvlm answer`, and what questions about pictures have in common.
 
 use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
-use xvlm::{AnswerList, Completion, Picture, Predictor, Ranking, Search, View};
+use xvlm::{AnswerList, Picture, Predictor, Ranking, View};
 
 use crate::ModelArgs;
-use crate::draw::number_boxes;
 use crate::output::{self, CliError, Rows, table};
 
 /// The pictures, and who looks at them.
 #[derive(Args)]
-struct Look {
+pub(crate) struct Look {
     #[command(flatten)]
     model: ModelArgs,
     /// Picture (JPEG, PNG, WebP or GIF); several may be given
     #[arg(long = "image", value_name = "FILE", required = true, num_args = 1..)]
-    images: Vec<PathBuf>,
+    pub(crate) images: Vec<PathBuf>,
     /// Print the result as JSON: a list with an object for each picture
     #[arg(long)]
     json: bool,
@@ -25,18 +24,18 @@ struct Look {
 
 /// What a command found out about one picture.
 #[derive(Serialize)]
-struct About<T> {
-    image: PathBuf,
+pub(crate) struct About<T> {
+    pub(crate) image: PathBuf,
     width: u32,
     height: u32,
-    results: Vec<T>,
+    pub(crate) results: Vec<T>,
     #[serde(skip)]
-    picture: Picture,
+    pub(crate) picture: Picture,
 }
 
 impl Look {
     /// Encodes each picture once, and asks.
-    fn ask<T>(&self, ask: impl Fn(&View) -> Result<Vec<T>, xvlm::Error>) -> Result<Vec<About<T>>, CliError> {
+    pub(crate) fn ask<T>(&self, ask: impl Fn(&View) -> Result<Vec<T>, xvlm::Error>) -> Result<Vec<About<T>>, CliError> {
         self.ask_of(&self.model.open()?, ask)
     }
 
@@ -55,7 +54,11 @@ impl Look {
     }
 
     /// Prints what was found: a table, with a heading for each picture if there are several.
-    fn print<T: Serialize>(&self, found: &[About<T>], rows: impl Fn(usize, &T) -> Rows) -> Result<(), CliError> {
+    pub(crate) fn print<T: Serialize>(
+        &self,
+        found: &[About<T>],
+        rows: impl Fn(usize, &T) -> Rows,
+    ) -> Result<(), CliError> {
         output::print(self.json, &found, |found| {
             let mut all = Rows::new();
             for about in found.iter() {
@@ -82,73 +85,6 @@ pub(crate) fn worded(texts: &[String]) -> Result<Vec<&str>, CliError> {
             Err(CliError::Option { option: "--text", expected: "at least one word", found })
         }
         None => Ok(texts.iter().map(String::as_str).collect()),
-    }
-}
-
-/// Find the box that a phrase means
-///
-/// Prints, for each phrase, a box in pixels of the picture (left, top, right, bottom) and the probability that the
-/// phrase matches what is inside. A picture is encoded once, however many phrases there are.
-#[derive(Args)]
-pub(crate) struct Ground {
-    #[command(flatten)]
-    look: Look,
-    /// Phrase, such as "the red circle"; repeatable
-    #[arg(long = "text", value_name = "TEXT", required = true)]
-    texts: Vec<String>,
-    /// Write the picture with numbered boxes to this PNG file; for one --image only
-    #[arg(long, value_name = "FILE")]
-    draw: Option<PathBuf>,
-}
-
-impl Ground {
-    pub(crate) fn run(self) -> Result<(), CliError> {
-        let images = self.look.images.len();
-        if self.draw.is_some() && images > 1 {
-            let found = format!("{images} pictures");
-            return Err(CliError::Option { option: "--draw", expected: "one --image", found });
-        }
-        let texts = worded(&self.texts)?;
-        let mut found = self.look.ask(|view| view.ground(&texts))?;
-        if let (Some(path), [about]) = (&self.draw, found.as_mut_slice()) {
-            let boxes: Vec<_> = about.results.iter().map(|found| found.bounds).collect();
-            number_boxes(&mut about.picture, &boxes);
-            output::write(path, &about.picture.to_png()?)?;
-        }
-        self.look.print(&found, |i, found| {
-            let edges = found.bounds;
-            let edges = [edges.xmin, edges.ymin, edges.xmax, edges.ymax].map(|edge| format!("{edge:7.1}")).concat();
-            let probability = found.probability.map(percent).unwrap_or_default();
-            vec![(format!("{}  {}", i + 1, found.text), Some(format!("{edges}  {probability:>7}")))]
-        })
-    }
-}
-
-/// Describe a picture
-#[derive(Args)]
-pub(crate) struct Caption {
-    #[command(flatten)]
-    look: Look,
-    /// Texts followed at a time; 1 is greedy. By default what the model's configuration says
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
-    beams: Option<u8>,
-}
-
-impl Caption {
-    pub(crate) fn run(self) -> Result<(), CliError> {
-        let found = self.look.ask(|view| {
-            Ok(vec![match self.beams {
-                Some(beams) => view.caption_with(Search { beams: beams.into(), ..view.search() })?,
-                None => view.caption()?,
-            }])
-        })?;
-        output::print(self.look.json, &found, |found| {
-            let line = |about: &About<xvlm::Written>| {
-                let texts: String = about.results.iter().map(|written| format!("{}\n", written.text)).collect();
-                if found.len() > 1 { format!("{}: {texts}", about.image.display()) } else { texts }
-            };
-            found.iter().map(line).collect()
-        })
     }
 }
 
@@ -189,63 +125,6 @@ impl Answer {
         self.look.print(&found, |_, found| {
             let answers = found.answers.iter().map(|likely| (likely.answer.clone(), Some(percent(likely.probability))));
             std::iter::once((found.question.clone(), None)).chain(answers).collect()
-        })
-    }
-}
-
-/// Say how well texts tell a picture
-///
-/// Prints, for each text, the probability that it belongs to the picture, and the cosine (-1 to 1) of their embeddings,
-/// which is what a search over many pictures compares first.
-#[derive(Args)]
-pub(crate) struct Match {
-    #[command(flatten)]
-    look: Look,
-    /// Text, such as "a red circle above a blue star"; repeatable
-    #[arg(long = "text", value_name = "TEXT", required = true)]
-    texts: Vec<String>,
-}
-
-impl Match {
-    pub(crate) fn run(self) -> Result<(), CliError> {
-        let texts = worded(&self.texts)?;
-        let found = self.look.ask(|view| view.matches(&texts))?;
-        self.look.print(&found, |_, found| {
-            let scores = format!("{:>7}  cosine {:6.3}", percent(found.probability), found.similarity);
-            vec![(found.text.clone(), Some(scores))]
-        })
-    }
-}
-
-/// Fill in the blank of a phrase about a picture
-#[derive(Args)]
-pub(crate) struct Fill {
-    #[command(flatten)]
-    look: Look,
-    /// Phrase with one blank, written ___ or [MASK], such as "a ___ circle"; repeatable
-    #[arg(long = "text", value_name = "TEXT", required = true)]
-    texts: Vec<String>,
-    /// Number of words to propose for each blank
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
-    top: u16,
-}
-
-#[derive(Serialize)]
-struct Filled {
-    text: String,
-    words: Vec<Completion>,
-}
-
-impl Fill {
-    pub(crate) fn run(self) -> Result<(), CliError> {
-        let top = self.top.into();
-        let found = self.look.ask(|view| {
-            let filled = |text: &String| Ok(Filled { text: text.clone(), words: view.fill(text, top)? });
-            self.texts.iter().map(filled).collect()
-        })?;
-        self.look.print(&found, |_, found| {
-            let words = found.words.iter().map(|c| (c.word.clone(), Some(percent(c.probability))));
-            std::iter::once((found.text.clone(), None)).chain(words).collect()
         })
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::Device;
-use xvlm_data::annotations::{CaptionItem, Loaded, Reading, RetrievalItem};
+use xvlm_data::annotations::{CaptionItem, Loaded, Reading, Reason, RetrievalItem};
 use xvlm_data::batch::{
     Asked, Described, Grounding, ImageText, ItemKind, Nlvr, Pairs, Phrase, References, Statement, Vqa,
 };
@@ -12,11 +12,14 @@ use xvlm_data::{
     BatchBuilder, BatchConfig, DataError, Dataset, DatasetConfig, ImageCache, ItemBatches, ItemConfig, Loader,
     LoaderConfig, Need, SourceConfig, TextTokenizer,
 };
+use xvlm_metrics::captions::cider::CiderD;
 use xvlm_train::{Batches, BoxError, Progress};
 
 use super::learn::Batch;
 use super::{FinetuneConfig, FinetuneTask};
+use crate::captioning::Scst;
 use crate::error::{ConfigProblem, TaskError};
+use crate::grounding::training_phrases;
 use crate::pretrain::open_dataset;
 
 /// A batch of the host, which becomes one of tensors when its turn comes.
@@ -39,6 +42,8 @@ pub(super) struct TaskData {
     pub(super) epoch: u64,
     /// Items in a batch of one process.
     pub(super) batch_size: usize,
+    /// What captions are rewarded by, where they are.
+    pub(super) scst: Option<Scst<CiderD>>,
 }
 
 impl TaskData {
@@ -82,7 +87,7 @@ impl TaskData {
                     .items(Nlvr, statements, &task.data, |batch| Ok(Batch::Statements(batch.to_tensors(&Device::Cpu)?)))
             }
             FinetuneTask::Bbox(task) => {
-                let items = opening.told(reading(&task.image_root).grounding(&task.train_file)?, &task.data)?;
+                let items = opening.told(training_phrases(task)?, &task.data)?;
                 let phrases = items.iter().map(Phrase::from).collect();
                 opening
                     .items(Grounding, phrases, &task.data, |batch| Ok(Batch::Phrases(batch.to_tensors(&Device::Cpu)?)))
@@ -94,10 +99,13 @@ impl TaskData {
             }
             FinetuneTask::CaptioningScst(task) => {
                 let items = opening.told(reading(&task.image_root).captions(&task.train_file)?, &task.data)?;
-                let images = CaptionItem::by_image(items).iter().map(Described::from).collect();
-                opening.items(References::default(), images, &task.data, |batch| {
+                let images: Vec<Described> = CaptionItem::by_image(items).iter().map(Described::from).collect();
+                let captions = images.iter().map(|image| image.captions.as_slice());
+                let scst = Scst::open(task, captions, &opening.tokenizer)?;
+                let data = opening.items(References::default(), images, &task.data, |batch| {
                     Ok(Batch::References(batch.to_tensors(&Device::Cpu)?))
-                })
+                })?;
+                Ok(Self { scst: Some(scst), ..data })
             }
             FinetuneTask::NlvrPretrain(task) | FinetuneTask::CaptioningPretrain(task) => {
                 let shards = Shards { field: "task.train_file", sources: &task.train_file, dataset: &task.dataset };
@@ -179,7 +187,8 @@ impl Opening<'_> {
     /// Tells what was left out; refuses files of which too much was.
     fn told<T>(&mut self, loaded: Loaded<T>, config: &ItemConfig) -> Result<Vec<T>, TaskError> {
         let Loaded { items, report } = loaded;
-        let left_out: u64 = report.iter().map(|(_, skipped)| skipped.count).sum();
+        let broken = report.iter().filter(|(reason, _)| *reason != Reason::OtherSplit);
+        let left_out: u64 = broken.map(|(_, skipped)| skipped.count).sum();
         for (reason, skipped) in report.iter() {
             let first = skipped.examples.first().map(ToString::to_string).unwrap_or_default();
             self.progress.warning(&format!("left out: {} items, {reason}; the first: {first}", skipped.count));
@@ -229,7 +238,7 @@ impl Opening<'_> {
             counts: batches.counts(),
             broken: batches.broken().iter().map(ToString::to_string).collect(),
         };
-        Ok(TaskData { build: Arc::new(build), drawn: Box::new(drawn), epoch, batch_size })
+        Ok(TaskData { build: Arc::new(build), drawn: Box::new(drawn), epoch, batch_size, scst: None })
     }
 
     /// What builds batches of records.
@@ -256,5 +265,11 @@ fn of_records(
     let source = Arc::clone(&builder);
     let drawn =
         move || Drawn { counts: builder.counts(), broken: builder.broken().iter().map(ToString::to_string).collect() };
-    TaskData { build: Arc::new(move |step| build(&source, step)), drawn: Box::new(drawn), epoch, batch_size }
+    TaskData {
+        build: Arc::new(move |step| build(&source, step)),
+        drawn: Box::new(drawn),
+        epoch,
+        batch_size,
+        scst: None,
+    }
 }
