@@ -9,7 +9,7 @@ use std::path::Path;
 
 use candle_core::{D, Result, Tensor};
 use serde::{Deserialize, Serialize};
-use xvlm_data::{DataError, TextTokenizer, pre_caption};
+use xvlm_data::{DataError, Place, pre_caption};
 use xvlm_encoders::{Task, Xvlm};
 use xvlm_kernels as kernels;
 
@@ -94,7 +94,7 @@ impl AnswerList {
         let texts = match text.trim_start().starts_with(['[', '{']) {
             true => serde_json::from_str(&text).map_err(|source| DataError::Json {
                 path: path.to_owned(),
-                place: xvlm_data::Place::Whole,
+                place: Place::Whole,
                 source,
             })?,
             false => text.lines().map(|line| line.trim().to_owned()).filter(|line| !line.is_empty()).collect(),
@@ -123,8 +123,7 @@ impl AnswerList {
 
 /// The tokens of an answer as the model learnt to write it, and `[SEP]`.
 fn tokens(model: &Model, text: &str) -> std::result::Result<Vec<u32>, TaskError> {
-    let tokenizer: &TextTokenizer = model.tokenizer();
-    let config = model.config();
+    let (config, tokenizer) = (model.config(), model.tokenizer());
     let mut tokens = match config.model.task {
         Task::Vqa => tokenizer.tokens(text)?,
         // In pre-training the answer goes on a text, cleaned as all of it.
