@@ -7,13 +7,13 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 use xvlm::data::SourceConfig;
-use xvlm::data::annotations::{read_fill, read_retrieval};
+use xvlm::data::annotations::{read_fill, read_retrieval, read_vqa};
 use xvlm::data::scenes::{Split, SynthOptions};
 use xvlm::metrics::boxes::{BoxScores, refer_iou};
 use xvlm::metrics::fill::FillScores;
 use xvlm::metrics::retrieval::RetrievalScores;
 use xvlm::metrics::vqa::ExactScores;
-use xvlm::tasks::captioning::{self, CaptionScores};
+use xvlm::tasks::captioning::{self, TruthScores, Writing};
 use xvlm::tasks::fill::Completing;
 use xvlm::tasks::{Model, PretrainConfig, Session, Sweep, fill, grounding, pretrain, retrieval, vqa};
 use xvlm::train::{LossCurve, Warmup, loss_curves, read_metrics};
@@ -80,7 +80,7 @@ pub(crate) struct Scores {
     grounding: BoxScores,
     grounding_unseen: BoxScores,
     retrieval: RetrievalScores,
-    caption: CaptionScores,
+    caption: TruthScores,
     questions: ExactScores,
     fill: FillScores,
 }
@@ -115,8 +115,8 @@ impl Demo {
             grounding: found.grounding.scores,
             grounding_unseen: unseen.scores,
             retrieval: found.retrieval.scores,
-            questions: found.questions.scores.clone(),
-            caption: found.captions.scores,
+            questions: found.questions.scores.exact.clone().unwrap_or_default(),
+            caption: found.captions.truth.unwrap_or_default(),
             fill: found.fill.scores.clone(),
         };
         let report = Report {
@@ -224,6 +224,9 @@ impl Scores {
     }
 }
 
+/// Pictures that are described at a time.
+const BATCH: usize = 32;
+
 /// What the model found on a folder.
 struct Found {
     grounding: grounding::Evaluation,
@@ -237,8 +240,13 @@ impl Found {
     fn on(model: &Model, data: &Path) -> Result<Self, CliError> {
         Ok(Self {
             grounding: Stage::run("phrases", |at| grounding::evaluate(model, data, at))?,
-            captions: Stage::run("captions", |at| captioning::evaluate(model, data, model.config().search, at))?,
-            questions: Stage::run("questions", |at| vqa::evaluate(model, data, at))?,
+            captions: Stage::run("captions", |at| {
+                captioning::evaluate_folder(model, data, &Writing::of(model.config()), BATCH, &mut Sweep::new(at))
+            })?,
+            questions: Stage::run("questions", |at| {
+                let items = read_vqa(data.join("vqa.json"))?;
+                vqa::evaluate(model, items, &vqa::Options::default(), &mut Sweep::new(at))
+            })?,
             retrieval: Stage::run("pairs", |at| {
                 let items = read_retrieval(data.join("retrieval.json"))?;
                 retrieval::evaluate(model, &items, retrieval::Options::new(K_TEST), &mut Sweep::new(at))
@@ -253,7 +261,7 @@ impl Found {
     /// Everything about one picture.
     fn about(&self, image: &Path) -> Result<Shown, CliError> {
         let done = &self.captions;
-        let mut captions = done.items.iter().zip(&done.written).zip(&done.checks);
+        let mut captions = done.items.iter().zip(&done.answers).zip(&done.checks);
         let caption = captions.find(|((item, _), _)| item.image == image).map(|((item, written), check)| Caption {
             text: written.text.clone(),
             truth: item.captions.first().cloned().unwrap_or_default(),

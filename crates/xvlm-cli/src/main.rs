@@ -3,6 +3,8 @@
 //! One module a command. Results go to stdout, as text or (`--json`) as one JSON document; all else goes to stderr.
 //! Of a question about a picture nothing is printed, and no file appears, before it has been answered.
 
+mod alt;
+mod caption;
 mod data;
 mod demo;
 mod draw;
@@ -11,6 +13,7 @@ mod embed;
 mod eval;
 mod fill;
 mod finetune;
+mod judge;
 mod matching;
 mod output;
 mod plot;
@@ -46,10 +49,12 @@ struct Cli {
 enum Command {
     Demo(demo::Demo),
     Ground(predict::Ground),
-    Caption(predict::Caption),
+    Caption(caption::Caption),
+    Alt(alt::Alt),
     Answer(predict::Answer),
     Match(matching::Match),
     Fill(fill::Fill),
+    Judge(judge::Judge),
     Embed(embed::Embed),
     Search(search::Search),
     Eval(eval::Eval),
@@ -68,9 +73,11 @@ impl Command {
             Self::Demo(command) => command.run(),
             Self::Ground(command) => command.run(),
             Self::Caption(command) => command.run(),
+            Self::Alt(command) => command.run(),
             Self::Answer(command) => command.run(),
             Self::Match(command) => command.run(),
             Self::Fill(command) => command.run(),
+            Self::Judge(command) => command.run(),
             Self::Embed(command) => command.run(),
             Self::Search(command) => command.run(),
             Self::Eval(command) => command.run(),

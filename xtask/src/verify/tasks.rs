@@ -5,6 +5,7 @@ use xvlm::data::GenerationTensors;
 use xvlm::encoders::{Attention, Concepts, Pass, Task};
 use xvlm::kernels::{self, IGNORE};
 use xvlm::tasks::nlvr::{self, Draws};
+use xvlm::tasks::vqa::Ranking;
 use xvlm::tasks::{ImageTokens, Source, Texts, grounding, retrieval, vqa, writing_loss};
 
 use super::case::{Case, Outcome};
@@ -270,7 +271,13 @@ pub(super) fn ranking(case: &Case) -> Outcome {
     case.check("mid.stage1_topk_probs", &Tensor::from_vec(probabilities, (rows, k), &Device::Cpu)?)?;
     case.check("mid.answer_loss", &Tensor::cat(&costs, 0)?)?;
 
-    let ranked = vqa::rank(&model, &states, &answers, k)?;
+    let prompts: Vec<(u32, Vec<u32>)> = (0u32..).zip(begin.to_vec2::<u32>()?).collect();
+    let (ids, mask) = (answers.ids.to_vec2::<u32>()?, answers.mask.to_vec2::<f32>()?);
+    let tokens = |(ids, mask): (Vec<u32>, Vec<f32>)| {
+        ids.into_iter().zip(mask).skip(1).filter(|(_, seen)| *seen > 0.0).map(|(id, _)| id).collect::<Vec<u32>>()
+    };
+    let list: Vec<Vec<u32>> = ids.into_iter().zip(mask).map(tokens).collect();
+    let ranked = vqa::rank(&model, &states, &prompts, &list, Ranking { k, as_original: true })?;
     let best: Vec<i64> = ranked.iter().flatten().map(|ranked| i64::from(ranked.answer)).collect();
     case.check_index("out.topk_ids", &best)?;
     let probabilities: Vec<f32> = ranked.iter().flatten().map(|ranked| ranked.probability).collect();

@@ -1,10 +1,13 @@
 //! The built program, with a tiny untrained model: what it prints and writes, and what it refuses.
 
+mod captions;
 mod data;
 #[cfg(unix)]
 mod interrupted;
+mod questions;
 #[cfg(feature = "mpi")]
 mod ranks;
+mod score;
 mod searching;
 
 use std::fs;
@@ -173,7 +176,7 @@ fn eval_scores_every_task() {
         ("grounding", vec!["accuracy@0.5", "mean_iou"]),
         ("retrieval", vec!["text_r1", "text_r5", "text_r10", "image_r1", "image_r5", "image_r10"]),
         ("fill", vec!["top1"]),
-        ("caption", vec!["right"]),
+        ("captioning", vec!["right"]),
         ("vqa", vec!["right"]),
     ] {
         let scores = json(dir, &format!("eval {task} --model model --data data"));
@@ -499,7 +502,7 @@ fn bad_data_and_configurations_are_refused() {
         ("grounding", "grounding.json"),
         ("retrieval", "retrieval.json"),
         ("fill", "fill.json"),
-        ("caption", "captions.json"),
+        ("captioning", "captions.json"),
     ] {
         refused(dir, &format!("eval {task} --model model --data none"), &[&format!("none/{file}")]);
     }
@@ -563,16 +566,17 @@ fn wrong_usage_has_its_own_exit_code() {
         "pretrain --out run --config a.yaml --preset scenes",
         "pretrain --out run --preset scenes --print-config",
         "pretrain --preset scenes --dry-run --ranks alone",
-        "eval nlvr --data data",
+        "eval nlvr",
+        "judge --images a.png --text it",
         "synth --out data --scenes 0 --seed 1",
         "demo --minutes 3",
         "demo --train --model model",
     ] {
         assert_eq!(xvlm(dir.path(), arguments).status.code(), Some(2), "{arguments}");
     }
-    for command in
-        ["demo", "ground", "caption", "answer", "match", "fill", "embed", "search", "eval", "synth", "pretrain"]
-    {
+    for command in [
+        "demo", "ground", "caption", "answer", "match", "fill", "judge", "embed", "search", "eval", "synth", "pretrain",
+    ] {
         assert!(text(dir.path(), &format!("{command} --help")).contains("Usage: xvlm"), "{command}");
     }
 }

@@ -22,6 +22,7 @@ mod open_images;
 mod pairs;
 mod pickle;
 mod refer;
+mod references;
 mod report;
 pub(crate) mod source;
 mod stream;
@@ -38,6 +39,7 @@ pub use self::items::{CaptionItem, FillItem, GroundingItem, NlvrItem, RetrievalI
 pub use self::karpathy::Karpathy;
 pub use self::open_images::OpenImages;
 pub use self::pairs::{Conceptual, Sbu, SbuCaptions};
+pub use self::references::read_references;
 pub use self::report::{Reason, Report, Skipped};
 pub use self::source::{Annotated, Exclusions, Records};
 pub use self::template::NameTemplate;

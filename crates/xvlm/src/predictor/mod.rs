@@ -1,16 +1,21 @@
 //! A model and what can be asked about a picture.
 
+mod captioning;
 mod filling;
 mod matching;
+mod nlvr;
+mod vqa;
 
 use std::path::Path;
 
 use candle_core::Device;
 use serde::Serialize;
 use xvlm_data::Picture;
-use xvlm_tasks::{ImageTokens, Model, Search, Written, captioning, grounding, vqa};
+use xvlm_tasks::{ImageTokens, Model, grounding};
 
 pub use self::matching::Match;
+pub use self::nlvr::Judgement;
+pub use self::vqa::{Answer, LikelyAnswer, RankedAnswers};
 use crate::Error;
 
 /// A model, ready to look at pictures.
@@ -43,15 +48,6 @@ pub struct Grounding {
     /// was fine-tuned for boxes alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub probability: Option<f32>,
-}
-
-/// An answer to a question.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Answer {
-    /// The question.
-    pub question: String,
-    /// The answer.
-    pub answer: String,
 }
 
 impl Predictor {
@@ -145,39 +141,6 @@ impl View<'_> {
             Grounding { text: (*text).to_owned(), bounds, probability: found.probability }
         });
         Ok(named.collect())
-    }
-
-    /// Describes the picture, searching as the model's configuration says.
-    ///
-    /// # Errors
-    /// If a tensor operation fails.
-    pub fn caption(&self) -> Result<Written, Error> {
-        self.caption_with(self.search())
-    }
-
-    /// How captions are searched for, unless told otherwise: what the model's configuration says.
-    pub fn search(&self) -> Search {
-        self.model.config().search
-    }
-
-    /// Describes the picture, searching as given.
-    ///
-    /// # Errors
-    /// If a tensor operation fails.
-    pub fn caption_with(&self, search: Search) -> Result<Written, Error> {
-        Ok(captioning::caption(self.model, &self.image, search)?.remove(0))
-    }
-
-    /// Answers questions.
-    ///
-    /// # Errors
-    /// If a tensor operation fails.
-    pub fn answer(&self, questions: &[&str]) -> Result<Vec<Answer>, Error> {
-        let answers = vqa::answer(self.model, &self.image, &self.about(questions), Search::answers())?;
-        let paired = questions.iter().zip(answers);
-        Ok(paired
-            .map(|(question, written)| Answer { question: (*question).to_owned(), answer: written.text })
-            .collect())
     }
 
     /// The picture's embedding, of unit length.
