@@ -15,7 +15,7 @@ use xvlm::metrics::retrieval::RetrievalScores;
 use xvlm::metrics::vqa::ExactScores;
 use xvlm::tasks::captioning::{self, TruthScores, Writing};
 use xvlm::tasks::fill::Completing;
-use xvlm::tasks::{Model, PretrainConfig, Session, Sweep, fill, grounding, pretrain, retrieval, vqa};
+use xvlm::tasks::{Counter, Model, PretrainConfig, Session, Sweep, fill, grounding, pretrain, retrieval, vqa};
 use xvlm::train::{LossCurve, Warmup, loss_curves, read_metrics};
 use xvlm::{Picture, Predictor};
 
@@ -106,14 +106,14 @@ impl Demo {
         write_scenes("unseen combinations", &data_unseen, scenes(unseen_scenes, Split::Unseen))?;
 
         let found = Found::on(predictor.model(), &data)?;
-        let unseen = Stage::run("phrases, unseen", |at| grounding::evaluate(predictor.model(), &data_unseen, at))?;
+        let unseen = Stage::run("phrases, unseen", |at| boxes(predictor.model(), &data_unseen, at))?;
         let scores = Scores {
             model,
             scenes: self.scenes,
             unseen_scenes,
             seed: self.seed,
-            grounding: found.grounding.scores,
-            grounding_unseen: unseen.scores,
+            grounding: found.grounding.scores.all,
+            grounding_unseen: unseen.scores.all,
             retrieval: found.retrieval.scores,
             questions: found.questions.scores.exact.clone().unwrap_or_default(),
             caption: found.captions.truth.unwrap_or_default(),
@@ -239,7 +239,7 @@ struct Found {
 impl Found {
     fn on(model: &Model, data: &Path) -> Result<Self, CliError> {
         Ok(Self {
-            grounding: Stage::run("phrases", |at| grounding::evaluate(model, data, at))?,
+            grounding: Stage::run("phrases", |at| boxes(model, data, at))?,
             captions: Stage::run("captions", |at| {
                 captioning::evaluate_folder(model, data, &Writing::of(model.config()), BATCH, &mut Sweep::new(at))
             })?,
@@ -312,6 +312,12 @@ impl Found {
     }
 }
 
+/// The boxes of a folder's phrases.
+fn boxes(model: &Model, data: &Path, counter: Counter) -> Result<grounding::Evaluation, xvlm::Error> {
+    let items = grounding::TestSet::of_folder(data)?.items;
+    grounding::evaluate(model, items, &grounding::BoxOptions::default(), &mut Sweep::new(counter))
+}
+
 /// The first images of an evaluation.
 fn images(evaluation: &grounding::Evaluation, count: usize) -> impl Iterator<Item = &Path> {
     evaluation.items.chunk_by(|a, b| a.image == b.image).take(count).map(|items| items[0].image.as_path())
@@ -319,7 +325,7 @@ fn images(evaluation: &grounding::Evaluation, count: usize) -> impl Iterator<Ite
 
 /// A picture with its phrases.
 fn shown(evaluation: &grounding::Evaluation, image: &Path) -> Result<Shown, CliError> {
-    let items = evaluation.items.iter().zip(&evaluation.found).filter(|(item, _)| item.image == image);
+    let items = evaluation.items.iter().zip(&evaluation.answers).filter(|(item, _)| item.image == image);
     let (width, height) = items.clone().next().map_or((1, 1), |(item, _)| (item.width, item.height));
     let phrases = items.map(|(item, found)| {
         let (found, probability) = (found.pixels(width, height), found.probability);

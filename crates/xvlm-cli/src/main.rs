@@ -13,6 +13,7 @@ mod embed;
 mod eval;
 mod fill;
 mod finetune;
+mod ground;
 mod judge;
 mod matching;
 mod output;
@@ -48,7 +49,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Demo(demo::Demo),
-    Ground(predict::Ground),
+    Ground(ground::Ground),
     Caption(caption::Caption),
     Alt(alt::Alt),
     Answer(predict::Answer),

@@ -1,4 +1,4 @@
-//! `xvlm ground`, `answer`: questions about pictures.
+//! `xvlm answer`: questions about pictures.
 
 use std::path::PathBuf;
 
@@ -7,17 +7,16 @@ use serde::Serialize;
 use xvlm::{AnswerList, Picture, Predictor, Ranking, View};
 
 use crate::ModelArgs;
-use crate::draw::number_boxes;
 use crate::output::{self, CliError, Rows, table};
 
 /// The pictures, and who looks at them.
 #[derive(Args)]
-struct Look {
+pub(crate) struct Look {
     #[command(flatten)]
     model: ModelArgs,
     /// Picture (JPEG, PNG, WebP or GIF); several may be given
     #[arg(long = "image", value_name = "FILE", required = true, num_args = 1..)]
-    images: Vec<PathBuf>,
+    pub(crate) images: Vec<PathBuf>,
     /// Print the result as JSON: a list with an object for each picture
     #[arg(long)]
     json: bool,
@@ -25,18 +24,18 @@ struct Look {
 
 /// What a command found out about one picture.
 #[derive(Serialize)]
-struct About<T> {
-    image: PathBuf,
+pub(crate) struct About<T> {
+    pub(crate) image: PathBuf,
     width: u32,
     height: u32,
-    results: Vec<T>,
+    pub(crate) results: Vec<T>,
     #[serde(skip)]
-    picture: Picture,
+    pub(crate) picture: Picture,
 }
 
 impl Look {
     /// Encodes each picture once, and asks.
-    fn ask<T>(&self, ask: impl Fn(&View) -> Result<Vec<T>, xvlm::Error>) -> Result<Vec<About<T>>, CliError> {
+    pub(crate) fn ask<T>(&self, ask: impl Fn(&View) -> Result<Vec<T>, xvlm::Error>) -> Result<Vec<About<T>>, CliError> {
         self.ask_of(&self.model.open()?, ask)
     }
 
@@ -55,7 +54,11 @@ impl Look {
     }
 
     /// Prints what was found: a table, with a heading for each picture if there are several.
-    fn print<T: Serialize>(&self, found: &[About<T>], rows: impl Fn(usize, &T) -> Rows) -> Result<(), CliError> {
+    pub(crate) fn print<T: Serialize>(
+        &self,
+        found: &[About<T>],
+        rows: impl Fn(usize, &T) -> Rows,
+    ) -> Result<(), CliError> {
         output::print(self.json, &found, |found| {
             let mut all = Rows::new();
             for about in found.iter() {
@@ -82,45 +85,6 @@ pub(crate) fn worded(texts: &[String]) -> Result<Vec<&str>, CliError> {
             Err(CliError::Option { option: "--text", expected: "at least one word", found })
         }
         None => Ok(texts.iter().map(String::as_str).collect()),
-    }
-}
-
-/// Find the box that a phrase means
-///
-/// Prints, for each phrase, a box in pixels of the picture (left, top, right, bottom) and the probability that the
-/// phrase matches what is inside. A picture is encoded once, however many phrases there are.
-#[derive(Args)]
-pub(crate) struct Ground {
-    #[command(flatten)]
-    look: Look,
-    /// Phrase, such as "the red circle"; repeatable
-    #[arg(long = "text", value_name = "TEXT", required = true)]
-    texts: Vec<String>,
-    /// Write the picture with numbered boxes to this PNG file; for one --image only
-    #[arg(long, value_name = "FILE")]
-    draw: Option<PathBuf>,
-}
-
-impl Ground {
-    pub(crate) fn run(self) -> Result<(), CliError> {
-        let images = self.look.images.len();
-        if self.draw.is_some() && images > 1 {
-            let found = format!("{images} pictures");
-            return Err(CliError::Option { option: "--draw", expected: "one --image", found });
-        }
-        let texts = worded(&self.texts)?;
-        let mut found = self.look.ask(|view| view.ground(&texts))?;
-        if let (Some(path), [about]) = (&self.draw, found.as_mut_slice()) {
-            let boxes: Vec<_> = about.results.iter().map(|found| found.bounds).collect();
-            number_boxes(&mut about.picture, &boxes);
-            output::write(path, &about.picture.to_png()?)?;
-        }
-        self.look.print(&found, |i, found| {
-            let edges = found.bounds;
-            let edges = [edges.xmin, edges.ymin, edges.xmax, edges.ymax].map(|edge| format!("{edge:7.1}")).concat();
-            let probability = found.probability.map(percent).unwrap_or_default();
-            vec![(format!("{}  {}", i + 1, found.text), Some(format!("{edges}  {probability:>7}")))]
-        })
     }
 }
 

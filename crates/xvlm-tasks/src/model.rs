@@ -245,7 +245,11 @@ impl Model {
 
     /// Fused texts `[B, T, H]` → the probability that each matches what it was fused with.
     pub(crate) fn match_probabilities(&self, fused: &Tensor) -> Result<Vec<f32>, TaskError> {
-        let logits = self.xvlm.match_logits(fused)?;
+        Self::probabilities(&self.xvlm.match_logits(fused)?)
+    }
+
+    /// Logits of no match and of a match `[B, 2]` → the probability of a match.
+    pub(crate) fn probabilities(logits: &Tensor) -> Result<Vec<f32>, TaskError> {
         let difference = (logits.narrow(1, 1, 1)? - logits.narrow(1, 0, 1)?)?;
         Ok(candle_nn::ops::sigmoid(&difference)?.flatten_all()?.to_vec1()?)
     }

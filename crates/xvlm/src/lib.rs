@@ -34,11 +34,14 @@ pub use bundled::bundled_files;
 pub use candle_core::Device;
 #[cfg(feature = "hub")]
 pub use hub::Hub;
-pub use predictor::{Answer, Grounding, Judgement, LikelyAnswer, Match, PixelBox, Predictor, RankedAnswers, View};
+pub use predictor::{
+    Answer, Grounding, Heated, Judgement, LikelyAnswer, Match, PixelBox, Predictor, Proposal, RankedAnswers, View,
+};
 pub use xvlm_data::Picture;
 pub use xvlm_tasks::captioning::Writing;
 pub use xvlm_tasks::embed::{Index, Query, SearchOptions};
 pub use xvlm_tasks::fill::{Completing, Completion, Exercise, Grade};
+pub use xvlm_tasks::grounding::{HeatMap, Layers, StretchedHeat};
 pub use xvlm_tasks::vqa::{AnswerList, Ranking};
 pub use xvlm_tasks::{ConfigProblem, Model, Sampling, Search, TaskError as Error, Written};
 pub use {

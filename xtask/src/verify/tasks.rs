@@ -116,7 +116,8 @@ pub(super) fn heat_map(case: &Case) -> Outcome {
     let layer = case.json["block_num"].as_u64().ok_or("block_num: expected a whole number")? as usize;
     let images = model.encode_image(&case.images(texts.ids.dim(0)?, &model)?, &Pass::inference())?;
     let images = ImageTokens::new(images);
-    let heat = grounding::heat(&model, &images, &texts, layer)?;
+    let index: Vec<u32> = (0..images.len() as u32).collect();
+    let heat = grounding::heat(&model, &images, &texts, &index, layer)?;
     case.check("mid.attn", &heat.attention)?;
     case.check("mid.attn_grad", &heat.gradient)?;
     case.check("mid.itm_logits", &heat.match_logits)?;
@@ -137,7 +138,7 @@ pub(super) fn heat_map(case: &Case) -> Outcome {
     }
     for row in case.names("out.det_scores_") {
         let (height, width) = size.ok_or("out.det_scores: expected the size of the image in out.mask_HxW_of_ROW")?;
-        let scores = grounding::rank_proposals(&heat.map.get(row.parse()?)?, width, height, &proposals)?;
+        let scores = grounding::StretchedHeat::new(&heat.map.get(row.parse()?)?, width, height)?.rank(&proposals);
         let count = scores.len();
         case.check(&format!("out.det_scores_{row}"), &Tensor::from_vec(scores, count, &Device::Cpu)?)?;
     }

@@ -2,6 +2,7 @@
 
 mod captions;
 mod data;
+mod grounding;
 #[cfg(unix)]
 mod interrupted;
 mod questions;
@@ -464,7 +465,11 @@ fn bad_pictures_and_texts_are_refused() {
     refused(dir, &format!("fill {good} --text ___~and~___ --answer red"), &["expected 2 answers", "found 1"]);
     refused(dir, &format!("fill {good} --text a~___ --text the~___ --answer red"), &["--text", "one", "2 of them"]);
     refused(dir, &format!("match {good} --text a~star --box 0,0,500,10"), &["box 0", "192x192", "500"]);
-    refused(dir, &format!("ground {good} text.png --text a~star --draw out.png"), &["--draw", "2 pictures"]);
+    refused(
+        dir,
+        &format!("ground {good} text.png --text a~star --draw out.png"),
+        &["--draw: expected a folder, since there are several pictures, found out.png"],
+    );
     refused(dir, &format!("ground {good} --text a~star --draw none/out.png"), &["none/out.png"]);
     refused(dir, &format!("caption {good} --device gpu"), &["device", "gpu"]);
     assert_eq!(names(dir), before);

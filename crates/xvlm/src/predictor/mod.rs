@@ -2,6 +2,7 @@
 
 mod captioning;
 mod filling;
+mod grounding;
 mod matching;
 mod nlvr;
 mod vqa;
@@ -11,8 +12,9 @@ use std::path::Path;
 use candle_core::Device;
 use serde::Serialize;
 use xvlm_data::Picture;
-use xvlm_tasks::{ImageTokens, Model, grounding};
+use xvlm_tasks::{ImageTokens, Model};
 
+pub use self::grounding::{Grounding, Heated, PixelBox, Proposal};
 pub use self::matching::Match;
 pub use self::nlvr::Judgement;
 pub use self::vqa::{Answer, LikelyAnswer, RankedAnswers};
@@ -21,33 +23,6 @@ use crate::Error;
 /// A model, ready to look at pictures.
 pub struct Predictor {
     model: Model,
-}
-
-/// A box in pixels of the picture as given.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct PixelBox {
-    /// Left edge.
-    pub xmin: f32,
-    /// Upper edge.
-    pub ymin: f32,
-    /// Right edge.
-    pub xmax: f32,
-    /// Lower edge.
-    pub ymax: f32,
-}
-
-/// Where a text points.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Grounding {
-    /// The text.
-    pub text: String,
-    /// Its box.
-    #[serde(rename = "box")]
-    pub bounds: PixelBox,
-    /// Probability that the text matches what is inside the box; none from a model without a matching head, such as one that
-    /// was fine-tuned for boxes alone.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub probability: Option<f32>,
 }
 
 impl Predictor {
@@ -129,20 +104,6 @@ pub struct View<'a> {
 }
 
 impl View<'_> {
-    /// Finds the box of each text.
-    ///
-    /// # Errors
-    /// If a text is empty.
-    pub fn ground(&self, texts: &[&str]) -> Result<Vec<Grounding>, Error> {
-        let found = grounding::ground(self.model, &self.image, &self.about(texts))?;
-        let named = texts.iter().zip(found).map(|(text, found)| {
-            let [x, y, w, h] = found.pixels(self.width, self.height);
-            let bounds = PixelBox { xmin: x, ymin: y, xmax: x + w, ymax: y + h };
-            Grounding { text: (*text).to_owned(), bounds, probability: found.probability }
-        });
-        Ok(named.collect())
-    }
-
     /// The picture's embedding, of unit length.
     ///
     /// # Errors
