@@ -10,7 +10,6 @@ mod vqa;
 use std::path::Path;
 
 use candle_core::Device;
-use serde::Serialize;
 use xvlm_data::Picture;
 use xvlm_tasks::{ImageTokens, Model};
 
