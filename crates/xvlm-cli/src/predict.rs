@@ -1,4 +1,4 @@
-//! `xvlm answer`: questions about pictures.
+//! `xvlm answer`, and what questions about pictures have in common.
 
 use std::path::PathBuf;
 

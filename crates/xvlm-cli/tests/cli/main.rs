@@ -580,7 +580,8 @@ fn wrong_usage_has_its_own_exit_code() {
         assert_eq!(xvlm(dir.path(), arguments).status.code(), Some(2), "{arguments}");
     }
     for command in [
-        "demo", "ground", "caption", "answer", "match", "fill", "judge", "embed", "search", "eval", "synth", "pretrain",
+        "demo", "ground", "caption", "alt", "answer", "match", "fill", "judge", "embed", "search", "eval", "score",
+        "synth", "pretrain", "finetune",
     ] {
         assert!(text(dir.path(), &format!("{command} --help")).contains("Usage: xvlm"), "{command}");
     }
