@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use xvlm::Picture;
 
 use super::{folder, is_probability, json, names, refused, text, xvlm};
