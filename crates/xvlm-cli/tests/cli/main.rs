@@ -459,7 +459,11 @@ fn bad_pictures_and_texts_are_refused() {
     refused(dir, &format!("ground {good} --text a~star --text ... --draw out.png"), &["--text", "..."]);
     refused(dir, &format!("fill {good} --text a~star"), &["a star", "one blank", "found 0"]);
     refused(dir, &format!("fill {good} --text ___~and~___"), &["one blank", "found 2"]);
-    refused(dir, &format!("ground {good} text.png --text a~star --draw out.png"), &["--draw: expected a folder, since there are several pictures, found out.png"]);
+    refused(
+        dir,
+        &format!("ground {good} text.png --text a~star --draw out.png"),
+        &["--draw: expected a folder, since there are several pictures, found out.png"],
+    );
     refused(dir, &format!("ground {good} --text a~star --draw none/out.png"), &["none/out.png"]);
     refused(dir, &format!("caption {good} --device gpu"), &["device", "gpu"]);
     assert_eq!(names(dir), before);

@@ -199,8 +199,7 @@ mod tests {
         write("train.json", json!([{"image": "42.jpg", "text": "a cup", "ref_id": 11}]).to_string().as_bytes());
         let texts = |train_file: &str| {
             let path = dir.path().display();
-            let overrides =
-                [format!("task.train_file={path}/{train_file}"), format!("task.refcoco_data={path}")];
+            let overrides = [format!("task.train_file={path}/{train_file}"), format!("task.refcoco_data={path}")];
             let FinetuneTask::Bbox(task) = FinetuneConfig::preset("refcoco-bbox", &overrides).unwrap().task else {
                 panic!("another task");
             };
