@@ -3,13 +3,19 @@
 //! One module a command. Results go to stdout, as text or (`--json`) as one JSON document; all else goes to stderr.
 //! Of a question about a picture nothing is printed, and no file appears, before it has been answered.
 
+mod alt;
+mod caption;
 mod data;
 mod demo;
 mod draw;
 mod dry_run;
+mod embed;
 mod eval;
+mod fill;
 mod finetune;
 mod ground;
+mod judge;
+mod matching;
 mod output;
 mod plot;
 mod predict;
@@ -19,6 +25,8 @@ mod progress;
 mod ranks;
 mod report;
 mod run;
+mod score;
+mod search;
 mod signals;
 mod synth;
 
@@ -42,11 +50,16 @@ struct Cli {
 enum Command {
     Demo(demo::Demo),
     Ground(ground::Ground),
-    Caption(predict::Caption),
+    Caption(caption::Caption),
+    Alt(alt::Alt),
     Answer(predict::Answer),
-    Match(predict::Match),
-    Fill(predict::Fill),
+    Match(matching::Match),
+    Fill(fill::Fill),
+    Judge(judge::Judge),
+    Embed(embed::Embed),
+    Search(search::Search),
     Eval(eval::Eval),
+    Score(score::Score),
     Synth(synth::Synth),
     Pretrain(pretrain::Pretrain),
     Finetune(finetune::Finetune),
@@ -61,10 +74,15 @@ impl Command {
             Self::Demo(command) => command.run(),
             Self::Ground(command) => command.run(),
             Self::Caption(command) => command.run(),
+            Self::Alt(command) => command.run(),
             Self::Answer(command) => command.run(),
             Self::Match(command) => command.run(),
             Self::Fill(command) => command.run(),
+            Self::Judge(command) => command.run(),
+            Self::Embed(command) => command.run(),
+            Self::Search(command) => command.run(),
             Self::Eval(command) => command.run(),
+            Self::Score(command) => command.run(),
             Self::Synth(command) => command.run(),
             Self::Pretrain(command) => command.run(),
             Self::Finetune(command) => command.run(),

@@ -26,6 +26,9 @@ pub(crate) enum CliError {
     /// An option has a value that is none of those there are.
     #[error("{option}: expected one of {known}, found {found}")]
     Choice { option: &'static str, known: String, found: String },
+    /// Some of what was asked for could not be had; the result has named it.
+    #[error("{what}: {count} broken or missing")]
+    Broken { what: &'static str, count: usize },
     /// The result could not be written as JSON.
     #[error("result: {0}")]
     Json(#[from] serde_json::Error),

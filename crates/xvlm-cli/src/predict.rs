@@ -1,10 +1,10 @@
-//! `xvlm caption`, `answer`, `match`, `fill`: questions about pictures.
+//! `xvlm answer`, and what questions about pictures have in common.
 
 use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
-use xvlm::{Completion, Picture, Search, View};
+use xvlm::{AnswerList, Picture, Predictor, Ranking, View};
 
 use crate::ModelArgs;
 use crate::output::{self, CliError, Rows, table};
@@ -36,7 +36,15 @@ pub(crate) struct About<T> {
 impl Look {
     /// Encodes each picture once, and asks.
     pub(crate) fn ask<T>(&self, ask: impl Fn(&View) -> Result<Vec<T>, xvlm::Error>) -> Result<Vec<About<T>>, CliError> {
-        let predictor = self.model.open()?;
+        self.ask_of(&self.model.open()?, ask)
+    }
+
+    /// The same of a model that is open.
+    fn ask_of<T>(
+        &self,
+        predictor: &Predictor,
+        ask: impl Fn(&View) -> Result<Vec<T>, xvlm::Error>,
+    ) -> Result<Vec<About<T>>, CliError> {
         let about = |image: &PathBuf| {
             let picture = Picture::open_upright(image)?;
             let results = ask(&predictor.look(&picture)?)?;
@@ -80,35 +88,10 @@ pub(crate) fn worded(texts: &[String]) -> Result<Vec<&str>, CliError> {
     }
 }
 
-/// Describe a picture
-#[derive(Args)]
-pub(crate) struct Caption {
-    #[command(flatten)]
-    look: Look,
-    /// Texts followed at a time; 1 is greedy. By default what the model's configuration says
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
-    beams: Option<u8>,
-}
-
-impl Caption {
-    pub(crate) fn run(self) -> Result<(), CliError> {
-        let found = self.look.ask(|view| {
-            Ok(vec![match self.beams {
-                Some(beams) => view.caption_with(Search { beams: beams.into(), ..view.search() })?,
-                None => view.caption()?,
-            }])
-        })?;
-        output::print(self.look.json, &found, |found| {
-            let line = |about: &About<xvlm::Written>| {
-                let texts: String = about.results.iter().map(|written| format!("{}\n", written.text)).collect();
-                if found.len() > 1 { format!("{}: {texts}", about.image.display()) } else { texts }
-            };
-            found.iter().map(line).collect()
-        })
-    }
-}
-
 /// Answer questions about a picture
+///
+/// In words of the model's own; or, with --answers, by the likeliest of a list, with their probabilities among those of the list
+/// that were ranked.
 #[derive(Args)]
 pub(crate) struct Answer {
     #[command(flatten)]
@@ -116,69 +99,32 @@ pub(crate) struct Answer {
     /// Question, such as "how many circles are there?"; repeatable
     #[arg(long = "text", value_name = "TEXT", required = true)]
     texts: Vec<String>,
+    /// Answers to choose from: a JSON list, or an answer a line
+    #[arg(long, value_name = "FILE")]
+    answers: Option<PathBuf>,
+    /// Number of answers of the list to print
+    #[arg(long, value_name = "N", default_value_t = 5, requires = "answers", value_parser = clap::value_parser!(u16).range(1..))]
+    top: u16,
 }
 
 impl Answer {
     pub(crate) fn run(self) -> Result<(), CliError> {
         let texts = worded(&self.texts)?;
-        let found = self.look.ask(|view| view.answer(&texts))?;
-        self.look.print(&found, |_, found| vec![(found.question.clone(), Some(found.answer.clone()))])
-    }
-}
-
-/// Say how well texts tell a picture
-///
-/// Prints, for each text, the probability that it belongs to the picture, and the cosine (-1 to 1) of their embeddings,
-/// which is what a search over many pictures compares first.
-#[derive(Args)]
-pub(crate) struct Match {
-    #[command(flatten)]
-    look: Look,
-    /// Text, such as "a red circle above a blue star"; repeatable
-    #[arg(long = "text", value_name = "TEXT", required = true)]
-    texts: Vec<String>,
-}
-
-impl Match {
-    pub(crate) fn run(self) -> Result<(), CliError> {
-        let texts = worded(&self.texts)?;
-        let found = self.look.ask(|view| view.matches(&texts))?;
+        let Some(path) = &self.answers else {
+            let found = self.look.ask(|view| view.answer(&texts))?;
+            return self.look.print(&found, |_, found| vec![(found.question.clone(), Some(found.answer.clone()))]);
+        };
+        let predictor = self.look.model.open()?;
+        let list = AnswerList::open(predictor.model(), path)?;
+        for left_out in list.left_out() {
+            output::say(&format!("left out: {}: entry {}: {}", path.display(), left_out.item, left_out.problem));
+        }
+        let found = self
+            .look
+            .ask_of(&predictor, |view| view.rank_answers(&texts, &list, Ranking::default(), self.top.into()))?;
         self.look.print(&found, |_, found| {
-            let scores = format!("{:>7}  cosine {:6.3}", percent(found.probability), found.similarity);
-            vec![(found.text.clone(), Some(scores))]
-        })
-    }
-}
-
-/// Fill in the blank of a phrase about a picture
-#[derive(Args)]
-pub(crate) struct Fill {
-    #[command(flatten)]
-    look: Look,
-    /// Phrase with one blank, written ___ or [MASK], such as "a ___ circle"; repeatable
-    #[arg(long = "text", value_name = "TEXT", required = true)]
-    texts: Vec<String>,
-    /// Number of words to propose for each blank
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
-    top: u16,
-}
-
-#[derive(Serialize)]
-struct Filled {
-    text: String,
-    words: Vec<Completion>,
-}
-
-impl Fill {
-    pub(crate) fn run(self) -> Result<(), CliError> {
-        let top = self.top.into();
-        let found = self.look.ask(|view| {
-            let filled = |text: &String| Ok(Filled { text: text.clone(), words: view.fill(text, top)? });
-            self.texts.iter().map(filled).collect()
-        })?;
-        self.look.print(&found, |_, found| {
-            let words = found.words.iter().map(|c| (c.word.clone(), Some(percent(c.probability))));
-            std::iter::once((found.text.clone(), None)).chain(words).collect()
+            let answers = found.answers.iter().map(|likely| (likely.answer.clone(), Some(percent(likely.probability))));
+            std::iter::once((found.question.clone(), None)).chain(answers).collect()
         })
     }
 }

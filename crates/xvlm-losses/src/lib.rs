@@ -3,7 +3,7 @@
 //! - [`contrastive`]: image–text contrastive loss (ITC), and the similarities it is made of;
 //! - [`hard_negatives`] and [`matching`]: image–text matching (ITM);
 //! - [`masked_language`]: masked language modelling (MLM); [`generation`]: the next token of a caption or an answer;
-//!   [`text_costs`]: how unlikely each of several answers is;
+//!   [`text_costs`]: how unlikely each of several answers is; [`policy_gradient`]: texts that were drawn and rewarded;
 //! - [`boxes`]: the box a text means, L1 and GIoU.
 //!
 //! *Architecture invariant:* no module and no file is known here, and randomness comes from the caller.
@@ -198,6 +198,30 @@ pub fn text_costs(logits: &Tensor, labels: &[i64]) -> Result<Tensor> {
     let chosen = kernels::log_softmax(logits, D::Minus1)?.gather(&classes, 2)?.squeeze(2)?;
     let counted = Tensor::from_vec(counted, shape, logits.device())?.to_dtype(chosen.dtype())?;
     (chosen * counted)?.sum(1)
+}
+
+/// REINFORCE (Rennie et al. 2017, eq. 11): `logits [K, V]`, the token that was drawn from each row and its weight, the reward
+/// above the baseline times the row's share of the mean → `−Σ weight · log p(token)`; `f32` for half types.
+///
+/// # Errors
+/// If there is not one token and one weight a row, or a token is not below `V`.
+pub fn policy_gradient(logits: &Tensor, tokens: &[u32], weights: &[f32]) -> Result<Tensor> {
+    let (k, v) = logits.dims2()?;
+    if tokens.len() != k || weights.len() != k {
+        candle_core::bail!(
+            "policy_gradient: expected {k} tokens and weights, found {} and {}",
+            tokens.len(),
+            weights.len()
+        );
+    }
+    if let Some(token) = tokens.iter().find(|token| **token as usize >= v) {
+        candle_core::bail!("policy_gradient: expected tokens below {v}, found {token}");
+    }
+    let device = logits.device();
+    let tokens = Tensor::new(tokens, device)?.unsqueeze(1)?;
+    let chosen = kernels::log_softmax(&wide(logits)?, D::Minus1)?.gather(&tokens, 1)?.squeeze(1)?;
+    let weights = Tensor::new(weights, device)?.to_dtype(chosen.dtype())?;
+    (chosen * weights)?.sum_all()?.neg()
 }
 
 /// What a degenerate box, one of negative width or height, does to the GIoU term.
@@ -435,6 +459,29 @@ mod tests {
         }
         assert!(text_costs(&logits, &[1]).is_err());
         assert!(text_costs(&logits, &[2, 0, 0, 0]).is_err());
+    }
+
+    #[test]
+    fn drawn_tokens_are_rewarded() {
+        let logits = rows(&[0.0, 1.0, 2.0, 0.0, 0.5, 3.0], 3).to_dtype(DType::F64).unwrap();
+        let (tokens, weights) = ([1, 2], [0.5, -2.0]);
+        let loss = |logits: &Tensor| policy_gradient(logits, &tokens, &weights).unwrap();
+        let first = 1.0 - (1.0 + 1f64.exp() + 2f64.exp()).ln();
+        let second = 3.0 - (1.0 + 0.5f64.exp() + 3f64.exp()).ln();
+        assert!((loss(&logits).to_scalar::<f64>().unwrap() - (-0.5 * first + 2.0 * second)).abs() < 1e-12);
+        // The gradient of each row: weight · (softmax − what was drawn).
+        let var = candle_core::Var::from_tensor(&logits).unwrap();
+        let found = loss(&var).backward().unwrap().get(&var).unwrap().to_vec2::<f64>().unwrap();
+        for (row, logits) in logits.to_vec2::<f64>().unwrap().iter().enumerate() {
+            let total: f64 = logits.iter().map(|logit| logit.exp()).sum();
+            for (token, logit) in logits.iter().enumerate() {
+                let drawn = if tokens[row] as usize == token { 1.0 } else { 0.0 };
+                let expected = f64::from(weights[row]) * (logit.exp() / total - drawn);
+                assert!((found[row][token] - expected).abs() < 1e-12, "{row}, {token}: {found:?}");
+            }
+        }
+        assert!(policy_gradient(&logits, &[1], &weights).is_err());
+        assert!(policy_gradient(&logits, &[1, 3], &weights).is_err());
     }
 
     #[test]

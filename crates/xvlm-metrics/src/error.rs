@@ -1,7 +1,7 @@
 //! What can be wrong with the input of a score.
 
 /// The errors of this crate.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum MetricsError {
     /// There is nothing to score.
@@ -40,6 +40,28 @@ pub enum MetricsError {
         /// The entry.
         at: usize,
     },
+    /// A run of words is empty or too long for a table of document frequencies.
+    #[error("n-gram {ngram:?}: expected 1 to 4 words, found {found}")]
+    Ngram {
+        /// The words.
+        ngram: String,
+        /// How many they are.
+        found: usize,
+    },
+    /// A number that counts something is not one.
+    #[error("{what}{}: expected a positive number, found {found}", of_what(of))]
+    NotPositive {
+        /// The number.
+        what: &'static str,
+        /// What it counts; empty if there is but one such number.
+        of: String,
+        /// The value.
+        found: f64,
+    },
+}
+
+fn of_what(of: &str) -> String {
+    if of.is_empty() { String::new() } else { format!(" of {of:?}") }
 }
 
 /// Refuses an empty list.

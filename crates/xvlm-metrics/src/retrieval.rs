@@ -67,12 +67,23 @@ pub fn recalls(
     let text_ranks = image_to_text.chunks_exact(texts).zip(&texts_of_image).map(|(row, own)| rank(row, own));
     let image_ranks =
         text_to_image.chunks_exact(images).zip(image_of_text).map(|(row, &own)| rank(row, std::slice::from_ref(&own)));
-    let [text_r1, text_r5, text_r10] = within(text_ranks);
-    let [image_r1, image_r5, image_r10] = within(image_ranks);
-    let text_mean = (text_r1 + text_r5 + text_r10) / 3.0;
-    let image_mean = (image_r1 + image_r5 + image_r10) / 3.0;
-    let r_mean = (text_mean + image_mean) / 2.0;
-    Ok(RetrievalScores { text_r1, text_r5, text_r10, text_mean, image_r1, image_r5, image_r10, image_mean, r_mean })
+    Ok(RetrievalScores::of_ranks(text_ranks, image_ranks))
+}
+
+impl RetrievalScores {
+    /// Scores from ranks: for each image that of the best of its texts, for each text that of its image. The best rank is
+    /// 0; what was not found has none. Recalls of nothing are 0.
+    pub fn of_ranks(
+        text_ranks: impl Iterator<Item = Option<usize>>,
+        image_ranks: impl Iterator<Item = Option<usize>>,
+    ) -> Self {
+        let [text_r1, text_r5, text_r10] = within(text_ranks);
+        let [image_r1, image_r5, image_r10] = within(image_ranks);
+        let text_mean = (text_r1 + text_r5 + text_r10) / 3.0;
+        let image_mean = (image_r1 + image_r5 + image_r10) / 3.0;
+        let r_mean = (text_mean + image_mean) / 2.0;
+        Self { text_r1, text_r5, text_r10, text_mean, image_r1, image_r5, image_r10, image_mean, r_mean }
+    }
 }
 
 /// How many stand before the best of `own`; nothing if `own` is empty.
@@ -115,6 +126,14 @@ mod tests {
         assert!((scores.image_mean - 275.0 / 3.0).abs() < 1e-12);
         assert!((scores.r_mean - (800.0 / 9.0 + 275.0 / 3.0) / 2.0).abs() < 1e-12);
         Ok(())
+    }
+
+    #[test]
+    fn what_is_not_found_has_no_rank() {
+        let scores = RetrievalScores::of_ranks([Some(0), None].into_iter(), [Some(4), Some(9), None, None].into_iter());
+        assert_eq!((scores.text_r1, scores.text_r10), (50.0, 50.0));
+        assert_eq!((scores.image_r1, scores.image_r5, scores.image_r10), (0.0, 25.0, 50.0));
+        assert_eq!(RetrievalScores::of_ranks([].into_iter(), [].into_iter()), RetrievalScores::default());
     }
 
     #[test]

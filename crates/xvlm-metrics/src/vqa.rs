@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use serde::Serialize;
 
 use crate::error::{MetricsError, same_length, some};
-use crate::percent;
+use crate::{is_python_space, percent, python_words};
 
 /// Contractions by what is written without their apostrophes. Keys that the official table has in capitals are left
 /// out: it is asked for lower-case words only.
@@ -78,7 +78,9 @@ where
 /// Consensus of one prediction with the answers of people, 0 to 1.
 ///
 /// Each person in turn is left out; if `n` of the others gave the predicted answer, that is worth min(1, n/3); the
-/// mean counts. Prediction and answers are normalised first, but only if people disagree.
+/// mean counts. Prediction and answers are normalised first, but only if people disagree. That is the official measure,
+/// which is for ten answers; of fewer than four, where nothing could be worth 1 by it, all the others count instead of
+/// three, and a single answer is right or wrong.
 ///
 /// # Errors
 /// If there are no answers.
@@ -90,10 +92,81 @@ pub fn consensus<A: AsRef<str>>(prediction: &str, answers: &[A]) -> Result<f64, 
         prediction = normalise(&prediction);
         answers.iter_mut().for_each(|answer| *answer = normalise(answer));
     }
-    let same = answers.iter().filter(|answer| **answer == prediction).count();
-    let worth = |others: usize| (others as f64 / 3.0).min(1.0);
+    Ok(agreement(&prediction, &answers))
+}
+
+/// The same as the evaluation in X-VLM's repository counts it (`vqaTools/vqaEval.py`), which differs from the official
+/// one: the prediction is always normalised; answers, where people disagree, lose their punctuation only (and keep their
+/// articles, capitals and words for numbers), and are not trimmed.
+///
+/// # Errors
+/// If there are no answers.
+pub fn consensus_as_original<A: AsRef<str>>(prediction: &str, answers: &[A]) -> Result<f64, MetricsError> {
+    some("answers to a question", answers.len())?;
+    let prediction = normalise(prediction);
+    let mut answers: Vec<String> = answers.iter().map(|answer| answer.as_ref().to_owned()).collect();
+    if answers.iter().any(|answer| *answer != answers[0]) {
+        answers.iter_mut().for_each(|answer| *answer = without_periods(&without_punctuation(answer)));
+    }
+    Ok(agreement(&prediction, &answers))
+}
+
+fn agreement(prediction: &str, answers: &[String]) -> f64 {
+    let same = answers.iter().filter(|answer| *answer == prediction).count();
+    if answers.len() == 1 {
+        return same as f64;
+    }
+    let enough = (answers.len() - 1).min(3);
+    let worth = |others: usize| (others as f64 / enough as f64).min(1.0);
     let sum: f64 = answers.iter().map(|answer| worth(if *answer == prediction { same - 1 } else { same })).sum();
-    Ok(sum / answers.len() as f64)
+    sum / answers.len() as f64
+}
+
+/// Consensus over all questions, by type of answer and by type of question; all 0 if there are none.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct VqaScores {
+    /// Mean consensus in percent.
+    pub accuracy: f64,
+    /// Number of questions.
+    pub count: usize,
+    /// The same for each type of answer (`yes/no`, `number`, `other`).
+    pub answer_types: BTreeMap<String, TypeScores>,
+    /// The same for each type of question: its first words.
+    pub question_types: BTreeMap<String, TypeScores>,
+}
+
+/// Scores of the questions of one type.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct TypeScores {
+    /// Mean consensus in percent.
+    pub accuracy: f64,
+    /// Number of questions.
+    pub count: usize,
+}
+
+impl VqaScores {
+    /// Scores from, for each question, the type of its answer, its own type, and the [`consensus`]. A type that is not
+    /// known is empty, and left out of the break-down.
+    pub fn new<'a>(answered: impl IntoIterator<Item = (&'a str, &'a str, f64)>) -> Self {
+        type Tally<'a> = BTreeMap<&'a str, (f64, usize)>;
+        fn add<'a>(tally: &mut Tally<'a>, name: &'a str, consensus: f64) {
+            let (sum, count) = tally.entry(name).or_default();
+            (*sum, *count) = (*sum + consensus, *count + 1);
+        }
+        let scores = |(sum, count): (f64, usize)| TypeScores { accuracy: 100.0 * sum / count.max(1) as f64, count };
+        let (mut all, mut by_answer, mut by_question) = ((0.0, 0), Tally::new(), Tally::new());
+        for (answer_type, question_type, consensus) in answered {
+            all = (all.0 + consensus, all.1 + 1);
+            add(&mut by_answer, answer_type, consensus);
+            add(&mut by_question, question_type, consensus);
+        }
+        let named = |tally: Tally<'_>| {
+            let named = tally.into_iter().filter(|(name, _)| !name.is_empty());
+            named.map(|(name, sums)| (name.to_owned(), scores(sums))).collect()
+        };
+        let TypeScores { accuracy, count } = scores(all);
+        Self { accuracy, count, answer_types: named(by_answer), question_types: named(by_question) }
+    }
 }
 
 /// Answers that are right letter by letter, over all questions and by kind of question; all 0 if there are none.
@@ -135,12 +208,12 @@ impl ExactScores {
 /// digits, contractions with their apostrophes.
 pub fn normalise(answer: &str) -> String {
     let plain = without_periods(&without_punctuation(&one_line(answer))).to_lowercase();
-    let words = plain.split_whitespace().filter(|word| !ARTICLES.contains(word));
+    let words = python_words(&plain).filter(|word| !ARTICLES.contains(word));
     words.map(|word| REPLACEMENTS.get(word).copied().unwrap_or(word)).collect::<Vec<_>>().join(" ")
 }
 
 fn one_line(answer: &str) -> String {
-    answer.replace(['\n', '\t'], " ").trim().to_owned()
+    answer.replace(['\n', '\t'], " ").trim_matches(is_python_space).to_owned()
 }
 
 /// A mark that stands beside a space somewhere in the answer goes, and so does every mark if the answer has a comma
@@ -158,10 +231,16 @@ fn without_punctuation(answer: &str) -> String {
     plain
 }
 
-/// A period goes unless a digit follows. (The official expression means to look before it, too, but does not.)
+/// A period goes unless a digit follows. (The official expression means to look before it, too, but does not; and it
+/// means to set an option where it sets how many periods may go: 32.)
 fn without_periods(answer: &str) -> String {
     let next = answer.chars().skip(1).map(Some).chain([None]);
-    let kept = |(c, next): &(char, Option<char>)| *c != '.' || next.is_some_and(|next| next.is_ascii_digit());
+    let mut gone = 0;
+    let kept = |(c, next): &(char, Option<char>)| {
+        let goes = gone < 32 && *c == '.' && !next.is_some_and(|next| next.is_ascii_digit());
+        gone += usize::from(goes);
+        !goes
+    };
     answer.chars().zip(next).filter(kept).map(|(c, _)| c).collect()
 }
 
@@ -236,9 +315,47 @@ mod tests {
     }
 
     #[test]
-    fn one_answer_agrees_with_nobody_else() -> Result<(), MetricsError> {
-        assert_eq!(consensus("cat", &["cat"])?, 0.0);
+    fn few_answers_can_be_met() -> Result<(), MetricsError> {
+        assert_eq!(consensus("cat", &["cat"])?, 1.0);
+        assert_eq!(consensus("cat", &["dog"])?, 0.0);
+        assert_eq!(consensus("cat", &["cat", "cat"])?, 1.0);
+        assert_eq!(consensus("cat", &["cat", "dog"])?, 0.5);
+        assert_eq!(consensus("cat", &["cat"; 3])?, 1.0);
+        assert_eq!(consensus("cat", &["cat"; 4])?, 1.0);
+        assert_eq!(consensus("cat", &["cat"; 20])?, 1.0);
         Ok(())
+    }
+
+    /// The expected numbers are those of X-VLM's `vqaEval.py`.
+    #[test]
+    fn the_original_normalises_otherwise() -> Result<(), MetricsError> {
+        for (prediction, answers, expected) in [
+            ("The cat", ten("cat", 10, ""), 1.0),
+            ("cat", ten("a cat", 9, "dog"), 0.0),
+            ("two", ten("two", 9, "2"), 0.3),
+            ("t-shirt", ten("t-shirt", 9, "shirt"), 1.0),
+            ("t-shirt", ten("t-shirt", 10, ""), 0.0),
+        ] {
+            let found = consensus_as_original(prediction, &answers)?;
+            assert!((found - expected).abs() < 1e-12, "{prediction:?}: expected {expected}, found {found}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn types_and_all() {
+        let scores = VqaScores::new([
+            ("yes/no", "is the", 1.0),
+            ("other", "what", 0.3),
+            ("other", "", 0.6),
+            ("yes/no", "is the", 0.0),
+        ]);
+        assert_eq!(scores.count, 4);
+        assert!((scores.accuracy - 47.5).abs() < 1e-12);
+        assert_eq!(scores.answer_types["yes/no"], TypeScores { accuracy: 50.0, count: 2 });
+        assert!((scores.answer_types["other"].accuracy - 45.0).abs() < 1e-12);
+        assert_eq!(scores.question_types.keys().collect::<Vec<_>>(), ["is the", "what"]);
+        assert_eq!(VqaScores::new([]), VqaScores::default());
     }
 
     #[test]

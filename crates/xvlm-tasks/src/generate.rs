@@ -1,7 +1,8 @@
 //! Writing about an image token by token: what captions and answers have in common, in training and in use.
 
 use candle_core::{DType, Result, Tensor};
-use serde::Serialize;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
 use xvlm_data::GenerationTensors;
 use xvlm_encoders::{Concepts, Pass, Xvlm};
 use xvlm_losses as losses;
@@ -9,13 +10,13 @@ use xvlm_losses as losses;
 use crate::BATCH;
 use crate::error::TaskError;
 use crate::model::{ImageTokens, Model};
-use crate::search::{Search, Sequence, TextSearch};
+use crate::search::{Sampling, Search, Sequence, TextSearch};
 
 /// The share of a label that is spread over the vocabulary (`label_smoothing` of the original's `configs/Captioning.yaml`).
 pub const LABEL_SMOOTHING: f32 = 0.1;
 
 /// A text the model wrote.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Written {
     /// The text, without what it was to continue.
     pub text: String,
@@ -85,12 +86,26 @@ pub fn writing_loss(
     losses::generation(&model.next_token_logits(&written)?, &labels, smoothing)
 }
 
+/// How tokens are drawn, and with what generator.
+pub(crate) type Draw<'a> = (Sampling, &'a mut ChaCha8Rng);
+
 /// Continues each row of token ids about its source.
 pub(crate) fn write(
     model: &Model,
     source: &Source,
     rows: &[(u32, Vec<u32>)],
     search: Search,
+) -> std::result::Result<Vec<Written>, TaskError> {
+    write_rows(model, source, rows, search, None)
+}
+
+/// Continues each row of token ids about its source, by search or by drawing.
+pub(crate) fn write_rows(
+    model: &Model,
+    source: &Source,
+    rows: &[(u32, Vec<u32>)],
+    search: Search,
+    mut draw: Option<Draw>,
 ) -> std::result::Result<Vec<Written>, TaskError> {
     let mut written = Vec::with_capacity(rows.len());
     for rows in rows.chunks(BATCH) {
@@ -99,7 +114,8 @@ pub(crate) fn write(
         let room = model.config().model.text_config.longest_text().saturating_sub(longest);
         let search = Search { max_tokens: search.max_tokens.min(room), ..search };
         let end = model.tokenizer().sep_id();
-        let texts = source.look_at(&index, |looks| search_texts(model.xvlm(), looks, &prompts, search, end))?;
+        let draw = draw.as_mut().map(|(sampling, rng)| (*sampling, &mut **rng));
+        let texts = source.look_at(&index, |looks| search_texts(model.xvlm(), looks, &prompts, search, end, draw))?;
         for (prompt, sequence) in prompts.iter().zip(texts) {
             let new = sequence.ids.get(prompt.len()..).unwrap_or_default();
             written.push(Written { text: model.tokenizer().decode(new), score: sequence.score });
@@ -108,21 +124,25 @@ pub(crate) fn write(
     Ok(written)
 }
 
-/// Searches for the texts that continue prompts about what they look at; `end` is the token that ends a text.
-fn search_texts(
+/// Searches for the texts that continue prompts about what they look at, or draws them; `end` is the token that ends a text.
+pub(crate) fn search_texts(
     model: &Xvlm,
     looks: &Concepts,
     prompts: &[Vec<u32>],
     search: Search,
     end: u32,
+    draw: Option<Draw>,
 ) -> Result<Vec<Sequence>> {
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-    let mut texts = TextSearch::new(prompts.iter().cloned(), search, end);
+    let mut texts = match draw {
+        Some((sampling, rng)) => TextSearch::drawn(prompts.iter().cloned(), search, sampling, end, rng),
+        None => TextSearch::new(prompts.iter().cloned(), search, end),
+    };
     let mut decoding = model.begin_texts(looks, longest + search.max_tokens)?;
     let mut new = prompts.to_vec();
     while !texts.is_over() {
         let states = decoding.extend(&new)?;
-        let logits = model.next_token_logits(&states)?.to_vec2::<f32>()?;
+        let logits = model.next_token_logits(&states)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
         texts.advance(logits.iter().map(Vec::as_slice));
         decoding.select(&texts.parents().collect::<Vec<_>>())?;
         new = texts.live().map(|(_, ids)| ids[ids.len() - 1..].to_vec()).collect();

@@ -1,8 +1,11 @@
-//! Which token is appended to which text, given the logits a model has for the next one: greedy and beam search.
+//! Which token is appended to which text, given the logits a model has for the next one: greedy and beam search, and drawing.
 //!
-//! Both do what `generate` of transformers 4.12 does, which the original calls (`BeamSearchScorer`, length penalty 1, no early
-//! stopping), so that the same logits give the same texts.
+//! All do what `generate` of transformers 4.12 does, which the original calls (`BeamSearchScorer`, length penalty 1, no early
+//! stopping; of the warpers temperature, top-k and top-p, in this order), so that the same logits give the same texts, or the
+//! same chances.
 
+use rand::{Rng, RngCore, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 /// How a text is searched for.
@@ -35,13 +38,74 @@ impl Search {
     }
 }
 
+/// How the next token is drawn, where a text is not searched for. Its defaults leave the model's distribution as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Sampling {
+    /// The logits are divided by this: below 1 likely tokens become likelier.
+    pub temperature: f32,
+    /// Only that many of the likeliest tokens are drawn, and those as likely as the last of them; 0: all.
+    pub top_k: usize,
+    /// Only the likeliest tokens are drawn whose probabilities sum to more than this, as few of them as do (the nucleus,
+    /// Holtzman et al. 2020); 1: all.
+    pub top_p: f32,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self { temperature: 1.0, top_k: 0, top_p: 1.0 }
+    }
+}
+
+impl Sampling {
+    /// Checks every value.
+    ///
+    /// # Errors
+    /// Which is out of its range, what was expected and what was found.
+    pub fn check(&self) -> Result<(), String> {
+        let Self { temperature, top_p, .. } = *self;
+        if !(temperature > 0.0 && temperature.is_finite()) {
+            return Err(format!("temperature: expected a positive number, found {temperature}"));
+        }
+        match top_p > 0.0 && top_p <= 1.0 {
+            true => Ok(()),
+            false => Err(format!("top_p: expected above 0 and at most 1, found {top_p}")),
+        }
+    }
+
+    /// Logits of the tokens that may be drawn; minus infinity for all others.
+    fn warp(&self, logits: &mut [f32]) {
+        if self.temperature != 1.0 {
+            logits.iter_mut().for_each(|logit| *logit /= self.temperature);
+        }
+        if (1..logits.len()).contains(&self.top_k) {
+            let mut sorted = logits.to_vec();
+            let (_, least, _) = sorted.select_nth_unstable_by(self.top_k - 1, |a, b| b.total_cmp(a));
+            let least = *least;
+            logits.iter_mut().filter(|logit| **logit < least).for_each(|logit| *logit = f32::NEG_INFINITY);
+        }
+        if self.top_p < 1.0 {
+            let probabilities = log_softmax(logits);
+            let mut order: Vec<usize> = (0..logits.len()).collect();
+            order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+            let mut before = 0.0;
+            for token in order {
+                if before > f64::from(self.top_p) {
+                    logits[token] = f32::NEG_INFINITY;
+                }
+                before += f64::from(probabilities[token]).exp();
+            }
+        }
+    }
+}
+
 /// A text that was found.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sequence {
     /// Its tokens, the prompt included; the end is among them only if [`Search::end_at_limit`] put it there.
     pub ids: Vec<u32>,
-    /// Beam search: the sum of the new tokens' log-probabilities over the length, prompt included. Greedy: their mean, that of
-    /// the end included.
+    /// Beam search: the sum of the new tokens' log-probabilities over the length, prompt included. Greedy and drawn: their mean,
+    /// that of the end included; of what is drawn, as it was drawn.
     pub score: f32,
 }
 
@@ -58,6 +122,8 @@ struct Group {
     prompt: usize,
     live: Vec<Live>,
     ended: Vec<Sequence>,
+    /// How the next token is drawn, and with what; without it, it is searched for.
+    draw: Option<(Sampling, ChaCha8Rng)>,
 }
 
 /// Searches for continuations of several prompts at once.
@@ -74,10 +140,27 @@ impl TextSearch {
             prompt: ids.len(),
             live: vec![Live { ids, log_probability: 0.0, parent }],
             ended: Vec::new(),
+            draw: None,
         };
         let mut started = Self { search, end, groups: prompts.into_iter().enumerate().map(start).collect() };
         if search.max_tokens == 0 {
             started.groups.iter_mut().for_each(|group| group.stop(search));
+        }
+        started
+    }
+
+    /// Starts from prompts as [`Self::new`], but each text's next token is drawn; [`Search::beams`] is of no account. Each text
+    /// gets a generator of its own from the next number of `rng`, so what is drawn for it does not depend on the others.
+    pub fn drawn(
+        prompts: impl IntoIterator<Item = Vec<u32>>,
+        search: Search,
+        sampling: Sampling,
+        end: u32,
+        rng: &mut impl RngCore,
+    ) -> Self {
+        let mut started = Self::new(prompts, Search { beams: 1, ..search }, end);
+        for group in &mut started.groups {
+            group.draw = Some((sampling, ChaCha8Rng::seed_from_u64(rng.next_u64())));
         }
         started
     }
@@ -105,7 +188,7 @@ impl TextSearch {
         for group in &mut self.groups {
             let rows: Vec<&[f32]> = logits.by_ref().take(group.live.len()).collect();
             match self.search.beams {
-                0 | 1 => group.advance_greedily(&rows, self.search, self.end),
+                0 | 1 => group.advance_alone(&rows, self.search, self.end),
                 _ => group.advance(&rows, self.search, self.end),
             }
             group.live.iter_mut().for_each(|live| live.parent += first);
@@ -199,15 +282,23 @@ impl Group {
         }
     }
 
-    fn advance_greedily(&mut self, logits: &[&[f32]], search: Search, end: u32) {
+    /// Continues the one text of a group by the likeliest token, or by one that is drawn.
+    fn advance_alone(&mut self, logits: &[&[f32]], search: Search, end: u32) {
         let (Some(logits), false) = (logits.first(), self.live.is_empty()) else { return };
         let mut scores = logits.to_vec();
         self.penalise(0, &mut scores, search.repetition_penalty);
         self.forbid_end(&mut scores, search, end);
-        let best =
-            (0..scores.len() as u32).max_by(|a, b| scores[*a as usize].total_cmp(&scores[*b as usize]).then(b.cmp(a)));
-        let Some(token) = best else { return };
-        let log_probability = log_softmax(&scores)[token as usize];
+        if let Some((sampling, _)) = &self.draw {
+            sampling.warp(&mut scores);
+        }
+        let log_probabilities = log_softmax(&scores);
+        let likeliest = || {
+            let tokens = 0..scores.len() as u32;
+            tokens.max_by(|a, b| scores[*a as usize].total_cmp(&scores[*b as usize]).then(b.cmp(a)))
+        };
+        let drawn = self.draw.as_mut().and_then(|(_, rng)| draw(&log_probabilities, rng));
+        let Some(token) = drawn.or_else(likeliest) else { return };
+        let log_probability = log_probabilities[token as usize];
         let live = &mut self.live[0];
         live.parent = 0;
         live.log_probability += log_probability;
@@ -244,6 +335,23 @@ impl Group {
             worst.map(|worst| self.ended.remove(worst));
         }
     }
+}
+
+/// A token by its probability; none if the probabilities are no numbers.
+fn draw(log_probabilities: &[f32], rng: &mut impl Rng) -> Option<u32> {
+    let mut left = rng.random::<f64>();
+    let mut last = None;
+    for (token, log_probability) in (0u32..).zip(log_probabilities) {
+        let probability = f64::from(*log_probability).exp();
+        if probability > 0.0 {
+            last = Some(token);
+            left -= probability;
+            if left < 0.0 {
+                break;
+            }
+        }
+    }
+    last
 }
 
 fn log_softmax(logits: &[f32]) -> Vec<f32> {
@@ -308,5 +416,92 @@ mod tests {
         let search = Search { beams: 1, min_tokens: 0, max_tokens: 1, ..Search::default() };
         assert_eq!(run(search, next).ids, [1, 1]);
         assert_eq!(run(Search { repetition_penalty: 1.5, ..search }, next).ids, [1, 2]);
+    }
+
+    #[test]
+    fn warping_leaves_what_transformers_leaves() {
+        // Softmax of the logits: 0.4, 0.3, 0.2, 0.1.
+        let logits = [0.3f32, 0.1, 0.4, 0.2].map(f32::ln);
+        let kept = |sampling: Sampling| {
+            let mut warped = logits.to_vec();
+            sampling.warp(&mut warped);
+            (0..4).filter(|&i| warped[i].is_finite()).collect::<Vec<_>>()
+        };
+        let all = Sampling::default();
+        assert_eq!(kept(all), [0, 1, 2, 3]);
+        assert_eq!(kept(Sampling { top_k: 2, ..all }), [0, 2]);
+        assert_eq!(kept(Sampling { top_k: 9, ..all }), [0, 1, 2, 3]);
+        // The token that passes the threshold is kept; of a threshold below the likeliest, that one is.
+        assert_eq!(kept(Sampling { top_p: 0.65, ..all }), [0, 2]);
+        assert_eq!(kept(Sampling { top_p: 0.75, ..all }), [0, 2, 3]);
+        assert_eq!(kept(Sampling { top_p: 0.01, ..all }), [2]);
+        // The nucleus is that of what temperature and top-k have left: of 4/7 and 3/7.
+        assert_eq!(kept(Sampling { top_k: 2, top_p: 0.5, ..all }), [2]);
+        assert_eq!(kept(Sampling { top_p: 0.45, ..all }), [0, 2]);
+        assert_eq!(kept(Sampling { top_p: 0.45, temperature: 0.5, ..all }), [2]);
+        // Tokens as likely as the last of the top k are kept.
+        let mut equal = [1.0, 1.0, 0.0, 1.0];
+        Sampling { top_k: 2, ..all }.warp(&mut equal);
+        assert_eq!(equal, [1.0, 1.0, f32::NEG_INFINITY, 1.0]);
+
+        for wrong in
+            [Sampling { temperature: 0.0, ..all }, Sampling { top_p: 0.0, ..all }, Sampling { top_p: 1.1, ..all }]
+        {
+            assert!(wrong.check().is_err(), "{wrong:?}");
+        }
+        assert_eq!(all.check(), Ok(()));
+    }
+
+    fn drawn(search: Search, sampling: Sampling, seed: u64, texts: usize, next: [[f32; 3]; 3]) -> Vec<Sequence> {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut texts = TextSearch::drawn(vec![vec![1]; texts], search, sampling, END, &mut rng);
+        while !texts.is_over() {
+            let rows: Vec<[f32; 3]> = texts.live().map(|(_, ids)| next[*ids.last().unwrap() as usize]).collect();
+            texts.advance(rows.iter().map(<[f32; 3]>::as_slice));
+        }
+        texts.finish()
+    }
+
+    #[test]
+    fn tokens_are_drawn_as_often_as_they_are_likely() {
+        let next = logits([[1.0, 0.0, 0.0], [0.5, 0.2, 0.3], [1.0, 0.0, 0.0]]);
+        let search = Search { min_tokens: 0, max_tokens: 1, ..Search::default() };
+        let count = 4000;
+        let shares = |sampling| {
+            let texts = drawn(search, sampling, 3, count, next);
+            let share = |ids: &[u32]| texts.iter().filter(|text| text.ids == ids).count() as f64 / count as f64;
+            [share(&[1]), share(&[1, 1]), share(&[1, 2])]
+        };
+        // Four standard deviations of a share of 4000.
+        let close = |found: [f64; 3], expected: [f64; 3]| {
+            found.iter().zip(expected).for_each(|(f, e)| assert!((f - e).abs() <= 0.032, "{found:?} for {expected:?}"));
+        };
+        let all = Sampling::default();
+        close(shares(all), [0.5, 0.2, 0.3]);
+        close(shares(Sampling { top_k: 2, ..all }), [0.625, 0.0, 0.375]);
+        close(shares(Sampling { top_p: 0.4, ..all }), [1.0, 0.0, 0.0]);
+        close(shares(Sampling { temperature: 0.5, ..all }), [0.25 / 0.38, 0.04 / 0.38, 0.09 / 0.38]);
+        let forced = drawn(Search { min_tokens: 1, ..search }, all, 3, 200, next);
+        assert!(forced.iter().all(|text| text.ids.len() == 2));
+    }
+
+    #[test]
+    fn what_is_drawn_follows_from_the_seed_alone() {
+        let next = logits([[1.0, 0.0, 0.0], [0.1, 0.5, 0.4], [0.2, 0.4, 0.4]]);
+        let search = Search { min_tokens: 0, max_tokens: 6, ..Search::default() };
+        let of = |seed, texts| drawn(search, Sampling::default(), seed, texts, next);
+        let five = of(7, 5);
+        assert_eq!(five, of(7, 5));
+        assert_ne!(five, of(8, 5));
+        // Whatever the others do, and although some end before it.
+        assert_eq!(five[..2], of(7, 2));
+        assert!(five.iter().any(|text| text.ids != five[0].ids));
+        let score = |text: &Sequence| {
+            let mut ids = text.ids.clone();
+            ids.extend((ids.len() < 7).then_some(END));
+            let step = |pair: &[u32]| next[pair[0] as usize][pair[1] as usize];
+            ids.windows(2).map(step).sum::<f32>() / (ids.len() - 1) as f32
+        };
+        five.iter().for_each(|text| assert!((text.score - score(text)).abs() < 1e-5, "{text:?}"));
     }
 }

@@ -8,9 +8,10 @@ use serde_json::json;
 use tempfile::TempDir;
 use xvlm_data::{Picture, TextTokenizer};
 use xvlm_encoders::{Task, VisionConfig, XvlmConfig};
+use xvlm_tasks::captioning::{self, Writing};
 use xvlm_tasks::convert::{Goal, convert, export, layout};
 use xvlm_tasks::finetune::initial_weights;
-use xvlm_tasks::{Model, ModelConfig, Search, captioning, fill, grounding, vqa};
+use xvlm_tasks::{Model, ModelConfig, Search, fill, grounding, vqa};
 use xvlm_weights::{Checkpoint, ConversionReport, LoadRules, ModelFiles, ModelFolder, Origin, StoredType};
 
 type Tensors = BTreeMap<String, Tensor>;
@@ -157,11 +158,11 @@ fn a_converted_model_does_what_it_is_for() {
         if let Ok(boxes) = boxes {
             assert_eq!(boxes[0].probability.is_some(), task == Task::Pretrain);
         }
-        let filled = fill::fill(&model, &images, &[(0, "a ___")], 1);
+        let filled = fill::fill(&model, &images, &[(0, "a ___")], fill::Completing::default());
         assert_eq!(filled.is_ok(), task == Task::Pretrain);
         let matched = model.match_pairs(&images, &texts);
         assert_eq!(matched.is_ok(), matches!(task, Task::Retrieval | Task::Pretrain));
-        let captions = captioning::caption(&model, &images, search);
+        let captions = captioning::caption(&model, &images, &Writing { search, ..Writing::of(model.config()) });
         assert_eq!(captions.is_ok(), matches!(task, Task::Captioning | Task::Pretrain), "{}", task.name());
         let answers = vqa::answer(&model, &images, &[(0, "a picture of")], search);
         assert_eq!(answers.is_ok(), matches!(task, Task::Vqa | Task::Pretrain), "{}", task.name());

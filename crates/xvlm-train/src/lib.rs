@@ -63,6 +63,12 @@ pub trait Trainable {
     /// Whatever keeps the model from computing them; the loop stops with it.
     fn losses(&self, batch: &Self::Batch, step: &mut Step) -> Result<Losses, BoxError>;
 
+    /// Numbers of the batch whose losses were asked for last that are reported beside them and not minimised, such as a mean
+    /// reward. None, unless implemented.
+    fn observations(&self) -> Vec<(&'static str, f64)> {
+        Vec::new()
+    }
+
     /// Number of samples in a batch: what images per second count.
     fn samples(batch: &Self::Batch) -> usize;
 

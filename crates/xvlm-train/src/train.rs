@@ -235,6 +235,7 @@ impl<M: Trainable> Trainer<'_, M> {
         };
         tape.backward(total, gradients, ready).map_err(TrainError::tensor("gradient"))?;
         self.meter.tally.add_losses(&values);
+        self.meter.tally.add_losses(&model.observations());
         if self.config.keep_best {
             self.judge.add(&values);
         }

@@ -22,6 +22,7 @@
 //! The layers below are re-exported as modules: [`kernels`], [`encoders`], [`losses`], [`metrics`], [`data`],
 //! [`weights`], [`train`] and [`tasks`].
 
+pub mod alt;
 #[cfg(feature = "bundled")]
 mod bundled;
 #[cfg(feature = "hub")]
@@ -33,11 +34,16 @@ pub use bundled::bundled_files;
 pub use candle_core::Device;
 #[cfg(feature = "hub")]
 pub use hub::Hub;
-pub use predictor::{Answer, Grounding, Heated, Match, PixelBox, Predictor, Proposal, View};
+pub use predictor::{
+    Answer, Grounding, Heated, Judgement, LikelyAnswer, Match, PixelBox, Predictor, Proposal, RankedAnswers, View,
+};
 pub use xvlm_data::Picture;
-pub use xvlm_tasks::fill::Completion;
+pub use xvlm_tasks::captioning::Writing;
+pub use xvlm_tasks::embed::{Index, Query, SearchOptions};
+pub use xvlm_tasks::fill::{Completing, Completion, Exercise, Grade};
 pub use xvlm_tasks::grounding::{HeatMap, Layers, StretchedHeat};
-pub use xvlm_tasks::{ConfigProblem, Model, Search, TaskError as Error, Written};
+pub use xvlm_tasks::vqa::{AnswerList, Ranking};
+pub use xvlm_tasks::{ConfigProblem, Model, Sampling, Search, TaskError as Error, Written};
 pub use {
     xvlm_data as data, xvlm_encoders as encoders, xvlm_kernels as kernels, xvlm_losses as losses,
     xvlm_metrics as metrics, xvlm_tasks as tasks, xvlm_train as train, xvlm_weights as weights,

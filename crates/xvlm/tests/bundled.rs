@@ -1,8 +1,10 @@
 //! The built-in model through the facade: everything that can be asked about one picture.
 
+use std::collections::BTreeSet;
+
 use xvlm::data::scenes::{SIDE, Scene, Split, check_caption};
 use xvlm::metrics::boxes::iou_xywh;
-use xvlm::{Device, Picture, Predictor};
+use xvlm::{Device, Picture, Predictor, Sampling};
 
 /// The scene of `assets/example.png`: held out, as every scene that is not of seed 1.
 fn scene() -> Scene {
@@ -122,8 +124,32 @@ fn a_gpu_says_the_same() {
         let found = view.ground(&["the red circle", "the shape on the left"]).unwrap();
         let edges = |b: &xvlm::PixelBox| [b.xmin, b.ymin, b.xmax, b.ymax];
         let edges: Vec<f32> = found.iter().flat_map(|found| edges(&found.bounds)).collect();
-        (view.caption().unwrap().text, view.fill("a ___ circle", 3).unwrap()[0].word.clone(), edges)
+        (view.caption().unwrap().text, view.fill("a ___ circle", 3).unwrap()[0].text(), edges)
     });
     assert_eq!((here.0, here.1), (there.0, there.1));
     assert!(here.2.iter().zip(&there.2).all(|(a, b)| (a - b).abs() < 0.1), "{:?} {:?}", here.2, there.2);
+}
+
+#[test]
+fn it_describes_several_pictures_in_several_ways() {
+    let predictor = Predictor::bundled(&Device::Cpu).unwrap();
+    let scenes: Vec<Scene> = (1..4).map(|id| Scene::generate(2022, id, Split::Seen)).collect();
+    let picture = |scene: &Scene| Picture::from_rgb(SIDE as u32, SIDE as u32, scene.render()).unwrap();
+    let pictures: Vec<Picture> = scenes.iter().map(picture).collect();
+    let writing = predictor.writing();
+    let captions = predictor.captions(&pictures, &writing).unwrap();
+    let right =
+        captions.iter().zip(&scenes).filter(|(written, scene)| check_caption(scene, &written.text).objects_right);
+    assert!(right.count() >= 2, "{captions:?}");
+    let alone = predictor.look(&pictures[2]).unwrap().caption_as(&writing).unwrap();
+    assert_eq!(alone.text, captions[2].text);
+
+    let drawn = predictor.sample_captions(&pictures, &writing, Sampling::default(), 4, 9).unwrap();
+    let texts: BTreeSet<&str> = drawn[0].iter().map(|written| written.text.as_str()).collect();
+    assert!(drawn.iter().all(|texts| texts.len() == 4) && texts.len() > 1, "{drawn:?}");
+    let one = predictor.look(&pictures[0]).unwrap().sample_captions(&writing, Sampling::default(), 4, 9).unwrap();
+    assert_eq!(
+        one.iter().map(|written| &written.text).collect::<Vec<_>>(),
+        drawn[0].iter().map(|w| &w.text).collect::<Vec<_>>()
+    );
 }

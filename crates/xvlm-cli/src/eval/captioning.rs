@@ -1,48 +1,151 @@
 //! `xvlm eval captioning`.
 
+use std::path::{Path, PathBuf};
+
 use clap::Args;
-use xvlm::tasks::captioning::{self, CaptionScores};
-use xvlm::tasks::finetune::FinetuneKind;
+use serde::Serialize;
+use xvlm::Search;
+use xvlm::data::annotations::{CaptionItem, Reading, read_references};
+use xvlm::tasks::captioning::{self, CaptionScores, TruthScores};
+use xvlm::tasks::finetune::{FinetuneKind, FinetuneTask};
+use xvlm::tasks::{FinetuneConfig, TaskError};
 
 use super::{Common, DataArgs, Source, count, percent};
-use crate::output::{CliError, Rows};
+use crate::caption::WritingArgs;
+use crate::output::{CliError, Rows, say};
 
-/// Captions checked against the scene: right objects, colours and relation, in percent
+/// Pictures at a time, where no configuration says how many.
+const BATCH: usize = 32;
+
+/// Captions against the reference captions: BLEU, ROUGE-L and CIDEr; on a folder of `xvlm synth` also against what is true
+///
+/// With --out, captions.json is the result file that COCO's evaluation reads.
 #[derive(Args)]
 pub(crate) struct Captioning {
     #[command(flatten)]
     data: DataArgs,
     #[command(flatten)]
+    writing: WritingArgs,
+    /// Pictures at a time [default: 32, or what the configuration says]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    batch_size: Option<u16>,
+    #[command(flatten)]
     common: Common,
+}
+
+#[derive(Serialize)]
+struct Scores {
+    #[serde(flatten)]
+    words: Option<CaptionScores>,
+    #[serde(flatten)]
+    truth: Option<TruthScores>,
+    captions: usize,
+    wordless: Vec<String>,
+}
+
+/// What a configuration says of its test.
+struct Test<'a> {
+    prompt: &'a str,
+    search: Search,
+    batch: usize,
+    files: &'a [PathBuf],
+    images: &'a Path,
+    references: &'a Path,
+}
+
+impl<'a> Test<'a> {
+    fn of(config: &'a FinetuneConfig) -> Option<Self> {
+        macro_rules! test {
+            ($task:ident) => {
+                Self {
+                    prompt: &$task.prompt,
+                    search: $task.search,
+                    batch: $task.batch_size_test,
+                    files: &$task.test_file,
+                    images: &$task.image_root,
+                    references: &$task.test_gt_file,
+                }
+            };
+        }
+        match &config.task {
+            FinetuneTask::Captioning(task) => Some(test!(task)),
+            FinetuneTask::CaptioningScst(task) => Some(test!(task)),
+            _ => None,
+        }
+    }
+
+    fn items(&self) -> Result<Vec<CaptionItem>, TaskError> {
+        let reading = Reading { images: Some(self.images.to_owned()), ..Reading::strict() };
+        let references = read_references(self.references)?;
+        captioning::with_references(
+            reading.captions(self.files)?.items,
+            references,
+            &self.references.display().to_string(),
+        )
+    }
 }
 
 impl Captioning {
     pub(super) fn run(self) -> Result<(), CliError> {
-        let Source::Folder(folder) = self.data.open(FinetuneKind::Captioning)? else {
-            return Err(CliError::Option {
-                option: "--config",
-                expected: "--data",
-                found: "a configuration".to_owned(),
-            });
-        };
+        // A configuration of either kind of training says how to test.
+        let open = |kind| self.data.open(kind);
+        let source =
+            open(FinetuneKind::Captioning).or_else(|error| open(FinetuneKind::CaptioningScst).map_err(|_| error))?;
         let name = self.data.name();
         let done = self.common.evaluate("captions", &name, |model, sweep| {
-            captioning::evaluate(model, folder, model.config().search, sweep.counter)
+            let writing = captioning::Writing::of(model.config());
+            let batch = |of_config: usize| self.batch_size.map_or(of_config, usize::from);
+            let test = match &source {
+                Source::Config(config) => Test::of(config),
+                Source::Folder(folder) => {
+                    let writing = self.writing.of(writing);
+                    return captioning::evaluate_folder(model, folder, &writing, batch(BATCH), sweep);
+                }
+            };
+            let Some(test) = test else { return Err(TaskError::Empty { what: name.clone() }) };
+            let writing = captioning::Writing { prompt: test.prompt.to_owned(), search: test.search };
+            captioning::evaluate(model, test.items()?, &self.writing.of(writing), batch(test.batch), sweep)
         })?;
-        match done {
-            Some(done) => self.common.print("captioning", &name, done.scores, &[], caption_rows),
-            None => Ok(()),
+        let Some(done) = done else { return Ok(()) };
+        if let Some(out) = &self.common.out {
+            captioning::write_results(&out.join("captions.json"), &done.items, &done.answers)?;
         }
+        for id in done.wordless.iter().take(8) {
+            say(&format!("without a word: image {id}"));
+        }
+        let scores =
+            Scores { words: done.scores, truth: done.truth, captions: done.answers.len(), wordless: done.wordless };
+        self.common.print("captioning", &name, scores, &done.left_out, |scores| {
+            let mut rows: Rows = scores.words.iter().flat_map(word_rows).collect();
+            rows.extend(scores.truth.iter().flat_map(caption_rows));
+            rows.push(count("captions", scores.captions));
+            if !scores.wordless.is_empty() {
+                rows.push(count("without a word", scores.wordless.len()));
+            }
+            rows
+        })
     }
 }
 
-pub(crate) fn caption_rows(scores: &CaptionScores) -> Rows {
+/// Scores as papers print them: times 100.
+fn word_rows(scores: &CaptionScores) -> Rows {
+    let row = |name: &str, score: f64| (name.to_owned(), Some(format!("{:.1}", 100.0 * score)));
+    vec![
+        row("BLEU-1", scores.bleu1),
+        row("BLEU-2", scores.bleu2),
+        row("BLEU-3", scores.bleu3),
+        row("BLEU-4", scores.bleu4),
+        row("ROUGE-L", scores.rouge_l),
+        row("CIDEr", scores.cider),
+    ]
+}
+
+pub(crate) fn caption_rows(scores: &TruthScores) -> Rows {
     vec![
         percent("objects, colours and relation right", scores.right),
         percent("objects right", scores.objects),
         percent("colours right", scores.colours),
         percent("relation right", scores.relation),
         percent("all right, with sizes and textures", scores.all),
-        count("captions", scores.count),
     ]
 }

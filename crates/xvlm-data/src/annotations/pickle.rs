@@ -16,6 +16,8 @@ enum Node {
     Plain(Value),
     List(Vec<usize>),
     Dict(Vec<usize>),
+    /// Python's `defaultdict`, of which dictionaries are made.
+    DefaultDict,
 }
 
 struct Machine<'a> {
@@ -32,23 +34,70 @@ struct Machine<'a> {
 /// # Errors
 /// What was expected and found, and at which byte.
 pub(super) fn read_list(bytes: &[u8]) -> Result<Vec<Value>, String> {
-    let mut machine =
-        Machine { rest: bytes, nodes: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
-    let at = |machine: &Machine<'_>| bytes.len() - machine.rest.len();
-    let root = loop {
-        let start = at(&machine);
-        let last = machine.step().map_err(|found| format!("{found} at byte {start}"))?;
-        if let Some(root) = last {
-            break root;
-        }
-    };
+    let (machine, root) = Machine::run(bytes)?;
     let Node::List(items) = &machine.nodes[root] else { return Err("something else than a list".to_owned()) };
     // Shared values are written out each time; whole files of references share little.
     let mut budget = 8 * bytes.len();
     items.iter().map(|&item| machine.value(item, DEEPEST, &mut budget)).collect()
 }
 
+/// A run of words and how often it occurs.
+pub(super) type Count = (Vec<String>, f64);
+
+/// Reads the number and the table of counts that a pickled dictionary has under two names: the keys of the table are
+/// tuples of strings.
+///
+/// # Errors
+/// What was expected and found, and at which byte or under which name.
+pub(super) fn read_counts(bytes: &[u8], number: &str, table: &str) -> Result<(f64, Vec<Count>), String> {
+    let (machine, root) = Machine::run(bytes)?;
+    let Node::Dict(pairs) = &machine.nodes[root] else { return Err("something else than a dictionary".to_owned()) };
+    let text = |node: usize| match &machine.nodes[node] {
+        Node::Plain(Value::String(text)) => Some(text.as_str()),
+        _ => None,
+    };
+    let float = |node: usize| match &machine.nodes[node] {
+        Node::Plain(value) => value.as_f64(),
+        _ => None,
+    };
+    let entry = |name: &str| {
+        let pair = pairs.chunks_exact(2).find(|pair| text(pair[0]) == Some(name));
+        pair.map(|pair| pair[1]).ok_or_else(|| format!("no {name}"))
+    };
+    let whole = float(entry(number)?).ok_or_else(|| format!("a {number} that is no number"))?;
+    let Node::Dict(counts) = &machine.nodes[entry(table)?] else {
+        return Err(format!("a {table} that is no dictionary"));
+    };
+    // Tuples may share their words, but not so much that the table grows far beyond the file.
+    let mut budget = 8 * bytes.len();
+    let count = |pair: &[usize]| {
+        let words = match &machine.nodes[pair[0]] {
+            Node::List(words) => words.iter().map(|&word| text(word).map(str::to_owned)).collect::<Option<Vec<_>>>(),
+            _ => None,
+        };
+        let words = words.ok_or_else(|| format!("a key of {table} that is no tuple of strings"))?;
+        let cost = words.iter().map(|word| 1 + word.len()).sum();
+        budget = budget.checked_sub(cost).ok_or("words that are shared so much that they are too large written out")?;
+        let count = float(pair[1]).ok_or_else(|| format!("a count of {table} that is no number, of {words:?}"))?;
+        Ok((words, count))
+    };
+    Ok((whole, counts.chunks_exact(2).map(count).collect::<Result<_, String>>()?))
+}
+
 impl<'a> Machine<'a> {
+    /// Does all operations of a pickle; with the place of its value.
+    fn run(bytes: &'a [u8]) -> Result<(Self, usize), String> {
+        let mut machine =
+            Machine { rest: bytes, nodes: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
+        loop {
+            let start = bytes.len() - machine.rest.len();
+            let last = machine.step().map_err(|found| format!("{found} at byte {start}"))?;
+            if let Some(root) = last {
+                return Ok((machine, root));
+            }
+        }
+    }
+
     fn take(&mut self, length: usize) -> Result<&'a [u8], String> {
         let (taken, rest) = self.rest.split_at_checked(length).ok_or("the end of the file")?;
         self.rest = rest;
@@ -128,6 +177,19 @@ impl<'a> Machine<'a> {
         match &mut self.nodes[top] {
             Node::Dict(pairs) if values.len().is_multiple_of(2) => pairs.extend(values),
             _ => return Err("items of something that is no dictionary".to_owned()),
+        }
+        Ok(())
+    }
+
+    /// A name that is looked up: only those of dictionaries with a default, which is of no account here.
+    fn class(&mut self, module: &[u8], name: &[u8]) -> Result<(), String> {
+        match (module, name) {
+            (b"collections", b"defaultdict") => self.push(Node::DefaultDict),
+            (b"__builtin__" | b"builtins", b"float" | b"int") => self.plain(Value::Null),
+            _ => {
+                let [module, name] = [module, name].map(String::from_utf8_lossy);
+                return Err(format!("{module}.{name}, which is no plain value,"));
+            }
         }
         Ok(())
     }
@@ -224,6 +286,26 @@ impl<'a> Machine<'a> {
                 self.push(Node::List(values));
             }
             b'}' => self.push(Node::Dict(Vec::new())),
+            b'c' => {
+                let (module, name) = (self.line()?, self.line()?);
+                self.class(module, name)?;
+            }
+            0x93 => {
+                let names = self.last(2)?;
+                let name = |node: usize| match &self.nodes[node] {
+                    Node::Plain(Value::String(name)) => name.clone().into_bytes(),
+                    _ => Vec::new(),
+                };
+                let (module, name) = (name(names[0]), name(names[1]));
+                self.class(&module, &name)?;
+            }
+            b'R' => {
+                let call = self.last(2)?;
+                if !matches!(self.nodes[call[0]], Node::DefaultDict) {
+                    return Err("a call of something that is no defaultdict".to_owned());
+                }
+                self.push(Node::Dict(Vec::new()));
+            }
             b'd' => {
                 let values = self.since_mark()?;
                 self.push(Node::Dict(Vec::new()));
@@ -286,6 +368,7 @@ impl<'a> Machine<'a> {
         };
         let plain = match &self.nodes[node] {
             Node::Plain(value) => value.clone(),
+            Node::DefaultDict => return Err("a class, which is no plain value".to_owned()),
             Node::List(items) => {
                 let items = items.iter().map(|&item| self.value(item, depth - 1, budget));
                 items.collect::<Result<Vec<_>, _>>()?.into()
@@ -391,7 +474,7 @@ mod tests {
         // A list that has itself.
         assert!(read_list(b"]q\x00h\x00a.").unwrap_err().contains("nested more than"));
         assert!(read_list(b"X\xff\xff\xff\xff").unwrap_err().contains("the end of the file at byte 0"));
-        assert!(read_list(b"cos\nsystem\n(S'true'\ntR.").unwrap_err().contains("operation 'c'"));
+        assert!(read_list(b"cos\nsystem\n(S'true'\ntR.").unwrap_err().contains("os.system"));
         assert!(read_list(b"K\x01.").unwrap_err().contains("something else than a list"));
     }
 
@@ -399,12 +482,13 @@ mod tests {
         #[test]
         fn no_bytes_make_it_panic(bytes in prop::collection::vec(
             prop_oneof![
-                prop::sample::select(b"(.012NIJKMFGSVUTXBC])lt}daesupqrgjh\n'\\x\x80\x85\x86\x87\x88\x8a\x8c\x94\x95".to_vec()),
+                prop::sample::select(b"(.012NIJKMFGSVUTXBC])lt}daesupqrgjhcR\n'\\x\x80\x85\x86\x87\x88\x8a\x8c\x93\x94\x95".to_vec()),
                 any::<u8>(),
             ],
             0..60,
         )) {
             let _ = read_list(&bytes);
+            let _ = read_counts(&bytes, "a", "b");
         }
     }
 }

@@ -12,10 +12,12 @@ use xvlm_data::{
     BatchBuilder, BatchConfig, DataError, Dataset, DatasetConfig, ImageCache, ItemBatches, ItemConfig, Loader,
     LoaderConfig, Need, SourceConfig, TextTokenizer,
 };
+use xvlm_metrics::captions::cider::CiderD;
 use xvlm_train::{Batches, BoxError, Progress};
 
 use super::learn::Batch;
 use super::{FinetuneConfig, FinetuneTask};
+use crate::captioning::Scst;
 use crate::error::{ConfigProblem, TaskError};
 use crate::grounding::training_phrases;
 use crate::pretrain::open_dataset;
@@ -40,6 +42,8 @@ pub(super) struct TaskData {
     pub(super) epoch: u64,
     /// Items in a batch of one process.
     pub(super) batch_size: usize,
+    /// What captions are rewarded by, where they are.
+    pub(super) scst: Option<Scst<CiderD>>,
 }
 
 impl TaskData {
@@ -95,10 +99,13 @@ impl TaskData {
             }
             FinetuneTask::CaptioningScst(task) => {
                 let items = opening.told(reading(&task.image_root).captions(&task.train_file)?, &task.data)?;
-                let images = CaptionItem::by_image(items).iter().map(Described::from).collect();
-                opening.items(References::default(), images, &task.data, |batch| {
+                let images: Vec<Described> = CaptionItem::by_image(items).iter().map(Described::from).collect();
+                let captions = images.iter().map(|image| image.captions.as_slice());
+                let scst = Scst::open(task, captions, &opening.tokenizer)?;
+                let data = opening.items(References::default(), images, &task.data, |batch| {
                     Ok(Batch::References(batch.to_tensors(&Device::Cpu)?))
-                })
+                })?;
+                Ok(Self { scst: Some(scst), ..data })
             }
             FinetuneTask::NlvrPretrain(task) | FinetuneTask::CaptioningPretrain(task) => {
                 let shards = Shards { field: "task.train_file", sources: &task.train_file, dataset: &task.dataset };
@@ -231,7 +238,7 @@ impl Opening<'_> {
             counts: batches.counts(),
             broken: batches.broken().iter().map(ToString::to_string).collect(),
         };
-        Ok(TaskData { build: Arc::new(build), drawn: Box::new(drawn), epoch, batch_size })
+        Ok(TaskData { build: Arc::new(build), drawn: Box::new(drawn), epoch, batch_size, scst: None })
     }
 
     /// What builds batches of records.
@@ -258,5 +265,11 @@ fn of_records(
     let source = Arc::clone(&builder);
     let drawn =
         move || Drawn { counts: builder.counts(), broken: builder.broken().iter().map(ToString::to_string).collect() };
-    TaskData { build: Arc::new(move |step| build(&source, step)), drawn: Box::new(drawn), epoch, batch_size }
+    TaskData {
+        build: Arc::new(move |step| build(&source, step)),
+        drawn: Box::new(drawn),
+        epoch,
+        batch_size,
+        scst: None,
+    }
 }

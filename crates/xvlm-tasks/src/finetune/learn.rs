@@ -1,14 +1,19 @@
 //! The losses of each task, as the training loop knows them.
 
+use std::cell::Cell;
+use std::sync::Arc;
+
 use candle_core::{Result, Tensor, Var};
 use xvlm_data::tensors::{PhraseTensors, QuestionTensors, ReferenceTensors, StatementTensors};
-use xvlm_data::{CaptionTensors, GenerationTensors, RegionTensors, TextTensors};
+use xvlm_data::{CaptionTensors, GenerationTensors, RegionTensors, TextTensors, TextTokenizer};
 use xvlm_encoders::{Pass, Xvlm};
 use xvlm_kernels::IGNORE;
 use xvlm_losses as losses;
+use xvlm_metrics::captions::cider::CiderD;
 use xvlm_train::{BoxError, Losses, Step, Trainable};
 
 use super::{FinetuneConfig, FinetuneTask};
+use crate::captioning::Scst;
 use crate::config::ItcGradient;
 use crate::finite::first_not_finite;
 use crate::generate::writing_loss;
@@ -78,6 +83,8 @@ enum Learning {
     Captions(f32),
     /// The next word of whole texts.
     Words,
+    /// Captions that are rewarded.
+    Rewards,
 }
 
 /// A task's model with its losses.
@@ -85,6 +92,10 @@ pub struct Finetuning {
     model: Xvlm,
     parameters: Vec<(String, Var)>,
     learning: Learning,
+    /// What captions are rewarded by, and what their tokens mean.
+    rewards: Option<(Scst<CiderD>, Arc<TextTokenizer>)>,
+    /// Mean reward, mean baseline and share of captions without a word of the last batch.
+    rewarded: Cell<Option<[f64; 3]>>,
 }
 
 impl Finetuning {
@@ -98,9 +109,15 @@ impl Finetuning {
             FinetuneTask::NlvrPretrain(_) => Learning::Assignment,
             FinetuneTask::Bbox(_) | FinetuneTask::BboxPretrain(_) => Learning::Boxes,
             FinetuneTask::Captioning(task) => Learning::Captions(task.label_smoothing as f32),
-            FinetuneTask::CaptioningPretrain(_) | FinetuneTask::CaptioningScst(_) => Learning::Words,
+            FinetuneTask::CaptioningPretrain(_) => Learning::Words,
+            FinetuneTask::CaptioningScst(_) => Learning::Rewards,
         };
-        Self { model, parameters, learning }
+        Self { model, parameters, learning, rewards: None, rewarded: Cell::new(None) }
+    }
+
+    /// The same, for captions that are rewarded: by what.
+    pub fn with_rewards(self, scst: Scst<CiderD>, tokenizer: Arc<TextTokenizer>) -> Self {
+        Self { rewards: Some((scst, tokenizer)), ..self }
     }
 
     /// The model inside.
@@ -196,8 +213,18 @@ impl Trainable for Finetuning {
     }
 
     fn losses(&self, batch: &Batch, step: &mut Step) -> std::result::Result<Losses, BoxError> {
+        if let (Some((scst, tokenizer)), Batch::References(batch)) = (&self.rewards, batch) {
+            let done = scst.losses(&self.model, batch, tokenizer, step)?;
+            self.rewarded.set(Some([done.reward, done.baseline, done.empty]));
+            return Ok(Losses(vec![("scst", done.loss)]));
+        }
         let pass = Pass::training(step.rng).on(step.tape);
         Ok(self.losses_in(&pass, batch, step)?)
+    }
+
+    fn observations(&self) -> Vec<(&'static str, f64)> {
+        let names = ["reward", "baseline", "wordless"];
+        self.rewarded.get().map_or_else(Vec::new, |numbers| names.into_iter().zip(numbers).collect())
     }
 
     fn samples(batch: &Batch) -> usize {

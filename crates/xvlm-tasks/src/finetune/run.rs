@@ -52,10 +52,13 @@ pub fn run(
         return Err(problem("train: expected a section, since there is to be training, found none".to_owned()).into());
     };
     let (rank, ranks) = (session.ranks.rank(), session.ranks.size());
-    let data = TaskData::open(&config, &tokenizer, (rank, ranks), out, progress)?;
+    let mut data = TaskData::open(&config, &tokenizer, (rank, ranks), out, progress)?;
     train.fix_length(data.epoch, (data.batch_size * ranks * train.accumulate) as u64);
     config.train = Some(train.clone());
-    let model = open_model(&config, &train, start, device, progress)?;
+    let mut model = open_model(&config, &train, start, device, progress)?;
+    if let Some(scst) = data.scst.take() {
+        model = model.with_rewards(scst, Arc::clone(&tokenizer));
+    }
     let run = RunFolder::new(out)?;
     let batches = |start| -> Result<Box<dyn Batches<Batch>>, BoxError> {
         if session.is_first_rank() {

@@ -261,7 +261,7 @@ pub struct ScstTask {
     pub test_gt_file: PathBuf,
     /// What captions begin with, and the reward does not see.
     pub prompt: String,
-    /// How captions are searched for in evaluation; its lengths are also those of the captions that are rewarded.
+    /// How captions are searched for in evaluation; captions that are rewarded are as long at most.
     pub search: Search,
     /// In how many documents each n-gram occurs: what CIDEr weighs by. If left out, it is counted in the references of
     /// `train_file`.

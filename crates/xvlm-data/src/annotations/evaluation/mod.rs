@@ -218,7 +218,7 @@ impl Reading {
                     // VLUE has images of one name in several folders.
                     let image_id = match object.get("image_id") {
                         Some(_) => object.id("image_id")?,
-                        None => file,
+                        None => file.clone(),
                     };
                     let (image, split) = (object.file("image", &root)?, optional_text(&object, "split")?);
                     let skip = run.other_split(split.as_deref(), || format!("{}{}", path.display(), context.place));

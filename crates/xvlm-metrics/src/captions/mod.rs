@@ -1,10 +1,16 @@
-//! Captions against references: BLEU and ROUGE-L, as `pycocoevalcap` (version 1.2) computes them.
+//! Captions against references: BLEU, ROUGE-L and CIDEr, as `pycocoevalcap` (version 1.2) computes them.
 //!
-//! Texts are words separated by white space; that they are lower-case and without punctuation is up to the caller.
+//! Texts are words separated by white space; [`ptb`] makes such of captions, in lower case and without punctuation.
+
+pub mod cider;
+pub mod ptb;
 
 use std::collections::HashMap;
 
+use rayon::prelude::*;
+
 use crate::error::{MetricsError, same_length, some};
+use crate::python_words;
 
 /// Keep the quotients of BLEU defined (`small`, `tiny` of the reference); the score of nothing is 0 up to rounding.
 const SMALL: f64 = 1e-9;
@@ -12,6 +18,18 @@ const TINY: f64 = 1e-15;
 
 /// Weight of recall against precision in ROUGE-L.
 const BETA: f64 = 1.2;
+
+/// Captions a thread works through at a time.
+const CHUNK: usize = 512;
+
+/// What BLEU counts: n-grams that are right, all n-grams, words, and words there should be.
+#[derive(Clone, Copy, Default)]
+struct Overlap {
+    right: [usize; 4],
+    all: [usize; 4],
+    length: usize,
+    target: usize,
+}
 
 /// Corpus BLEU-1 to BLEU-4, as fractions (Papineni et al. 2002).
 ///
@@ -22,28 +40,21 @@ const BETA: f64 = 1.2;
 /// If there is no caption, a caption has no reference, or the lists differ in length.
 pub fn bleu<C, R>(captions: &[C], references: &[Vec<R>]) -> Result<[f64; 4], MetricsError>
 where
-    C: AsRef<str>,
-    R: AsRef<str>,
+    C: AsRef<str> + Sync,
+    R: AsRef<str> + Sync,
 {
     check(captions, references)?;
-    let (mut right, mut all) = ([0usize; 4], [0usize; 4]);
-    let (mut length, mut target) = (0, 0);
-    for (caption, references) in captions.iter().zip(references) {
-        let caption = words(caption);
-        let references: Vec<_> = references.iter().map(words).collect();
-        length += caption.len();
-        target += references.iter().map(Vec::len).min_by_key(|&len| (len.abs_diff(caption.len()), len)).unwrap_or(0);
-        for n in 1..=4 {
-            let theirs: Vec<_> = references.iter().map(|reference| ngrams(reference, n)).collect();
-            all[n - 1] += (caption.len() + 1).saturating_sub(n);
-            right[n - 1] += ngrams(&caption, n)
-                .into_iter()
-                .map(|(ngram, count)| {
-                    count.min(theirs.iter().filter_map(|own| own.get(ngram)).copied().max().unwrap_or(0))
-                })
-                .sum::<usize>();
-        }
-    }
+    let pairs = captions.par_iter().zip(references).with_min_len(CHUNK);
+    let Overlap { right, all, length, target } =
+        pairs.map(|(caption, references)| overlap(caption, references)).reduce(Overlap::default, |mut sum, next| {
+            for n in 0..4 {
+                sum.right[n] += next.right[n];
+                sum.all[n] += next.all[n];
+            }
+            sum.length += next.length;
+            sum.target += next.target;
+            sum
+        });
     let ratio = (length as f64 + TINY) / (target as f64 + SMALL);
     let brevity = if ratio < 1.0 { (1.0 - 1.0 / ratio).exp() } else { 1.0 };
     let mut product = 1.0;
@@ -51,6 +62,40 @@ where
         product *= (right[n] as f64 + TINY) / (all[n] as f64 + SMALL);
         product.powf(1.0 / (n + 1) as f64) * brevity
     }))
+}
+
+fn overlap<R: AsRef<str>>(caption: &impl AsRef<str>, references: &[R]) -> Overlap {
+    let mut numbers = HashMap::new();
+    let caption = numbered(words(caption), &mut numbers);
+    let references: Vec<_> = references.iter().map(|text| numbered(words(text), &mut numbers)).collect();
+    let target = references.iter().map(Vec::len).min_by_key(|&len| (len.abs_diff(caption.len()), len)).unwrap_or(0);
+    let mut found = Overlap { length: caption.len(), target, ..Overlap::default() };
+    let mut theirs: Vec<&[u32]> = Vec::new();
+    for n in 1..=4 {
+        found.all[n - 1] = (caption.len() + 1).saturating_sub(n);
+        let mut own: Vec<&[u32]> = caption.windows(n).collect();
+        own.sort_unstable();
+        // How often each n-gram of the caption occurs in the reference that has most of it.
+        let mut most = vec![0; own.len()];
+        for reference in &references {
+            theirs.clear();
+            theirs.extend(reference.windows(n));
+            theirs.sort_unstable();
+            let (mut at, mut from) = (0, 0);
+            for same in own.chunk_by(|a, b| a == b) {
+                from += theirs[from..].iter().take_while(|other| **other < same[0]).count();
+                let count = theirs[from..].iter().take_while(|other| **other == same[0]).count();
+                most[at] = count.max(most[at]);
+                at += same.len();
+            }
+        }
+        let mut at = 0;
+        for same in own.chunk_by(|a, b| a == b) {
+            found.right[n - 1] += same.len().min(most[at]);
+            at += same.len();
+        }
+    }
+    found
 }
 
 /// ROUGE-L as a fraction: the mean over captions of the F-score of the longest common subsequence (Lin 2004).
@@ -61,23 +106,37 @@ where
 /// If there is no caption, a caption has no reference, or the lists differ in length.
 pub fn rouge_l<C, R>(captions: &[C], references: &[Vec<R>]) -> Result<f64, MetricsError>
 where
-    C: AsRef<str>,
-    R: AsRef<str>,
+    C: AsRef<str> + Sync,
+    R: AsRef<str> + Sync,
+{
+    Ok(rouge_l_each(captions, references)?.iter().sum::<f64>() / captions.len() as f64)
+}
+
+/// [`rouge_l`] of each caption.
+///
+/// # Errors
+/// If there is no caption, a caption has no reference, or the lists differ in length.
+pub fn rouge_l_each<C, R>(captions: &[C], references: &[Vec<R>]) -> Result<Vec<f64>, MetricsError>
+where
+    C: AsRef<str> + Sync,
+    R: AsRef<str> + Sync,
 {
     check(captions, references)?;
     let score = |(caption, references): (&C, &Vec<R>)| {
-        let caption = words(caption);
+        let mut numbers = HashMap::new();
+        let caption = numbered(pieces(caption), &mut numbers);
+        let mut row = Vec::new();
         let (mut precision, mut recall) = (0f64, 0f64);
         for reference in references {
-            let reference = words(reference);
-            let common = common_subsequence(&caption, &reference) as f64;
+            let reference = numbered(pieces(reference), &mut numbers);
+            let common = common_subsequence(&caption, &reference, &mut row) as f64;
             precision = precision.max(common / caption.len().max(1) as f64);
             recall = recall.max(common / reference.len().max(1) as f64);
         }
         let weight = BETA * BETA;
         if precision == 0.0 { 0.0 } else { (1.0 + weight) * precision * recall / (recall + weight * precision) }
     };
-    Ok(captions.iter().zip(references).map(score).sum::<f64>() / captions.len() as f64)
+    Ok(captions.par_iter().zip(references).with_min_len(CHUNK).map(score).collect())
 }
 
 fn check<C, R>(captions: &[C], references: &[Vec<R>]) -> Result<(), MetricsError> {
@@ -86,23 +145,30 @@ fn check<C, R>(captions: &[C], references: &[Vec<R>]) -> Result<(), MetricsError
     references.iter().try_for_each(|references| some("references of a caption", references.len()))
 }
 
-fn words(text: &impl AsRef<str>) -> Vec<&str> {
-    text.as_ref().split_whitespace().collect()
+fn words(text: &impl AsRef<str>) -> impl Iterator<Item = &str> {
+    python_words(text.as_ref())
 }
 
-/// How often each run of `n` words occurs.
-fn ngrams<'a, 'b>(words: &'b [&'a str], n: usize) -> HashMap<&'b [&'a str], usize> {
-    let mut counts = HashMap::new();
-    for ngram in words.windows(n) {
-        *counts.entry(ngram).or_insert(0) += 1;
-    }
-    counts
+/// Words for ROUGE-L, whose reference implementation separates them at single spaces: "1 1/2", a word with a space that
+/// does not break, is one, and a text without words is one empty word.
+fn pieces(text: &impl AsRef<str>) -> impl Iterator<Item = &str> {
+    text.as_ref().split(' ')
+}
+
+/// A number for each word.
+fn numbered<'a>(words: impl Iterator<Item = &'a str>, numbers: &mut HashMap<&'a str, u32>) -> Vec<u32> {
+    let number = |word| {
+        let next = numbers.len() as u32;
+        *numbers.entry(word).or_insert(next)
+    };
+    words.map(number).collect()
 }
 
 /// Length of the longest common subsequence.
-fn common_subsequence(a: &[&str], b: &[&str]) -> usize {
+fn common_subsequence<T: PartialEq>(a: &[T], b: &[T], row: &mut Vec<usize>) -> usize {
     // One row of the table: entry j is the length for the words of `a` so far and the first j of `b`.
-    let mut row = vec![0; b.len() + 1];
+    row.clear();
+    row.resize(b.len() + 1, 0);
     for word in a {
         let mut diagonal = 0;
         for (j, other) in b.iter().enumerate() {
@@ -192,14 +258,16 @@ mod tests {
     #[test]
     fn the_longest_common_subsequence_has_gaps() {
         let words = |text: &'static str| text.split(' ').collect::<Vec<_>>();
-        assert_eq!(common_subsequence(&words("a b c d e"), &words("b x d a e")), 3);
-        assert_eq!(common_subsequence(&words("a b"), &words("c d")), 0);
-        assert_eq!(common_subsequence(&[], &words("c d")), 0);
+        assert_eq!(common_subsequence(&words("a b c d e"), &words("b x d a e"), &mut Vec::new()), 3);
+        assert_eq!(common_subsequence(&words("a b"), &words("c d"), &mut Vec::new()), 0);
+        assert_eq!(common_subsequence(&[], &words("c d"), &mut Vec::new()), 0);
     }
 
     #[test]
     fn empty_texts_score_nothing() -> Result<(), MetricsError> {
-        assert_eq!(rouge_l(&[""], &[vec![""]])?, 0.0);
+        assert_eq!(rouge_l(&[""], &[vec!["a"]])?, 0.0);
+        // Nothing is all there is to say.
+        assert_eq!(rouge_l(&[""], &[vec![""]])?, 1.0);
         assert!(bleu(&[""], &[vec!["a"]])?.iter().all(|&bleu| bleu < 1e-5));
         assert!(bleu(&[""], &[vec![""]])?.iter().all(|bleu| bleu.is_finite()));
         Ok(())

@@ -1,0 +1,129 @@
+//! `xvlm caption`: what is to be seen in pictures; and how pictures are described, for other commands that do.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use rayon::prelude::*;
+use serde::Serialize;
+use xvlm::{Picture, Sampling, Writing, Written};
+
+use crate::ModelArgs;
+use crate::output::{self, CliError};
+
+/// How captions are written. What is left out is as the model's configuration says.
+#[derive(Args)]
+pub(crate) struct WritingArgs {
+    /// What captions begin with, left out of what is printed; it may be empty
+    #[arg(long, value_name = "TEXT")]
+    prompt: Option<String>,
+    /// Texts followed at a time; 1 is greedy
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
+    beams: Option<u8>,
+    /// No end before that many tokens after the prompt
+    #[arg(long, value_name = "N")]
+    min_tokens: Option<u16>,
+    /// No more than that many tokens after the prompt
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    max_tokens: Option<u16>,
+    /// Makes words that the caption has already unlikelier: above 1, such as 1.2
+    #[arg(long, value_name = "X")]
+    repetition_penalty: Option<f32>,
+}
+
+impl WritingArgs {
+    /// The writing of a model, with what was asked for.
+    pub(crate) fn of(&self, model: Writing) -> Writing {
+        let Writing { prompt, mut search } = model;
+        if let Some(beams) = self.beams {
+            search.beams = beams.into();
+        }
+        if let Some(min_tokens) = self.min_tokens {
+            search.min_tokens = min_tokens.into();
+        }
+        if let Some(max_tokens) = self.max_tokens {
+            search.max_tokens = max_tokens.into();
+            // The shortest caption of the configuration may be longer than what is asked for.
+            search.min_tokens = search.min_tokens.min(self.min_tokens.unwrap_or(max_tokens).into());
+        }
+        search.repetition_penalty = self.repetition_penalty.unwrap_or(search.repetition_penalty);
+        Writing { prompt: self.prompt.clone().unwrap_or(prompt), search }
+    }
+}
+
+/// Describe pictures
+///
+/// The caption of a picture is searched for, or, with --sample, drawn: then it differs from seed to seed, and several can be
+/// had.
+#[derive(Args)]
+pub(crate) struct Caption {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Picture (JPEG, PNG, WebP or GIF); several may be given
+    #[arg(long = "image", value_name = "FILE", required = true, num_args = 1..)]
+    images: Vec<PathBuf>,
+    #[command(flatten)]
+    writing: WritingArgs,
+    /// Draw each word by its probability instead of searching for the likeliest text
+    #[arg(long, conflicts_with = "beams")]
+    sample: bool,
+    /// Captions that are drawn of each picture
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "sample", value_parser = clap::value_parser!(u16).range(1..))]
+    samples: u16,
+    /// Only the K likeliest words are drawn; 0: all
+    #[arg(long, value_name = "K", default_value_t = 0, requires = "sample")]
+    top_k: u32,
+    /// Only the likeliest words are drawn whose probabilities sum to P
+    #[arg(long, value_name = "P", default_value_t = 0.9, requires = "sample")]
+    top_p: f32,
+    /// Below 1 likely words become likelier, above 1 unlikely ones do
+    #[arg(long, value_name = "T", default_value_t = 1.0, requires = "sample")]
+    temperature: f32,
+    /// Seed of what is drawn: the same seed, the same captions
+    #[arg(long, value_name = "S", default_value_t = 0, requires = "sample")]
+    seed: u64,
+    /// Print the result as JSON: a list with an object for each picture
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct About<'a> {
+    image: &'a PathBuf,
+    width: u32,
+    height: u32,
+    results: Vec<Written>,
+}
+
+impl Caption {
+    /// Pictures that are in memory at a time.
+    const BATCH: usize = 32;
+
+    pub(crate) fn run(self) -> Result<(), CliError> {
+        let predictor = self.model.open()?;
+        let writing = self.writing.of(predictor.writing());
+        let sampling = Sampling { temperature: self.temperature, top_k: self.top_k as usize, top_p: self.top_p };
+        let mut found = Vec::with_capacity(self.images.len());
+        for (batch, images) in (0u64..).zip(self.images.chunks(Self::BATCH)) {
+            let seed = self.seed.wrapping_add(batch);
+            let pictures =
+                images.par_iter().map(|image| Picture::open_upright(image)).collect::<Result<Vec<_>, _>>()?;
+            let written = match self.sample {
+                true => predictor.sample_captions(&pictures, &writing, sampling, self.samples.into(), seed)?,
+                false => predictor.captions(&pictures, &writing)?.into_iter().map(|written| vec![written]).collect(),
+            };
+            found.extend(images.iter().zip(&pictures).zip(written).map(|((image, picture), results)| About {
+                image,
+                width: picture.width(),
+                height: picture.height(),
+                results,
+            }));
+        }
+        output::print(self.json, &found, |found| {
+            let line = |about: &About| {
+                let name = if found.len() > 1 { format!("{}: ", about.image.display()) } else { String::new() };
+                about.results.iter().map(|written| format!("{name}{}\n", written.text)).collect::<String>()
+            };
+            found.iter().map(line).collect()
+        })
+    }
+}
