@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use xvlm::data::{TextTokenizer, scenes};
 use xvlm::encoders::{Task, XvlmConfig};
 use xvlm::tasks::finetune::initial_weights;
