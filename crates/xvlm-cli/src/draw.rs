@@ -48,7 +48,7 @@ pub(crate) fn number_boxes(picture: &mut Picture, boxes: &[PixelBox]) {
 
 /// A pixel of a digit: legible, whatever the size of the picture.
 fn unit(picture: &Picture) -> i64 {
-    i64::from((picture.width().min(picture.height()) / 250).max(1))
+    i64::from((picture.width().min(picture.height()) / 190).max(1))
 }
 
 fn frame(picture: &mut Picture, index: usize, bounds: &PixelBox) {

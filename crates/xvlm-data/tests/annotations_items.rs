@@ -472,6 +472,9 @@ fn no_item_leads_out_of_the_folder_of_images() {
     let paths = |field: &str, more: Value| -> Value {
         let item = |path: String| {
             let mut item = more.clone();
+            if !item["ref_id"].is_null() {
+                item["ref_id"] = json!(path);
+            }
             item[field] = match field {
                 "images" => json!([path, "a.png"]),
                 _ => json!(path),

@@ -129,8 +129,8 @@ fn refcoco_is_scored_by_split() {
     write_results(&path, &done.items, done.boxes(&BoxOptions::default()).map(|bbox| (bbox, None))).unwrap();
     let written: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     assert_eq!((written.as_array().unwrap().len(), &written[1]["ref_id"]), (2, &json!(12)));
-    let bbox: [f32; 4] = serde_json::from_value(written[1]["bbox"].clone()).unwrap();
-    assert_eq!(bbox, done.answers[1].pixels(100, 80));
+    let written: [f32; 4] = serde_json::from_value(written[1]["bbox"].clone()).unwrap();
+    assert_eq!(written, done.answers[1].pixels(100, 80));
 
     // The published file itself, or its folder, tells the same.
     for data in ["data/refcoco+", "data/refcoco+/refs(unc).p"] {

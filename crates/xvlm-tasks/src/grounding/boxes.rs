@@ -194,8 +194,8 @@ pub fn evaluate(
 ) -> Result<Evaluation, TaskError> {
     model.fit_for("boxes", MADE_FOR)?;
     let work = Work { name: "boxes", options: json!(null), batch: options.batch };
-    let (items, answers, left_out) =
-        super::ask(sweep, &work, model, items, check_size, |images, texts| ground(model, images, texts))?;
+    let ask = |images: &ImageTokens, texts: &[(u32, &str)]| ground(model, images, texts);
+    let (items, answers, left_out) = super::ask(sweep, &work, model, &items, check_size, ask)?.split(items);
     let scores = GroundingScores::of(&items, boxes(&items, &answers, options.as_original).map(Some));
     Ok(Evaluation { items, answers, scores, left_out })
 }

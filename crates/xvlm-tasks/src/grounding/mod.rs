@@ -82,10 +82,10 @@ fn ask<A: Serialize + DeserializeOwned>(
     sweep: &mut Sweep,
     work: &Work,
     model: &Model,
-    items: Vec<GroundingItem>,
+    items: &[GroundingItem],
     check: impl Fn(&GroundingItem, &Picture) -> Result<(), DataError> + Sync,
     ask: impl Fn(&ImageTokens, &[(u32, &str)]) -> Result<Vec<A>, TaskError>,
-) -> Result<(Vec<GroundingItem>, Vec<A>, Vec<LeftOut>), TaskError> {
+) -> Result<Answers<A>, TaskError> {
     let mut order: Vec<usize> = (0..items.len()).collect();
     order.sort_by_key(|&place| items[place].image_index);
     let together: Vec<GroundingItem> = order.iter().map(|&place| items[place].clone()).collect();
@@ -97,5 +97,5 @@ fn ask<A: Serialize + DeserializeOwned>(
     let mut left_out: Vec<LeftOut> =
         answers.left_out.into_iter().map(|out| LeftOut { item: order[out.item], ..out }).collect();
     left_out.sort_by_key(|out| out.item);
-    Ok(Answers { given, left_out }.split(items))
+    Ok(Answers { given, left_out })
 }

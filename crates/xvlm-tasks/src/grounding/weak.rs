@@ -109,7 +109,7 @@ pub fn evaluate_weakly(
     };
     let work = Work { name: "heat", options: json!({"layers": options.layers}), batch: options.batch };
     let ask = |images: &ImageTokens, texts: &[(u32, &str)]| heat_maps(model, images, texts, options.layers);
-    let (items, maps, left_out) = super::ask(sweep, &work, model, items, check, ask)?;
+    let (items, maps, left_out) = super::ask(sweep, &work, model, &items, check, ask)?.split(items);
     let answers = items.par_iter().zip(maps).map(|(item, map)| WeakAnswer::of(item, map, proposals));
     let mut answers = answers.collect::<Result<Vec<_>, TaskError>>()?;
     if options.as_original && proposals {
