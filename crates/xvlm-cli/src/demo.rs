@@ -7,14 +7,15 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 use xvlm::data::SourceConfig;
-use xvlm::data::annotations::RetrievalItem;
+use xvlm::data::annotations::{read_fill, read_retrieval, read_vqa};
 use xvlm::data::scenes::{Split, SynthOptions};
 use xvlm::metrics::boxes::{BoxScores, refer_iou};
 use xvlm::metrics::fill::FillScores;
 use xvlm::metrics::retrieval::RetrievalScores;
 use xvlm::metrics::vqa::ExactScores;
 use xvlm::tasks::captioning::{self, TruthScores, Writing};
-use xvlm::tasks::{Model, PretrainConfig, Session, Sweep, fill, grounding, pretrain, retrieval, vqa};
+use xvlm::tasks::fill::Completing;
+use xvlm::tasks::{Counter, Model, PretrainConfig, Session, Sweep, fill, grounding, pretrain, retrieval, vqa};
 use xvlm::train::{LossCurve, Warmup, loss_curves, read_metrics};
 use xvlm::{Picture, Predictor};
 
@@ -105,16 +106,16 @@ impl Demo {
         write_scenes("unseen combinations", &data_unseen, scenes(unseen_scenes, Split::Unseen))?;
 
         let found = Found::on(predictor.model(), &data)?;
-        let unseen = Stage::run("phrases, unseen", |at| grounding::evaluate(predictor.model(), &data_unseen, at))?;
+        let unseen = Stage::run("phrases, unseen", |at| boxes(predictor.model(), &data_unseen, at))?;
         let scores = Scores {
             model,
             scenes: self.scenes,
             unseen_scenes,
             seed: self.seed,
-            grounding: found.grounding.scores,
-            grounding_unseen: unseen.scores,
+            grounding: found.grounding.scores.all,
+            grounding_unseen: unseen.scores.all,
             retrieval: found.retrieval.scores,
-            questions: found.questions.scores.clone(),
+            questions: found.questions.scores.exact.clone().unwrap_or_default(),
             caption: found.captions.truth.unwrap_or_default(),
             fill: found.fill.scores.clone(),
         };
@@ -238,13 +239,22 @@ struct Found {
 impl Found {
     fn on(model: &Model, data: &Path) -> Result<Self, CliError> {
         Ok(Self {
-            grounding: Stage::run("phrases", |at| grounding::evaluate(model, data, at))?,
+            grounding: Stage::run("phrases", |at| boxes(model, data, at))?,
             captions: Stage::run("captions", |at| {
                 captioning::evaluate_folder(model, data, &Writing::of(model.config()), BATCH, &mut Sweep::new(at))
             })?,
-            questions: Stage::run("questions", |at| vqa::evaluate(model, data, at))?,
-            retrieval: Stage::run("pairs", |at| retrieval::evaluate(model, data, K_TEST, at))?,
-            fill: Stage::run("blanks", |at| fill::evaluate(model, data, at))?,
+            questions: Stage::run("questions", |at| {
+                let items = read_vqa(data.join("vqa.json"))?;
+                vqa::evaluate(model, items, &vqa::Options::default(), &mut Sweep::new(at))
+            })?,
+            retrieval: Stage::run("pairs", |at| {
+                let items = read_retrieval(data.join("retrieval.json"))?;
+                retrieval::evaluate(model, &items, retrieval::Options::new(K_TEST), &mut Sweep::new(at))
+            })?,
+            fill: Stage::run("blanks", |at| {
+                let items = read_fill(data.join("fill.json"))?;
+                fill::evaluate(model, items, Completing::default(), &mut Sweep::new(at))
+            })?,
         })
     }
 
@@ -267,7 +277,7 @@ impl Found {
             answer: given.text.clone(),
             truth: item.answers.first().cloned().unwrap_or_default(),
         });
-        let blanks = self.fill.items.iter().zip(&self.fill.completions);
+        let blanks = self.fill.items.iter().zip(&self.fill.answers);
         let blanks = blanks.filter(|(item, _)| item.image == image).map(|(item, words)| Blank {
             text: item.text.clone(),
             words: words.iter().take(3).cloned().collect(),
@@ -283,27 +293,29 @@ impl Found {
 
     /// The first caption of the first pictures, and what is found for each.
     fn rankings(&self, model: &Model) -> Result<Vec<Ranking>, CliError> {
-        let items = &self.retrieval.items;
-        let mut rows = self.retrieval.text_to_image.chunks(items.len());
-        let ranking = |(own, item): (usize, &RetrievalItem)| {
-            let (row, text) = (rows.next().unwrap_or_default(), item.captions.first().cloned().unwrap_or_default());
-            // The rows of the other captions.
-            rows.by_ref().take(item.captions.len().saturating_sub(1)).for_each(drop);
-            let mut order: Vec<usize> = (0..row.len()).collect();
-            order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
-            order.truncate(RANKED);
+        let retrieval::Evaluation { images, texts, text_to_image, .. } = &self.retrieval;
+        let ranking = |own: usize| {
+            let text = texts.iter().position(|text| text.image == own).unwrap_or(0);
+            let order: Vec<usize> = text_to_image[text].iter().take(RANKED).map(|&(image, _)| image as usize).collect();
+            let text = texts[text].caption.clone();
             let pictures =
-                order.iter().map(|&image| Picture::open(&items[image].image)).collect::<Result<Vec<_>, _>>()?;
+                order.iter().map(|&image| Picture::open(&images[image].path)).collect::<Result<Vec<_>, _>>()?;
             let pairs: Vec<(u32, &str)> = (0..pictures.len() as u32).map(|image| (image, text.as_str())).collect();
             let probabilities = model.match_pairs(&model.encode(&pictures)?, &pairs)?;
             let ranked = |(image, probability): (usize, f32)| {
-                Ok(Ranked { png: read(&items[image].image)?, probability, is_right: image == own })
+                Ok(Ranked { png: read(&images[image].path)?, probability, is_right: image == own })
             };
             let pictures = order.into_iter().zip(probabilities).map(ranked).collect::<Result<_, CliError>>()?;
             Ok(Ranking { text, pictures })
         };
-        items.iter().enumerate().take(SEARCHES).map(ranking).collect()
+        (0..images.len()).take(SEARCHES).map(ranking).collect()
     }
+}
+
+/// The boxes of a folder's phrases.
+fn boxes(model: &Model, data: &Path, counter: Counter) -> Result<grounding::Evaluation, xvlm::Error> {
+    let items = grounding::TestSet::of_folder(data)?.items;
+    grounding::evaluate(model, items, &grounding::BoxOptions::default(), &mut Sweep::new(counter))
 }
 
 /// The first images of an evaluation.
@@ -313,7 +325,7 @@ fn images(evaluation: &grounding::Evaluation, count: usize) -> impl Iterator<Ite
 
 /// A picture with its phrases.
 fn shown(evaluation: &grounding::Evaluation, image: &Path) -> Result<Shown, CliError> {
-    let items = evaluation.items.iter().zip(&evaluation.found).filter(|(item, _)| item.image == image);
+    let items = evaluation.items.iter().zip(&evaluation.answers).filter(|(item, _)| item.image == image);
     let (width, height) = items.clone().next().map_or((1, 1), |(item, _)| (item.width, item.height));
     let phrases = items.map(|(item, found)| {
         let (found, probability) = (found.pixels(width, height), found.probability);

@@ -9,8 +9,13 @@ mod data;
 mod demo;
 mod draw;
 mod dry_run;
+mod embed;
 mod eval;
+mod fill;
 mod finetune;
+mod ground;
+mod judge;
+mod matching;
 mod output;
 mod plot;
 mod predict;
@@ -21,6 +26,7 @@ mod ranks;
 mod report;
 mod run;
 mod score;
+mod search;
 mod signals;
 mod synth;
 
@@ -43,12 +49,15 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Demo(demo::Demo),
-    Ground(predict::Ground),
+    Ground(ground::Ground),
     Caption(caption::Caption),
     Alt(alt::Alt),
     Answer(predict::Answer),
-    Match(predict::Match),
-    Fill(predict::Fill),
+    Match(matching::Match),
+    Fill(fill::Fill),
+    Judge(judge::Judge),
+    Embed(embed::Embed),
+    Search(search::Search),
     Eval(eval::Eval),
     Score(score::Score),
     Synth(synth::Synth),
@@ -69,6 +78,9 @@ impl Command {
             Self::Answer(command) => command.run(),
             Self::Match(command) => command.run(),
             Self::Fill(command) => command.run(),
+            Self::Judge(command) => command.run(),
+            Self::Embed(command) => command.run(),
+            Self::Search(command) => command.run(),
             Self::Eval(command) => command.run(),
             Self::Score(command) => command.run(),
             Self::Synth(command) => command.run(),

@@ -1,23 +1,22 @@
-//! `xvlm ground`, `answer`, `match`, `fill`: questions about pictures.
+//! `xvlm answer`, and what questions about pictures have in common.
 
 use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
-use xvlm::{Completion, Picture, View};
+use xvlm::{AnswerList, Picture, Predictor, Ranking, View};
 
 use crate::ModelArgs;
-use crate::draw::number_boxes;
 use crate::output::{self, CliError, Rows, table};
 
 /// The pictures, and who looks at them.
 #[derive(Args)]
-struct Look {
+pub(crate) struct Look {
     #[command(flatten)]
     model: ModelArgs,
     /// Picture (JPEG, PNG, WebP or GIF); several may be given
     #[arg(long = "image", value_name = "FILE", required = true, num_args = 1..)]
-    images: Vec<PathBuf>,
+    pub(crate) images: Vec<PathBuf>,
     /// Print the result as JSON: a list with an object for each picture
     #[arg(long)]
     json: bool,
@@ -25,19 +24,27 @@ struct Look {
 
 /// What a command found out about one picture.
 #[derive(Serialize)]
-struct About<T> {
-    image: PathBuf,
+pub(crate) struct About<T> {
+    pub(crate) image: PathBuf,
     width: u32,
     height: u32,
-    results: Vec<T>,
+    pub(crate) results: Vec<T>,
     #[serde(skip)]
-    picture: Picture,
+    pub(crate) picture: Picture,
 }
 
 impl Look {
     /// Encodes each picture once, and asks.
-    fn ask<T>(&self, ask: impl Fn(&View) -> Result<Vec<T>, xvlm::Error>) -> Result<Vec<About<T>>, CliError> {
-        let predictor = self.model.open()?;
+    pub(crate) fn ask<T>(&self, ask: impl Fn(&View) -> Result<Vec<T>, xvlm::Error>) -> Result<Vec<About<T>>, CliError> {
+        self.ask_of(&self.model.open()?, ask)
+    }
+
+    /// The same of a model that is open.
+    fn ask_of<T>(
+        &self,
+        predictor: &Predictor,
+        ask: impl Fn(&View) -> Result<Vec<T>, xvlm::Error>,
+    ) -> Result<Vec<About<T>>, CliError> {
         let about = |image: &PathBuf| {
             let picture = Picture::open_upright(image)?;
             let results = ask(&predictor.look(&picture)?)?;
@@ -47,7 +54,11 @@ impl Look {
     }
 
     /// Prints what was found: a table, with a heading for each picture if there are several.
-    fn print<T: Serialize>(&self, found: &[About<T>], rows: impl Fn(usize, &T) -> Rows) -> Result<(), CliError> {
+    pub(crate) fn print<T: Serialize>(
+        &self,
+        found: &[About<T>],
+        rows: impl Fn(usize, &T) -> Rows,
+    ) -> Result<(), CliError> {
         output::print(self.json, &found, |found| {
             let mut all = Rows::new();
             for about in found.iter() {
@@ -61,12 +72,12 @@ impl Look {
     }
 }
 
-fn percent(probability: f32) -> String {
+pub(crate) fn percent(probability: f32) -> String {
     format!("{:.1} %", 100.0 * probability)
 }
 
 /// The texts of `--text`, each with at least one word.
-fn worded(texts: &[String]) -> Result<Vec<&str>, CliError> {
+pub(crate) fn worded(texts: &[String]) -> Result<Vec<&str>, CliError> {
     let word = |text: &String| text.chars().any(char::is_alphanumeric);
     match texts.iter().find(|text| !word(text)) {
         Some(text) => {
@@ -77,46 +88,10 @@ fn worded(texts: &[String]) -> Result<Vec<&str>, CliError> {
     }
 }
 
-/// Find the box that a phrase means
-///
-/// Prints, for each phrase, a box in pixels of the picture (left, top, right, bottom) and the probability that the
-/// phrase matches what is inside. A picture is encoded once, however many phrases there are.
-#[derive(Args)]
-pub(crate) struct Ground {
-    #[command(flatten)]
-    look: Look,
-    /// Phrase, such as "the red circle"; repeatable
-    #[arg(long = "text", value_name = "TEXT", required = true)]
-    texts: Vec<String>,
-    /// Write the picture with numbered boxes to this PNG file; for one --image only
-    #[arg(long, value_name = "FILE")]
-    draw: Option<PathBuf>,
-}
-
-impl Ground {
-    pub(crate) fn run(self) -> Result<(), CliError> {
-        let images = self.look.images.len();
-        if self.draw.is_some() && images > 1 {
-            let found = format!("{images} pictures");
-            return Err(CliError::Option { option: "--draw", expected: "one --image", found });
-        }
-        let texts = worded(&self.texts)?;
-        let mut found = self.look.ask(|view| view.ground(&texts))?;
-        if let (Some(path), [about]) = (&self.draw, found.as_mut_slice()) {
-            let boxes: Vec<_> = about.results.iter().map(|found| found.bounds).collect();
-            number_boxes(&mut about.picture, &boxes);
-            output::write(path, &about.picture.to_png()?)?;
-        }
-        self.look.print(&found, |i, found| {
-            let edges = found.bounds;
-            let edges = [edges.xmin, edges.ymin, edges.xmax, edges.ymax].map(|edge| format!("{edge:7.1}")).concat();
-            let probability = found.probability.map(percent).unwrap_or_default();
-            vec![(format!("{}  {}", i + 1, found.text), Some(format!("{edges}  {probability:>7}")))]
-        })
-    }
-}
-
 /// Answer questions about a picture
+///
+/// In words of the model's own; or, with --answers, by the likeliest of a list, with their probabilities among those of the list
+/// that were ranked.
 #[derive(Args)]
 pub(crate) struct Answer {
     #[command(flatten)]
@@ -124,69 +99,32 @@ pub(crate) struct Answer {
     /// Question, such as "how many circles are there?"; repeatable
     #[arg(long = "text", value_name = "TEXT", required = true)]
     texts: Vec<String>,
+    /// Answers to choose from: a JSON list, or an answer a line
+    #[arg(long, value_name = "FILE")]
+    answers: Option<PathBuf>,
+    /// Number of answers of the list to print
+    #[arg(long, value_name = "N", default_value_t = 5, requires = "answers", value_parser = clap::value_parser!(u16).range(1..))]
+    top: u16,
 }
 
 impl Answer {
     pub(crate) fn run(self) -> Result<(), CliError> {
         let texts = worded(&self.texts)?;
-        let found = self.look.ask(|view| view.answer(&texts))?;
-        self.look.print(&found, |_, found| vec![(found.question.clone(), Some(found.answer.clone()))])
-    }
-}
-
-/// Say how well texts tell a picture
-///
-/// Prints, for each text, the probability that it belongs to the picture, and the cosine (-1 to 1) of their embeddings,
-/// which is what a search over many pictures compares first.
-#[derive(Args)]
-pub(crate) struct Match {
-    #[command(flatten)]
-    look: Look,
-    /// Text, such as "a red circle above a blue star"; repeatable
-    #[arg(long = "text", value_name = "TEXT", required = true)]
-    texts: Vec<String>,
-}
-
-impl Match {
-    pub(crate) fn run(self) -> Result<(), CliError> {
-        let texts = worded(&self.texts)?;
-        let found = self.look.ask(|view| view.matches(&texts))?;
+        let Some(path) = &self.answers else {
+            let found = self.look.ask(|view| view.answer(&texts))?;
+            return self.look.print(&found, |_, found| vec![(found.question.clone(), Some(found.answer.clone()))]);
+        };
+        let predictor = self.look.model.open()?;
+        let list = AnswerList::open(predictor.model(), path)?;
+        for left_out in list.left_out() {
+            output::say(&format!("left out: {}: entry {}: {}", path.display(), left_out.item, left_out.problem));
+        }
+        let found = self
+            .look
+            .ask_of(&predictor, |view| view.rank_answers(&texts, &list, Ranking::default(), self.top.into()))?;
         self.look.print(&found, |_, found| {
-            let scores = format!("{:>7}  cosine {:6.3}", percent(found.probability), found.similarity);
-            vec![(found.text.clone(), Some(scores))]
-        })
-    }
-}
-
-/// Fill in the blank of a phrase about a picture
-#[derive(Args)]
-pub(crate) struct Fill {
-    #[command(flatten)]
-    look: Look,
-    /// Phrase with one blank, written ___ or [MASK], such as "a ___ circle"; repeatable
-    #[arg(long = "text", value_name = "TEXT", required = true)]
-    texts: Vec<String>,
-    /// Number of words to propose for each blank
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
-    top: u16,
-}
-
-#[derive(Serialize)]
-struct Filled {
-    text: String,
-    words: Vec<Completion>,
-}
-
-impl Fill {
-    pub(crate) fn run(self) -> Result<(), CliError> {
-        let top = self.top.into();
-        let found = self.look.ask(|view| {
-            let filled = |text: &String| Ok(Filled { text: text.clone(), words: view.fill(text, top)? });
-            self.texts.iter().map(filled).collect()
-        })?;
-        self.look.print(&found, |_, found| {
-            let words = found.words.iter().map(|c| (c.word.clone(), Some(percent(c.probability))));
-            std::iter::once((found.text.clone(), None)).chain(words).collect()
+            let answers = found.answers.iter().map(|likely| (likely.answer.clone(), Some(percent(likely.probability))));
+            std::iter::once((found.question.clone(), None)).chain(answers).collect()
         })
     }
 }

@@ -242,8 +242,8 @@ fn question(asked: &Question) -> String {
 
 fn blank(blank: &Blank) -> String {
     let bar = |completion: &Completion| {
-        let right = blank.truths.iter().any(|truth| truth.eq_ignore_ascii_case(&completion.word));
-        let (word, share) = (escape(&completion.word), 100.0 * completion.probability);
+        let right = blank.truths.iter().any(|truth| truth.eq_ignore_ascii_case(&completion.text()));
+        let (word, share) = (escape(&completion.text()), 100.0 * completion.probability);
         let (class, sign) = if right { (" is-right", " ✓") } else { ("", "") };
         format!(
             "<li class=\"bar{class}\"><span>{word}{sign}</span><i style=\"width:{share:.1}%\"></i><span>{share:.0} %</span></li>"

@@ -48,7 +48,7 @@ fn retrieval_lists_number_their_images_across_files() {
     let expected = [(0, "one"), (1, "two"), (0, "three"), (2, "four|five"), (1, "a phrase")];
     assert_eq!(told, expected.map(|(index, text)| (index, text.to_owned())));
     assert_eq!(loaded.items[3].image, Path::new("/images/flickr/c.jpg"));
-    assert_eq!(loaded.items[3].image_id, "c.jpg");
+    assert_eq!(loaded.items[3].image_id, "flickr/c.jpg");
     assert_eq!(count(&loaded, Reason::Malformed), 4);
     assert_eq!(read_retrieval(&train).unwrap()[1].image, folder.path("train2014/b.jpg"));
     assert_eq!(read_retrieval(gzip(&train)).unwrap().len(), 3);
@@ -310,16 +310,19 @@ fn lists_without_boxes_get_theirs_from_refcoco() {
         &json!([
             {"image": "train2014/COCO_train2014_000000000042.jpg", "text": "the cup", "ref_id": 11},
             {"image": "train2014/COCO_train2014_000000000042.jpg", "text": "what", "ref_id": 99},
+            {"image": "train2014/COCO_train2014_000000000043.jpg", "text": "the cup", "ref_id": 11},
         ]),
     );
     let loaded = Reading::default().grounding(&[&list, &path]).unwrap();
-    assert_eq!((loaded.items.len(), count(&loaded, Reason::Malformed)), (1, 1));
+    assert_eq!((loaded.items.len(), count(&loaded, Reason::Malformed)), (1, 2));
     assert_eq!((loaded.items[0].bbox, loaded.items[0].image_id.as_str()), ([10.5, 20.0, 30.0, 40.0], "42"));
     assert_eq!(loaded.items[0].split.as_deref(), Some("train"));
-    assert!(loaded.report.to_string().contains("item 1: bbox: expected a box"), "{}", loaded.report);
+    let report = loaded.report.to_string();
+    assert!(report.contains("item 1: bbox: expected a box"), "{report}");
+    assert!(report.contains("item 2: image: expected the image of reference 11, "), "{report}");
     // Without boxes they train weak grounding, as retrieval does.
     let weak = Reading::default().retrieval(&[&list]).unwrap();
-    assert_eq!((weak.items.len(), weak.items[1].image_index), (2, 0));
+    assert_eq!(weak.items.iter().map(|item| item.image_index).collect::<Vec<_>>(), [0, 0, 1]);
 }
 
 #[test]
@@ -347,10 +350,81 @@ fn vlue_lists_bring_proposals() {
     assert!(matches!(read_grounding(&list), Err(DataError::Field { .. })));
     assert!(read_grounding(folder.json("o.json", &json!({"a": []}))).is_err());
 
+    // Phrases of one object share a reference; one of two objects could not be scored.
+    let item = |image: &str, x: u32| json!({"ref_id": 7, "image": image, "text": "a cup", "bbox": [x, 2, 3, 4], "height": 80, "width": 100});
+    let list =
+        folder.json("twice.json", &json!([item("a.jpg", 1), item("a.jpg", 1), item("a.jpg", 5), item("b.jpg", 1)]));
+    let loaded = Reading::default().grounding(&[&list]).unwrap();
+    assert_eq!((loaded.items.len(), count(&loaded, Reason::DuplicateId)), (2, 2), "{}", loaded.report);
+    let expected = "item 2: ref_id: expected one object, as before: [1.0, 2.0, 3.0, 4.0] of a.jpg, found \"7\" again";
+    assert!(loaded.report.to_string().contains(expected), "{}", loaded.report);
+
     let dets = folder.json("dets.json", &json!({"42": [[1, 2, 3, 4, 0.5]], "43": []}));
     let proposals = read_proposals(&dets).unwrap();
     assert_eq!((proposals["42"].as_slice(), proposals["43"].len()), (&[[1.0, 2.0, 3.0, 4.0]][..], 0));
     assert!(read_proposals(folder.json("d.json", &json!({"42": [[1, 2]]}))).is_err());
+}
+
+/// The forms of VLUE's release (`data/*_vlue_test.json`; the boxes are in X-VLM's own data): pictures of MaRVL, by language, of
+/// which two have one file name.
+#[test]
+fn vlue_loads_as_published() {
+    let folder = Folder::new();
+    let (mugs, bowls) = ("id/images/5-Cangkir/5-1.jpg", "sw/extra/5-Bakuli/5-1.jpg");
+    let pretty = |name: &str, value: Value| folder.write(name, serde_json::to_vec_pretty(&value).unwrap());
+    let reading = Reading { images: Some(PathBuf::from("/marvl")), strict: true, ..Reading::default() };
+    let at = |image: &str| Path::new("/marvl").join(image);
+
+    let list = pretty(
+        "itr_vlue_test.json",
+        json!([
+            {"image": mugs, "caption": ["Two mugs.", "A mug beside a mug.", "Mugs on a table.", "Mugs", "Cups."]},
+            {"image": bowls, "caption": ["A bowl  of rice .", "Rice.", "A bowl.", "Food."]},
+        ]),
+    );
+    let items = reading.retrieval(&[&list]).unwrap().items;
+    let told: Vec<_> = items.iter().map(|item| (item.image_index, item.captions.len(), item.image.clone())).collect();
+    assert_eq!(told, [(0, 5, at(mugs)), (1, 4, at(bowls))]);
+
+    let list = pretty(
+        "vqa_vlue_test.json",
+        json!([
+            {"question_id": 0, "question": "Is there only one mug here?", "image": mugs, "answer": "no"},
+            {"question_id": 5, "question": "What is in the bowl？", "image": bowls, "answer": "white rice"},
+        ]),
+    );
+    let items = reading.vqa(&[&list]).unwrap().items;
+    assert_eq!((items[1].question_id.as_str(), items[1].image.as_path()), ("5", at(bowls).as_path()));
+    assert_eq!(items[1].weighted_answers(), [("white rice", 1.0)]);
+
+    let list = pretty(
+        "nlvr2_vlue_test.json",
+        json!([
+            {"sentence": "Both pictures show mugs.", "images": [mugs, bowls], "label": "False"},
+            {"sentence": "One picture shows a bowl", "images": [mugs, bowls], "label": "True"},
+        ]),
+    );
+    let items = reading.nlvr(&[&list]).unwrap().items;
+    assert_eq!(items.iter().map(|item| item.label).collect::<Vec<_>>(), [false, true]);
+    assert_eq!(items[0].images, [at(mugs), at(bowls)]);
+
+    let item = |ref_id: u32, image: &str, more: Value| {
+        let mut item = json!({"ref_id": ref_id, "image": image, "text": "the left mug", "bbox": [10, 20.5, 30, 40],
+                              "height": 80, "width": 100});
+        item.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        item
+    };
+    let boxes = pretty(
+        "refcoco+_vlue_test.json",
+        json!([item(0, mugs, json!({})), item(1, mugs, json!({})), item(2, bowls, json!({}))]),
+    );
+    let items = reading.grounding(&[&boxes]).unwrap().items;
+    assert_eq!(items.iter().map(|item| item.image_index).collect::<Vec<_>>(), [0, 0, 1]);
+    assert_eq!((items[2].image.as_path(), items[2].bbox), (at(bowls).as_path(), [10.0, 20.5, 30.0, 40.0]));
+    let dets = json!({"dets": [[0, 0, 99.5, 79.9], [10.2, 20, 30, 40]]});
+    let weak = pretty("refcoco+_bbox100_vlue_test.json", json!([item(0, mugs, dets)]));
+    let items = reading.grounding(&[&weak]).unwrap().items;
+    assert_eq!(items[0].proposals, [[0.0, 0.0, 99.5, 79.9], [10.2, 20.0, 30.0, 40.0]]);
 }
 
 #[test]

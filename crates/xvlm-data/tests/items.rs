@@ -126,12 +126,27 @@ fn answers_are_weighted_by_their_share() {
     let ImageSource::Path(image) = images[0].clone() else { unreachable!() };
     let answers = ["white", "a box", "white", "white", "Black"].map(str::to_owned).to_vec();
     let question = "What colour is it?".to_owned();
-    let item =
-        VqaItem { question_id: "7".to_owned(), image, question, answers, kind: String::new(), source: VqaSource::Vqa };
+    let item = VqaItem {
+        question_id: "7".to_owned(),
+        image,
+        question,
+        answers,
+        kind: String::new(),
+        question_type: String::new(),
+        source: VqaSource::Vqa,
+    };
     let other = |image: &ImageSource, question: &str, answer: &str| {
         let ImageSource::Path(image) = image.clone() else { unreachable!() };
         let (question, answers) = (question.to_owned(), vec![answer.to_owned()]);
-        VqaItem { question_id: "8".to_owned(), image, question, answers, kind: String::new(), source: VqaSource::Vqa }
+        VqaItem {
+            question_id: "8".to_owned(),
+            image,
+            question,
+            answers,
+            kind: String::new(),
+            question_type: String::new(),
+            source: VqaSource::Vqa,
+        }
     };
     let listed = [
         item,

@@ -34,12 +34,38 @@ pub enum TaskError {
     #[error(transparent)]
     Sweep(#[from] SweepProblem),
     /// A phrase to be completed that has no blank.
-    #[error("text {text:?}: expected one blank, written ___ or [MASK], found {found}")]
+    #[error("text {text:?}: expected at least one blank, written ___ or [MASK], found none")]
     Blank {
         /// The phrase.
         text: String,
-        /// How many blanks it has.
+    },
+    /// A phrase whose blanks are further apart than the longest text of the model.
+    #[error("text {text:?}: expected blanks within {max_tokens} word pieces, found them further apart")]
+    BlanksApart {
+        /// The phrase.
+        text: String,
+        /// The longest text.
+        max_tokens: usize,
+    },
+    /// Answers that are more or fewer than the blanks of their phrase.
+    #[error("text {text:?}: expected {expected} answers, one for each blank, found {found}")]
+    Answers {
+        /// The phrase.
+        text: String,
+        /// The number of blanks.
+        expected: usize,
+        /// The number of answers.
         found: usize,
+    },
+    /// An answer that cannot be graded.
+    #[error("text {text:?}: answer {answer:?}: expected {expected}")]
+    Answer {
+        /// The phrase.
+        text: String,
+        /// The answer.
+        answer: String,
+        /// What it should have been.
+        expected: &'static str,
     },
     /// A model that is made for another task.
     #[error("{what}: expected a model for {}, found one for {}", names(expected), found.name())]

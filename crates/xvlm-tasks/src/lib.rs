@@ -5,20 +5,21 @@
 
 use std::path::Path;
 
-use xvlm_data::Picture;
-
 pub(crate) use sweep::Item;
 
 mod align;
 pub mod captioning;
 mod config;
 pub mod convert;
+pub mod embed;
 mod error;
 pub mod fill;
 pub mod finetune;
 mod finite;
 mod generate;
 pub mod grounding;
+mod grouped;
+pub mod matching;
 mod model;
 pub mod nlvr;
 pub mod official;
@@ -49,31 +50,6 @@ const BATCH: usize = 32;
 
 /// What is told while a data set is worked through: how many of how many items are done.
 pub type Counter<'a> = &'a mut dyn FnMut(usize, usize);
-
-/// Asks everything that `items` ask, of which those about one image stand together: each image is opened, given to `check`
-/// with each of its items, and encoded once.
-fn ask_all<T: Item, A>(
-    model: &Model,
-    items: &[T],
-    check: impl Fn(&T, &Picture) -> Result<(), TaskError>,
-    ask: impl Fn(&ImageTokens, &[(u32, &str)]) -> Result<Vec<A>, TaskError>,
-    counter: Counter,
-) -> Result<Vec<A>, TaskError> {
-    let mut answers = Vec::with_capacity(items.len());
-    let by_image: Vec<&[T]> = items.chunk_by(|a, b| a.image() == b.image()).collect();
-    for group in by_image.chunks(BATCH) {
-        let (mut pictures, mut texts) = (Vec::with_capacity(group.len()), Vec::new());
-        for (row, items) in (0u32..).zip(group) {
-            let picture = Picture::open(items[0].image())?;
-            items.iter().try_for_each(|item| check(item, &picture))?;
-            pictures.push(picture);
-            texts.extend(items.iter().map(|item| (row, item.text())));
-        }
-        answers.extend(ask(&model.encode(&pictures)?, &texts)?);
-        counter(answers.len(), items.len());
-    }
-    Ok(answers)
-}
 
 /// The items of a file of a folder, if there are any.
 fn some<T>(items: Vec<T>, data: &Path, file: &str) -> Result<Vec<T>, TaskError> {

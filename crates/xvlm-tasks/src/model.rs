@@ -5,6 +5,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use xvlm_data::{Picture, TextTokenizer, pre_caption};
 use xvlm_encoders::{Attention, Parameters, Pass, Task, Xvlm, XvlmConfig};
@@ -185,19 +186,23 @@ impl Model {
     /// # Errors
     /// If a tensor operation fails.
     pub fn encode(&self, pictures: &[Picture]) -> Result<ImageTokens, TaskError> {
-        let side = self.config.model.vision_config.image_res();
         let mut batches = Vec::new();
         for pictures in pictures.chunks(crate::BATCH) {
-            let pixels: Vec<f32> =
-                pictures.iter().flat_map(|picture| picture.resized_square(side).normalised()).collect();
-            let pixels = Tensor::from_vec(pixels, (pictures.len(), 3, side, side), &self.device)?;
-            batches.push(self.xvlm.encode_image(&pixels, &Pass::inference())?);
+            batches.push(self.xvlm.encode_image(&self.pixels(pictures)?, &Pass::inference())?);
         }
         match batches.as_slice() {
             [] => Err(TaskError::Empty { what: "pictures to encode".to_owned() }),
             [one] => Ok(ImageTokens(one.clone())),
             several => Ok(ImageTokens(Tensor::cat(several, 0)?)),
         }
+    }
+
+    /// Normalised pixels `[N, 3, R, R]` of pictures, each resized to the model's square.
+    pub(crate) fn pixels(&self, pictures: &[Picture]) -> candle_core::Result<Tensor> {
+        let side = self.config.model.vision_config.image_res();
+        let normalised = |picture: &Picture| picture.resized_square(side).normalised();
+        let pixels: Vec<f32> = pictures.par_iter().flat_map_iter(normalised).collect();
+        Tensor::from_vec(pixels, (pictures.len(), 3, side, side), &self.device)
     }
 
     /// Embeddings of images `[N, E]`, of unit length.
@@ -240,18 +245,24 @@ impl Model {
 
     /// Fused texts `[B, T, H]` → the probability that each matches what it was fused with.
     pub(crate) fn match_probabilities(&self, fused: &Tensor) -> Result<Vec<f32>, TaskError> {
-        let logits = self.xvlm.match_logits(fused)?;
+        Self::probabilities(&self.xvlm.match_logits(fused)?)
+    }
+
+    /// Logits of no match and of a match `[B, 2]` → the probability of a match.
+    pub(crate) fn probabilities(logits: &Tensor) -> Result<Vec<f32>, TaskError> {
         let difference = (logits.narrow(1, 1, 1)? - logits.narrow(1, 0, 1)?)?;
         Ok(candle_nn::ops::sigmoid(&difference)?.flatten_all()?.to_vec1()?)
     }
 
+    /// Token ids of a cleaned text, `[CLS]` first.
+    pub(crate) fn token_row(&self, text: &str) -> Result<Vec<u32>, TaskError> {
+        let cleaned = pre_caption(text, self.config.max_words)?;
+        Ok(self.tokenizer.encode(&cleaned, self.config.max_tokens, false)?)
+    }
+
     /// Cleans and tokenises texts.
     pub(crate) fn tokenise(&self, texts: &[&str]) -> Result<Texts, TaskError> {
-        let encode = |text: &&str| -> Result<Vec<u32>, TaskError> {
-            let cleaned = pre_caption(text, self.config.max_words)?;
-            Ok(self.tokenizer.encode(&cleaned, self.config.max_tokens, false)?)
-        };
-        let rows = texts.iter().map(encode).collect::<Result<Vec<_>, _>>()?;
+        let rows = texts.iter().map(|text| self.token_row(text)).collect::<Result<Vec<_>, _>>()?;
         Ok(self.pad(&rows)?)
     }
 

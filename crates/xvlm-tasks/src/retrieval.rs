@@ -1,26 +1,42 @@
 //! Image–text retrieval: the dual encoder proposes, matching re-ranks (§4.2 of the paper).
+//!
+//! # What is held in memory
+//!
+//! A set of any size is worked through with the embeddings of all images and texts (1 KB each in the base model), the
+//! candidates, and the images of one batch. An image is encoded twice: for its embedding, and when it is matched with all
+//! texts that propose it or that it proposes. Keeping the patch tokens instead (0.6 MB an image at 384 pixels, 3 GB for the test
+//! split of COCO) would spare one pass of the vision encoder for about 1,500 passes of the fusion layers. Encoded texts are
+//! kept as long as they fit into [`Options::memory_mib`]; beyond that, those that a batch needs are encoded again.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use candle_core::Tensor;
-use xvlm_data::annotations::{RetrievalItem, read_retrieval};
-use xvlm_data::{Picture, TextTensors};
-use xvlm_encoders::{Attention, Pass, Xvlm};
-use xvlm_metrics::retrieval::{RetrievalScores, recalls};
+use rayon::prelude::*;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::json;
+use xvlm_data::annotations::RetrievalItem;
+use xvlm_data::tokens::hash_bytes;
+use xvlm_data::{DataError, Picture, TextTensors, pre_caption};
+use xvlm_encoders::{Attention, Pass, Task, Xvlm};
+use xvlm_metrics::retrieval::RetrievalScores;
 use xvlm_train::Losses;
 use xvlm_train::ranks::Communicator;
 
+use crate::BATCH;
 use crate::align::{Alignment, Negatives};
 use crate::config::{ItcGradient, Objective};
-use crate::error::TaskError;
+use crate::error::{SweepProblem, TaskError};
 use crate::generate::Source;
-use crate::model::{ImageTokens, Model, Texts};
-use crate::{BATCH, Counter, some};
+use crate::model::{ImageTokens, Model};
+use crate::sweep::{LeftOut, Sweep, Work};
 
-/// Score of a pair that the dual encoder did not propose (as in the original's `evaluation`).
-const NOT_PROPOSED: f32 = -100.0;
+/// Pairs of an image and a text that go through the fusion layers at a time.
+const PAIRS: usize = 4 * BATCH;
 
 /// The losses of fine-tuning (`models/model_retrieval.py`): ITC and ITM of each image with its text. Texts of equal key are
 /// about the same image. Where several `ranks` train together, ITC compares the samples of all.
@@ -40,110 +56,618 @@ pub fn losses(
     Ok(Losses(alignment.losses(texts, Some(&Source::images(images)?), None, negatives)?))
 }
 
-/// Retrieval over a data set: the scores, and the tables they come from.
+/// How retrieval is evaluated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Options {
+    /// How many candidates of the dual encoder are matched, both ways. What is not among them is not found.
+    pub k_test: usize,
+    /// Images that are encoded at a time.
+    pub batch_size: usize,
+    /// Texts that are encoded at a time.
+    pub batch_size_text: usize,
+    /// Memory for encoded texts, in MiB.
+    pub memory_mib: usize,
+}
+
+impl Options {
+    /// The original's batch sizes, with a number of candidates.
+    pub fn new(k_test: usize) -> Self {
+        Self { k_test, batch_size: 64, batch_size_text: 256, memory_mib: 1024 }
+    }
+}
+
+/// An image that is searched, or searched with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// Its identifier.
+    pub id: String,
+    /// Its file.
+    pub path: PathBuf,
+}
+
+/// A text that is searched, or searched with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Text {
+    /// Its number in the annotations: all captions of all files are counted from 0, in their order.
+    pub number: usize,
+    /// Its image, as an index of [`Evaluation::images`].
+    pub image: usize,
+    /// The caption.
+    pub caption: String,
+}
+
+/// Candidates and the logit of their match, the best first.
+pub type Ranking = Vec<(u32, f32)>;
+
+/// Retrieval over a data set.
 pub struct Evaluation {
-    /// The images with their captions.
-    pub items: Vec<RetrievalItem>,
-    /// For each image its row of scores over all captions, in the order of the items.
-    pub image_to_text: Vec<f32>,
-    /// For each caption its row of scores over all images.
-    pub text_to_image: Vec<f32>,
+    /// The images that took part.
+    pub images: Vec<Image>,
+    /// The texts that took part.
+    pub texts: Vec<Text>,
+    /// For each image its candidates among the texts.
+    pub image_to_text: Vec<Ranking>,
+    /// For each text its candidates among the images.
+    pub text_to_image: Vec<Ranking>,
     /// Recalls both ways.
     pub scores: RetrievalScores,
+    /// What did not take part, and why; by the number of the annotation.
+    pub left_out: Vec<LeftOut>,
 }
 
-/// Evaluates on `retrieval.json` of a folder; matching re-ranks the `k_test` best of the dual encoder, both ways.
+impl Evaluation {
+    /// What `xvlm score retrieval` reads: for each image the numbers of its texts, and for each text the identifiers of its
+    /// images, the best first.
+    pub fn results(&self) -> serde_json::Value {
+        let texts = |ranking: &Ranking| -> Vec<usize> {
+            ranking.iter().map(|&(text, _)| self.texts[text as usize].number).collect()
+        };
+        let images = |ranking: &Ranking| -> Vec<&str> {
+            ranking.iter().map(|&(image, _)| self.images[image as usize].id.as_str()).collect()
+        };
+        let of_images = self.images.iter().zip(&self.image_to_text);
+        let of_texts = self.texts.iter().zip(&self.text_to_image);
+        json!({
+            "image_to_text": of_images.map(|(image, found)| (image.id.clone(), json!(texts(found)))).collect::<serde_json::Map<_, _>>(),
+            "text_to_image": of_texts.map(|(text, found)| (text.number.to_string(), json!(images(found)))).collect::<serde_json::Map<_, _>>(),
+        })
+    }
+}
+
+/// Floats as base64 of their bytes (little endian): short, and exact.
+#[derive(Clone, Debug, PartialEq)]
+struct Packed(Vec<f32>);
+
+impl Serialize for Packed {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let bytes: Vec<u8> = self.0.iter().flat_map(|x| x.to_le_bytes()).collect();
+        serializer.serialize_str(&BASE64.encode(bytes))
+    }
+}
+
+impl<'de> Deserialize<'de> for Packed {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let bytes = BASE64.decode(String::deserialize(deserializer)?).map_err(D::Error::custom)?;
+        let (floats, rest) = bytes.as_chunks::<4>();
+        match rest.is_empty() {
+            true => Ok(Self(floats.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())),
+            false => Err(D::Error::custom("expected floats of four bytes each")),
+        }
+    }
+}
+
+/// The set as it is evaluated: each image once, each text with its tokens.
+#[derive(Default)]
+struct Set {
+    images: Vec<Image>,
+    texts: Vec<Text>,
+    tokens: Vec<Vec<u32>>,
+    /// The first annotation of each image.
+    first: Vec<usize>,
+    /// The annotation of each text.
+    item: Vec<usize>,
+    left_out: Vec<LeftOut>,
+}
+
+impl Set {
+    fn new(model: &Model, items: &[RetrievalItem]) -> Result<Self, TaskError> {
+        let mut set = Self::default();
+        let mut places: HashMap<&str, usize> = HashMap::new();
+        let (config, mut number) = (model.config(), 0);
+        for (item, annotated) in items.iter().enumerate() {
+            let RetrievalItem { image, image_id, captions, .. } = annotated;
+            let place = *places.entry(image_id.as_str()).or_insert_with(|| {
+                set.images.push(Image { id: image_id.clone(), path: image.clone() });
+                set.first.push(item);
+                set.images.len() - 1
+            });
+            let known = &set.images[place].path;
+            let is_other = known != image;
+            if is_other {
+                let (known, found) = (known.display(), image.display());
+                let problem = format!("image {image_id}: expected one file, {known}, found {found} too");
+                set.left_out.push(LeftOut { item, problem });
+            }
+            for caption in captions {
+                number += 1;
+                if is_other {
+                    continue;
+                }
+                match pre_caption(caption, config.max_words) {
+                    Ok(cleaned) => {
+                        set.tokens.push(model.tokenizer().encode(&cleaned, config.max_tokens, false)?);
+                        set.texts.push(Text { number: number - 1, image: place, caption: caption.clone() });
+                        set.item.push(item);
+                    }
+                    Err(error) => {
+                        set.left_out.push(LeftOut { item, problem: format!("text of image {image_id}: {error}") });
+                    }
+                }
+            }
+        }
+        let mut has_text = vec![false; set.images.len()];
+        set.texts.iter().for_each(|text| has_text[text.image] = true);
+        let problem = |image: &Image| Some(format!("image {}: expected at least one text, found none", image.id));
+        set.keep(&has_text, problem);
+        Ok(set)
+    }
+
+    /// Leaves out images, and their texts with them.
+    fn keep(&mut self, kept: &[bool], problem: impl Fn(&Image) -> Option<String>) {
+        let mut place = vec![usize::MAX; self.images.len()];
+        let (mut images, mut first) = (Vec::new(), Vec::new());
+        for (at, (image, item)) in std::mem::take(&mut self.images).into_iter().zip(&self.first).enumerate() {
+            if kept[at] {
+                place[at] = images.len();
+                images.push(image);
+                first.push(*item);
+            } else if let Some(problem) = problem(&image) {
+                self.left_out.push(LeftOut { item: *item, problem });
+            }
+        }
+        (self.images, self.first) = (images, first);
+        let texts = std::mem::take(&mut self.texts).into_iter().zip(std::mem::take(&mut self.tokens));
+        let texts = texts.zip(std::mem::take(&mut self.item));
+        for ((text, tokens), item) in texts.filter(|((text, _), _)| kept[text.image]) {
+            self.texts.push(Text { image: place[text.image], ..text });
+            self.tokens.push(tokens);
+            self.item.push(item);
+        }
+    }
+}
+
+/// Evaluates retrieval over annotated images; matching re-ranks the `k_test` best of the dual encoder, both ways. Annotations of
+/// equal identifier are about one image.
+///
+/// Left out, and so neither searched nor counted as not found: images that cannot be read, with their texts; texts without a
+/// word; images without text; further files of an identifier that has one.
 ///
 /// # Errors
-/// If the file or an image cannot be read.
-pub fn evaluate(model: &Model, data: &Path, k_test: usize, counter: Counter) -> Result<Evaluation, TaskError> {
-    let items = some(read_retrieval(data.join("retrieval.json"))?, data, "retrieval.json")?;
-    let mut tokens = Vec::new();
-    for items in items.chunks(BATCH) {
-        let pictures = items.iter().map(|item| Picture::open(&item.image)).collect::<Result<Vec<_>, _>>()?;
-        tokens.push(model.encode(&pictures)?.0);
+/// If nothing is left, more than [`Sweep::max_bad_fraction`] of the annotations are left out, or the model is made for another task.
+pub fn evaluate(
+    model: &Model,
+    items: &[RetrievalItem],
+    options: Options,
+    sweep: &mut Sweep,
+) -> Result<Evaluation, TaskError> {
+    model.fit_for("retrieval", &[Task::Pretrain, Task::Retrieval])?;
+    let mut set = Set::new(model, items)?;
+    let limit = sweep.max_bad_fraction;
+    check_left_out(&set.left_out, items.len(), limit)?;
+    let side = model.config().model.vision_config.image_res();
+    let open = |images: &[&Image]| -> Vec<Result<Picture, DataError>> {
+        images.par_iter().map(|image| Ok(Picture::open(&image.path)?.resized_square(side))).collect()
+    };
+
+    let work = Work { name: "retrieval-images", options: json!({}), batch: options.batch_size };
+    let name = |image: &Image| json!([image.id, image.path]).to_string();
+    let embedded = sweep.run(&work, &set.images, name, |images| {
+        of_readable(open(images), |pictures| {
+            let rows = model.embed_images(&model.encode(pictures)?)?.to_vec2::<f32>()?;
+            Ok(rows.into_iter().map(Packed).collect())
+        })
+    })?;
+    set.leave_out(&embedded.given, embedded.left_out);
+    if set.images.is_empty() {
+        return Err(TaskError::Empty { what: "images with texts".to_owned() });
     }
-    let images = ImageTokens(Tensor::cat(&tokens, 0)?);
-    let texts: Vec<&str> = items.iter().flat_map(|item| item.captions.iter().map(String::as_str)).collect();
-    let image_of_text: Vec<usize> =
-        items.iter().enumerate().flat_map(|(image, item)| item.captions.iter().map(move |_| image)).collect();
-    let Scores { image_to_text, text_to_image, .. } =
-        score(model.xvlm(), &images, &model.tokenise(&texts)?, k_test, counter)?;
-    let scores = recalls(&image_to_text, &text_to_image, &image_of_text)?;
-    Ok(Evaluation { items, image_to_text, text_to_image, scores })
+    let rows: Vec<Vec<f32>> = embedded.given.into_iter().flatten().map(|Packed(row)| row).collect();
+    let image_embeddings = Tensor::new(rows, model.device())?;
+    let (text_embeddings, states) = encode_texts(model.xvlm(), &set.tokens, options)?;
+    let texts_of_image = propose(&image_embeddings, &text_embeddings, options.k_test)?;
+    let images_of_text = propose(&text_embeddings, &image_embeddings, options.k_test)?;
+
+    let wanted = both_ways(&texts_of_image, &images_of_text, &set.tokens);
+    let units: Vec<usize> = (0..set.images.len()).collect();
+    let work = Work { name: "retrieval-matches", options: json!(options), batch: options.batch_size };
+    // What is proposed follows from the embeddings of both, which a resumed run may have computed on another machine.
+    let name = |&image: &usize| {
+        let proposed: Vec<u8> = wanted[image].iter().flat_map(|text| text.to_le_bytes()).collect();
+        json!([set.images[image].id, hash_bytes(&proposed)]).to_string()
+    };
+    let matched = sweep.run(&work, &units, name, |units| {
+        let images: Vec<&Image> = units.iter().map(|&&image| &set.images[image]).collect();
+        let opened = open(&images);
+        let readable = units.iter().zip(&opened).filter(|(_, picture)| picture.is_ok());
+        let wanted: Vec<&[u32]> = readable.map(|(&&image, _)| wanted[image].as_slice()).collect();
+        of_readable(opened, |pictures| {
+            let images = model.encode(pictures)?;
+            let logits = match_images(model.xvlm(), &images, &set.tokens, states.as_ref(), &wanted, options)?;
+            Ok(logits.into_iter().map(Packed).collect())
+        })
+    })?;
+    if let Some(out) = matched.left_out.first() {
+        // It could be read a moment ago.
+        let (left_out, units) = (matched.left_out.len(), set.images.len());
+        return Err(SweepProblem::TooManyBroken { left_out, units, limit: 0.0, first: out.problem.clone() }.into());
+    }
+    let logits = matched.given.into_iter().map(|logits| logits.map_or_else(Vec::new, |Packed(logits)| logits));
+    let [image_to_text, text_to_image] = Matches::new(&wanted, logits).rankings(&texts_of_image, &images_of_text);
+    check_left_out(&set.left_out, items.len(), limit)?;
+    let scores = recalls(&set.texts, &image_to_text, &text_to_image);
+    let Set { images, texts, mut left_out, .. } = set;
+    left_out.sort_by_key(|out| out.item);
+    Ok(Evaluation { images, texts, image_to_text, text_to_image, scores, left_out })
 }
 
-/// Scores of `N` images with `M` texts.
+impl Set {
+    /// Leaves out the images that have no answer.
+    fn leave_out<A>(&mut self, given: &[Option<A>], left_out: Vec<LeftOut>) {
+        let kept: Vec<bool> = given.iter().map(Option::is_some).collect();
+        let first = &self.first;
+        let named = left_out.into_iter().map(|out| LeftOut { item: first[out.item], ..out });
+        self.left_out.extend(named.collect::<Vec<_>>());
+        if kept.contains(&false) {
+            self.keep(&kept, |_| None);
+        }
+    }
+}
+
+fn check_left_out(left_out: &[LeftOut], items: usize, limit: f64) -> Result<(), TaskError> {
+    let mut broken: Vec<usize> = left_out.iter().map(|out| out.item).collect();
+    broken.sort_unstable();
+    broken.dedup();
+    match left_out.first() {
+        Some(first) if broken.len() as f64 > limit * items as f64 => {
+            let first = first.problem.clone();
+            Err(SweepProblem::TooManyBroken { left_out: broken.len(), units: items, limit, first }.into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Answers about the pictures that could be opened, in the places of all.
+fn of_readable<A>(
+    opened: Vec<Result<Picture, DataError>>,
+    ask: impl FnOnce(&[Picture]) -> Result<Vec<A>, TaskError>,
+) -> Result<Vec<Result<A, DataError>>, TaskError> {
+    let mut pictures = Vec::with_capacity(opened.len());
+    let problems: Vec<Option<DataError>> =
+        opened.into_iter().map(|opened| opened.map(|picture| pictures.push(picture)).err()).collect();
+    let answers = if pictures.is_empty() { Vec::new() } else { ask(&pictures)? };
+    let mut answers = answers.into_iter();
+    Ok(problems
+        .into_iter()
+        .filter_map(|problem| match problem {
+            Some(problem) => Some(Err(problem)),
+            None => answers.next().map(Ok),
+        })
+        .collect())
+}
+
+/// Encoded texts without their padding.
+struct States {
+    /// The states of all tokens, text after text `[R, H]`.
+    flat: Tensor,
+    /// Where each text begins.
+    starts: Vec<u32>,
+    /// Its number of tokens.
+    lengths: Vec<usize>,
+}
+
+impl States {
+    /// Embeddings of all texts `[M, E]`.
+    fn embeddings(&self, model: &Xvlm) -> candle_core::Result<Tensor> {
+        let first = self.flat.index_select(&Tensor::new(self.starts.as_slice(), self.flat.device())?, 0)?;
+        model.project_text(&first.unsqueeze(1)?)
+    }
+
+    /// States and mask of some texts, padded to the longest of them `[B, T, H]`, `[B, T]`.
+    fn rows(&self, texts: &[u32]) -> candle_core::Result<(Tensor, Tensor)> {
+        let device = self.flat.device();
+        let longest = texts.iter().map(|&text| self.lengths[text as usize]).max().unwrap_or(0);
+        let (mut index, mut mask) = (Vec::new(), Vec::new());
+        for &text in texts {
+            let (start, length) = (self.starts[text as usize], self.lengths[text as usize]);
+            for token in 0..longest {
+                let is_there = token < length;
+                index.push(if is_there { start + token as u32 } else { start });
+                mask.push(if is_there { 1f32 } else { 0.0 });
+            }
+        }
+        let shape = (texts.len(), longest);
+        let states = self.flat.index_select(&Tensor::new(index, device)?, 0)?;
+        Ok((states.reshape((shape.0, shape.1, ()))?, Tensor::from_vec(mask, shape, device)?))
+    }
+}
+
+/// Encodes texts, those of like length together: `each` gets the numbers of some of them, and their states `[B, T, H]`.
+fn encode_each(
+    model: &Xvlm,
+    tokens: &[Vec<u32>],
+    texts: &[u32],
+    batch: usize,
+    mut each: impl FnMut(&[u32], Tensor) -> candle_core::Result<()>,
+) -> candle_core::Result<()> {
+    let device = model.temperature()?.device();
+    let mut order = texts.to_vec();
+    order.sort_by_key(|&text| (tokens[text as usize].len(), text));
+    for texts in order.chunks(batch.max(1)) {
+        let longest = texts.iter().map(|&text| tokens[text as usize].len()).max().unwrap_or(0);
+        let (mut ids, mut mask) = (Vec::new(), Vec::new());
+        for &text in texts {
+            let own = &tokens[text as usize];
+            let padding = longest - own.len();
+            ids.extend(own.iter().copied().chain(std::iter::repeat_n(0, padding)));
+            mask.extend(own.iter().map(|_| 1f32).chain(std::iter::repeat_n(0.0, padding)));
+        }
+        let shape = (texts.len(), longest);
+        let ids = Tensor::from_vec(ids, shape, device)?;
+        let mask = Tensor::from_vec(mask, shape, device)?;
+        each(texts, model.encode_text(&ids, &mask, Attention::Full, &Pass::inference())?)?;
+    }
+    Ok(())
+}
+
+/// The states of some texts; `starts` and `lengths` are as long as all, those of others are 0.
+fn encode(model: &Xvlm, tokens: &[Vec<u32>], texts: &[u32], batch: usize) -> candle_core::Result<States> {
+    let (mut parts, mut end) = (Vec::new(), 0);
+    let (mut starts, mut lengths) = (vec![0; tokens.len()], vec![0; tokens.len()]);
+    encode_each(model, tokens, texts, batch, |texts, states| {
+        for (row, &text) in texts.iter().enumerate() {
+            let length = tokens[text as usize].len();
+            (starts[text as usize], lengths[text as usize]) = (end, length);
+            end += length as u32;
+            parts.push(states.get(row)?.narrow(0, 0, length)?);
+        }
+        Ok(())
+    })?;
+    Ok(States { flat: Tensor::cat(&parts, 0)?, starts, lengths })
+}
+
+/// Embeddings of all texts `[M, E]`, and their states if there is room for them.
+fn encode_texts(model: &Xvlm, tokens: &[Vec<u32>], options: Options) -> candle_core::Result<(Tensor, Option<States>)> {
+    let all: Vec<u32> = (0..tokens.len() as u32).collect();
+    let whole: usize = tokens.iter().map(Vec::len).sum();
+    if whole <= tokens_within(model, options.memory_mib) {
+        let states = encode(model, tokens, &all, options.batch_size_text)?;
+        return Ok((states.embeddings(model)?, Some(states)));
+    }
+    let (mut rows, mut order) = (Vec::new(), Vec::new());
+    encode_each(model, tokens, &all, options.batch_size_text, |texts, states| {
+        order.extend_from_slice(texts);
+        rows.push(model.project_text(&states)?);
+        Ok(())
+    })?;
+    let mut place = vec![0u32; order.len()];
+    order.iter().enumerate().for_each(|(at, &text)| place[text as usize] = at as u32);
+    let rows = Tensor::cat(&rows, 0)?;
+    Ok((rows.index_select(&Tensor::new(place, rows.device())?, 0)?, None))
+}
+
+/// Tokens whose states fit into some memory.
+fn tokens_within(model: &Xvlm, mebibytes: usize) -> usize {
+    let bytes = model.config().text_config.hidden_size * size_of::<f32>();
+    (mebibytes << 20) / bytes
+}
+
+/// The logit of each image's match with each of the texts wanted of it. Texts that are not encoded are encoded for it, as many
+/// at a time as there is room for.
+fn match_images(
+    model: &Xvlm,
+    images: &ImageTokens,
+    tokens: &[Vec<u32>],
+    states: Option<&States>,
+    wanted: &[&[u32]],
+    options: Options,
+) -> candle_core::Result<Vec<Vec<f32>>> {
+    let images = Source::images(images)?;
+    let matching = |states: &States, wanted: &[&[u32]]| -> candle_core::Result<Vec<Vec<f32>>> {
+        let logits = match_with(model, &images, states, wanted)?;
+        Ok(logits.into_iter().map(|row| row.into_iter().map(|[_, matching]| matching).collect()).collect())
+    };
+    if let Some(states) = states {
+        return matching(states, wanted);
+    }
+    let mut needed: Vec<u32> = wanted.concat();
+    needed.sort_unstable();
+    needed.dedup();
+    let room = tokens_within(model, options.memory_mib).max(1);
+    let mut logits: Vec<Vec<f32>> = wanted.iter().map(|texts| vec![0.0; texts.len()]).collect();
+    let mut rest = needed.as_slice();
+    while !rest.is_empty() {
+        let mut sum = 0;
+        let fits = |text: &&u32| {
+            sum += tokens[**text as usize].len();
+            sum <= room
+        };
+        let (now, later) = rest.split_at(rest.iter().take_while(fits).count().max(1));
+        rest = later;
+        let states = encode(model, tokens, now, options.batch_size_text)?;
+        let places: Vec<Vec<usize>> = wanted
+            .iter()
+            .map(|texts| (0..texts.len()).filter(|&at| now.binary_search(&texts[at]).is_ok()).collect())
+            .collect();
+        let texts: Vec<Vec<u32>> =
+            places.iter().zip(wanted).map(|(places, texts)| places.iter().map(|&at| texts[at]).collect()).collect();
+        let texts: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
+        for ((row, places), found) in logits.iter_mut().zip(&places).zip(matching(&states, &texts)?) {
+            places.iter().zip(found).for_each(|(&at, logit)| row[at] = logit);
+        }
+    }
+    Ok(logits)
+}
+
+/// The logits, not matching and matching, of each concept with each of the texts wanted of it.
+fn match_with(
+    model: &Xvlm,
+    concepts: &Source,
+    states: &States,
+    wanted: &[&[u32]],
+) -> candle_core::Result<Vec<Vec<[f32; 2]>>> {
+    let pass = Pass::inference();
+    let pairs: Vec<(u32, u32)> =
+        (0u32..).zip(wanted).flat_map(|(image, texts)| texts.iter().map(move |&text| (image, text))).collect();
+    let mut logits = Vec::with_capacity(pairs.len());
+    for pairs in pairs.chunks(PAIRS) {
+        let (index, texts): (Vec<u32>, Vec<u32>) = pairs.iter().copied().unzip();
+        let (text, mask) = states.rows(&texts)?;
+        let fused = concepts.look_at(&index, |looks| model.fuse(&text, &mask, looks, Attention::Full, &pass))?;
+        logits.extend(model.match_logits(&fused)?.to_vec2::<f32>()?.iter().map(|row| [row[0], row[1]]));
+    }
+    let mut logits = logits.into_iter();
+    Ok(wanted.iter().map(|texts| logits.by_ref().take(texts.len()).collect()).collect())
+}
+
+/// The cosine of a concept and a text, and the logits of their not matching and matching.
+pub(crate) type Compared = (f32, [f32; 2]);
+
+/// Compares all concepts with all texts: a row a concept.
+pub(crate) fn match_all(
+    model: &Xvlm,
+    concepts: &Source,
+    tokens: &[Vec<u32>],
+) -> candle_core::Result<Vec<Vec<Compared>>> {
+    let mut all: Vec<u32> = (0..tokens.len() as u32).collect();
+    let states = encode(model, tokens, &all, PAIRS)?;
+    let embeddings = model.project_image(&concepts.tokens)?;
+    let similarities = embeddings.matmul(&states.embeddings(model)?.t()?)?.to_vec2::<f32>()?;
+    // Those of like length together.
+    all.sort_by_key(|&text| (tokens[text as usize].len(), text));
+    let wanted = vec![all.as_slice(); concepts.tokens.dim(0)?];
+    let logits = match_with(model, concepts, &states, &wanted)?;
+    let compared = |(similarities, logits): (Vec<f32>, Vec<[f32; 2]>)| {
+        let mut row: Vec<Compared> = similarities.into_iter().map(|similarity| (similarity, [0.0; 2])).collect();
+        all.iter().zip(logits).for_each(|(&text, logits)| row[text as usize].1 = logits);
+        row
+    };
+    Ok(similarities.into_iter().zip(logits).map(compared).collect())
+}
+
+/// For each row of `from [N, E]` the `k` rows of `among [M, E]` that are nearest, the nearest first.
+pub(crate) fn propose(from: &Tensor, among: &Tensor, k: usize) -> candle_core::Result<Vec<Vec<u32>>> {
+    // Similarities that are in memory at a time.
+    const AT_ONCE: usize = 1 << 24;
+    let (n, m) = (from.dim(0)?, among.dim(0)?);
+    let (rows, among) = ((AT_ONCE / m.max(1)).clamp(1, n.max(1)), among.t()?);
+    let mut found = Vec::with_capacity(n);
+    for start in (0..n).step_by(rows) {
+        let similarities = from.narrow(0, start, rows.min(n - start))?.matmul(&among)?.to_vec2::<f32>()?;
+        found.extend(similarities.par_iter().map(|row| nearest(row, k)).collect::<Vec<_>>());
+    }
+    Ok(found)
+}
+
+/// The places of the `k` largest numbers, the largest first, of equal ones the first.
+pub(crate) fn nearest(row: &[f32], k: usize) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..row.len() as u32).collect();
+    let larger = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
+    if (1..order.len()).contains(&k) {
+        order.select_nth_unstable_by(k - 1, larger);
+    }
+    order.truncate(k);
+    order.sort_unstable_by(larger);
+    order
+}
+
+/// For each image the texts it is matched with, for either way; those of like length together.
+fn both_ways(texts_of_image: &[Vec<u32>], images_of_text: &[Vec<u32>], tokens: &[Vec<u32>]) -> Vec<Vec<u32>> {
+    let mut wanted = texts_of_image.to_vec();
+    for (text, images) in (0u32..).zip(images_of_text) {
+        images.iter().for_each(|&image| wanted[image as usize].push(text));
+    }
+    for texts in &mut wanted {
+        texts.sort_unstable_by_key(|&text| (tokens[text as usize].len(), text));
+        texts.dedup();
+    }
+    wanted
+}
+
+/// The logits of the pairs that were matched: for each image its texts, in the order of their numbers.
+struct Matches(Vec<Vec<(u32, f32)>>);
+
+impl Matches {
+    fn new(wanted: &[Vec<u32>], logits: impl IntoIterator<Item = Vec<f32>>) -> Self {
+        let of_image = |(texts, logits): (&Vec<u32>, Vec<f32>)| {
+            let mut found: Vec<(u32, f32)> = texts.iter().copied().zip(logits).collect();
+            found.sort_unstable_by_key(|&(text, _)| text);
+            found
+        };
+        Self(wanted.iter().zip(logits).map(of_image).collect())
+    }
+
+    fn logit(&self, image: u32, text: u32) -> Option<f32> {
+        let texts = &self.0[image as usize];
+        texts.binary_search_by_key(&text, |&(text, _)| text).ok().map(|at| texts[at].1)
+    }
+
+    /// Candidates by their logits; of equal ones the one that the dual encoder prefers comes first.
+    fn ranked(candidates: &[u32], logit: impl Fn(u32) -> Option<f32>) -> Ranking {
+        let mut found: Ranking = candidates.iter().filter_map(|&one| Some((one, logit(one)?))).collect();
+        found.sort_by(|a, b| b.1.total_cmp(&a.1));
+        found
+    }
+
+    /// The candidates of each image, and of each text.
+    fn rankings(&self, texts_of_image: &[Vec<u32>], images_of_text: &[Vec<u32>]) -> [Vec<Ranking>; 2] {
+        let of_images = (0u32..).zip(texts_of_image);
+        let of_texts = (0u32..).zip(images_of_text);
+        [
+            of_images.map(|(image, texts)| Self::ranked(texts, |text| self.logit(image, text))).collect(),
+            of_texts.map(|(text, images)| Self::ranked(images, |image| self.logit(image, text))).collect(),
+        ]
+    }
+}
+
+/// Images and texts that are in memory, compared.
 pub struct Scores {
     /// Cosines of the dual encoder `[N, M]`.
     pub similarities: Tensor,
-    /// For each image its row of matching logits over all texts; −100 where the dual encoder did not propose the text.
-    pub image_to_text: Vec<f32>,
-    /// For each text its row over all images.
-    pub text_to_image: Vec<f32>,
+    /// For each image its candidates among the texts.
+    pub image_to_text: Vec<Ranking>,
+    /// For each text its candidates among the images.
+    pub text_to_image: Vec<Ranking>,
 }
 
-/// Compares all images with all texts by the dual encoder, and the `k_test` best of each row and column by matching (the
-/// original's `evaluation`).
+/// Compares all images with all texts, given as rows of token ids, by the dual encoder, and the `k_test` best of each by
+/// matching (the original's `evaluation`).
 ///
 /// # Errors
 /// If a tensor operation fails, or the model has no heads for it.
-pub fn score(
-    model: &Xvlm,
-    images: &ImageTokens,
-    texts: &Texts,
-    k_test: usize,
-    counter: Counter,
-) -> candle_core::Result<Scores> {
-    let pass = Pass::inference();
-    let m = texts.ids.dim(0)?;
-    let mut states = Vec::new();
-    for start in (0..m).step_by(BATCH) {
-        let rows = |x: &Tensor| x.narrow(0, start, BATCH.min(m - start));
-        states.push(model.encode_text(&rows(&texts.ids)?, &rows(&texts.mask)?, Attention::Full, &pass)?);
-    }
-    let (states, n) = (Tensor::cat(&states, 0)?, images.len());
-    let similarities = model.project_image(&images.0)?.matmul(&model.project_text(&states)?.t()?)?;
-    let texts_of_image = propose(&similarities, k_test)?;
-    let images_of_text = propose(&similarities.t()?, k_test)?;
-    let mut proposed = BTreeSet::new();
-    for (image, texts) in texts_of_image.iter().enumerate() {
-        proposed.extend(texts.iter().map(|&text| (image as u32, text as u32)));
-    }
-    for (text, images) in images_of_text.iter().enumerate() {
-        proposed.extend(images.iter().map(|&image| (image as u32, text as u32)));
-    }
-
-    let pairs: Vec<(u32, u32)> = proposed.into_iter().collect();
-    let source = Source::images(images)?;
-    let mut scores = BTreeMap::new();
-    for chunk in pairs.chunks(4 * BATCH) {
-        let (index, rows): (Vec<u32>, Vec<u32>) = chunk.iter().copied().unzip();
-        let rows = Tensor::new(rows, states.device())?;
-        let (text, mask) = (states.index_select(&rows, 0)?, texts.mask.index_select(&rows, 0)?);
-        let fused = source.look_at(&index, |looks| model.fuse(&text, &mask, looks, Attention::Full, &pass))?;
-        let logits = model.match_logits(&fused)?.narrow(1, 1, 1)?.flatten_all()?.to_vec1::<f32>()?;
-        scores.extend(chunk.iter().copied().zip(logits));
-        counter(scores.len(), pairs.len());
-    }
-    let mut image_to_text = vec![NOT_PROPOSED; n * m];
-    for (image, texts) in texts_of_image.iter().enumerate() {
-        texts.iter().for_each(|&text| image_to_text[image * m + text] = scores[&(image as u32, text as u32)]);
-    }
-    let mut text_to_image = vec![NOT_PROPOSED; n * m];
-    for (text, images) in images_of_text.iter().enumerate() {
-        images.iter().for_each(|&image| text_to_image[text * n + image] = scores[&(image as u32, text as u32)]);
-    }
+pub fn score(model: &Xvlm, images: &ImageTokens, texts: &[Vec<u32>], k_test: usize) -> candle_core::Result<Scores> {
+    let options = Options { memory_mib: usize::MAX >> 20, ..Options::new(k_test) };
+    let image_embeddings = model.project_image(images.tensor())?;
+    let (text_embeddings, states) = encode_texts(model, texts, options)?;
+    let texts_of_image = propose(&image_embeddings, &text_embeddings, k_test)?;
+    let images_of_text = propose(&text_embeddings, &image_embeddings, k_test)?;
+    let wanted = both_ways(&texts_of_image, &images_of_text, texts);
+    let texts_wanted: Vec<&[u32]> = wanted.iter().map(Vec::as_slice).collect();
+    let logits = match_images(model, images, texts, states.as_ref(), &texts_wanted, options)?;
+    let matches = Matches::new(&wanted, logits);
+    let [image_to_text, text_to_image] = matches.rankings(&texts_of_image, &images_of_text);
+    let similarities = image_embeddings.matmul(&text_embeddings.t()?)?;
     Ok(Scores { similarities, image_to_text, text_to_image })
 }
 
-/// For each row of similarities the indices of its `k` largest numbers, best first.
-fn propose(similarities: &Tensor, k: usize) -> candle_core::Result<Vec<Vec<usize>>> {
-    let best = |row: Vec<f32>| {
-        let mut order: Vec<usize> = (0..row.len()).collect();
-        order.sort_by(|&a, &b| row[b].total_cmp(&row[a]).then(a.cmp(&b)));
-        order.truncate(k);
-        order
+/// Recalls both ways (`itm_eval` of the original). What is no candidate is not found; the original sorts it behind the
+/// candidates in no order, which with fewer than ten of them finds something by chance.
+fn recalls(texts: &[Text], image_to_text: &[Ranking], text_to_image: &[Ranking]) -> RetrievalScores {
+    let place = |ranking: &Ranking, is_own: &dyn Fn(usize) -> bool| {
+        ranking.iter().position(|&(found, _)| is_own(found as usize))
     };
-    Ok(similarities.to_vec2::<f32>()?.into_iter().map(best).collect())
+    let of_images = image_to_text.iter().enumerate();
+    let text_ranks = of_images.map(|(image, ranking)| place(ranking, &|text| texts[text].image == image));
+    let of_texts = text_to_image.iter().zip(texts);
+    let image_ranks = of_texts.map(|(ranking, text)| place(ranking, &|image| image == text.image));
+    RetrievalScores::of_ranks(text_ranks, image_ranks)
 }

@@ -158,7 +158,7 @@ fn a_converted_model_does_what_it_is_for() {
         if let Ok(boxes) = boxes {
             assert_eq!(boxes[0].probability.is_some(), task == Task::Pretrain);
         }
-        let filled = fill::fill(&model, &images, &[(0, "a ___")], 1);
+        let filled = fill::fill(&model, &images, &[(0, "a ___")], fill::Completing::default());
         assert_eq!(filled.is_ok(), task == Task::Pretrain);
         let matched = model.match_pairs(&images, &texts);
         assert_eq!(matched.is_ok(), matches!(task, Task::Retrieval | Task::Pretrain));

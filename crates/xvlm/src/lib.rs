@@ -34,10 +34,15 @@ pub use bundled::bundled_files;
 pub use candle_core::Device;
 #[cfg(feature = "hub")]
 pub use hub::Hub;
-pub use predictor::{Answer, Grounding, Match, PixelBox, Predictor, View};
+pub use predictor::{
+    Answer, Grounding, Heated, Judgement, LikelyAnswer, Match, PixelBox, Predictor, Proposal, RankedAnswers, View,
+};
 pub use xvlm_data::Picture;
 pub use xvlm_tasks::captioning::Writing;
-pub use xvlm_tasks::fill::Completion;
+pub use xvlm_tasks::embed::{Index, Query, SearchOptions};
+pub use xvlm_tasks::fill::{Completing, Completion, Exercise, Grade};
+pub use xvlm_tasks::grounding::{HeatMap, Layers, StretchedHeat};
+pub use xvlm_tasks::vqa::{AnswerList, Ranking};
 pub use xvlm_tasks::{ConfigProblem, Model, Sampling, Search, TaskError as Error, Written};
 pub use {
     xvlm_data as data, xvlm_encoders as encoders, xvlm_kernels as kernels, xvlm_losses as losses,

@@ -124,7 +124,7 @@ fn a_gpu_says_the_same() {
         let found = view.ground(&["the red circle", "the shape on the left"]).unwrap();
         let edges = |b: &xvlm::PixelBox| [b.xmin, b.ymin, b.xmax, b.ymax];
         let edges: Vec<f32> = found.iter().flat_map(|found| edges(&found.bounds)).collect();
-        (view.caption().unwrap().text, view.fill("a ___ circle", 3).unwrap()[0].word.clone(), edges)
+        (view.caption().unwrap().text, view.fill("a ___ circle", 3).unwrap()[0].text(), edges)
     });
     assert_eq!((here.0, here.1), (there.0, there.1));
     assert!(here.2.iter().zip(&there.2).all(|(a, b)| (a - b).abs() < 0.1), "{:?} {:?}", here.2, there.2);

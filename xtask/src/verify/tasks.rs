@@ -5,6 +5,7 @@ use xvlm::data::GenerationTensors;
 use xvlm::encoders::{Attention, Concepts, Pass, Task};
 use xvlm::kernels::{self, IGNORE};
 use xvlm::tasks::nlvr::{self, Draws};
+use xvlm::tasks::vqa::Ranking;
 use xvlm::tasks::{ImageTokens, Source, Texts, grounding, retrieval, vqa, writing_loss};
 
 use super::case::{Case, Outcome};
@@ -50,15 +51,29 @@ pub(super) fn retrieval(case: &Case) -> Outcome {
     if case.has("eval.score_i2t") {
         let table = case.input("eval.score_i2t")?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
         let k = table.first().map_or(0, |row| row.iter().filter(|&&score| score > -100.0).count());
-        let texts = Texts { ids: text.ids, mask: text.mask };
-        let scores = retrieval::score(&model, &images, &texts, k, &mut |_, _| ())?;
+        let (ids, mask) = (text.ids.to_vec2::<u32>()?, text.mask.to_vec2::<f32>()?);
+        let is_there = |(id, mask): (u32, f32)| (mask > 0.0).then_some(id);
+        let texts: Vec<Vec<u32>> = ids
+            .into_iter()
+            .zip(mask)
+            .map(|(ids, mask)| ids.into_iter().zip(mask).filter_map(is_there).collect())
+            .collect();
+        let scores = retrieval::score(&model, &images, &texts, k)?;
         case.check("eval.sims", &scores.similarities)?;
-        let shape = scores.similarities.dims2()?;
-        case.check("eval.score_i2t", &Tensor::from_vec(scores.image_to_text, shape, &Device::Cpu)?)?;
-        let shape = (shape.1, shape.0);
-        case.check("eval.score_t2i", &Tensor::from_vec(scores.text_to_image, shape, &Device::Cpu)?)?;
+        let (images, texts) = scores.similarities.dims2()?;
+        case.check("eval.score_i2t", &dense(&scores.image_to_text, texts)?)?;
+        case.check("eval.score_t2i", &dense(&scores.text_to_image, images)?)?;
     }
     Ok(())
+}
+
+/// Candidates as the original's table, a row each; −100 where there is none.
+fn dense(rankings: &[retrieval::Ranking], columns: usize) -> candle_core::Result<Tensor> {
+    let mut scores = vec![-100f32; rankings.len() * columns];
+    for (row, ranking) in rankings.iter().enumerate() {
+        ranking.iter().for_each(|&(column, logit)| scores[row * columns + column as usize] = logit);
+    }
+    Tensor::from_vec(scores, (rankings.len(), columns), &Device::Cpu)
 }
 
 /// Boxes of texts, in images of their own or in one that several look at.
@@ -101,7 +116,8 @@ pub(super) fn heat_map(case: &Case) -> Outcome {
     let layer = case.json["block_num"].as_u64().ok_or("block_num: expected a whole number")? as usize;
     let images = model.encode_image(&case.images(texts.ids.dim(0)?, &model)?, &Pass::inference())?;
     let images = ImageTokens::new(images);
-    let heat = grounding::heat(&model, &images, &texts, layer)?;
+    let index: Vec<u32> = (0..images.len() as u32).collect();
+    let heat = grounding::heat(&model, &images, &texts, &index, layer)?;
     case.check("mid.attn", &heat.attention)?;
     case.check("mid.attn_grad", &heat.gradient)?;
     case.check("mid.itm_logits", &heat.match_logits)?;
@@ -122,7 +138,7 @@ pub(super) fn heat_map(case: &Case) -> Outcome {
     }
     for row in case.names("out.det_scores_") {
         let (height, width) = size.ok_or("out.det_scores: expected the size of the image in out.mask_HxW_of_ROW")?;
-        let scores = grounding::rank_proposals(&heat.map.get(row.parse()?)?, width, height, &proposals)?;
+        let scores = grounding::StretchedHeat::new(&heat.map.get(row.parse()?)?, width, height)?.rank(&proposals);
         let count = scores.len();
         case.check(&format!("out.det_scores_{row}"), &Tensor::from_vec(scores, count, &Device::Cpu)?)?;
     }
@@ -256,7 +272,13 @@ pub(super) fn ranking(case: &Case) -> Outcome {
     case.check("mid.stage1_topk_probs", &Tensor::from_vec(probabilities, (rows, k), &Device::Cpu)?)?;
     case.check("mid.answer_loss", &Tensor::cat(&costs, 0)?)?;
 
-    let ranked = vqa::rank(&model, &states, &answers, k)?;
+    let prompts: Vec<(u32, Vec<u32>)> = (0u32..).zip(begin.to_vec2::<u32>()?).collect();
+    let (ids, mask) = (answers.ids.to_vec2::<u32>()?, answers.mask.to_vec2::<f32>()?);
+    let tokens = |(ids, mask): (Vec<u32>, Vec<f32>)| {
+        ids.into_iter().zip(mask).skip(1).filter(|(_, seen)| *seen > 0.0).map(|(id, _)| id).collect::<Vec<u32>>()
+    };
+    let list: Vec<Vec<u32>> = ids.into_iter().zip(mask).map(tokens).collect();
+    let ranked = vqa::rank(&model, &states, &prompts, &list, Ranking { k, as_original: true })?;
     let best: Vec<i64> = ranked.iter().flatten().map(|ranked| i64::from(ranked.answer)).collect();
     case.check_index("out.topk_ids", &best)?;
     let probabilities: Vec<f32> = ranked.iter().flatten().map(|ranked| ranked.probability).collect();

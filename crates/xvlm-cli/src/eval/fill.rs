@@ -3,10 +3,12 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use xvlm::data::annotations::read_fill;
 use xvlm::metrics::fill::FillScores;
-use xvlm::tasks::fill;
+use xvlm::tasks::fill::{self, Completing, LONGER};
 
 use super::{Common, count, percent};
+use crate::fill::share;
 use crate::output::{CliError, Rows};
 
 /// Words for blanks: the right one first, or among the first five, in percent
@@ -15,6 +17,12 @@ pub(crate) struct Fill {
     /// Folder with fill.json
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
+    /// Most words in a blank
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    words: u8,
+    /// How much less likely, before the picture is asked, each word piece beyond one for every word makes a completion (0 to 1)
+    #[arg(long, value_name = "FACTOR", default_value_t = LONGER, value_parser = share)]
+    longer: f32,
     #[command(flatten)]
     common: Common,
 }
@@ -22,10 +30,13 @@ pub(crate) struct Fill {
 impl Fill {
     pub(super) fn run(self) -> Result<(), CliError> {
         let name = self.data.display().to_string();
-        let done =
-            self.common.evaluate("blanks", &name, |model, sweep| fill::evaluate(model, &self.data, sweep.counter))?;
+        let words = usize::from(self.words);
+        let search = Completing { words, pieces: words + 2, longer: self.longer, ..Completing::default() };
+        let done = self.common.evaluate("blanks", &name, |model, sweep| {
+            fill::evaluate(model, read_fill(self.data.join("fill.json"))?, search, sweep)
+        })?;
         match done {
-            Some(done) => self.common.print("fill", &name, done.scores, &[], fill_rows),
+            Some(done) => self.common.print("fill", &name, done.scores, &done.left_out, fill_rows),
             None => Ok(()),
         }
     }

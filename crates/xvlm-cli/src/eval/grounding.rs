@@ -1,39 +1,159 @@
 //! `xvlm eval grounding`.
 
+use std::path::{Path, PathBuf};
+
 use clap::Args;
+use serde::Serialize;
+use xvlm::data::annotations::Report;
 use xvlm::metrics::boxes::BoxScores;
-use xvlm::tasks::finetune::FinetuneKind;
-use xvlm::tasks::grounding;
+use xvlm::tasks::FinetuneConfig;
+use xvlm::tasks::finetune::{FinetuneKind, FinetuneTask};
+use xvlm::tasks::grounding::{
+    BoxOptions, GroundingScores, Layers, TestSet, WeakOptions, WeakScores, evaluate, evaluate_weakly, write_results,
+};
+use xvlm::tasks::sweep::LeftOut;
 
 use super::{Common, DataArgs, Source, count, percent};
-use crate::output::{CliError, Rows};
+use crate::output::{CliError, Rows, say};
 
 /// Boxes of phrases: those with an IoU of at least 0.5 with the truth, and the mean IoU (both in percent)
+///
+/// With --weak, of a model that was never told a box: where it looks chooses among the boxes of a detector, or, where there
+/// are none, is pointed at. With --out, what is found is written to DIR/grounding.json, which `xvlm score grounding` reads: a
+/// list of {"ref_id", "bbox": [x, y, w, h]}, with --weak and a "point": [x, y].
 #[derive(Args)]
 pub(crate) struct Grounding {
     #[command(flatten)]
     data: DataArgs,
     #[command(flatten)]
     common: Common,
+    /// Use heat maps of the matching head instead of the box head
+    #[arg(long)]
+    weak: bool,
+    /// With --weak: the text layer whose cross attention is looked at [default: that of the configuration; with --data all
+    /// that have one]
+    #[arg(long, value_name = "N")]
+    layer: Option<usize>,
+    /// With --weak and --data: boxes to choose from, {image_id: [[x, y, w, h], …]}
+    #[arg(long, value_name = "FILE", requires = "data")]
+    proposals: Option<PathBuf>,
+    /// Score as the original does: boxes are not cut at the borders of their image, and, with --weak, a phrase without a
+    /// proposal that scores above 0 gets the box of the phrase before
+    #[arg(long)]
+    as_original: bool,
+}
+
+/// Scores, and what was left out while reading.
+#[derive(Serialize)]
+struct Told<T> {
+    #[serde(flatten)]
+    scores: T,
+    #[serde(skip_serializing_if = "Report::is_empty")]
+    unread: Report,
 }
 
 impl Grounding {
     pub(super) fn run(self) -> Result<(), CliError> {
-        let Source::Folder(folder) = self.data.open(FinetuneKind::Bbox)? else {
-            return Err(CliError::Option {
-                option: "--config",
-                expected: "--data",
-                found: "a configuration".to_owned(),
-            });
+        if self.is_weak()? { self.weakly() } else { self.boxes() }
+    }
+
+    /// Whether heat maps are wanted: told, or by the name of a preset.
+    fn is_weak(&self) -> Result<bool, CliError> {
+        let named = match &self.data.preset {
+            Some(name) => FinetuneConfig::preset(name, &self.data.set)?.task.kind() == FinetuneKind::WeakGrounding,
+            None => false,
         };
+        let weak = self.weak || named;
+        let only_weak = [("--layer", self.layer.is_some()), ("--proposals", self.proposals.is_some())];
+        match only_weak.into_iter().find(|(_, given)| *given && !weak) {
+            Some((option, _)) => Err(CliError::Option { option, expected: "--weak with it", found: "none".to_owned() }),
+            None => Ok(weak),
+        }
+    }
+
+    fn boxes(&self) -> Result<(), CliError> {
+        let (set, batch) = match self.data.open(FinetuneKind::Bbox)? {
+            Source::Folder(folder) => (TestSet::of_folder(folder)?, BoxOptions::default().batch),
+            Source::Config(config) => match &config.task {
+                FinetuneTask::Bbox(task) => {
+                    (TestSet::of_boxes(task, self.common.max_bad_fraction)?, task.batch_size_test)
+                }
+                other => return Err(other_task(other)),
+            },
+        };
+        let options = BoxOptions { batch, as_original: self.as_original };
         let name = self.data.name();
-        let done =
-            self.common.evaluate("phrases", &name, |model, sweep| grounding::evaluate(model, folder, sweep.counter))?;
-        match done {
-            Some(done) => self.common.print("grounding", &name, done.scores, &[], grounding_rows),
+        let TestSet { items, report } = set;
+        let done = self
+            .common
+            .evaluate("pictures of phrases", &name, |model, sweep| evaluate(model, items, &options, sweep))?;
+        let Some(done) = done else { return Ok(()) };
+        self.write(|path| write_results(path, &done.items, done.boxes(&options).map(|bbox| (bbox, None))))?;
+        self.print(&name, done.scores, report, &done.left_out, |scores| {
+            [grounding_rows(&scores.all), split_rows(scores)].concat()
+        })
+    }
+
+    fn weakly(&self) -> Result<(), CliError> {
+        let (mut set, options) = match self.data.open(FinetuneKind::WeakGrounding)? {
+            Source::Folder(folder) => (TestSet::of_folder(folder)?, WeakOptions::default()),
+            Source::Config(config) => match &config.task {
+                FinetuneTask::WeakGrounding(task) => {
+                    let (layers, batch) = (Layers::One(task.block_num), task.batch_size_test);
+                    let set = TestSet::of_weak(task, self.common.max_bad_fraction)?;
+                    (set, WeakOptions { layers, batch, ..WeakOptions::default() })
+                }
+                other => return Err(other_task(other)),
+            },
+        };
+        if let Some(file) = &self.proposals {
+            set.propose(file)?;
+        }
+        let layers = self.layer.map_or(options.layers, Layers::One);
+        let options = WeakOptions { layers, as_original: self.as_original, ..options };
+        let name = self.data.name();
+        let TestSet { items, report } = set;
+        let done = self
+            .common
+            .evaluate("pictures of phrases", &name, |model, sweep| evaluate_weakly(model, items, &options, sweep))?;
+        let Some(done) = done else { return Ok(()) };
+        // A box that there is not is wrong.
+        let found = done.answers.iter().map(|answer| (answer.bbox.unwrap_or_default(), Some(answer.point)));
+        self.write(|path| write_results(path, &done.items, found))?;
+        self.print(&name, done.scores, report, &done.left_out, weak_rows)
+    }
+
+    /// Writes the file of results, if there is a folder for it.
+    fn write(&self, write: impl FnOnce(&Path) -> Result<(), xvlm::Error>) -> Result<(), CliError> {
+        match &self.common.out {
+            Some(out) => Ok(write(&out.join("grounding.json"))?),
             None => Ok(()),
         }
     }
+
+    fn print<T: Serialize>(
+        &self,
+        name: &str,
+        scores: T,
+        unread: Report,
+        left_out: &[LeftOut],
+        rows: impl Fn(&T) -> Rows,
+    ) -> Result<(), CliError> {
+        if !unread.is_empty() {
+            say(&format!("left out while reading:\n{}", unread.to_string().trim_end()));
+        }
+        let told = Told { scores, unread };
+        self.common.print("grounding", name, told, left_out, |told| {
+            let skipped = told.unread.iter().map(|(reason, skipped)| (reason.to_string(), skipped.count));
+            let skipped = skipped.map(|(reason, skipped)| (reason, Some(skipped.to_string())));
+            rows(&told.scores).into_iter().chain(skipped).collect()
+        })
+    }
+}
+
+fn other_task(task: &FinetuneTask) -> CliError {
+    let (expected, found) = ("a configuration for grounding", task.kind().name().to_owned());
+    CliError::Option { option: "--config", expected, found }
 }
 
 pub(crate) fn grounding_rows(scores: &BoxScores) -> Rows {
@@ -42,4 +162,29 @@ pub(crate) fn grounding_rows(scores: &BoxScores) -> Rows {
         percent("mean IoU", scores.mean_iou),
         count("phrases", scores.count),
     ]
+}
+
+fn split_rows(scores: &GroundingScores) -> Rows {
+    let rows = |(split, scores): (&String, &BoxScores)| {
+        [(split.clone(), None)].into_iter().chain(grounding_rows(scores)).collect::<Rows>()
+    };
+    scores.splits.iter().flat_map(rows).collect()
+}
+
+fn weak_rows(scores: &WeakScores) -> Rows {
+    let mut rows = vec![
+        percent("phrases pointed at", scores.pointing),
+        percent("by the maximum of the stretched map", scores.pointing_maximum),
+    ];
+    rows.extend(
+        scores.pointing_splits.iter().map(|(split, pointing)| percent(format!("{split} pointed at"), *pointing)),
+    );
+    let boxes = if scores.proposals { "boxes chosen among proposals" } else { "boxes drawn around the heat" };
+    rows.push((boxes.to_owned(), None));
+    rows.extend(grounding_rows(&scores.boxes.all));
+    rows.extend(split_rows(&scores.boxes));
+    if scores.cold > 0 {
+        rows.push(count(if scores.proposals { "no proposal above 0" } else { "without heat" }, scores.cold));
+    }
+    rows
 }

@@ -3,6 +3,8 @@
 mod captioning;
 mod fill;
 mod grounding;
+mod nlvr;
+mod reading;
 mod retrieval;
 mod vqa;
 
@@ -42,6 +44,7 @@ enum Task {
     Captioning(captioning::Captioning),
     Fill(fill::Fill),
     Grounding(grounding::Grounding),
+    Nlvr(nlvr::Nlvr),
     Retrieval(retrieval::Retrieval),
     Vqa(vqa::Vqa),
 }
@@ -52,6 +55,7 @@ impl Eval {
             Task::Captioning(task) => task.run(),
             Task::Fill(task) => task.run(),
             Task::Grounding(task) => task.run(),
+            Task::Nlvr(task) => task.run(),
             Task::Retrieval(task) => task.run(),
             Task::Vqa(task) => task.run(),
         }

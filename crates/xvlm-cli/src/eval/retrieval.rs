@@ -1,42 +1,71 @@
 //! `xvlm eval retrieval`.
 
 use clap::Args;
+use xvlm::data::annotations::{Reading, RetrievalItem};
 use xvlm::metrics::retrieval::RetrievalScores;
-use xvlm::tasks::finetune::FinetuneKind;
-use xvlm::tasks::retrieval;
+use xvlm::tasks::finetune::{FinetuneKind, FinetuneTask};
+use xvlm::tasks::retrieval::{self, Options};
 
-use super::{Common, DataArgs, Source, percent};
-use crate::output::{CliError, Rows};
+use super::{Common, DataArgs, Source, count, percent};
+use crate::output::{self, CliError, Rows};
 
 /// Texts found by their picture and pictures found by their text: recall at 1, 5 and 10 in percent
+///
+/// The nearest by embedding are matched, both ways. With --out, retrieval.json has what was found, as `xvlm score retrieval`
+/// reads it.
 #[derive(Args)]
 pub(crate) struct Retrieval {
     #[command(flatten)]
     data: DataArgs,
     #[command(flatten)]
     common: Common,
-    /// How many of the nearest by embedding are ranked again by matching, both ways
-    #[arg(long, value_name = "K", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
-    k_test: u32,
+    /// How many of the nearest by embedding are ranked again by matching, both ways [default: that of the configuration, or 16]
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
+    k_test: Option<u32>,
+    /// Split to evaluate on, where files tell splits, such as test; repeatable
+    #[arg(long, value_name = "NAME")]
+    split: Vec<String>,
+    /// Memory for encoded texts, in MiB; beyond that they are encoded again as they are needed
+    #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    text_memory: u32,
 }
 
 impl Retrieval {
     pub(super) fn run(self) -> Result<(), CliError> {
-        let Source::Folder(folder) = self.data.open(FinetuneKind::Retrieval)? else {
-            return Err(CliError::Option {
-                option: "--config",
-                expected: "--data",
-                found: "a configuration".to_owned(),
-            });
+        let (files, images, options) = match self.data.open(FinetuneKind::Retrieval)? {
+            Source::Folder(folder) => (vec![folder.join("retrieval.json")], None, Options::new(16)),
+            Source::Config(config) => {
+                let FinetuneTask::Retrieval(task) = config.task else {
+                    let (expected, found) = ("a configuration for retrieval", config.task.kind().name().to_owned());
+                    return Err(CliError::Option { option: "--config", expected, found });
+                };
+                let (batch_size, batch_size_text) = (task.batch_size_test, task.batch_size_test_text);
+                let options = Options { batch_size, batch_size_text, ..Options::new(task.k_test) };
+                (task.test_file, Some(task.image_root), options)
+            }
         };
-        let name = self.data.name();
-        let done = self.common.evaluate("pairs", &name, |model, sweep| {
-            retrieval::evaluate(model, folder, self.k_test as usize, sweep.counter)
-        })?;
-        match done {
-            Some(done) => self.common.print("retrieval", &name, done.scores, &[], retrieval_rows),
-            None => Ok(()),
+        let k_test = self.k_test.map_or(options.k_test, |k_test| k_test as usize);
+        let options = Options { k_test, memory_mib: self.text_memory as usize, ..options };
+        let strict = self.common.max_bad_fraction == 0.0;
+        let reading = Reading { images, splits: self.split.clone(), strict, ..Reading::default() };
+        let loaded = reading.retrieval(&files)?;
+        if !loaded.report.is_empty() {
+            output::say(loaded.report.to_string().trim_end());
         }
+        let (items, name): (Vec<RetrievalItem>, String) = (loaded.items, self.data.name());
+        let done = self
+            .common
+            .evaluate("pictures", &name, |model, sweep| retrieval::evaluate(model, &items, options, sweep))?;
+        let Some(done) = done else { return Ok(()) };
+        if let Some(out) = &self.common.out {
+            output::write(&out.join("retrieval.json"), serde_json::to_string(&done.results())?.as_bytes())?;
+        }
+        let counts = (done.images.len(), done.texts.len());
+        self.common.print("retrieval", &name, done.scores, &done.left_out, |scores| {
+            let mut rows = retrieval_rows(scores);
+            rows.extend([count("pictures", counts.0), count("texts", counts.1)]);
+            rows
+        })
     }
 }
 

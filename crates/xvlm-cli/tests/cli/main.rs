@@ -2,10 +2,14 @@
 
 mod captions;
 mod data;
+mod grounding;
 #[cfg(unix)]
 mod interrupted;
+mod questions;
 #[cfg(feature = "mpi")]
 mod ranks;
+mod score;
+mod searching;
 
 use std::fs;
 use std::path::Path;
@@ -159,8 +163,8 @@ fn pictures_can_be_asked_about() {
     assert!(text(dir, &format!("match {images} --text a~star")).contains("cosine"));
 
     let filled = json(dir, &format!("fill {image} --text a~___~star --text a~[MASK]~ring --top 3"));
-    assert_eq!(filled[0]["results"][0]["words"].as_array().unwrap().len(), 3);
-    assert!(is_probability(&filled[0]["results"][1]["words"][2]["probability"]));
+    assert_eq!(filled[0]["results"][0]["completions"].as_array().unwrap().len(), 3);
+    assert!(is_probability(&filled[0]["results"][1]["completions"][2]["probability"]));
     assert!(text(dir, &format!("fill {image} --text a~___~star")).starts_with("a ___ star\n"));
 }
 
@@ -457,9 +461,15 @@ fn bad_pictures_and_texts_are_refused() {
         refused(dir, &format!("{command} {good} --text a~star --text ~"), &["--text", "at least one word", "\" \""]);
     }
     refused(dir, &format!("ground {good} --text a~star --text ... --draw out.png"), &["--text", "..."]);
-    refused(dir, &format!("fill {good} --text a~star"), &["a star", "one blank", "found 0"]);
-    refused(dir, &format!("fill {good} --text ___~and~___"), &["one blank", "found 2"]);
-    refused(dir, &format!("ground {good} text.png --text a~star --draw out.png"), &["--draw", "2 pictures"]);
+    refused(dir, &format!("fill {good} --text a~star"), &["a star", "at least one blank", "found none"]);
+    refused(dir, &format!("fill {good} --text ___~and~___ --answer red"), &["expected 2 answers", "found 1"]);
+    refused(dir, &format!("fill {good} --text a~___ --text the~___ --answer red"), &["--text", "one", "2 of them"]);
+    refused(dir, &format!("match {good} --text a~star --box 0,0,500,10"), &["box 0", "192x192", "500"]);
+    refused(
+        dir,
+        &format!("ground {good} text.png --text a~star --draw out.png"),
+        &["--draw: expected a folder, since there are several pictures, found out.png"],
+    );
     refused(dir, &format!("ground {good} --text a~star --draw none/out.png"), &["none/out.png"]);
     refused(dir, &format!("caption {good} --device gpu"), &["device", "gpu"]);
     assert_eq!(names(dir), before);
@@ -554,18 +564,25 @@ fn wrong_usage_has_its_own_exit_code() {
         "grond",
         "ground --text a~star",
         "ground --image a.png",
+        "match --image a.png --text a --box 1,2,3",
+        "search --index a",
+        "fill --file a.jsonl",
         "pretrain --out run",
         "pretrain --out run --config a.yaml --preset scenes",
         "pretrain --out run --preset scenes --print-config",
         "pretrain --preset scenes --dry-run --ranks alone",
-        "eval nlvr --data data",
+        "eval nlvr",
+        "judge --images a.png --text it",
         "synth --out data --scenes 0 --seed 1",
         "demo --minutes 3",
         "demo --train --model model",
     ] {
         assert_eq!(xvlm(dir.path(), arguments).status.code(), Some(2), "{arguments}");
     }
-    for command in ["demo", "ground", "caption", "answer", "match", "fill", "eval", "synth", "pretrain"] {
+    for command in [
+        "demo", "ground", "caption", "alt", "answer", "match", "fill", "judge", "embed", "search", "eval", "score",
+        "synth", "pretrain", "finetune",
+    ] {
         assert!(text(dir.path(), &format!("{command} --help")).contains("Usage: xvlm"), "{command}");
     }
 }

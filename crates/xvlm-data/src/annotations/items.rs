@@ -80,6 +80,8 @@ pub struct VqaItem {
     pub answers: Vec<String>,
     /// What is asked for (such as `count`; of VQA v2 the `answer_type`), to break scores down by.
     pub kind: String,
+    /// How the question begins (VQA v2's `question_type`), to break scores down by; empty where the file does not tell.
+    pub question_type: String,
     /// The data set.
     pub source: VqaSource,
 }

@@ -176,6 +176,8 @@ pub struct CiderD {
 #[derive(Clone, Debug)]
 pub struct CiderReferences {
     captions: Vec<Weights>,
+    /// What each run of words in them weighs, ascending.
+    rarities: Vec<(Ngram, f64)>,
     /// Words that the table does not have.
     others: HashMap<Box<str>, u32>,
 }
@@ -209,18 +211,37 @@ impl CiderD {
     pub fn references<R: AsRef<str>>(&self, references: &[R]) -> Result<CiderReferences, MetricsError> {
         some("references of a caption", references.len())?;
         let mut others = HashMap::new();
-        let captions = references.iter().map(|reference| {
-            let numbers: Vec<u32> = words(reference)
-                .map(|word| {
-                    let next = (self.frequencies.words.len() + others.len()) as u32 + 1;
-                    let known = self.frequencies.words.get(word).copied();
-                    known.unwrap_or_else(|| *others.entry(word.into()).or_insert(next))
-                })
-                .collect();
-            self.weights(&numbers)
-        });
-        let captions = captions.collect();
-        Ok(CiderReferences { captions, others })
+        let mut captions = vec![Weights::default(); references.len()];
+        // Each run of words, and the caption it is in.
+        let mut all: Vec<(Ngram, usize)> = Vec::new();
+        let mut own = Vec::new();
+        for (at, reference) in references.iter().enumerate() {
+            let number = |word: &str| {
+                let next = (self.frequencies.words.len() + others.len()) as u32 + 1;
+                let known = self.frequencies.words.get(word).copied();
+                known.unwrap_or_else(|| *others.entry(word.into()).or_insert(next))
+            };
+            let numbers: Vec<u32> = words(reference).map(number).collect();
+            captions[at].pairs = numbers.len().saturating_sub(1) as f64;
+            own.clear();
+            ngrams(&numbers, &mut own);
+            all.extend(own.iter().map(|&ngram| (ngram, at)));
+        }
+        all.sort_unstable();
+        // Looking up takes most of the time, which is that of waiting for memory: nothing else stands in this loop, so that
+        // the processor looks up several at a time.
+        let mut rarities: Vec<(Ngram, f64)> = all.chunk_by(|a, b| a.0 == b.0).map(|same| (same[0].0, 0.0)).collect();
+        rarities
+            .iter_mut()
+            .for_each(|(ngram, count)| *count = self.frequencies.counts.get(ngram).copied().unwrap_or(0.0));
+        for (same, (ngram, rarity)) in all.chunk_by(|a, b| a.0 == b.0).zip(&mut rarities) {
+            *rarity = self.unknown - rarity.max(1.0).ln();
+            for same in same.chunk_by(|a, b| a.1 == b.1) {
+                captions[same[0].1].add(*ngram, same.len(), *rarity);
+            }
+        }
+        captions.iter_mut().for_each(|caption| caption.norms = caption.norms.map(f64::sqrt));
+        Ok(CiderReferences { captions, rarities, others })
     }
 
     /// CIDEr-D, 0 to 10, of a caption: words separated by white space.
@@ -243,28 +264,45 @@ impl CiderD {
                 })
             })
             .collect();
-        let caption = self.weights(&numbers);
+        let mut all = Vec::with_capacity(LONGEST * numbers.len());
+        ngrams(&numbers, &mut all);
+        all.sort_unstable();
+        let mut caption = Weights { pairs: numbers.len().saturating_sub(1) as f64, ..Weights::default() };
+        let mut known = references.rarities.as_slice();
+        for same in all.chunk_by(|a, b| a == b) {
+            let ngram = same[0];
+            known = from(known, ngram);
+            let rarity = match known.first() {
+                Some(&(other, rarity)) if other == ngram => rarity,
+                _ => self.rarity(ngram),
+            };
+            caption.add(ngram, same.len(), rarity);
+        }
+        caption.norms = caption.norms.map(f64::sqrt);
         let sum: f64 = references.captions.iter().map(|reference| similarity(&caption, reference)).sum();
         10.0 * sum / (LONGEST * references.captions.len()) as f64
     }
 
-    fn weights(&self, numbers: &[u32]) -> Weights {
-        let mut all = Vec::with_capacity(LONGEST * numbers.len());
-        ngrams(numbers, &mut all);
-        all.sort_unstable();
-        let mut weights = Weights { pairs: numbers.len().saturating_sub(1) as f64, ..Weights::default() };
-        for same in all.chunk_by(|a, b| a == b) {
-            let rarity = match self.frequencies.counts.get(&same[0]) {
-                Some(count) => self.unknown - count.max(1.0).ln(),
-                None => self.unknown,
-            };
-            let weight = same.len() as f64 * rarity;
-            weights.components.push((same[0], weight));
-            weights.norms[order(same[0]) - 1] += weight * weight;
-        }
-        weights.norms = weights.norms.map(f64::sqrt);
-        weights
+    /// Inverse document frequency.
+    fn rarity(&self, ngram: Ngram) -> f64 {
+        let count = self.frequencies.counts.get(&ngram);
+        count.map_or(self.unknown, |count| self.unknown - count.max(1.0).ln())
     }
+}
+
+impl Weights {
+    /// Adds a component; squares of the norms, for now.
+    fn add(&mut self, ngram: Ngram, count: usize, rarity: f64) {
+        let weight = count as f64 * rarity;
+        self.components.push((ngram, weight));
+        self.norms[order(ngram) - 1] += weight * weight;
+    }
+}
+
+/// What follows the entries before an n-gram.
+fn from(entries: &[(Ngram, f64)], ngram: Ngram) -> &[(Ngram, f64)] {
+    let before = entries.iter().take_while(|(other, _)| *other < ngram).count();
+    &entries[before..]
 }
 
 /// Sum, over the lengths of runs, of the clipped cosine, with the penalty on lengths that differ.
@@ -272,8 +310,7 @@ fn similarity(caption: &Weights, reference: &Weights) -> f64 {
     let mut cosines = [0.0; LONGEST];
     let mut theirs = reference.components.as_slice();
     for &(ngram, weight) in &caption.components {
-        let skip = theirs.iter().take_while(|(other, _)| *other < ngram).count();
-        theirs = &theirs[skip..];
+        theirs = from(theirs, ngram);
         if let Some(&(other, own)) = theirs.first()
             && other == ngram
         {

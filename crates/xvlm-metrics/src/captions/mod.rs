@@ -149,10 +149,10 @@ fn words(text: &impl AsRef<str>) -> impl Iterator<Item = &str> {
     python_words(text.as_ref())
 }
 
-/// Words for ROUGE-L, whose reference implementation separates them at spaces only: "1 1/2", a word with a space that
-/// does not break, is one.
+/// Words for ROUGE-L, whose reference implementation separates them at single spaces: "1 1/2", a word with a space that
+/// does not break, is one, and a text without words is one empty word.
 fn pieces(text: &impl AsRef<str>) -> impl Iterator<Item = &str> {
-    text.as_ref().split([' ', '\t', '\n', '\r']).filter(|word| !word.is_empty())
+    text.as_ref().split(' ')
 }
 
 /// A number for each word.
@@ -265,7 +265,9 @@ mod tests {
 
     #[test]
     fn empty_texts_score_nothing() -> Result<(), MetricsError> {
-        assert_eq!(rouge_l(&[""], &[vec![""]])?, 0.0);
+        assert_eq!(rouge_l(&[""], &[vec!["a"]])?, 0.0);
+        // Nothing is all there is to say.
+        assert_eq!(rouge_l(&[""], &[vec![""]])?, 1.0);
         assert!(bleu(&[""], &[vec!["a"]])?.iter().all(|&bleu| bleu < 1e-5));
         assert!(bleu(&[""], &[vec![""]])?.iter().all(|bleu| bleu.is_finite()));
         Ok(())

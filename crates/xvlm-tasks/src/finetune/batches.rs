@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::Device;
-use xvlm_data::annotations::{CaptionItem, Loaded, Reading, RetrievalItem};
+use xvlm_data::annotations::{CaptionItem, Loaded, Reading, Reason, RetrievalItem};
 use xvlm_data::batch::{
     Asked, Described, Grounding, ImageText, ItemKind, Nlvr, Pairs, Phrase, References, Statement, Vqa,
 };
@@ -19,6 +19,7 @@ use super::learn::Batch;
 use super::{FinetuneConfig, FinetuneTask};
 use crate::captioning::Scst;
 use crate::error::{ConfigProblem, TaskError};
+use crate::grounding::training_phrases;
 use crate::pretrain::open_dataset;
 
 /// A batch of the host, which becomes one of tensors when its turn comes.
@@ -86,7 +87,7 @@ impl TaskData {
                     .items(Nlvr, statements, &task.data, |batch| Ok(Batch::Statements(batch.to_tensors(&Device::Cpu)?)))
             }
             FinetuneTask::Bbox(task) => {
-                let items = opening.told(reading(&task.image_root).grounding(&task.train_file)?, &task.data)?;
+                let items = opening.told(training_phrases(task)?, &task.data)?;
                 let phrases = items.iter().map(Phrase::from).collect();
                 opening
                     .items(Grounding, phrases, &task.data, |batch| Ok(Batch::Phrases(batch.to_tensors(&Device::Cpu)?)))
@@ -186,7 +187,8 @@ impl Opening<'_> {
     /// Tells what was left out; refuses files of which too much was.
     fn told<T>(&mut self, loaded: Loaded<T>, config: &ItemConfig) -> Result<Vec<T>, TaskError> {
         let Loaded { items, report } = loaded;
-        let left_out: u64 = report.iter().map(|(_, skipped)| skipped.count).sum();
+        let broken = report.iter().filter(|(reason, _)| *reason != Reason::OtherSplit);
+        let left_out: u64 = broken.map(|(_, skipped)| skipped.count).sum();
         for (reason, skipped) in report.iter() {
             let first = skipped.examples.first().map(ToString::to_string).unwrap_or_default();
             self.progress.warning(&format!("left out: {} items, {reason}; the first: {first}", skipped.count));

@@ -1,67 +1,27 @@
 //! A model and what can be asked about a picture.
 
 mod captioning;
+mod filling;
+mod grounding;
+mod matching;
+mod nlvr;
+mod vqa;
 
 use std::path::Path;
 
 use candle_core::Device;
-use serde::Serialize;
 use xvlm_data::Picture;
-use xvlm_tasks::fill::{self, Completion};
-use xvlm_tasks::{ImageTokens, Model, Search, grounding, vqa};
+use xvlm_tasks::{ImageTokens, Model};
 
+pub use self::grounding::{Grounding, Heated, PixelBox, Proposal};
+pub use self::matching::Match;
+pub use self::nlvr::Judgement;
+pub use self::vqa::{Answer, LikelyAnswer, RankedAnswers};
 use crate::Error;
 
 /// A model, ready to look at pictures.
 pub struct Predictor {
     model: Model,
-}
-
-/// A box in pixels of the picture as given.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct PixelBox {
-    /// Left edge.
-    pub xmin: f32,
-    /// Upper edge.
-    pub ymin: f32,
-    /// Right edge.
-    pub xmax: f32,
-    /// Lower edge.
-    pub ymax: f32,
-}
-
-/// Where a text points.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Grounding {
-    /// The text.
-    pub text: String,
-    /// Its box.
-    #[serde(rename = "box")]
-    pub bounds: PixelBox,
-    /// Probability that the text matches what is inside the box; none from a model without a matching head, such as one that
-    /// was fine-tuned for boxes alone.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub probability: Option<f32>,
-}
-
-/// How well a text tells a picture.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Match {
-    /// The text.
-    pub text: String,
-    /// Probability that the picture and the text belong together.
-    pub probability: f32,
-    /// Cosine of the picture's and the text's embeddings: what a search over many compares.
-    pub similarity: f32,
-}
-
-/// An answer to a question.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Answer {
-    /// The question.
-    pub question: String,
-    /// The answer.
-    pub answer: String,
 }
 
 impl Predictor {
@@ -143,57 +103,6 @@ pub struct View<'a> {
 }
 
 impl View<'_> {
-    /// Finds the box of each text.
-    ///
-    /// # Errors
-    /// If a text is empty.
-    pub fn ground(&self, texts: &[&str]) -> Result<Vec<Grounding>, Error> {
-        let found = grounding::ground(self.model, &self.image, &self.about(texts))?;
-        let named = texts.iter().zip(found).map(|(text, found)| {
-            let [x, y, w, h] = found.pixels(self.width, self.height);
-            let bounds = PixelBox { xmin: x, ymin: y, xmax: x + w, ymax: y + h };
-            Grounding { text: (*text).to_owned(), bounds, probability: found.probability }
-        });
-        Ok(named.collect())
-    }
-
-    /// Answers questions.
-    ///
-    /// # Errors
-    /// If a tensor operation fails.
-    pub fn answer(&self, questions: &[&str]) -> Result<Vec<Answer>, Error> {
-        let answers = vqa::answer(self.model, &self.image, &self.about(questions), Search::answers())?;
-        let paired = questions.iter().zip(answers);
-        Ok(paired
-            .map(|(question, written)| Answer { question: (*question).to_owned(), answer: written.text })
-            .collect())
-    }
-
-    /// Says how well each text tells the picture.
-    ///
-    /// # Errors
-    /// If a text is empty.
-    pub fn matches(&self, texts: &[&str]) -> Result<Vec<Match>, Error> {
-        if texts.is_empty() {
-            return Ok(Vec::new());
-        }
-        let probabilities = self.model.match_pairs(&self.image, &self.about(texts))?;
-        let similarities = self.model.embed_texts(texts)?.matmul(&self.model.embed_images(&self.image)?.t()?)?;
-        let similarities: Vec<f32> = similarities.flatten_all()?.to_vec1()?;
-        let scored = texts.iter().zip(probabilities.into_iter().zip(similarities));
-        Ok(scored
-            .map(|(text, (probability, similarity))| Match { text: (*text).to_owned(), probability, similarity })
-            .collect())
-    }
-
-    /// Ranks words for the blank (`___` or `[MASK]`) of a phrase; the `top` best.
-    ///
-    /// # Errors
-    /// If the phrase has no blank or several.
-    pub fn fill(&self, phrase: &str, top: usize) -> Result<Vec<Completion>, Error> {
-        Ok(fill::fill(self.model, &self.image, &self.about(&[phrase]), top)?.remove(0))
-    }
-
     /// The picture's embedding, of unit length.
     ///
     /// # Errors

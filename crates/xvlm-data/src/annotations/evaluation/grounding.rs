@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::{GroundingItem, Run, optional_text};
+use super::{GroundingItem, Run, optional_text, trailing_number};
 use crate::annotations::coco::numbers;
 use crate::annotations::refer::{Image, Instances, Reference, read_instances, read_references_lenient};
 use crate::annotations::report::{Reason, Report};
@@ -117,12 +117,17 @@ fn whole(context: &Context<'_>, bbox: [f32; 4], width: u32, height: u32) -> Resu
     }
 }
 
+/// What each reference of lists that bring their own boxes refers to: a file, and a box in it. Phrases of one object share a
+/// reference; a reference of two objects could not be scored.
+pub(super) type Referents = HashMap<String, (String, [f32; 4])>;
+
 /// An item of a list; `None` if it is left out.
 pub(super) fn grounding_item(
     run: &mut Run<'_>,
     object: &Object<'_>,
     path: &Path,
     refer: &Refer,
+    referents: &mut Referents,
 ) -> Result<Option<GroundingItem>, DataError> {
     let ref_id = object.id("ref_id")?;
     let file = object.text("image")?;
@@ -133,13 +138,18 @@ pub(super) fn grounding_item(
         Some(place) if object.get("bbox").is_none() => {
             let (bbox, image) = refer.look_up(place)?;
             let reference = &refer.references[place].0;
+            let own = trailing_number(&image.file.to_string_lossy());
+            if trailing_number(&file) != own {
+                let expected = format!("the image of reference {ref_id}, {}", image.file.display());
+                return Err(object.context.error(object.name("image"), expected, file));
+            }
             split = split.or_else(|| Some(reference.split.clone()));
             (bbox, image.width, image.height, reference.image_id.clone())
         }
         _ => {
             let image_id = match object.get("image_id") {
                 Some(_) => object.id("image_id")?,
-                None => file.rsplit('/').next().unwrap_or_default().to_owned(),
+                None => file.clone(),
             };
             (object.bbox("bbox")?, object.pixels("width")?, object.pixels("height")?, image_id)
         }
@@ -155,10 +165,18 @@ pub(super) fn grounding_item(
     let proposals = object.list("dets")?.iter().enumerate().map(proposal).collect::<Result<_, _>>()?;
     let image = object.file("image", &run.root(path))?;
     let place = object.context.place.clone();
+    let known = referents.get(&ref_id).filter(|known| (known.0.as_str(), known.1) != (file.as_str(), bbox));
+    if let Some((image, known)) = known {
+        let expected = format!("one object, as before: {known:?} of {image}");
+        let found = format!("{ref_id:?} again, of {bbox:?} of {file}");
+        run.refuse(Reason::DuplicateId, object.context.error(object.name("ref_id"), expected, found))?;
+        return Ok(None);
+    }
     let skip = run.other_split(split.as_deref(), || format!("{}{place}", path.display()));
     if skip || !run.accept(&object.context, None, &[&image])? {
         return Ok(None);
     }
+    referents.insert(ref_id.clone(), (file, bbox));
     let image_index = run.number(&image_id);
     Ok(Some(GroundingItem { ref_id, image, image_id, image_index, text, bbox, height, width, split, proposals }))
 }

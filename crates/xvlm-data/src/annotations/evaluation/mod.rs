@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 pub use self::grounding::read_proposals;
-use self::grounding::{Refer, grounding_item};
+use self::grounding::{Refer, Referents, grounding_item};
 use self::vqa::{Published, vqa_item};
 use super::items::{CaptionItem, FillItem, GroundingItem, NlvrItem, RetrievalItem, VqaItem, VqaSource};
 use super::json_items::{JsonItems, parse_item};
@@ -185,7 +185,7 @@ impl Reading {
 
     /// Reads image-text retrieval: `[{image, caption: string | list, image_id}]`, Karpathy's `dataset_*.json`, or COCO's
     /// `captions_*.json`. Lists of phrases (`text` instead of `caption`) are read too: weak grounding trains on them as
-    /// retrieval does. Without an `image_id`, an image is known by its file.
+    /// retrieval does. Without an `image_id`, an image is known by its path.
     ///
     /// # Errors
     ///
@@ -215,9 +215,10 @@ impl Reading {
                     let object = context.object(value, "record")?;
                     let file = object.text("image")?;
                     let captions = some_texts(&object, first_of(&object, &["caption", "text"]))?;
+                    // VLUE has images of one name in several folders.
                     let image_id = match object.get("image_id") {
                         Some(_) => object.id("image_id")?,
-                        None => file.rsplit('/').next().unwrap_or_default().to_owned(),
+                        None => file.clone(),
                     };
                     let (image, split) = (object.file("image", &root)?, optional_text(&object, "split")?);
                     let skip = run.other_split(split.as_deref(), || format!("{}{}", path.display(), context.place));
@@ -370,12 +371,12 @@ impl Reading {
             for path in &pickles {
                 refer.read(run, path)?;
             }
-            let mut found = Vec::new();
+            let (mut found, mut referents) = (Vec::new(), Referents::new());
             for path in &lists {
                 run.each(path, &[], |run, _, number, value| {
                     let context = Context { path, place: Place::Item(number) };
                     let object = context.object(value, "record")?;
-                    if let Some(item) = grounding_item(run, &object, path, &refer)? {
+                    if let Some(item) = grounding_item(run, &object, path, &refer, &mut referents)? {
                         found.push(item);
                     }
                     Ok(())

@@ -39,6 +39,7 @@ pub(super) fn vqa_item(run: &Run<'_>, object: &Object<'_>, path: &Path, number: 
         question: object.text("question")?,
         answers: object.texts("answer")?,
         kind: optional_text(object, "kind")?.unwrap_or_default(),
+        question_type: optional_text(object, "question_type")?.unwrap_or_default(),
         source,
     })
 }
@@ -65,6 +66,7 @@ struct Answered {
     image_id: u64,
     answers: Vec<String>,
     kind: String,
+    question_type: String,
     file: PathBuf,
     number: usize,
 }
@@ -93,13 +95,15 @@ impl Published {
                 object.context.object(value, &name)?.text("answer")
             };
             let answers = object.list("answers")?.iter().enumerate().map(answer).collect::<Result<_, _>>()?;
-            let kind = optional_text(&object, "answer_type")?.unwrap_or_default();
+            let text = |field| Ok::<_, DataError>(optional_text(&object, field)?.unwrap_or_default());
+            let (kind, question_type) = (text("answer_type")?, text("question_type")?);
             if self.annotations.contains_key(&id) {
                 let error = context.error("question_id", "an identifier of its own", format!("{id:?} again"));
                 return run.refuse(Reason::DuplicateId, error);
             }
             self.order.push(id.clone());
-            self.annotations.insert(id, Answered { image_id, answers, kind, file: path.to_owned(), number });
+            self.annotations
+                .insert(id, Answered { image_id, answers, kind, question_type, file: path.to_owned(), number });
             Ok(())
         })?;
         let context = Context { path, place: Place::Whole };
@@ -126,7 +130,7 @@ impl Published {
             let context = Context { path: &file, place: Place::Item(number) };
             let image = run.root(&file).join(&subset).join(format!("COCO_{subset}_{image_id:012}.jpg"));
             let answered = self.annotations.remove(&id);
-            let (answers, kind) = match answered {
+            let (answers, kind, question_type) = match answered {
                 Some(answered) if answered.image_id != image_id => {
                     let context = Context { path: &answered.file, place: Place::Item(answered.number) };
                     let found = format!("image {}", answered.image_id);
@@ -134,16 +138,17 @@ impl Published {
                     run.refuse(Reason::OtherImage, error)?;
                     continue;
                 }
-                Some(answered) => (answered.answers, answered.kind),
+                Some(answered) => (answered.answers, answered.kind, answered.question_type),
                 None if self.annotated => {
                     let error = context.error("question_id", "a question with an annotation", format!("{id:?}"));
                     run.refuse(Reason::QuestionWithoutAnnotation, error)?;
                     continue;
                 }
-                None => (Vec::new(), String::new()),
+                None => (Vec::new(), String::new(), String::new()),
             };
             if run.accept(&context, Some(("question_id", &id)), &[&image])? {
-                found.push(VqaItem { question_id: id, image, question, answers, kind, source: VqaSource::Vqa });
+                let source = VqaSource::Vqa;
+                found.push(VqaItem { question_id: id, image, question, answers, kind, question_type, source });
             }
         }
         for id in self.order {

@@ -1,22 +1,53 @@
 //! Natural language for visual reasoning (NLVR2, Suhr et al. 2019): is a statement about two images true? And text assignment
 //! (§4.2 of the paper), which prepares a model for it: which of two images is a text about?
 
-use candle_core::{D, DType, Result, Tensor};
+mod evaluate;
+
+use candle_core::{D, Result, Tensor};
 use rand::Rng;
-use xvlm_encoders::{Attention, Concepts, Pass, Xvlm};
+use xvlm_encoders::{Attention, Pass, Task, Xvlm};
 use xvlm_kernels as kernels;
 
-use crate::model::{ImageTokens, Texts};
+use crate::BATCH;
+use crate::error::TaskError;
+use crate::generate::Source;
+use crate::model::{ImageTokens, Model, Texts};
+
+pub use evaluate::{Evaluation, Options, evaluate, test_items, write_results};
 
 /// The temperature of the similarities that other images are drawn by (`models/model_nlvr_pretrain.py`).
 const TEMPERATURE: f64 = 0.07;
 
-/// Texts `[B, T, H]` fused with two of the images each.
+/// Texts fused with two of the images each. Keys and values are computed for each image once, and on each side only for those
+/// that are looked at there.
 fn fuse(model: &Xvlm, images: &ImageTokens, texts: &Texts, pairs: [&[u32]; 2], pass: &Pass) -> Result<Tensor> {
-    let encoded = model.encode_text(&texts.ids, &texts.mask, Attention::Full, pass)?;
-    let seen = Tensor::ones((texts.ids.dim(0)?, images.0.dim(1)?), DType::F32, images.0.device())?;
-    let looks = pairs.map(|index| Concepts { tokens: &images.0, index, mask: &seen });
-    model.fuse_pair(&encoded, &texts.mask, &looks, pass)
+    let Texts { ids, mask } = texts;
+    let encoded = model.encode_text(ids, mask, Attention::Full, pass)?;
+    let source = Source::images(images)?;
+    source.look_at(pairs[0], |left| {
+        source.look_at(pairs[1], |right| model.fuse_pair(&encoded, mask, &[left.clone(), right.clone()], pass))
+    })
+}
+
+/// How likely each statement is to be true of two rows of `images`, the left and the right one.
+///
+/// # Errors
+/// If the model is made for another task, a statement is empty, or there is no image of a number.
+pub fn judge(
+    model: &Model,
+    images: &ImageTokens,
+    statements: &[([u32; 2], &str)],
+) -> std::result::Result<Vec<f32>, TaskError> {
+    model.fit_for("judgements", &[Task::Nlvr])?;
+    let mut judged = Vec::with_capacity(statements.len());
+    for statements in statements.chunks(BATCH) {
+        let texts: Vec<&str> = statements.iter().map(|(_, text)| *text).collect();
+        let [left, right] = [0, 1].map(|side| statements.iter().map(|(pair, _)| pair[side]).collect::<Vec<_>>());
+        let fused = fuse(model.xvlm(), images, &model.tokenise(&texts)?, [&left, &right], &Pass::inference())?;
+        let probabilities = kernels::softmax(&model.xvlm().statement_logits(&fused)?, D::Minus1)?;
+        judged.extend(probabilities.narrow(1, 1, 1)?.flatten_all()?.to_vec1::<f32>()?);
+    }
+    Ok(judged)
 }
 
 /// Logits of each statement's being false and true `[B, 2]`; the images are the first of all statements, then the second of

@@ -1,0 +1,184 @@
+//! `xvlm embed`: embeddings of many pictures, to files.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+use serde_json::json;
+use xvlm::tasks::Sweep;
+use xvlm::tasks::embed::{self, Format, Kind, Numbers, Options, Pictures, Summary};
+
+use crate::ModelArgs;
+use crate::output::{self, CliError, table};
+use crate::progress::Stage;
+use crate::ranks::{self, RanksArgs};
+use crate::signals;
+
+/// Which pictures.
+#[derive(Args)]
+#[group(multiple = false)]
+pub(crate) struct PictureArgs {
+    /// Folder of pictures (JPEG, PNG, WebP or GIF), with all below it
+    #[arg(long, value_name = "DIR")]
+    images: Option<PathBuf>,
+    /// Text file with a path of a picture a line, relative to the folder of the file
+    #[arg(long, value_name = "FILE")]
+    list: Option<PathBuf>,
+    /// Annotation files with captions: X-VLM's lists, COCO's or Karpathy's
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    annotations: Vec<PathBuf>,
+    /// Shards: JSON lines, tar archives or Parquet tables with captions and boxes; folders and patterns such as
+    /// "data/{00000..00331}.tar" are taken too
+    #[arg(long, value_name = "SHARD", num_args = 1..)]
+    shards: Vec<String>,
+}
+
+impl PictureArgs {
+    /// Whether any are given.
+    pub(crate) fn is_given(&self) -> bool {
+        self.images.is_some() || self.list.is_some() || !self.annotations.is_empty() || !self.shards.is_empty()
+    }
+
+    /// The pictures; what is broken in annotations is named.
+    pub(crate) fn open(&self, image_root: Option<&Path>) -> Result<Pictures, CliError> {
+        if let Some(dir) = &self.images {
+            return Ok(Pictures::folder(dir)?);
+        }
+        if let Some(file) = &self.list {
+            return Ok(Pictures::list(file)?);
+        }
+        if self.annotations.is_empty() {
+            return Ok(Pictures::shards(&self.shards, image_root)?);
+        }
+        let (pictures, report) = Pictures::annotated(&self.annotations, image_root)?;
+        if !report.is_empty() {
+            output::say(report.to_string().trim_end());
+        }
+        Ok(pictures)
+    }
+}
+
+/// Embed pictures, regions of them and their texts into files
+///
+/// Writes a file of embeddings for every thousand pictures into parts/ of the folder --out, and index.json, which `xvlm search`
+/// opens. Embeddings have unit length: their products are cosines. Pictures, boxes and texts that are broken are named.
+#[derive(Args)]
+pub(crate) struct Embed {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    pictures: PictureArgs,
+    /// What paths of images in --annotations and --shards are relative to [default: the folder of the file]
+    #[arg(long, value_name = "DIR")]
+    image_root: Option<PathBuf>,
+    /// What to embed, as far as the data have it
+    #[arg(long, value_name = "KIND", value_enum, value_delimiter = ',', default_values_t = [What::Image, What::Region, What::Text])]
+    kinds: Vec<What>,
+    /// Form of the files
+    #[arg(long, value_name = "FORM", value_enum, default_value_t = Form::Parquet)]
+    format: Form,
+    /// Store numbers in two bytes
+    #[arg(long)]
+    f16: bool,
+    /// Folder to write
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Go on from the embeddings in --out
+    #[arg(long)]
+    resume: bool,
+    #[command(flatten)]
+    ranks: RanksArgs,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is embedded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum What {
+    /// Whole pictures
+    Image,
+    /// Boxes in them
+    Region,
+    /// Texts
+    Text,
+}
+
+impl What {
+    pub(crate) fn kind(self) -> Kind {
+        match self {
+            Self::Image => Kind::Image,
+            Self::Region => Kind::Region,
+            Self::Text => Kind::Text,
+        }
+    }
+}
+
+/// The form of files.
+#[derive(Clone, Copy, ValueEnum)]
+enum Form {
+    /// A row for each embedding
+    Parquet,
+    /// A tensor, and what its rows are in the metadata
+    Safetensors,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    out: &'a Path,
+    #[serde(flatten)]
+    summary: &'a Summary,
+}
+
+impl Embed {
+    pub(crate) fn run(self) -> Result<(), CliError> {
+        if !self.pictures.is_given() {
+            let (expected, found) = ("pictures, or --list, --annotations or --shards", "none".to_owned());
+            return Err(CliError::Option { option: "--images", expected, found });
+        }
+        let ranks = self.ranks.connect(&self.model.device)?;
+        let embed = || {
+            let pictures = self.pictures.open(self.image_root.as_deref())?;
+            let predictor = self.model.open()?;
+            let options = Options {
+                images: self.kinds.contains(&What::Image),
+                regions: self.kinds.contains(&What::Region),
+                texts: self.kinds.contains(&What::Text),
+                format: match self.format {
+                    Form::Parquet => Format::Parquet,
+                    Form::Safetensors => Format::Safetensors,
+                },
+                numbers: if self.f16 { Numbers::F16 } else { Numbers::F32 },
+            };
+            let stop = signals::asked_to_stop()?;
+            Stage::run("files", |counter| {
+                let mut sweep = Sweep {
+                    folder: None,
+                    resume: self.resume,
+                    about: json!({"model": self.model.name()}),
+                    stop,
+                    ranks: Arc::clone(&ranks),
+                    max_bad_fraction: 0.0,
+                    counter,
+                };
+                embed::embed(predictor.model(), &pictures, &options, &self.out, &mut sweep).map_err(CliError::from)
+            })
+        };
+        let summary = ranks::or_abort(&*ranks, embed())?;
+        if ranks.rank() > 0 {
+            return Ok(());
+        }
+        summary.left_out.iter().take(8).for_each(|problem| output::say(&format!("left out: {problem}")));
+        output::print(self.json, &Report { out: &self.out, summary: &summary }, |Report { summary, .. }| {
+            let count = |name: &str, count: u64| (name.to_owned(), Some(count.to_string()));
+            table(&[
+                count("pictures", summary.images),
+                count("regions", summary.regions),
+                count("texts", summary.texts),
+                count("files", summary.files.len() as u64),
+                count("left out", summary.left_out.len() as u64),
+            ])
+        })
+    }
+}

@@ -1,0 +1,68 @@
+//! Annotations of evaluations, and what is left out of them.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use xvlm::data::DataError;
+use xvlm::data::annotations::{Loaded, Reason, Report};
+use xvlm::tasks::{SweepProblem, TaskError};
+
+use super::{Common, count};
+use crate::output::{self, CliError, Rows};
+
+/// What a report says beside scores.
+#[derive(Serialize)]
+pub(super) struct Aside {
+    /// The file for an evaluation server or tool.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) result_file: Option<PathBuf>,
+    /// Broken annotations.
+    #[serde(skip_serializing_if = "Report::is_empty")]
+    pub(super) skipped: Report,
+}
+
+impl Aside {
+    pub(super) fn rows(&self) -> Rows {
+        let skipped = self.skipped.iter().map(|(reason, skipped)| {
+            count(&format!("skipped: {reason}"), usize::try_from(skipped.count).unwrap_or(usize::MAX))
+        });
+        let file = self.result_file.iter().map(|path| (format!("result file: {}", path.display()), None));
+        skipped.chain(file).collect()
+    }
+}
+
+impl Common {
+    /// Reads annotations with `read`, which is told whether the first broken one is an error: it is, unless some may be left out.
+    pub(super) fn read<T>(
+        &self,
+        read: impl FnOnce(bool) -> Result<Loaded<T>, DataError>,
+    ) -> Result<Loaded<T>, CliError> {
+        let loaded = read(self.max_bad_fraction <= 0.0)?;
+        let broken = || loaded.report.iter().filter(|(reason, _)| *reason != Reason::OtherSplit);
+        let left_out: u64 = broken().map(|(_, skipped)| skipped.count).sum();
+        let left_out = usize::try_from(left_out).unwrap_or(usize::MAX);
+        let units = loaded.items.len().saturating_add(left_out);
+        if left_out as f64 > self.max_bad_fraction * units as f64 {
+            let first = broken().flat_map(|(_, skipped)| &skipped.examples).next().cloned().unwrap_or_default();
+            let problem = SweepProblem::TooManyBroken { left_out, units, limit: self.max_bad_fraction, first };
+            return Err(CliError::from(TaskError::from(problem)));
+        }
+        for example in loaded.report.iter().flat_map(|(_, skipped)| &skipped.examples) {
+            output::say(&format!("left out: {example}"));
+        }
+        Ok(loaded)
+    }
+
+    /// Writes a result file into the folder for answers, if there is one.
+    pub(super) fn write(
+        &self,
+        name: &str,
+        write: impl FnOnce(&mut Vec<u8>) -> std::io::Result<()>,
+    ) -> Result<Option<PathBuf>, CliError> {
+        let Some(path) = self.out.as_deref().map(|folder: &Path| folder.join(name)) else { return Ok(None) };
+        let mut content = Vec::new();
+        write(&mut content).map_err(CliError::io(&path))?;
+        output::write(&path, &content)?;
+        Ok(Some(path))
+    }
+}

@@ -1,0 +1,123 @@
+//! Many pictures: embedded, searched, matched, and exercises about them graded.
+
+use std::fs;
+
+use serde_json::Value;
+
+use super::{folder, is_probability, json, names, refused, text, xvlm};
+
+#[test]
+fn pictures_are_embedded_and_searched() {
+    let dir = folder();
+    let dir = dir.path();
+    text(dir, "synth --out data --scenes 4 --seed 5");
+    fs::write(dir.join("data/images/broken.jpg"), "no picture").unwrap();
+    let embedded = json(dir, "embed --model model --images data/images --out plain");
+    assert_eq!((&embedded["images"], &embedded["regions"]), (&json!(4), &json!(0)));
+    assert!(embedded["left_out"][0].as_str().unwrap().starts_with("broken.jpg: "), "{embedded}");
+    assert_eq!(names(&dir.join("plain")), ["embeddings.jsonl", "index.json", "parts"]);
+    refused(dir, "embed --model model --images data/images --out plain", &["plain/embeddings.jsonl"]);
+    let shards = "embed --model model --shards data/pretrain.jsonl --format safetensors --f16 --kinds image,region";
+    let table = text(dir, &format!("{shards} --out filed"));
+    assert!(table.contains("regions") && table.contains("left out"), "{table}");
+    assert_eq!(names(&dir.join("filed/parts")), ["000000-0000.safetensors"]);
+    fs::write(dir.join("list.txt"), "data/images/000001.png\n\ndata/images/none.png\n").unwrap();
+    let listed = json(dir, "embed --model model --list list.txt --out listed");
+    assert!(listed["left_out"][0].as_str().unwrap().contains("none.png"), "{listed}");
+    let annotated = json(dir, "embed --model model --annotations data/captions.json --out annotated");
+    assert!(annotated["texts"].as_u64().unwrap() >= 4, "{annotated}");
+
+    let asked = "--text a~star --like data/images/000002.png --top 3";
+    for index in ["--index plain", "--index filed", "--images data/images", "--shards data/pretrain.jsonl"] {
+        let found = json(dir, &format!("search --model model {index} {asked} --rerank 4"));
+        assert_eq!((&found[0]["query"], found[0]["hits"].as_array().unwrap().len()), (&json!("a star"), 3));
+        assert!(is_probability(&found[0]["hits"][0]["probability"]), "{found}");
+        let like = &found[1]["hits"][0];
+        assert!(like["image"].as_str().unwrap().ends_with("000002.png"), "{found}");
+        assert!(like["similarity"].as_f64().unwrap() > 0.999 && like.get("probability").is_none(), "{found}");
+    }
+    let regions = json(dir, "search --model model --index filed --kind region --text a~star --rerank 2");
+    assert_eq!(regions[0]["hits"][0]["box"].as_array().unwrap().len(), 4);
+    assert!(text(dir, "search --model model --index plain --text a~star").contains("cosine"));
+
+    refused(dir, "search --model model --index plain --kind text --text a~star", &["plain", "kind text"]);
+    refused(dir, "search --model model --index none --text a~star", &["none/index.json"]);
+    refused(dir, "search --model model --text a~star", &["--index", "found none"]);
+    refused(dir, "embed --model model --out x", &["--images", "found none"]);
+    refused(dir, "embed --model model --images model --out x", &["model", "at least one item"]);
+    fs::write(dir.join("plain/parts/000000-0000.parquet"), "damage").unwrap();
+    refused(dir, "search --model model --index plain --text a~star", &["000000-0000.parquet", "a file of embeddings"]);
+}
+
+#[test]
+fn boxes_are_matched() {
+    let dir = folder();
+    let dir = dir.path();
+    text(dir, "synth --out data --scenes 2 --seed 5");
+    let images = "--model model --image data/images/000000.png data/images/000001.png --text a~star --text a~ring";
+    let found = json(dir, &format!("match {images} --box 0,0,50,60 --box 20,20,100,90.5"));
+    let results = found[1]["results"].as_array().unwrap();
+    assert_eq!(results.len(), 4);
+    let edges = json!({"xmin": 20.0, "ymin": 20.0, "xmax": 120.0, "ymax": 110.5});
+    assert_eq!((&results[2]["box"], &results[3]["text"]), (&edges, &json!("a ring")));
+    assert!(is_probability(&results[3]["probability"]));
+}
+
+#[test]
+fn exercises_are_graded() {
+    let dir = folder();
+    let dir = dir.path();
+    text(dir, "synth --out data --scenes 2 --seed 5");
+    let image = "--model model --image data/images/000000.png";
+    let grade = json(dir, &format!("fill {image} --text a~___~and~a~___ --answer star --answer red~ring --words 2"));
+    let grade = &grade[0]["results"][0];
+    assert!(grade["accepted"].is_boolean() && is_probability(&grade["probability"]), "{grade}");
+    assert_eq!((&grade["blanks"][1]["answer"], grade["blanks"].as_array().unwrap().len()), (&json!("red ring"), 2));
+    assert!(grade["blanks"][0]["rank"].as_u64().unwrap() >= 1 && grade["blanks"][0]["proposals"].is_array());
+    let table = text(dir, &format!("fill {image} --text a~___ --answer star"));
+    assert!(table.contains("answer: star") && table.contains("place"), "{table}");
+
+    let rows = "id,image,text,answer\n1,data/images/000000.png,a ___ star,red\n2,data/images/000001.png,a ___ ___,red | ring\n\
+                3,data/images/none.png,a ___,red\n4,data/images/000000.png,a ___,red | ring\n";
+    fs::write(dir.join("exercises.csv"), rows).unwrap();
+    let report = json(dir, "fill --model model --file exercises.csv --out grades");
+    assert_eq!((&report["exercises"], report["left_out"].as_array().unwrap().len()), (&json!(2), 2));
+    let graded = fs::read_to_string(dir.join("grades/graded.jsonl")).unwrap();
+    let lines: Vec<Value> = graded.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!((lines.len(), &lines[1]["id"], &lines[1]["text"]), (2, &json!("2"), &json!("a ___ ___")));
+    assert!(lines[0]["blanks"][0]["share"].is_number(), "{graded}");
+    let refusal = ["grades/grades.jsonl"];
+    refused(dir, "fill --model model --file exercises.csv --out grades", &refusal);
+    assert!(xvlm(dir, "fill --model model --file exercises.csv --out grades --resume").status.success());
+    refused(dir, "fill --model model --file exercises.csv --out strict --max-bad-fraction 0.1", &["are broken"]);
+}
+
+#[test]
+fn retrieval_is_evaluated_on_files() {
+    let dir = folder();
+    let dir = dir.path();
+    text(dir, "synth --out data --scenes 4 --seed 5");
+    let whole = json(dir, "eval retrieval --model model --data data --out whole");
+    assert_eq!(whole["left_out"], json!([]));
+    let found: Value = serde_json::from_slice(&fs::read(dir.join("whole/retrieval.json")).unwrap()).unwrap();
+    assert_eq!(found["image_to_text"].as_object().unwrap().len(), 4);
+    assert_eq!(found["text_to_image"]["19"].as_array().unwrap().len(), 4);
+    let judged = json(dir, "score retrieval --refs data/retrieval.json --hyps whole/retrieval.json");
+    for key in ["text_r1", "text_r5", "image_r1", "image_r10", "r_mean"] {
+        assert_eq!(judged[key], whole[key], "{key}");
+    }
+
+    // The original's configuration, with its files in two parts.
+    let items: Value = serde_json::from_slice(&fs::read(dir.join("data/retrieval.json")).unwrap()).unwrap();
+    let items = items.as_array().unwrap();
+    fs::write(dir.join("one.json"), json!(items[..2]).to_string()).unwrap();
+    fs::write(dir.join("two.json"), json!(items[2..]).to_string()).unwrap();
+    let preset = "eval retrieval --model model --preset retrieval-coco --k-test 16 --set task.image_root=data";
+    let parts = json(dir, &format!("{preset} --set task.test_file=[one.json,two.json]"));
+    assert_eq!(parts["r_mean"], whole["r_mean"]);
+
+    fs::remove_file(dir.join("data/images/000001.png")).unwrap();
+    refused(dir, "eval retrieval --model model --data data", &["data/images/000001.png"]);
+    let part = json(dir, "eval retrieval --model model --data data --max-bad-fraction 0.5");
+    assert!(part["left_out"][0]["problem"].as_str().unwrap().contains("000001.png"), "{part}");
+}
