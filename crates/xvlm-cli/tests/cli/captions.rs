@@ -33,7 +33,7 @@ fn captions_can_be_drawn() {
     let lines = text(dir, &format!("caption {images} --max-tokens 3 --sample --samples 2"));
     assert_eq!(lines.matches("data/images/000001.png: ").count(), 2, "{lines}");
     refused(dir, &format!("caption {images} --sample --top-p 0"), &["top_p: expected above 0"]);
-    refused(dir, &format!("caption {images} --repetition-penalty -1"), &["repetition_penalty"]);
+    refused(dir, &format!("caption {images} --repetition-penalty 0"), &["repetition_penalty"]);
     assert_eq!(xvlm(dir, &format!("caption {images} --top-k 3")).status.code(), Some(2));
     assert_eq!(xvlm(dir, &format!("caption {images} --sample --beams 3")).status.code(), Some(2));
 }

@@ -40,14 +40,13 @@ pub(super) fn resolve(reference: &str, base: Option<&str>, folder: &Path, root: 
     }
     let joined = match base.map(str::trim).filter(|base| !base.is_empty()) {
         Some(base) => match absolute(base) {
-            Some(Source::File(base)) => return Source::File(base.parent().unwrap_or(&base).join(decoded(reference))),
+            Some(Source::File(base)) => {
+                return Source::File(Path::new(folder_of(&base.to_string_lossy())).join(decoded(reference)));
+            }
             Some(Source::Remote) => return Source::Remote,
             Some(_) => return Source::Nowhere(format!("expected a base that is a folder, found {base}")),
             None if reference.starts_with('/') => reference.to_owned(),
-            None => {
-                let base = path_of(base);
-                format!("{}{reference}", &base[..base.rfind('/').map_or(0, |slash| slash + 1)])
-            }
+            None => format!("{}{reference}", folder_of(path_of(base))),
         },
         None => reference.to_owned(),
     };
@@ -98,6 +97,11 @@ fn inline(rest: &str) -> Source {
         Ok(content) => Source::Inline(content),
         Err(error) => Source::Nowhere(format!("data address: expected base64, found: {error}")),
     }
+}
+
+/// An address up to its last slash.
+fn folder_of(path: &str) -> &str {
+    &path[..path.rfind('/').map_or(0, |slash| slash + 1)]
 }
 
 /// An address without query and fragment.
