@@ -1,6 +1,7 @@
 //! `xvlm finetune`.
 
 use clap::Args;
+use xvlm::Bundled;
 use xvlm::tasks::FinetuneConfig;
 use xvlm::tasks::finetune::{self, FinetuneKind};
 
@@ -42,7 +43,7 @@ impl Finetune {
         if run.print_config {
             return output::print_text(&config.to_yaml()?);
         }
-        let start = built_in.then(xvlm::bundled_files).transpose()?;
+        let start = built_in.then(|| Bundled::General.files()).transpose()?;
         let keeps_best = config.train.as_ref().is_some_and(|train| train.keep_best);
         run.train(keeps_best, |out, session, device| {
             finetune::run(&config, start.as_ref(), out, session, device, &mut Training::new())

@@ -1,19 +1,51 @@
-//! The model that comes with the crate: see `docs/bundled-model.md` for what it was trained on and how good it is.
+//! The models that come with the crate: see `docs/bundled-model.md` for what they were trained on and how good they are.
 
 use xvlm_weights::ModelFiles;
 
 use crate::Error;
 
-/// The files of the small model that comes with the crate.
-///
-/// # Errors
-/// None, unless the build is broken.
-pub fn bundled_files() -> Result<ModelFiles, Error> {
-    let files = ModelFiles::from_bytes(
-        "bundled model",
-        include_bytes!("../model/config.json"),
-        include_bytes!("../model/model.safetensors"),
-        include_bytes!("../model/tokenizer.json"),
-    );
-    Ok(files?)
+/// The small models that come with the crate. They know the built-in world of coloured shapes only.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Bundled {
+    /// The pre-trained one: boxes, captions, matching, search, blanks, and in a few words answers.
+    #[default]
+    General,
+    /// Fine-tuned for questions about a picture.
+    Questions,
+    /// Fine-tuned for statements about two pictures.
+    Statements,
+}
+
+impl Bundled {
+    /// What names of tensors begin with that fine-tuned models may share with the pre-trained one.
+    pub const SHARED: &str = "vision_encoder.";
+
+    /// Its files. A fine-tuned model lacks the tensors that it shares with the pre-trained one; they are put in.
+    ///
+    /// # Errors
+    /// None, unless the build is broken.
+    pub fn files(self) -> Result<ModelFiles, Error> {
+        macro_rules! read {
+            ($name:literal, $folder:literal) => {
+                ModelFiles::from_bytes(
+                    $name,
+                    include_bytes!(concat!("../model/", $folder, "config.json")),
+                    include_bytes!(concat!("../model/", $folder, "model.safetensors")),
+                    include_bytes!(concat!("../model/", $folder, "tokenizer.json")),
+                )?
+            };
+        }
+        let general = read!("bundled model", "");
+        let mut own = match self {
+            Self::General => return Ok(general),
+            Self::Questions => read!("bundled model for questions", "questions/"),
+            Self::Statements => read!("bundled model for statements", "statements/"),
+        };
+        for (name, tensor) in general.tensors {
+            if name.starts_with(Self::SHARED) {
+                own.tensors.entry(name).or_insert(tensor);
+            }
+        }
+        Ok(own)
+    }
 }

@@ -30,7 +30,7 @@ mod hub;
 mod predictor;
 
 #[cfg(feature = "bundled")]
-pub use bundled::bundled_files;
+pub use bundled::Bundled;
 pub use candle_core::Device;
 #[cfg(feature = "hub")]
 pub use hub::Hub;

@@ -31,7 +31,16 @@ impl Predictor {
     /// If the device fails.
     #[cfg(feature = "bundled")]
     pub fn bundled(device: &Device) -> Result<Self, Error> {
-        Ok(Self { model: Model::from_files(&crate::bundled_files()?, device)? })
+        Self::bundled_for(crate::Bundled::General, device)
+    }
+
+    /// One of the small models that come with the crate.
+    ///
+    /// # Errors
+    /// If the device fails.
+    #[cfg(feature = "bundled")]
+    pub fn bundled_for(model: crate::Bundled, device: &Device) -> Result<Self, Error> {
+        Ok(Self { model: Model::from_files(&model.files()?, device)? })
     }
 
     /// A model folder: `config.json`, `model.safetensors`, `tokenizer.json`.
