@@ -122,7 +122,8 @@ fn install(model: &Path, installed: &Path, folder: &str) -> Done {
     let numbers = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
     let mut kept = BTreeMap::new();
     for (name, tensor) in &own.tensors {
-        let base = base.tensors.get(name).filter(|base| name.starts_with(Bundled::SHARED) && base.dims() == tensor.dims());
+        let base =
+            base.tensors.get(name).filter(|base| name.starts_with(Bundled::SHARED) && base.dims() == tensor.dims());
         let is_shared = match base {
             Some(base) => numbers(base)? == numbers(tensor)?,
             None => false,

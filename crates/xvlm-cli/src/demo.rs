@@ -7,20 +7,24 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 use xvlm::data::SourceConfig;
-use xvlm::data::annotations::{read_fill, read_retrieval, read_vqa};
+use xvlm::data::annotations::{read_fill, read_nlvr, read_retrieval, read_vqa};
 use xvlm::data::scenes::{Split, SynthOptions};
 use xvlm::metrics::boxes::{BoxScores, refer_iou};
 use xvlm::metrics::fill::FillScores;
+use xvlm::metrics::nlvr::NlvrScores;
 use xvlm::metrics::retrieval::RetrievalScores;
 use xvlm::metrics::vqa::ExactScores;
 use xvlm::tasks::captioning::{self, TruthScores, Writing};
 use xvlm::tasks::fill::Completing;
-use xvlm::tasks::{Counter, Model, PretrainConfig, Session, Sweep, fill, grounding, pretrain, retrieval, vqa};
+use xvlm::tasks::grounding::WeakScores;
+use xvlm::tasks::{Counter, Model, PretrainConfig, Session, Sweep, fill, grounding, nlvr, pretrain, retrieval, vqa};
 use xvlm::train::{LossCurve, Warmup, loss_curves, read_metrics};
-use xvlm::{Picture, Predictor};
+use xvlm::{Bundled, Picture, Predictor};
 
 use crate::ModelArgs;
-use crate::eval::{caption_rows, fill_rows, grounding_rows, question_rows, retrieval_rows};
+use crate::eval::{
+    caption_rows, fill_rows, grounding_rows, pointing_rows, question_rows, retrieval_rows, statement_rows,
+};
 use crate::output::{self, CliError, Rows, say, table};
 use crate::progress::{Stage, Training};
 use crate::report::{Blank, Caption, Phrase, Question, Ranked, Ranking, Report, Shown};
@@ -79,9 +83,12 @@ pub(crate) struct Scores {
     pub(crate) seed: u64,
     grounding: BoxScores,
     grounding_unseen: BoxScores,
+    heat: WeakScores,
     retrieval: RetrievalScores,
     caption: TruthScores,
     questions: ExactScores,
+    /// None if there is no model for them.
+    statements: Option<NlvrScores>,
     fill: FillScores,
 }
 
@@ -98,6 +105,14 @@ impl Demo {
             true => self.trained()?,
             false => (self.model.open()?, self.model.name(), Vec::new()),
         };
+        let is_built_in = !self.train && self.model.is_built_in();
+        let fine_tuned = |model| is_built_in.then(|| self.model.open_or(model)).transpose();
+        let (questions, statements) = (fine_tuned(Bundled::Questions)?, fine_tuned(Bundled::Statements)?);
+        let models = Models {
+            general: predictor.model(),
+            questions: questions.as_ref().unwrap_or(&predictor).model(),
+            statements: statements.as_ref().map(Predictor::model),
+        };
         let started = Instant::now();
         let unseen_scenes = self.scenes.div_ceil(2);
         let scenes =
@@ -105,7 +120,7 @@ impl Demo {
         write_scenes("scenes", &data, scenes(self.scenes, Split::Seen))?;
         write_scenes("unseen combinations", &data_unseen, scenes(unseen_scenes, Split::Unseen))?;
 
-        let found = Found::on(predictor.model(), &data)?;
+        let found = Found::on(&models, &data)?;
         let unseen = Stage::run("phrases, unseen", |at| boxes(predictor.model(), &data_unseen, at))?;
         let scores = Scores {
             model,
@@ -114,8 +129,10 @@ impl Demo {
             seed: self.seed,
             grounding: found.grounding.scores.all,
             grounding_unseen: unseen.scores.all,
+            heat: found.heat.scores.clone(),
             retrieval: found.retrieval.scores,
             questions: found.questions.scores.exact.clone().unwrap_or_default(),
+            statements: found.statements.as_ref().map(|statements| statements.scores),
             caption: found.captions.truth.unwrap_or_default(),
             fill: found.fill.scores.clone(),
         };
@@ -206,6 +223,7 @@ impl Scores {
             ("texts found by their picture", self.retrieval.text_r1),
             ("descriptions all right", self.caption.right),
             ("questions answered", self.questions.right),
+            ("phrases pointed at, taught without boxes", self.heat.pointing),
             ("blanks filled", self.fill.top1),
         ]
     }
@@ -215,9 +233,11 @@ impl Scores {
         [
             section("Find the box of a phrase", grounding_rows(&self.grounding)),
             section("The same, unseen combinations", grounding_rows(&self.grounding_unseen)),
+            section("Point at a phrase, by what matching looks at", pointing_rows(&self.heat)),
             section("Match pictures and texts", retrieval_rows(&self.retrieval)),
             section("Describe", caption_rows(&self.caption)),
             section("Answer questions", question_rows(&self.questions)),
+            self.statements.iter().flat_map(|scores| section("Judge statements", statement_rows(scores))).collect(),
             section("Fill blanks", fill_rows(&self.fill)),
         ]
         .concat()
@@ -227,9 +247,18 @@ impl Scores {
 /// Pictures that are described at a time.
 const BATCH: usize = 32;
 
-/// What the model found on a folder.
+/// Who is asked what.
+struct Models<'a> {
+    general: &'a Model,
+    questions: &'a Model,
+    statements: Option<&'a Model>,
+}
+
+/// What the models found on a folder.
 struct Found {
     grounding: grounding::Evaluation,
+    heat: grounding::WeakEvaluation,
+    statements: Option<nlvr::Evaluation>,
     captions: captioning::Evaluation,
     questions: vqa::Evaluation,
     retrieval: retrieval::Evaluation,
@@ -237,15 +266,27 @@ struct Found {
 }
 
 impl Found {
-    fn on(model: &Model, data: &Path) -> Result<Self, CliError> {
+    fn on(models: &Models, data: &Path) -> Result<Self, CliError> {
+        let model = models.general;
+        let judge = |model: &Model| {
+            Stage::run("statements", |at| {
+                let items = read_nlvr(data.join("nlvr.json"))?;
+                nlvr::evaluate(model, items, &nlvr::Options::default(), &mut Sweep::new(at))
+            })
+        };
         Ok(Self {
+            statements: models.statements.map(judge).transpose()?,
+            heat: Stage::run("phrases, by heat", |at| {
+                let items = grounding::TestSet::of_folder(data)?.items;
+                grounding::evaluate_weakly(model, items, &grounding::WeakOptions::default(), &mut Sweep::new(at))
+            })?,
             grounding: Stage::run("phrases", |at| boxes(model, data, at))?,
             captions: Stage::run("captions", |at| {
                 captioning::evaluate_folder(model, data, &Writing::of(model.config()), BATCH, &mut Sweep::new(at))
             })?,
             questions: Stage::run("questions", |at| {
                 let items = read_vqa(data.join("vqa.json"))?;
-                vqa::evaluate(model, items, &vqa::Options::default(), &mut Sweep::new(at))
+                vqa::evaluate(models.questions, items, &vqa::Options::default(), &mut Sweep::new(at))
             })?,
             retrieval: Stage::run("pairs", |at| {
                 let items = read_retrieval(data.join("retrieval.json"))?;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
+use xvlm::Bundled;
 use xvlm::{Judgement, Picture};
 
 use crate::ModelArgs;
@@ -43,7 +44,7 @@ impl Judge {
             let found = pictures.len().to_string();
             return Err(CliError::Option { option: "--images", expected: "two pictures", found });
         };
-        let results = self.model.open()?.judge(left, right, &texts)?;
+        let results = self.model.open_or(Bundled::Statements)?.judge(left, right, &texts)?;
         output::print(self.json, &Judged { images: &self.images, results }, |judged| {
             let row = |judged: &Judgement| (judged.statement.clone(), Some(percent(judged.probability)));
             table(&judged.results.iter().map(row).collect::<Vec<_>>())

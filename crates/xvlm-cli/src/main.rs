@@ -34,7 +34,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use xvlm::{Device, Predictor};
+use xvlm::{Bundled, Device, Predictor};
 
 use crate::output::CliError;
 
@@ -128,11 +128,21 @@ impl DeviceArgs {
 
 impl ModelArgs {
     fn open(&self) -> Result<Predictor, CliError> {
+        self.open_or(Bundled::General)
+    }
+
+    /// The model of the folder, or else one of those that are built in.
+    fn open_or(&self, built_in: Bundled) -> Result<Predictor, CliError> {
         let device = self.device.open_for_rank()?;
         Ok(match &self.model {
             Some(dir) => Predictor::from_folder(dir, &device)?,
-            None => Predictor::bundled(&device)?,
+            None => Predictor::bundled_for(built_in, &device)?,
         })
+    }
+
+    /// Whether no folder is given.
+    fn is_built_in(&self) -> bool {
+        self.model.is_none()
     }
 
     /// What reports call the model.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
-use xvlm::{AnswerList, Picture, Predictor, Ranking, View};
+use xvlm::{AnswerList, Bundled, Picture, Predictor, Ranking, View};
 
 use crate::ModelArgs;
 use crate::output::{self, CliError, Rows, table};
@@ -111,10 +111,11 @@ impl Answer {
     pub(crate) fn run(self) -> Result<(), CliError> {
         let texts = worded(&self.texts)?;
         let Some(path) = &self.answers else {
-            let found = self.look.ask(|view| view.answer(&texts))?;
+            let predictor = self.look.model.open_or(Bundled::Questions)?;
+            let found = self.look.ask_of(&predictor, |view| view.answer(&texts))?;
             return self.look.print(&found, |_, found| vec![(found.question.clone(), Some(found.answer.clone()))]);
         };
-        let predictor = self.look.model.open()?;
+        let predictor = self.look.model.open_or(Bundled::Questions)?;
         let list = AnswerList::open(predictor.model(), path)?;
         for left_out in list.left_out() {
             output::say(&format!("left out: {}: entry {}: {}", path.display(), left_out.item, left_out.problem));

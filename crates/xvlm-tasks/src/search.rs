@@ -354,11 +354,12 @@ fn draw(log_probabilities: &[f32], rng: &mut impl Rng) -> Option<u32> {
     last
 }
 
+/// Log-probabilities of logits. The largest is taken away first: numbers near 0 have the digits that differences need.
 fn log_softmax(logits: &[f32]) -> Vec<f32> {
     let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let total: f64 = logits.iter().map(|&logit| f64::from(logit - top).exp()).sum();
-    let log_sum = top + total.ln() as f32;
-    logits.iter().map(|logit| logit - log_sum).collect()
+    let log_total = total.ln() as f32;
+    logits.iter().map(|logit| (logit - top) - log_total).collect()
 }
 
 #[cfg(test)]
@@ -381,6 +382,12 @@ mod tests {
 
     fn logits(probabilities: [[f32; 3]; 3]) -> [[f32; 3]; 3] {
         probabilities.map(|row| row.map(f32::ln))
+    }
+
+    #[test]
+    fn probabilities_sum_to_one() {
+        let row = log_softmax(&[1000.0, 1001.0, 999.0]);
+        assert!((row.iter().map(|p| p.exp()).sum::<f32>() - 1.0).abs() < 1e-5);
     }
 
     #[test]

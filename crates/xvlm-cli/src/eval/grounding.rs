@@ -171,11 +171,15 @@ fn split_rows(scores: &GroundingScores) -> Rows {
     scores.splits.iter().flat_map(rows).collect()
 }
 
-fn weak_rows(scores: &WeakScores) -> Rows {
-    let mut rows = vec![
+pub(crate) fn pointing_rows(scores: &WeakScores) -> Rows {
+    vec![
         percent("phrases pointed at", scores.pointing),
         percent("by the maximum of the stretched map", scores.pointing_maximum),
-    ];
+    ]
+}
+
+fn weak_rows(scores: &WeakScores) -> Rows {
+    let mut rows = pointing_rows(scores);
     rows.extend(
         scores.pointing_splits.iter().map(|(split, pointing)| percent(format!("{split} pointed at"), *pointing)),
     );

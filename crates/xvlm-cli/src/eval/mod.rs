@@ -14,13 +14,15 @@ use std::sync::Arc;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use serde_json::json;
+use xvlm::Bundled;
 use xvlm::tasks::finetune::FinetuneKind;
 use xvlm::tasks::sweep::LeftOut;
 use xvlm::tasks::{FinetuneConfig, Model, Sweep, TaskError};
 
 pub(crate) use self::captioning::caption_rows;
 pub(crate) use self::fill::fill_rows;
-pub(crate) use self::grounding::grounding_rows;
+pub(crate) use self::grounding::{grounding_rows, pointing_rows};
+pub(crate) use self::nlvr::statement_rows;
 pub(crate) use self::retrieval::retrieval_rows;
 pub(crate) use self::vqa::question_rows;
 use crate::ModelArgs;
@@ -152,9 +154,20 @@ impl Common {
         data: &str,
         work: impl FnOnce(&Model, &mut Sweep) -> Result<T, TaskError>,
     ) -> Result<Option<T>, CliError> {
+        self.evaluate_or(Bundled::General, stage, data, work)
+    }
+
+    /// The same with another of the models that are built in, if no folder is given.
+    pub(super) fn evaluate_or<T>(
+        &self,
+        built_in: Bundled,
+        stage: &'static str,
+        data: &str,
+        work: impl FnOnce(&Model, &mut Sweep) -> Result<T, TaskError>,
+    ) -> Result<Option<T>, CliError> {
         let ranks = self.ranks.connect(&self.model.device)?;
         let evaluate = || {
-            let predictor = self.model.open()?;
+            let predictor = self.model.open_or(built_in)?;
             let stop = signals::asked_to_stop()?;
             Stage::run(stage, |counter| {
                 let (folder, resume, max_bad_fraction) = (self.out.clone(), self.resume, self.max_bad_fraction);

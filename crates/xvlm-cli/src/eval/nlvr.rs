@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
+use xvlm::Bundled;
 use xvlm::data::annotations::Reading;
 use xvlm::metrics::nlvr::NlvrScores;
 use xvlm::tasks::finetune::{FinetuneKind, FinetuneTask};
@@ -50,8 +51,9 @@ impl Nlvr {
         let options = task.map_or_else(Options::default, |task| Options { batch: task.batch_size_test });
         let (items, skipped) = (loaded.items, loaded.report);
         let name = self.data.name();
-        let done =
-            self.common.evaluate("statements", &name, |model, sweep| nlvr::evaluate(model, items, &options, sweep))?;
+        let done = self.common.evaluate_or(Bundled::Statements, "statements", &name, |model, sweep| {
+            nlvr::evaluate(model, items, &options, sweep)
+        })?;
         let Some(done) = done else { return Ok(()) };
         let result_file = self.common.write("nlvr_result.csv", |out| nlvr::write_results(&done, out))?;
         let report = Report { scores: done.scores, aside: Aside { result_file, skipped } };

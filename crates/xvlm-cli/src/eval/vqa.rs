@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
+use xvlm::Bundled;
 use xvlm::data::annotations::Reading;
 use xvlm::metrics::vqa::ExactScores;
 use xvlm::tasks::finetune::{FinetuneKind, FinetuneTask};
@@ -79,7 +80,7 @@ impl Vqa {
         }
 
         let name = self.data.name();
-        let done = self.common.evaluate("questions", &name, |model, sweep| {
+        let done = self.common.evaluate_or(Bundled::Questions, "questions", &name, |model, sweep| {
             let mut options = Options::default();
             if let Some(path) = list {
                 options.answering = Answering::Ranked(AnswerList::open(model, path)?, ranking);

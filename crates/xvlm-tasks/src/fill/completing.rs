@@ -1,7 +1,9 @@
 //! The search for completions, and the probability of one that is given.
 
+use candle_core::D;
 use xvlm_data::TextTokenizer;
 use xvlm_encoders::{Attention, Task};
+use xvlm_kernels as kernels;
 
 use super::phrase::Phrase;
 use super::{Completing, Completion};
@@ -283,9 +285,9 @@ impl<'a> Filler<'a> {
             let places: Vec<u32> = asks.iter().enumerate().map(|(i, ask)| (i * t + ask.at) as u32).collect();
             let places = candle_core::Tensor::new(places, model.device())?;
             let logits = model.xvlm().mlm_logits(&fused.reshape((b * t, ()))?.index_select(&places, 0)?)?;
-            for (i, mut row) in logits.to_vec2::<f32>()?.into_iter().enumerate() {
-                log_softmax(&mut row);
-                each(chunk * 4 * BATCH + i, &row);
+            let log_probabilities = kernels::log_softmax(&logits, D::Minus1)?.to_vec2::<f32>()?;
+            for (i, row) in log_probabilities.iter().enumerate() {
+                each(chunk * 4 * BATCH + i, row);
             }
         }
         Ok(())
@@ -342,13 +344,6 @@ fn place(lengths: &[usize], piece: usize) -> (usize, usize) {
     (lengths.len(), 0)
 }
 
-fn log_softmax(row: &mut [f32]) {
-    let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = row.iter().map(|&logit| f64::from(logit - largest).exp()).sum();
-    let shift = largest + sum.ln() as f32;
-    row.iter_mut().for_each(|logit| *logit -= shift);
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -359,12 +354,5 @@ mod tests {
         assert_eq!(lengths(2, 1), [vec![1, 1], vec![1, 2], vec![2, 1]]);
         assert_eq!(lengths(3, 3).len(), 20);
         assert_eq!((place(&[2, 1], 1), place(&[2, 1], 2)), ((0, 1), (1, 0)));
-    }
-
-    #[test]
-    fn probabilities_sum_to_one() {
-        let mut row = [1000.0, 1001.0, 999.0];
-        log_softmax(&mut row);
-        assert!((row.iter().map(|p| p.exp()).sum::<f32>() - 1.0).abs() < 1e-5);
     }
 }
