@@ -143,10 +143,12 @@ fn quick(iterations: u64) -> Value {
 fn every_task_is_learnt_and_leaves_a_model() {
     for kind in FinetuneKind::ALL {
         let out = TempDir::new().unwrap();
-        // What is drawn anew in each step, and what is rewarded, is not learnt in so few; what compares samples of a batch, slowly.
+        // What is drawn anew in each step, and what is rewarded, is not learnt in so few; what compares samples of a batch, and boxes, slowly.
         let (iterations, share) = match kind {
             FinetuneKind::CaptioningScst | FinetuneKind::NlvrPretrain | FinetuneKind::Nlvr => (3, f64::INFINITY),
-            FinetuneKind::Retrieval | FinetuneKind::WeakGrounding => (60, 0.97),
+            FinetuneKind::Retrieval | FinetuneKind::WeakGrounding | FinetuneKind::Bbox | FinetuneKind::BboxPretrain => {
+                (60, 0.97)
+            }
             _ => (60, 0.9),
         };
         let (summary, told) = run(&config(kind, quick(iterations)), out.path(), false).unwrap();
