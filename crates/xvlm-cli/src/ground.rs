@@ -10,7 +10,7 @@ use xvlm::{Heated, Layers, Picture, PixelBox, Proposal};
 
 use crate::draw;
 use crate::output::{self, CliError, Rows};
-use crate::predict::{About, Look, percent, worded};
+use crate::predict::{About, Look, edges, percent, worded};
 
 /// Panels of one row of a drawing.
 const COLUMNS: usize = 4;
@@ -19,7 +19,7 @@ const LEAST_SIDE: u32 = 384;
 
 /// Find the box that a phrase means
 ///
-/// Prints, for each phrase, a box in pixels of the picture (left, top, right, bottom) and the probability that the
+/// Prints, for each phrase, a box in pixels of the picture (xmin,ymin,xmax,ymax) and the probability that the
 /// phrase matches what is inside. A picture is encoded once, however many phrases there are.
 ///
 /// With --heat, it is where the model looks while it matches the phrase with the picture, which needs no box head: the box
@@ -129,9 +129,8 @@ impl Ground {
 }
 
 fn row(i: usize, text: &str, bounds: &PixelBox, probability: Option<f32>) -> Rows {
-    let edges = [bounds.xmin, bounds.ymin, bounds.xmax, bounds.ymax].map(|edge| format!("{edge:7.1}")).concat();
     let probability = probability.map(percent).unwrap_or_default();
-    vec![(format!("{}  {text}", i + 1), Some(format!("{edges}  {probability:>7}")))]
+    vec![(format!("{}  {text}", i + 1), Some(format!("{}  {probability:>7}", edges(bounds))))]
 }
 
 /// The picture below the heat of one phrase, with its box and point; enlarged if it is small.

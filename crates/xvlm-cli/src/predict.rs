@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
-use xvlm::{AnswerList, Bundled, Picture, Predictor, Ranking, View};
+use xvlm::{AnswerList, Bundled, Picture, PixelBox, Predictor, Ranking, View};
 
 use crate::ModelArgs;
 use crate::output::{self, CliError, Rows, table};
@@ -70,6 +70,11 @@ impl Look {
             table(&all)
         })
     }
+}
+
+/// A box in pixels, as results for people have it and `--box` takes it.
+pub(crate) fn edges(bounds: &PixelBox) -> String {
+    [bounds.xmin, bounds.ymin, bounds.xmax, bounds.ymax].map(|edge| format!("{edge:.1}")).join(",")
 }
 
 pub(crate) fn percent(probability: f32) -> String {

@@ -85,7 +85,8 @@ impl Summary {
 }
 
 /// Embeds pictures into the folder `out`: files in `parts/`, what they are of in `index.json`, and in `embeddings.jsonl` what is
-/// done, by which [`Sweep::resume`] goes on. Pictures, boxes and texts that are broken are counted and named.
+/// done, by which [`Sweep::resume`] goes on. Pictures, boxes and texts that are broken are counted and named, however many they
+/// are: [`Sweep::max_bad_fraction`] is for units that have one answer each, and has no say here.
 ///
 /// # Errors
 /// If nothing can be embedded, a file cannot be written, the folder has embeddings of something else, the work was
@@ -120,7 +121,7 @@ pub fn embed(
         return Err(TaskError::Empty { what: format!("pictures to embed{first}") });
     }
     if sweep.ranks.rank() == 0 {
-        index::write_about(model, options, &summary, out)?;
+        index::write_about(model, options, pictures.upright(), &summary, out)?;
     }
     Ok(summary)
 }
