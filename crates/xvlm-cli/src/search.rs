@@ -22,7 +22,7 @@ pub(crate) struct Search {
     #[command(flatten)]
     model: ModelArgs,
     /// Folder that `xvlm embed` wrote
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["images", "list", "annotations", "shards"])]
+    #[arg(long, value_name = "DIR", conflicts_with = "PictureArgs", required_unless_present = "PictureArgs")]
     index: Option<PathBuf>,
     #[command(flatten)]
     pictures: PictureArgs,
@@ -94,10 +94,6 @@ impl Search {
             queries.push(Query::Like(Picture::open_upright(path)?));
         }
         let names = self.texts.iter().cloned().chain(self.like.iter().map(|path| path.display().to_string()));
-        if self.index.is_none() && !self.pictures.is_given() {
-            let (expected, found) = ("a folder, or --images, --list, --annotations or --shards", "none".to_owned());
-            return Err(CliError::Option { option: "--index", expected, found });
-        }
         let predictor = self.model.open()?;
         let kind = self.kind.kind();
         let index = match &self.index {
