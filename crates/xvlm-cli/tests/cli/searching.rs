@@ -57,8 +57,11 @@ fn pictures_are_embedded_and_searched() {
 
     refused(dir, "search --model model --index plain --kind text --text a~star", &["plain", "kind text"]);
     refused(dir, "search --model model --index none --text a~star", &["none/index.json"]);
-    refused(dir, "search --model model --text a~star", &["--index", "found none"]);
-    refused(dir, "embed --model model --out x", &["--images", "found none"]);
+    for wrong in ["search --model model --text a~star", "embed --model model --out x"] {
+        let output = xvlm(dir, wrong);
+        assert_eq!(output.status.code(), Some(2), "{wrong}");
+        assert!(stderr(&output).contains("--images"), "{}", stderr(&output));
+    }
     refused(dir, "embed --model model --images model --out x", &["model", "at least one item"]);
     fs::write(dir.join("plain/parts/000000-0000.parquet"), "damage").unwrap();
     refused(dir, "search --model model --index plain --text a~star", &["000000-0000.parquet", "a file of embeddings"]);
@@ -108,8 +111,17 @@ fn exercises_are_graded() {
     assert!(lines[0]["blanks"][0]["share"].is_number(), "{graded}");
     let refusal = ["grades/grades.jsonl"];
     refused(dir, "fill --model model --file exercises.csv --out grades", &refusal);
+    // Numbers are told as they were given.
+    let other = "fill --model model --file exercises.csv --out grades --resume --accept 0.05";
+    refused(dir, other, &["0.03", "0.05"]);
+    assert!(!stderr(&xvlm(dir, other)).contains("0.0299"));
     assert!(xvlm(dir, "fill --model model --file exercises.csv --out grades --resume").status.success());
     refused(dir, "fill --model model --file exercises.csv --out strict --max-bad-fraction 0.1", &["are broken"]);
+    fs::write(dir.join("broken.csv"), "id,image,text,answer\n1,none.png,a ___,red\n").unwrap();
+    let output = xvlm(dir, "fill --model model --file broken.csv --out none");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("exercises: 1 broken or missing"), "{}", stderr(&output));
+    assert_eq!(fs::read_to_string(dir.join("none/graded.jsonl")).unwrap(), "");
 }
 
 #[test]
