@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 use serde::Serialize;
 use xvlm::tasks::embed;
 use xvlm::{Index, Picture, PixelBox, Query, SearchOptions};
@@ -18,11 +18,12 @@ use crate::progress::Stage;
 /// Searches in what `xvlm embed` has written (--index), or embeds pictures on the spot. Prints the nearest by the cosine of their
 /// embeddings. With --rerank K, the K nearest to a text are ranked again by matching them with it, which is slower and better.
 #[derive(Args)]
+#[command(group = ArgGroup::new("where").required(true).args(["index", "images", "list", "annotations", "shards"]))]
 pub(crate) struct Search {
     #[command(flatten)]
     model: ModelArgs,
     /// Folder that `xvlm embed` wrote
-    #[arg(long, value_name = "DIR", conflicts_with = "PictureArgs", required_unless_present = "PictureArgs")]
+    #[arg(long, value_name = "DIR")]
     index: Option<PathBuf>,
     #[command(flatten)]
     pictures: PictureArgs,
