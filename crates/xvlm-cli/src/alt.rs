@@ -1,6 +1,6 @@
 //! `xvlm alt`: alternative texts for those who do not see pictures.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -14,6 +14,7 @@ use xvlm::{Picture, Predictor, Written};
 
 use crate::ModelArgs;
 use crate::caption::WritingArgs;
+use crate::fill::share;
 use crate::output::{self, CliError, say};
 use crate::progress::Stage;
 
@@ -56,21 +57,17 @@ struct DescribeArgs {
     #[arg(long)]
     plain: bool,
     /// Descriptions of which the model is less sure (0 to 1) are reported, but not written
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
-    min_score: f32,
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
+    min_confidence: f32,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
 }
 
 impl DescribeArgs {
-    fn describer(&self) -> Result<Describer, CliError> {
-        if !(0.0..=1.0).contains(&self.min_score) {
-            let found = self.min_score.to_string();
-            return Err(CliError::Option { option: "--min-score", expected: "a share from 0 to 1", found });
-        }
+    fn describer(&self) -> Describer {
         let (prefix, suffix) = (self.prefix.clone(), self.suffix.clone());
-        Ok(Describer::new(Phrasing { sentence: !self.plain, prefix, suffix }, self.min_score))
+        Describer::new(Phrasing { sentence: !self.plain, prefix, suffix }, self.min_confidence)
     }
 
     fn describe(&self, predictor: &Predictor) -> impl FnMut(&[Picture]) -> Result<Vec<Written>, xvlm::Error> {
@@ -141,14 +138,14 @@ struct Summary<'a> {
     pictures: usize,
     /// How many images had which outcome.
     outcomes: BTreeMap<&'static str, usize>,
-    /// Whether files were written.
+    /// Whether descriptions were written into files.
     changed: bool,
 }
 
 impl Documents {
     fn run(self) -> Result<(), CliError> {
         let files = self.files()?;
-        let mut describer = self.describe.describer()?;
+        let mut describer = self.describe.describer();
         let mut opened: Vec<Result<(Document, Vec<u8>), String>> = Vec::new();
         for file in &files {
             let read = fs::read(&file.path).map_err(|error| error.to_string()).and_then(|content| {
@@ -204,7 +201,9 @@ impl Documents {
         }
         let unread = documents.iter().filter(|done| done.problem.is_some()).count();
         let broken = outcomes.get("broken").copied().unwrap_or_default();
-        let summary = Summary { documents, pictures: describer.pictures(), outcomes, changed: !self.dry_run };
+        let written: usize = documents.iter().map(|done| done.written).sum();
+        let changed = !self.dry_run && written > 0;
+        let summary = Summary { documents, pictures: describer.pictures(), outcomes, changed };
         output::print(self.describe.json, &summary, |summary| {
             let mut text = String::new();
             for done in &summary.documents {
@@ -215,9 +214,9 @@ impl Documents {
                     text += &format!("{name}:{}: {source}: {}\n", report.line, report.outcome);
                 }
             }
-            let written: usize = summary.documents.iter().map(|done| done.written).sum();
-            let verb = if summary.changed { "written" } else { "to be written" };
-            text += &format!("{written} descriptions {verb}, of {} pictures", summary.pictures);
+            let verb = if self.dry_run { "to be written" } else { "written" };
+            let (descriptions, pictures) = (counted(written, "description"), counted(summary.pictures, "picture"));
+            text += &format!("{descriptions} {verb}, of {pictures}");
             text.extend(
                 summary
                     .outcomes
@@ -305,6 +304,11 @@ impl Documents {
     }
 }
 
+/// A number of things.
+fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
 /// An address as people can read it: one that holds its picture is long.
 fn shortened(source: &str) -> String {
     const LONGEST: usize = 80;
@@ -326,7 +330,7 @@ struct Pictures {
     /// Form of the list
     #[arg(long, value_enum, value_name = "FORM", default_value_t = Form::Text, conflicts_with = "json")]
     format: Form,
-    /// Write the list to this file instead of printing it
+    /// Write the list to this file instead of printing it; with --json it is printed too
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     /// Write each description into a file beside its picture, named after it with .txt at the end
@@ -363,18 +367,20 @@ impl Pictures {
                 false => files.push(path.clone()),
             }
         }
-        files.dedup();
+        let mut seen = HashSet::new();
+        files.retain(|file| seen.insert(file.clone()));
         let kept =
             if self.sidecar && !self.replace { files.iter().filter(|file| sidecar(file).exists()).count() } else { 0 };
         files.retain(|file| !self.sidecar || self.replace || !sidecar(file).exists());
         if kept > 0 {
-            say(&format!("{kept} pictures have a file beside them already; --replace writes it anew"));
+            let have = if kept == 1 { "has a file beside it" } else { "have a file beside them" };
+            say(&format!("{} {have} already; --replace writes it anew", counted(kept, "picture")));
         }
         if files.is_empty() && kept == 0 {
             let path = self.paths[0].clone();
             return Err(CliError::File { path, expected: "a folder with pictures", found: "none".to_owned() });
         }
-        let mut describer = self.describe.describer()?;
+        let mut describer = self.describe.describer();
         let predictor = self.describe.model.open()?;
         let mut describe = self.describe.describe(&predictor);
         let outcomes = Stage::run("pictures", |at| describer.describe_files(&files, &mut describe, at))?;
@@ -395,9 +401,11 @@ impl Pictures {
             (Form::Csv, _) => alt::csv_list(&entries),
             (Form::Markdown, _) => alt::markdown_list(&entries),
         };
-        match &self.out {
-            Some(out) => output::write(out, list.as_bytes())?,
-            None => output::print_text(&list)?,
+        if let Some(out) = &self.out {
+            output::write(out, list.as_bytes())?;
+        }
+        if self.out.is_none() || self.describe.json {
+            output::print_text(&list)?;
         }
         match entries.iter().filter(|entry| matches!(entry.outcome, Outcome::Broken { .. })).count() {
             0 => Ok(()),

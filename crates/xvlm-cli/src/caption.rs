@@ -78,7 +78,7 @@ pub(crate) struct Caption {
     /// Below 1 likely words become likelier, above 1 unlikely ones do
     #[arg(long, value_name = "T", default_value_t = 1.0, requires = "sample")]
     temperature: f32,
-    /// Seed of what is drawn: the same seed, the same captions
+    /// Seed of what is drawn: the same seed, the same captions of the picture at a place, whatever the others are
     #[arg(long, value_name = "S", default_value_t = 0, requires = "sample")]
     seed: u64,
     /// Print the result as JSON: a list with an object for each picture
@@ -103,12 +103,18 @@ impl Caption {
         let writing = self.writing.of(predictor.writing());
         let sampling = Sampling { temperature: self.temperature, top_k: self.top_k as usize, top_p: self.top_p };
         let mut found = Vec::with_capacity(self.images.len());
-        for (batch, images) in (0u64..).zip(self.images.chunks(Self::BATCH)) {
-            let seed = self.seed.wrapping_add(batch);
+        for images in self.images.chunks(Self::BATCH) {
             let pictures =
                 images.par_iter().map(|image| Picture::open_upright(image)).collect::<Result<Vec<_>, _>>()?;
             let written = match self.sample {
-                true => predictor.sample_captions(&pictures, &writing, sampling, self.samples.into(), seed)?,
+                true => predictor.sample_captions(
+                    &pictures,
+                    &writing,
+                    sampling,
+                    self.samples.into(),
+                    self.seed,
+                    found.len() as u64,
+                )?,
                 false => predictor.captions(&pictures, &writing)?.into_iter().map(|written| vec![written]).collect(),
             };
             found.extend(images.iter().zip(&pictures).zip(written).map(|((image, picture), results)| About {

@@ -35,11 +35,6 @@ pub(crate) struct PictureArgs {
 }
 
 impl PictureArgs {
-    /// Whether any are given.
-    pub(crate) fn is_given(&self) -> bool {
-        self.images.is_some() || self.list.is_some() || !self.annotations.is_empty() || !self.shards.is_empty()
-    }
-
     /// The pictures; what is broken in annotations is named.
     pub(crate) fn open(&self, image_root: Option<&Path>) -> Result<Pictures, CliError> {
         if let Some(dir) = &self.images {
@@ -64,6 +59,7 @@ impl PictureArgs {
 /// Writes a file of embeddings for every thousand pictures into parts/ of the folder --out, and index.json, which `xvlm search`
 /// opens. Embeddings have unit length: their products are cosines. Pictures, boxes and texts that are broken are named.
 #[derive(Args)]
+#[command(mut_group("PictureArgs", |group| group.required(true)))]
 pub(crate) struct Embed {
     #[command(flatten)]
     model: ModelArgs,
@@ -133,10 +129,6 @@ struct Report<'a> {
 
 impl Embed {
     pub(crate) fn run(self) -> Result<(), CliError> {
-        if !self.pictures.is_given() {
-            let (expected, found) = ("pictures, or --list, --annotations or --shards", "none".to_owned());
-            return Err(CliError::Option { option: "--images", expected, found });
-        }
         let ranks = self.ranks.connect(&self.model.device)?;
         let embed = || {
             let pictures = self.pictures.open(self.image_root.as_deref())?;

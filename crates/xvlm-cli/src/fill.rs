@@ -185,8 +185,8 @@ impl Fill {
             output::say(&format!("left out: exercise {}: {problem}", item + 1));
         }
         let path = out.join("graded.jsonl");
-        let lines = grades.iter().map(serde_json::to_string).collect::<Result<Vec<_>, _>>()?;
-        output::write(&path, (lines.join("\n") + "\n").as_bytes())?;
+        let lines = grades.iter().map(|graded| Ok(serde_json::to_string(graded)? + "\n"));
+        output::write(&path, lines.collect::<Result<String, serde_json::Error>>()?.as_bytes())?;
         let accepted = grades.iter().filter(|graded: &&Graded| graded.grade.accepted).count();
         let report = Report { graded: path, exercises: grades.len(), accepted, left_out: &left_out };
         output::print(self.json, &report, |report| {
@@ -196,7 +196,11 @@ impl Fill {
                 ("left out".to_owned(), Some(report.left_out.len().to_string())),
                 ("grades".to_owned(), Some(report.graded.display().to_string())),
             ])
-        })
+        })?;
+        match grades.is_empty() {
+            true => Err(CliError::Broken { what: "exercises", count: left_out.len() }),
+            false => Ok(()),
+        }
     }
 }
 

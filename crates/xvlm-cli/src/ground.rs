@@ -10,7 +10,7 @@ use xvlm::{Heated, Layers, Picture, PixelBox, Proposal};
 
 use crate::draw;
 use crate::output::{self, CliError, Rows};
-use crate::predict::{About, Look, percent, worded};
+use crate::predict::{Look, edges, percent, worded};
 
 /// Panels of one row of a drawing.
 const COLUMNS: usize = 4;
@@ -19,7 +19,7 @@ const LEAST_SIDE: u32 = 384;
 
 /// Find the box that a phrase means
 ///
-/// Prints, for each phrase, a box in pixels of the picture (left, top, right, bottom) and the probability that the
+/// Prints, for each phrase, a box in pixels of the picture (xmin,ymin,xmax,ymax) and the probability that the
 /// phrase matches what is inside. A picture is encoded once, however many phrases there are.
 ///
 /// With --heat, it is where the model looks while it matches the phrase with the picture, which needs no box head: the box
@@ -53,8 +53,11 @@ pub(crate) struct Ground {
 /// What is told about a phrase with `--heat`.
 #[derive(Serialize)]
 struct Pointed {
-    #[serde(flatten)]
-    heated: Heated,
+    text: String,
+    #[serde(rename = "box")]
+    bounds: PixelBox,
+    point: [f32; 2],
+    probability: f32,
     #[serde(skip_serializing_if = "Option::is_none")]
     heat: Option<Vec<Vec<f32>>>,
     /// The best first.
@@ -75,11 +78,15 @@ impl Ground {
     }
 
     fn boxes(&self, texts: &[&str]) -> Result<(), CliError> {
-        let mut found = self.look.ask(|view| view.ground(texts))?;
-        self.draw(&mut found, |about| {
-            let boxes: Vec<_> = about.results.iter().map(|found| found.bounds).collect();
-            draw::number_boxes(&mut about.picture, &boxes);
-            about.picture.to_png()
+        let drawings = self.drawings();
+        let found = self.look.ask(|i, mut picture, view| {
+            let found = view.ground(texts)?;
+            if let Some(path) = drawings.get(i) {
+                let boxes: Vec<PixelBox> = found.iter().map(|found| found.bounds).collect();
+                draw::number_boxes(&mut picture, &boxes);
+                self.write(path, &picture)?;
+            }
+            Ok(found)
         })?;
         self.look.print(&found, |i, found| row(i, &found.text, &found.bounds, found.probability))
     }
@@ -87,51 +94,54 @@ impl Ground {
     fn heat(&self, texts: &[&str]) -> Result<(), CliError> {
         let proposals = self.proposals.as_deref().map(|file| proposals(file, &self.look.images)).transpose()?;
         let layers = self.layer.map_or(Layers::All, Layers::One);
-        let grid = |heated: &Heated| heated.map.values.chunks(heated.map.side).map(<[f32]>::to_vec).collect();
-        let pointed =
-            |heated: Heated| Pointed { heat: self.grid.then(|| grid(&heated)), proposals: Vec::new(), heated };
-        let mut found =
-            self.look.ask(|view| Ok(view.heat(texts, layers)?.into_iter().map(pointed).collect::<Vec<_>>()))?;
-        for (about, boxes) in found.iter_mut().zip(proposals.iter().flatten()) {
-            for pointed in &mut about.results {
-                pointed.proposals = pointed.heated.rank(boxes);
-                pointed.heated.bounds = pointed.proposals[0].bounds;
+        let drawings = self.drawings();
+        let found = self.look.ask(|i, picture, view| {
+            let mut heated = view.heat(texts, layers)?;
+            let mut ranked = vec![Vec::new(); heated.len()];
+            if let Some(boxes) = proposals.as_ref().map(|proposals| &proposals[i]) {
+                for (heated, ranked) in heated.iter_mut().zip(&mut ranked) {
+                    *ranked = heated.rank(boxes);
+                    heated.bounds = ranked[0].bounds;
+                }
             }
-        }
-        self.draw(&mut found, |about| {
-            let panels = about.results.iter().enumerate();
-            let panels = panels.map(|(i, pointed)| panel(&about.picture, i, &pointed.heated));
-            let panels = panels.collect::<Result<Vec<_>, xvlm::Error>>()?;
-            Ok::<_, xvlm::Error>(draw::tiles(&panels, COLUMNS).unwrap_or_else(|| about.picture.clone()).to_png()?)
+            if let Some(path) = drawings.get(i) {
+                let panels = heated.iter().enumerate().map(|(i, heated)| panel(&picture, i, heated));
+                let panels = panels.collect::<Result<Vec<_>, _>>()?;
+                self.write(path, &draw::tiles(&panels, COLUMNS).unwrap_or(picture))?;
+            }
+            let told = heated.into_iter().zip(ranked).map(|(heated, proposals)| {
+                let Heated { text, bounds, point, probability, map, .. } = heated;
+                let heat = self.grid.then(|| map.values.chunks(map.side).map(<[f32]>::to_vec).collect());
+                Pointed { text, bounds, point, probability, heat, proposals }
+            });
+            Ok(told.collect())
         })?;
-        self.look
-            .print(&found, |i, Pointed { heated, .. }| row(i, &heated.text, &heated.bounds, Some(heated.probability)))
+        self.look.print(&found, |i, told| row(i, &told.text, &told.bounds, Some(told.probability)))
     }
 
-    /// Draws each picture, and writes it where `--draw` says.
-    fn draw<T, E: Into<xvlm::Error>>(
-        &self,
-        found: &mut [About<T>],
-        draw: impl Fn(&mut About<T>) -> Result<Vec<u8>, E>,
-    ) -> Result<(), CliError> {
-        let Some(path) = &self.draw else { return Ok(()) };
-        let drawn = found.iter_mut().map(|about| draw(about).map_err(|error| CliError::from(error.into())));
-        let drawn = drawn.collect::<Result<Vec<_>, _>>()?;
-        let paths = match found {
-            [_] => vec![path.clone()],
-            several => {
-                std::fs::create_dir_all(path).map_err(CliError::io(path))?;
-                names(several.iter().map(|about| about.image.as_path())).map(|name| path.join(name)).collect()
+    /// Where the drawing of each picture goes; nowhere without `--draw`.
+    fn drawings(&self) -> Vec<PathBuf> {
+        match (&self.draw, self.look.images.as_slice()) {
+            (None, _) => Vec::new(),
+            (Some(path), [_]) => vec![path.clone()],
+            (Some(folder), several) => {
+                names(several.iter().map(PathBuf::as_path)).map(|name| folder.join(name)).collect()
             }
-        };
-        paths.iter().zip(drawn).try_for_each(|(path, png)| output::write(path, &png))
+        }
+    }
+
+    /// Writes a drawing; of several, into the folder.
+    fn write(&self, path: &Path, drawing: &Picture) -> Result<(), CliError> {
+        if let (Some(folder), 2..) = (&self.draw, self.look.images.len()) {
+            std::fs::create_dir_all(folder).map_err(CliError::io(folder))?;
+        }
+        output::write(path, &drawing.to_png()?)
     }
 }
 
 fn row(i: usize, text: &str, bounds: &PixelBox, probability: Option<f32>) -> Rows {
-    let edges = [bounds.xmin, bounds.ymin, bounds.xmax, bounds.ymax].map(|edge| format!("{edge:7.1}")).concat();
     let probability = probability.map(percent).unwrap_or_default();
-    vec![(format!("{}  {text}", i + 1), Some(format!("{edges}  {probability:>7}")))]
+    vec![(format!("{}  {text}", i + 1), Some(format!("{}  {probability:>7}", edges(bounds))))]
 }
 
 /// The picture below the heat of one phrase, with its box and point; enlarged if it is small.

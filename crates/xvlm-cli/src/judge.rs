@@ -4,8 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
-use xvlm::Bundled;
-use xvlm::{Judgement, Picture};
+use xvlm::{Bundled, Judgement, Picture};
 
 use crate::ModelArgs;
 use crate::output::{self, CliError, table};
@@ -13,8 +12,8 @@ use crate::predict::{percent, worded};
 
 /// Say how likely statements are to be true of two pictures
 ///
-/// The model must be one for statements about two pictures: fine-tuned with `xvlm finetune nlvr`, or converted from X-VLM's
-/// checkpoint for NLVR2.
+/// A model given with --model must be one for statements about two pictures: fine-tuned with `xvlm finetune nlvr`, or converted
+/// from X-VLM's checkpoint for NLVR2.
 #[derive(Args)]
 pub(crate) struct Judge {
     #[command(flatten)]

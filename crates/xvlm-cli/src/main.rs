@@ -96,8 +96,9 @@ impl Command {
 /// Which model, and where it computes.
 #[derive(Args)]
 struct ModelArgs {
-    /// Model folder (config.json, model.safetensors, tokenizer.json) [default: the small model that is built in; it
-    /// knows the synthetic scenes of `xvlm synth` only]
+    /// Model folder (config.json, model.safetensors, tokenizer.json) [default: a small model that is built in; it
+    /// knows the synthetic scenes of `xvlm synth` only. There is one for questions, one for statements about two pictures, and
+    /// one for the rest]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     #[command(flatten)]

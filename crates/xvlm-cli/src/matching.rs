@@ -8,7 +8,7 @@ use xvlm::{Picture, PixelBox};
 
 use crate::ModelArgs;
 use crate::output::{self, CliError, Rows, table};
-use crate::predict::{percent, worded};
+use crate::predict::{edges, percent, worded};
 
 /// Pictures that are opened at a time.
 const AT_ONCE: usize = 32;
@@ -27,8 +27,8 @@ pub(crate) struct Match {
     /// Text, such as "a red circle above a blue star"; repeatable
     #[arg(long = "text", value_name = "TEXT", required = true)]
     texts: Vec<String>,
-    /// Box in pixels of each picture: left, top, width, height; repeatable
-    #[arg(long = "box", value_name = "X,Y,W,H", value_parser = parse_box)]
+    /// Box in pixels of each picture: its left, upper, right and lower edge; repeatable
+    #[arg(long = "box", value_name = "XMIN,YMIN,XMAX,YMAX", value_parser = parse_box)]
     boxes: Vec<PixelBox>,
     /// Print the result as JSON: a list with an object for each picture
     #[arg(long)]
@@ -36,13 +36,18 @@ pub(crate) struct Match {
 }
 
 /// A box as it is written on the command line.
-pub(crate) fn parse_box(text: &str) -> Result<PixelBox, String> {
+fn parse_box(text: &str) -> Result<PixelBox, String> {
     let numbers: Vec<f32> = text.split(',').map_while(|number| number.trim().parse().ok()).collect();
     match numbers.as_slice() {
-        &[x, y, w, h] if text.split(',').count() == 4 && w > 0.0 && h > 0.0 && (x + y + w + h).is_finite() => {
-            Ok(PixelBox { xmin: x, ymin: y, xmax: x + w, ymax: y + h })
+        &[xmin, ymin, xmax, ymax]
+            if text.split(',').count() == 4
+                && numbers.iter().all(|edge| edge.is_finite())
+                && xmin < xmax
+                && ymin < ymax =>
+        {
+            Ok(PixelBox { xmin, ymin, xmax, ymax })
         }
-        _ => Err(format!("expected left,top,width,height in pixels, found {text}")),
+        _ => Err(format!("expected xmin,ymin,xmax,ymax in pixels, xmin below xmax and ymin below ymax, found {text}")),
     }
 }
 
@@ -98,8 +103,8 @@ impl Match {
                     rows.push((about.image.display().to_string(), None));
                 }
                 rows.extend(about.results.iter().map(|Matched { bounds, matched }| {
-                    let edges = |b: &PixelBox| format!("{},{} to {},{}  ", b.xmin, b.ymin, b.xmax, b.ymax);
-                    let name = format!("{}{}", bounds.as_ref().map(edges).unwrap_or_default(), matched.text);
+                    let bounds = bounds.as_ref().map(|bounds| edges(bounds) + "  ");
+                    let name = format!("{}{}", bounds.unwrap_or_default(), matched.text);
                     let probability = percent(matched.probability);
                     (name, Some(format!("{probability:>7}  cosine {:6.3}", matched.similarity)))
                 }));

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
-use xvlm::{AnswerList, Bundled, Picture, Predictor, Ranking, View};
+use xvlm::{AnswerList, Bundled, Picture, PixelBox, Predictor, Ranking, View};
 
 use crate::ModelArgs;
 use crate::output::{self, CliError, Rows, table};
@@ -25,17 +25,18 @@ pub(crate) struct Look {
 /// What a command found out about one picture.
 #[derive(Serialize)]
 pub(crate) struct About<T> {
-    pub(crate) image: PathBuf,
+    image: PathBuf,
     width: u32,
     height: u32,
-    pub(crate) results: Vec<T>,
-    #[serde(skip)]
-    pub(crate) picture: Picture,
+    results: Vec<T>,
 }
 
 impl Look {
-    /// Encodes each picture once, and asks.
-    pub(crate) fn ask<T>(&self, ask: impl Fn(&View) -> Result<Vec<T>, xvlm::Error>) -> Result<Vec<About<T>>, CliError> {
+    /// Encodes each picture once, and asks, with its number and the picture itself. One picture is in memory at a time.
+    pub(crate) fn ask<T>(
+        &self,
+        ask: impl Fn(usize, Picture, &View) -> Result<Vec<T>, CliError>,
+    ) -> Result<Vec<About<T>>, CliError> {
         self.ask_of(&self.model.open()?, ask)
     }
 
@@ -43,14 +44,15 @@ impl Look {
     fn ask_of<T>(
         &self,
         predictor: &Predictor,
-        ask: impl Fn(&View) -> Result<Vec<T>, xvlm::Error>,
+        ask: impl Fn(usize, Picture, &View) -> Result<Vec<T>, CliError>,
     ) -> Result<Vec<About<T>>, CliError> {
-        let about = |image: &PathBuf| {
+        let about = |(i, image): (usize, &PathBuf)| {
             let picture = Picture::open_upright(image)?;
-            let results = ask(&predictor.look(&picture)?)?;
-            Ok(About { image: image.clone(), width: picture.width(), height: picture.height(), results, picture })
+            let (width, height) = (picture.width(), picture.height());
+            let view = predictor.look(&picture)?;
+            Ok(About { image: image.clone(), width, height, results: ask(i, picture, &view)? })
         };
-        self.images.iter().map(about).collect()
+        self.images.iter().enumerate().map(about).collect()
     }
 
     /// Prints what was found: a table, with a heading for each picture if there are several.
@@ -70,6 +72,11 @@ impl Look {
             table(&all)
         })
     }
+}
+
+/// A box in pixels, as results for people have it and `--box` takes it.
+pub(crate) fn edges(bounds: &PixelBox) -> String {
+    [bounds.xmin, bounds.ymin, bounds.xmax, bounds.ymax].map(|edge| format!("{edge:.1}")).join(",")
 }
 
 pub(crate) fn percent(probability: f32) -> String {
@@ -112,7 +119,7 @@ impl Answer {
         let texts = worded(&self.texts)?;
         let Some(path) = &self.answers else {
             let predictor = self.look.model.open_or(Bundled::Questions)?;
-            let found = self.look.ask_of(&predictor, |view| view.answer(&texts))?;
+            let found = self.look.ask_of(&predictor, |_, _, view| Ok(view.answer(&texts)?))?;
             return self.look.print(&found, |_, found| vec![(found.question.clone(), Some(found.answer.clone()))]);
         };
         let predictor = self.look.model.open_or(Bundled::Questions)?;
@@ -120,9 +127,8 @@ impl Answer {
         for left_out in list.left_out() {
             output::say(&format!("left out: {}: entry {}: {}", path.display(), left_out.item, left_out.problem));
         }
-        let found = self
-            .look
-            .ask_of(&predictor, |view| view.rank_answers(&texts, &list, Ranking::default(), self.top.into()))?;
+        let ask = |_, _, view: &View| Ok(view.rank_answers(&texts, &list, Ranking::default(), self.top.into())?);
+        let found = self.look.ask_of(&predictor, ask)?;
         self.look.print(&found, |_, found| {
             let answers = found.answers.iter().map(|likely| (likely.answer.clone(), Some(percent(likely.probability))));
             std::iter::once((found.question.clone(), None)).chain(answers).collect()

@@ -2,15 +2,15 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 use serde::Serialize;
-use xvlm::tasks::embed::{Found, Hit};
-use xvlm::{Index, Picture, Query, SearchOptions};
+use xvlm::tasks::embed;
+use xvlm::{Index, Picture, PixelBox, Query, SearchOptions};
 
 use crate::ModelArgs;
 use crate::embed::{PictureArgs, What};
 use crate::output::{self, CliError, Rows, table};
-use crate::predict::{percent, worded};
+use crate::predict::{edges, percent, worded};
 use crate::progress::Stage;
 
 /// Find pictures that a text tells, or that look like a picture
@@ -18,11 +18,12 @@ use crate::progress::Stage;
 /// Searches in what `xvlm embed` has written (--index), or embeds pictures on the spot. Prints the nearest by the cosine of their
 /// embeddings. With --rerank K, the K nearest to a text are ranked again by matching them with it, which is slower and better.
 #[derive(Args)]
+#[command(group = ArgGroup::new("where").required(true).args(["index", "images", "list", "annotations", "shards"]))]
 pub(crate) struct Search {
     #[command(flatten)]
     model: ModelArgs,
     /// Folder that `xvlm embed` wrote
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["images", "list", "annotations", "shards"])]
+    #[arg(long, value_name = "DIR")]
     index: Option<PathBuf>,
     #[command(flatten)]
     pictures: PictureArgs,
@@ -41,7 +42,7 @@ pub(crate) struct Search {
     /// How many to find
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     top: u32,
-    /// How many of the nearest to a text to rank again by matching; 0 for none
+    /// How many of the nearest to a text to rank again by matching; 0 for none; what is further away comes after them
     #[arg(long, value_name = "K", default_value_t = 0)]
     rerank: u32,
     /// Print the result as JSON: a list with an object for each text and each picture
@@ -51,10 +52,40 @@ pub(crate) struct Search {
 
 /// What was found for one text or picture.
 #[derive(Serialize)]
-struct Searched {
+struct Searched<'a> {
     query: String,
-    #[serde(flatten)]
-    found: Found,
+    hits: Vec<Hit<'a>>,
+    #[serde(skip_serializing_if = "<[String]>::is_empty")]
+    problems: &'a [String],
+}
+
+/// Something that was found.
+#[derive(Serialize)]
+struct Hit<'a> {
+    id: &'a str,
+    image: &'a str,
+    kind: embed::Kind,
+    #[serde(rename = "box", skip_serializing_if = "Option::is_none")]
+    bounds: Option<PixelBox>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<&'a str>,
+    similarity: f32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    probability: Option<f32>,
+}
+
+impl<'a> From<&'a embed::Hit> for Hit<'a> {
+    fn from(embed::Hit { row, similarity, probability }: &'a embed::Hit) -> Self {
+        Self {
+            id: &row.id,
+            image: &row.image,
+            kind: row.kind,
+            bounds: row.bounds.map(PixelBox::from),
+            text: row.text.as_deref(),
+            similarity: *similarity,
+            probability: *probability,
+        }
+    }
 }
 
 impl Search {
@@ -64,10 +95,6 @@ impl Search {
             queries.push(Query::Like(Picture::open_upright(path)?));
         }
         let names = self.texts.iter().cloned().chain(self.like.iter().map(|path| path.display().to_string()));
-        if self.index.is_none() && !self.pictures.is_given() {
-            let (expected, found) = ("a folder, or --images, --list, --annotations or --shards", "none".to_owned());
-            return Err(CliError::Option { option: "--index", expected, found });
-        }
         let predictor = self.model.open()?;
         let kind = self.kind.kind();
         let index = match &self.index {
@@ -90,14 +117,19 @@ impl Search {
         for problem in found.iter().flat_map(|found| &found.problems) {
             output::say(&format!("not ranked again: {problem}"));
         }
-        let searched: Vec<Searched> = names.zip(found).map(|(query, found)| Searched { query, found }).collect();
+        let searched = names.zip(&found).map(|(query, found)| Searched {
+            query,
+            hits: found.hits.iter().map(Hit::from).collect(),
+            problems: &found.problems,
+        });
+        let searched: Vec<Searched> = searched.collect();
         output::print(self.json, &searched, |searched| {
             let mut rows = Rows::new();
-            for Searched { query, found } in searched {
+            for Searched { query, hits, .. } in searched {
                 if searched.len() > 1 {
                     rows.push((query.clone(), None));
                 }
-                rows.extend(found.hits.iter().map(row));
+                rows.extend(hits.iter().map(row));
             }
             table(&rows)
         })
@@ -105,11 +137,11 @@ impl Search {
 }
 
 fn row(hit: &Hit) -> (String, Option<String>) {
-    let mut name = hit.row.id.clone();
-    if let Some([x, y, w, h]) = hit.row.bounds {
-        name += &format!("  {x},{y},{w},{h}");
+    let mut name = hit.id.to_owned();
+    if let Some(bounds) = &hit.bounds {
+        name += &format!("  {}", edges(bounds));
     }
-    if let Some(text) = &hit.row.text {
+    if let Some(text) = hit.text {
         name += &format!("  {text}");
     }
     let probability = hit.probability.map(|probability| format!("{:>7}  ", percent(probability))).unwrap_or_default();

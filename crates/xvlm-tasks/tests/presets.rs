@@ -505,7 +505,7 @@ fn unknown_and_wrong_values_are_named() {
     }
     let both = ["task.sc_baseline_type=sample", "task.sc_train_sample_n=1"];
     assert!(message("captioning-scst", &both).contains("expected at least 2, since sc_baseline_type is sample"));
-    assert!(message("base-4m", &[]).contains("expected one for fine-tuning (retrieval-coco, "));
+    assert!(message("base-4m", &[]).contains("expected one for fine-tuning (scenes-retrieval, "));
     let error = PretrainConfig::preset("refcoco-bbox", &[]).unwrap_err().to_string();
     let found = "found refcoco-bbox, which is for fine-tuning (bbox)";
     assert!(error.contains("(scenes-align, scenes, base-4m, base-16m)") && error.ends_with(found), "{error}");

@@ -113,6 +113,12 @@ fn embeddings_are_filed_and_searched() {
 
     let items = read_retrieval(data.join("retrieval.json")).unwrap();
     let queries: Vec<Query> = items.iter().map(|item| Query::Text(item.captions[0].clone())).collect();
+    // Boxes refer to pixels as they are stored; a folder's pictures are turned upright. Ranking again has to know.
+    let upright = |dir: &Path| {
+        let about = std::fs::read(dir.join("index.json")).unwrap();
+        serde_json::from_slice::<serde_json::Value>(&about).unwrap()["upright"].as_bool()
+    };
+    assert_eq!([&plain, &filed].map(|dir| upright(dir)), [Some(true), Some(false)]);
     for index in [&plain, &filed].map(|dir| Index::open(dir).unwrap()) {
         for rerank in [0, 3] {
             let options = SearchOptions { top: 2, rerank, ..SearchOptions::default() };

@@ -28,6 +28,22 @@ fn captions_can_be_drawn() {
     assert_eq!(drawn, texts("--sample --samples 3 --seed 4"));
     assert_ne!(drawn, texts("--sample --samples 3 --seed 5"));
     assert_eq!(texts("--sample --top-k 1"), texts("--beams 1"));
+    // A picture's captions depend on the seed and on its place, not on what is beside it.
+    let of = |images: &[&str], seed: u64| -> Vec<Value> {
+        let images: Vec<String> = images.iter().map(|image| format!("data/images/{image}.png")).collect();
+        let sample = format!("--max-tokens 6 --sample --samples 3 --seed {seed}");
+        let found = json(dir, &format!("caption --model model --image {} {sample}", images.join(" ")));
+        found.as_array().unwrap().iter().map(|about| about["results"].clone()).collect()
+    };
+    let words = |results: &Value| -> Vec<String> {
+        results.as_array().unwrap().iter().map(|written| written["text"].to_string()).collect()
+    };
+    let (pair, twice) = (of(&["000000", "000001"], 4), of(&["000001", "000001"], 4));
+    assert_eq!(words(&pair[1]), words(&twice[1]));
+    assert_ne!(words(&twice[0]), words(&twice[1]));
+    let many = of(&["000001"; 34], 4);
+    assert_ne!(words(&many[33]), words(&many[1]));
+    assert_ne!(words(&many[32]), words(&of(&["000001"], 5)[0]));
     let words = |texts: &[Vec<String>]| texts.iter().flatten().map(|text| text.split(' ').count()).max().unwrap();
     assert!(words(&texts("--max-tokens 2 --prompt the~picture")) <= 2);
     let lines = text(dir, &format!("caption {images} --max-tokens 3 --sample --samples 2"));
@@ -109,11 +125,11 @@ fn documents_get_their_alternative_texts() {
 
     let lines = text(dir, &format!("{alt} site --in-place"));
     assert!(lines.contains("site/index.html:4: https://a.org/b.png: not looked at"), "{lines}");
-    assert!(lines.ends_with("2 descriptions written, of 1 pictures, 1 remote\n"), "{lines}");
+    assert!(lines.ends_with("2 descriptions written, of 1 picture, 1 remote\n"), "{lines}");
     assert_eq!(read("site/index.html"), read("described/index.html"));
     // Nothing is left to do but what is decoration.
     let again = json(dir, &format!("{alt} site --in-place --decorative --prefix \"Image:~ --plain"));
-    assert_eq!(again["outcomes"], json!({"described": 1, "remote": 1}));
+    assert_eq!((&again["outcomes"], &again["changed"]), (&json!({"described": 1, "remote": 1}), &json!(true)));
     assert!(
         read("site/index.html").contains("<img src='images/000001.png' alt=\"&quot;Image: "),
         "{}",
@@ -122,7 +138,8 @@ fn documents_get_their_alternative_texts() {
 
     // What the model is not sure of is told, and not written.
     fs::write(dir.join("site/index.html"), &page).unwrap();
-    let unsure = json(dir, &format!("{alt} site/index.html --root site --in-place --min-score 1"));
+    let unsure = json(dir, &format!("{alt} site/index.html --root site --in-place --min-confidence 1"));
+    assert_eq!((&unsure["changed"], &told["changed"]), (&json!(false), &json!(false)));
     assert_eq!(unsure["outcomes"], json!({"remote": 1, "unsure": 1}));
     assert_eq!(read("site/index.html"), page);
 
@@ -141,7 +158,9 @@ fn documents_get_their_alternative_texts() {
     refused(dir, &format!("{alt} none.html --dry-run"), &["none.html"]);
     refused(dir, &format!("{alt} site/posts/two.txt --dry-run"), &["two.txt: expected HTML or Markdown"]);
     refused(dir, &format!("{alt} site/images --dry-run"), &["site/images: expected a folder with HTML"]);
-    refused(dir, &format!("{alt} site --dry-run --min-score 2"), &["--min-score", "found 2"]);
+    let output = xvlm(dir, &format!("{alt} site --dry-run --min-confidence 2"));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("expected a number from 0 to 1, found 2"), "{}", stderr(&output));
     refused(dir, &format!("{alt} site/index.html described/index.html --out x"), &["--out", "index.html twice"]);
     assert_eq!(xvlm(dir, &format!("{alt} site")).status.code(), Some(2));
 }
@@ -180,6 +199,12 @@ fn pictures_of_a_folder_are_listed() {
     let csv = text(dir, &format!("{alt} site/images --format csv"));
     assert!(csv.starts_with("picture,description,confidence,outcome,problem\r\n"), "{csv}");
     assert!(csv.contains("\"site/images/again, twice.png\","), "{csv}");
+    // One is listed once, in the order given; with --json there is always one document.
+    let [a, b] = ["site/images/000001.png", "site/images/000000.png"];
+    let few = json(dir, &format!("{alt} {a} {b} {a} --out list.json"));
+    let few: Vec<&Value> = few.as_array().unwrap().iter().map(|entry| &entry["picture"]).collect();
+    assert_eq!(few, [a, b]);
+    assert!(dir.join("list.json").is_file());
     text(dir, &format!("{alt} site/images --format markdown --out list.md"));
     let markdown = fs::read_to_string(dir.join("list.md")).unwrap();
     assert!(markdown.contains("](site/images/again%2C%20twice.png) | "), "{markdown}");
@@ -189,7 +214,7 @@ fn pictures_of_a_folder_are_listed() {
     assert_eq!(fs::read_to_string(&beside).unwrap(), format!("{said}\n"));
     fs::write(&beside, "My own words.").unwrap();
     let output = xvlm(dir, &format!("{alt} site/images --sidecar"));
-    assert!(stderr(&output).contains("3 pictures have a file"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("3 pictures have a file beside them already"), "{}", stderr(&output));
     assert_eq!(fs::read_to_string(&beside).unwrap(), "My own words.");
     text(dir, &format!("{alt} site/images --sidecar --replace"));
     assert_eq!(fs::read_to_string(&beside).unwrap(), format!("{said}\n"));

@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::Value;
 
-use super::{folder, is_probability, json, names, refused, text, xvlm};
+use super::{folder, is_probability, json, names, refused, stderr, text, xvlm};
 
 #[test]
 fn pictures_are_embedded_and_searched() {
@@ -37,13 +37,31 @@ fn pictures_are_embedded_and_searched() {
         assert!(like["similarity"].as_f64().unwrap() > 0.999 && like.get("probability").is_none(), "{found}");
     }
     let regions = json(dir, "search --model model --index filed --kind region --text a~star --rerank 2");
-    assert_eq!(regions[0]["hits"][0]["box"].as_array().unwrap().len(), 4);
+    let hit = &regions[0]["hits"][0];
+    let [xmin, ymin, xmax, ymax] = ["xmin", "ymin", "xmax", "ymax"].map(|edge| hit["box"][edge].as_f64().unwrap());
+    assert!(xmin < xmax && ymin < ymax && xmax <= 193.0 && ymax <= 193.0, "{hit}");
+    // What people read is what --box takes.
+    let table = text(dir, "search --model model --index filed --kind region --text a~star --rerank 2 --top 1");
+    let bounds = format!("{xmin:.1},{ymin:.1},{xmax:.1},{ymax:.1}");
+    assert!(table.contains(&format!("  {bounds}  ")), "{table}");
+    let matched =
+        text(dir, &format!("match --model model --image {} --text a --box {bounds}", hit["image"].as_str().unwrap()));
+    assert!(matched.contains(&bounds), "{matched}");
+    // Only as many are ranked again as was asked for; the others come after them.
+    let hits = json(dir, "search --model model --index plain --text a~star --rerank 2");
+    let hits = hits[0]["hits"].as_array().unwrap();
+    let ranked: Vec<bool> = hits.iter().map(|hit| hit.get("probability").is_some()).collect();
+    assert_eq!(ranked, [true, true, false, false]);
+    assert!(hits[2]["similarity"].as_f64() >= hits[3]["similarity"].as_f64(), "{hits:?}");
     assert!(text(dir, "search --model model --index plain --text a~star").contains("cosine"));
 
     refused(dir, "search --model model --index plain --kind text --text a~star", &["plain", "kind text"]);
     refused(dir, "search --model model --index none --text a~star", &["none/index.json"]);
-    refused(dir, "search --model model --text a~star", &["--index", "found none"]);
-    refused(dir, "embed --model model --out x", &["--images", "found none"]);
+    for wrong in ["search --model model --text a~star", "embed --model model --out x"] {
+        let output = xvlm(dir, wrong);
+        assert_eq!(output.status.code(), Some(2), "{wrong}");
+        assert!(stderr(&output).contains("--images"), "{}", stderr(&output));
+    }
     refused(dir, "embed --model model --images model --out x", &["model", "at least one item"]);
     fs::write(dir.join("plain/parts/000000-0000.parquet"), "damage").unwrap();
     refused(dir, "search --model model --index plain --text a~star", &["000000-0000.parquet", "a file of embeddings"]);
@@ -55,12 +73,17 @@ fn boxes_are_matched() {
     let dir = dir.path();
     text(dir, "synth --out data --scenes 2 --seed 5");
     let images = "--model model --image data/images/000000.png data/images/000001.png --text a~star --text a~ring";
-    let found = json(dir, &format!("match {images} --box 0,0,50,60 --box 20,20,100,90.5"));
+    let found = json(dir, &format!("match {images} --box 0,0,50,60 --box 20,20,120,110.5"));
     let results = found[1]["results"].as_array().unwrap();
     assert_eq!(results.len(), 4);
     let edges = json!({"xmin": 20.0, "ymin": 20.0, "xmax": 120.0, "ymax": 110.5});
     assert_eq!((&results[2]["box"], &results[3]["text"]), (&edges, &json!("a ring")));
     assert!(is_probability(&results[3]["probability"]));
+    for wrong in ["60,0,50,60", "0,60,50,60", "0,0,inf,60", "0,0,50"] {
+        let output = xvlm(dir, &format!("match {images} --box {wrong}"));
+        assert_eq!(output.status.code(), Some(2));
+        assert!(stderr(&output).contains("expected xmin,ymin,xmax,ymax"), "{}", stderr(&output));
+    }
 }
 
 #[test]
@@ -88,8 +111,17 @@ fn exercises_are_graded() {
     assert!(lines[0]["blanks"][0]["share"].is_number(), "{graded}");
     let refusal = ["grades/grades.jsonl"];
     refused(dir, "fill --model model --file exercises.csv --out grades", &refusal);
+    // Numbers are told as they were given.
+    let other = "fill --model model --file exercises.csv --out grades --resume --accept 0.05";
+    refused(dir, other, &["0.03", "0.05"]);
+    assert!(!stderr(&xvlm(dir, other)).contains("0.0299"));
     assert!(xvlm(dir, "fill --model model --file exercises.csv --out grades --resume").status.success());
     refused(dir, "fill --model model --file exercises.csv --out strict --max-bad-fraction 0.1", &["are broken"]);
+    fs::write(dir.join("broken.csv"), "id,image,text,answer\n1,none.png,a ___,red\n").unwrap();
+    let output = xvlm(dir, "fill --model model --file broken.csv --out none");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("exercises: 1 broken or missing"), "{}", stderr(&output));
+    assert_eq!(fs::read_to_string(dir.join("none/graded.jsonl")).unwrap(), "");
 }
 
 #[test]

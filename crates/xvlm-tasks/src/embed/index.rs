@@ -32,6 +32,8 @@ struct About {
     numbers: Numbers,
     /// Numbers of an embedding.
     width: usize,
+    /// Whether pictures were turned as their EXIF orientation says.
+    upright: bool,
     /// The model's embedding of [`PROBE`].
     probe: Vec<f32>,
     images: u64,
@@ -45,6 +47,8 @@ struct About {
 pub struct Index {
     name: String,
     probe: Option<Vec<f32>>,
+    /// Whether pictures were turned as their EXIF orientation says.
+    upright: bool,
     kinds: BTreeMap<Kind, (Vec<Row>, Tensor)>,
 }
 
@@ -64,8 +68,8 @@ pub struct SearchOptions {
     pub kind: Kind,
     /// How much of it.
     pub top: usize,
-    /// How many of the nearest by embedding are ranked again by matching them with the text; 0 for none. Pictures are read
-    /// again for that.
+    /// How many of the nearest by embedding are ranked again by matching them with the text; 0 for none. Those that are further
+    /// away come after them, by embedding. Pictures are read again for that.
     pub rerank: usize,
 }
 
@@ -76,35 +80,39 @@ impl Default for SearchOptions {
 }
 
 /// Something that was found.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Hit {
     /// What it is.
-    #[serde(flatten)]
     pub row: Row,
     /// Cosine of its embedding with that of the query.
     pub similarity: f32,
     /// Probability that it matches the text, if it was ranked again.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub probability: Option<f32>,
 }
 
 /// What was found for a query.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Found {
     /// The best first.
     pub hits: Vec<Hit>,
-    /// What could not be ranked again, and why; it comes last.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    /// What could not be ranked again, and why; it comes after what was.
     pub problems: Vec<String>,
 }
 
 /// Writes what the files of a folder are.
-pub(super) fn write_about(model: &Model, options: &Options, summary: &Summary, out: &Path) -> Result<(), TaskError> {
+pub(super) fn write_about(
+    model: &Model,
+    options: &Options,
+    upright: bool,
+    summary: &Summary,
+    out: &Path,
+) -> Result<(), TaskError> {
     let probe = probe(model)?;
     let about = About {
         format: options.format,
         numbers: options.numbers,
         width: probe.len(),
+        upright,
         probe,
         images: summary.images,
         regions: summary.regions,
@@ -145,7 +153,7 @@ impl Index {
             all.rows.extend(rows.rows);
             all.embeddings.extend(rows.embeddings);
         }
-        Self::of_rows(dir.display().to_string(), Some(about.probe), all, about.width)
+        Self::of_rows(dir.display().to_string(), Some(about.probe), about.upright, all, about.width)
     }
 
     /// Embeds pictures to search in them, without a file; and what could not be embedded.
@@ -174,10 +182,16 @@ impl Index {
             })?;
         }
         let width = model.config().model.embed_dim;
-        Ok((Self::of_rows("pictures".to_owned(), None, rows, width)?, summary.left_out))
+        Ok((Self::of_rows("pictures".to_owned(), None, pictures.upright(), rows, width)?, summary.left_out))
     }
 
-    fn of_rows(name: String, probe: Option<Vec<f32>>, rows: Rows, width: usize) -> Result<Self, TaskError> {
+    fn of_rows(
+        name: String,
+        probe: Option<Vec<f32>>,
+        upright: bool,
+        rows: Rows,
+        width: usize,
+    ) -> Result<Self, TaskError> {
         if rows.rows.is_empty() {
             return Err(TaskError::Empty { what: format!("{name}: embeddings") });
         }
@@ -192,7 +206,7 @@ impl Index {
             let shape = (rows.len(), width);
             kinds.insert(kind, (rows, Tensor::from_vec(embeddings, shape, &Device::Cpu)?));
         }
-        Ok(Self { name, probe, kinds })
+        Ok(Self { name, probe, upright, kinds })
     }
 
     /// How many embeddings of a kind there are.
@@ -241,8 +255,10 @@ impl Index {
         };
         let mut found = Found { hits: nearest(&similarities, wanted).iter().map(hit).collect(), problems: Vec::new() };
         if let Some(text) = text {
-            found.problems = rerank(model, text, &mut found.hits[..])?;
-            found.hits.sort_by(|a, b| b.probability.unwrap_or(-1.0).total_cmp(&a.probability.unwrap_or(-1.0)));
+            let nearest = options.rerank.min(found.hits.len());
+            let nearest = &mut found.hits[..nearest];
+            found.problems = rerank(model, text, nearest, self.upright)?;
+            nearest.sort_by(|a, b| b.probability.unwrap_or(-1.0).total_cmp(&a.probability.unwrap_or(-1.0)));
             found.hits.truncate(options.top);
         }
         Ok(found)
@@ -266,16 +282,13 @@ impl Index {
 }
 
 /// Matches a text with what was found; what cannot be read again is named.
-fn rerank(model: &Model, text: &str, hits: &mut [Hit]) -> Result<Vec<String>, TaskError> {
+fn rerank(model: &Model, text: &str, hits: &mut [Hit], upright: bool) -> Result<Vec<String>, TaskError> {
     let side = model.config().model.vision_config.image_res();
     let mut problems = Vec::new();
     for hits in hits.chunks_mut(BATCH) {
         let open = |hit: &Hit| -> Result<(Picture, Option<[f32; 4]>), String> {
             let path = Path::new(&hit.row.image);
-            let picture = match hit.row.bounds {
-                Some(_) => Picture::open(path),
-                None => Picture::open_upright(path),
-            };
+            let picture = if upright { Picture::open_upright(path) } else { Picture::open(path) };
             let picture = picture.map_err(|error| error.to_string())?;
             let (width, height) = (picture.width(), picture.height());
             let bounds = hit.row.bounds.map(|bounds| {

@@ -7,6 +7,7 @@ mod index;
 mod parts;
 mod pictures;
 
+use std::ops::Range;
 use std::path::Path;
 
 use rayon::prelude::*;
@@ -28,6 +29,8 @@ use crate::sweep::{Sweep, Work};
 
 /// Pictures whose embeddings go into one file.
 pub(super) const PART: usize = 1024;
+/// Regions that are encoded at a time: each has as many tokens as its picture.
+const REGIONS: usize = 128;
 
 /// What is embedded, and how it is filed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,7 +88,8 @@ impl Summary {
 }
 
 /// Embeds pictures into the folder `out`: files in `parts/`, what they are of in `index.json`, and in `embeddings.jsonl` what is
-/// done, by which [`Sweep::resume`] goes on. Pictures, boxes and texts that are broken are counted and named.
+/// done, by which [`Sweep::resume`] goes on. Pictures, boxes and texts that are broken are counted and named, however many they
+/// are: [`Sweep::max_bad_fraction`] is for units that have one answer each, and has no say here.
 ///
 /// # Errors
 /// If nothing can be embedded, a file cannot be written, the folder has embeddings of something else, the work was
@@ -120,7 +124,7 @@ pub fn embed(
         return Err(TaskError::Empty { what: format!("pictures to embed{first}") });
     }
     if sweep.ranks.rank() == 0 {
-        index::write_about(model, options, &summary, out)?;
+        index::write_about(model, options, pictures.upright(), &summary, out)?;
     }
     Ok(summary)
 }
@@ -232,15 +236,24 @@ fn embed_some(
     };
     if options.images || (options.regions && !boxes.is_empty()) {
         let boxes: &[_] = if options.regions { &boxes } else { &[] };
-        let concepts = matching::encode_placed(model, &squares, boxes)?;
-        if options.images {
-            let embeddings = model.embed_images(&concepts.images)?.to_vec2::<f32>()?;
-            embeddings.iter().enumerate().for_each(|(at, embedding)| push(at, Kind::Image, None, None, embedding));
-        }
-        if let Some(concepts) = concepts.regions {
-            let embeddings = matching::embed(model, &concepts)?.to_vec2::<f32>()?;
-            for ((at, bounds, text), embedding) in regions.into_iter().zip(&embeddings) {
-                push(at, Kind::Region, Some(bounds), text, embedding);
+        let (mut regions, mut embedded) = (regions.into_iter(), 0);
+        for (pictures, own) in portions(squares.len(), boxes) {
+            let placed = |&(at, bounds): &(u32, [f32; 4])| (at - pictures.start as u32, bounds);
+            let own: Vec<(u32, [f32; 4])> = boxes[own].iter().map(placed).collect();
+            let concepts = matching::encode_placed(model, &squares[pictures.clone()], &own)?;
+            if options.images {
+                let embeddings = model.embed_images(&concepts.images)?.to_vec2::<f32>()?;
+                let end = pictures.end;
+                for (at, embedding) in pictures.zip(&embeddings).filter(|(at, _)| *at >= embedded) {
+                    push(at, Kind::Image, None, None, embedding);
+                }
+                embedded = end;
+            }
+            if let Some(concepts) = concepts.regions {
+                let embeddings = matching::embed(model, &concepts)?.to_vec2::<f32>()?;
+                for (embedding, (at, bounds, text)) in embeddings.iter().zip(&mut regions) {
+                    push(at, Kind::Region, Some(bounds), text, embedding);
+                }
             }
         }
     }
@@ -265,7 +278,45 @@ fn embed_some(
     Ok(())
 }
 
+/// Pictures and boxes in them (by picture) in portions of at most [`REGIONS`] boxes; a picture with more comes several times.
+fn portions(pictures: usize, boxes: &[(u32, [f32; 4])]) -> Vec<(Range<usize>, Range<usize>)> {
+    let mut portions = Vec::new();
+    let (mut first, mut start, mut end) = (0, 0, 0);
+    for at in 0..pictures {
+        let until = boxes.partition_point(|&(picture, _)| picture as usize <= at);
+        if until - start > REGIONS && first < at {
+            portions.push((first..at, start..end));
+            (first, start) = (at, end);
+        }
+        while until - start > REGIONS {
+            portions.push((at..at + 1, start..start + REGIONS));
+            start += REGIONS;
+        }
+        end = until;
+    }
+    portions.push((first..pictures, start..end));
+    portions
+}
+
 /// A short name for many names.
 pub(super) fn digest<'a>(names: impl Iterator<Item = &'a str>) -> u64 {
     names.fold(0, |digest, name| hash_bytes(format!("{digest:x} {name}").as_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn boxes_come_in_portions() {
+        let boxes = |counts: &[usize]| -> Vec<(u32, [f32; 4])> {
+            let of = |(at, &count): (u32, &usize)| std::iter::repeat_n((at, [0.5; 4]), count);
+            (0..).zip(counts).flat_map(of).collect()
+        };
+        let cut = |counts: &[usize]| portions(counts.len(), &boxes(counts));
+        assert_eq!(cut(&[0, 0]), [(0..2, 0..0)]);
+        assert_eq!(cut(&[100, 28, 0]), [(0..3, 0..128)]);
+        assert_eq!(cut(&[100, 29, 1]), [(0..1, 0..100), (1..3, 100..130)]);
+        assert_eq!(cut(&[1, 300, 2]), [(0..1, 0..1), (1..2, 1..129), (1..2, 129..257), (1..3, 257..303)]);
+    }
 }

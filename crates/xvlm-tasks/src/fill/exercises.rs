@@ -167,7 +167,10 @@ pub fn grade_all(
 ) -> Result<(Vec<Graded>, Vec<LeftOut>), TaskError> {
     let problem = |item: &ExerciseItem| Some(check(model, &item.exercise, search).err()?.to_string());
     let checked = Checked::new(items, sweep.max_bad_fraction, problem)?;
-    let work = Work { name: "grades", options: json!([search, accept]), batch: BATCH };
+    // Through text: as values of JSON, numbers would get digits that nobody wrote.
+    let options = serde_json::to_string(&(search, accept)).and_then(|text| serde_json::from_str(&text));
+    let problem = |error: serde_json::Error| ConfigProblem { file: "options".to_owned(), message: error.to_string() };
+    let work = Work { name: "grades", options: options.map_err(problem)?, batch: BATCH };
     let ask = |images: &ImageTokens, asked: &[(u32, &str)]| {
         // What stands for an exercise among questions about images, as it was written.
         let exercises: Vec<(u32, Exercise)> = asked

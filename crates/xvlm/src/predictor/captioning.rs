@@ -4,13 +4,20 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use xvlm_data::Picture;
 use xvlm_tasks::captioning::{self, Writing};
-use xvlm_tasks::{Sampling, Search, Written};
+use xvlm_tasks::{ImageTokens, Sampling, Written};
 
 use super::{Predictor, View};
 use crate::Error;
 
 /// Pictures that are in the model at a time.
 const BATCH: usize = 32;
+
+/// The generator of one picture: of the seed's streams of numbers, none of which overlap, that of the picture's number.
+fn generator(seed: u64, number: u64) -> ChaCha8Rng {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(number);
+    rng
+}
 
 impl Predictor {
     /// How pictures are described, unless told otherwise: what the model's configuration says.
@@ -30,7 +37,8 @@ impl Predictor {
         Ok(written)
     }
 
-    /// Draws `count` descriptions of each picture. The same seed gives the same texts.
+    /// Draws `count` descriptions of each picture. Each picture has a generator of its own, made of the seed and the picture's
+    /// number, whatever the other pictures are; `first` is the number of the first, so that many can be given some at a time.
     ///
     /// # Errors
     /// As [`captioning::sample`].
@@ -41,12 +49,16 @@ impl Predictor {
         sampling: Sampling,
         count: usize,
         seed: u64,
+        first: u64,
     ) -> Result<Vec<Vec<Written>>, Error> {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut drawn = Vec::with_capacity(pictures.len());
         for pictures in pictures.chunks(BATCH) {
             let images = self.model.encode(pictures)?;
-            drawn.extend(captioning::sample(&self.model, &images, writing, sampling, count, &mut rng)?);
+            for at in 0..pictures.len() {
+                let image = ImageTokens::new(images.tensor().narrow(0, at, 1)?);
+                let mut rng = generator(seed, first + drawn.len() as u64);
+                drawn.extend(captioning::sample(&self.model, &image, writing, sampling, count, &mut rng)?);
+            }
         }
         Ok(drawn)
     }
@@ -58,20 +70,7 @@ impl View<'_> {
     /// # Errors
     /// If a tensor operation fails.
     pub fn caption(&self) -> Result<Written, Error> {
-        self.caption_with(self.search())
-    }
-
-    /// How captions are searched for, unless told otherwise: what the model's configuration says.
-    pub fn search(&self) -> Search {
-        self.model.config().search
-    }
-
-    /// Describes the picture, searching as given.
-    ///
-    /// # Errors
-    /// As [`captioning::caption`].
-    pub fn caption_with(&self, search: Search) -> Result<Written, Error> {
-        self.caption_as(&Writing { search, ..Writing::of(self.model.config()) })
+        self.caption_as(&Writing::of(self.model.config()))
     }
 
     /// Describes the picture, beginning and searching as given.
@@ -82,7 +81,7 @@ impl View<'_> {
         Ok(captioning::caption(self.model, &self.image, writing)?.remove(0))
     }
 
-    /// Draws `count` descriptions of the picture. The same seed gives the same texts.
+    /// Draws `count` descriptions of the picture: those that [`Predictor::sample_captions`] draws of number 0.
     ///
     /// # Errors
     /// As [`captioning::sample`].
@@ -93,7 +92,7 @@ impl View<'_> {
         count: usize,
         seed: u64,
     ) -> Result<Vec<Written>, Error> {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut rng = generator(seed, 0);
         Ok(captioning::sample(self.model, &self.image, writing, sampling, count, &mut rng)?.remove(0))
     }
 }

@@ -64,7 +64,8 @@ impl Predictor {
         }
     }
 
-    /// Says how well each text tells each picture: a row a picture. All texts are encoded once, and the pictures in batches.
+    /// Says how well each text tells each picture: a row a picture. Pictures are encoded 32 at a time, and the texts
+    /// once for each 32.
     ///
     /// # Errors
     /// If a text has no words, or the model is made for another task.
