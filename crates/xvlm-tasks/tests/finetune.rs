@@ -254,7 +254,7 @@ fn what_is_broken_is_counted_and_named() {
 
     std::fs::write(&broken, "[]").unwrap();
     let error = run(&set(0.1), &dir.path().join("empty"), false).unwrap_err().to_string();
-    assert!(error.contains("task.train_file: expected at least one item to train on, found none"), "{error}");
+    assert!(error.contains("task.train_file: expected at least one item, found none"), "{error}");
     let mut nothing = config(FinetuneKind::Vqa, quick(1));
     nothing.train = None;
     let error = run(&nothing, &dir.path().join("nothing"), false).unwrap_err().to_string();
