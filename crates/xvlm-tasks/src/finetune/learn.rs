@@ -160,7 +160,7 @@ impl Finetuning {
             }
             (Learning::Assignment, Batch::Pairs(batch)) => {
                 let images = encode()?;
-                let assignments = nlvr::assign(&nlvr::assignment_weights(model, &images)?, step.rng);
+                let assignments = nlvr::assign(&nlvr::assignment_weights(model, &images)?, step.rng)?;
                 let (_, loss) = nlvr::assignment(model, &images, &texts(&batch.text), &assignments, pass)?;
                 one("assignment", loss)
             }

@@ -146,7 +146,7 @@ pub struct WeakGroundingTask {
     /// Boxes of a detector, by image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub det_file: Option<PathBuf>,
-    /// Sizes of the images.
+    /// Sizes of the images: a field of the original, which is not read, since `refcoco_data` has them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub coco_file: Option<PathBuf>,
     /// Whether boxes and sizes stand in `test_file`, as in VLUE.
@@ -378,9 +378,7 @@ own!(WeakGroundingTask, ItemConfig, |own, text, trains| {
     let (first, end) = (text.fusion_layer, text.num_hidden_layers);
     let expected = format!("a layer with cross attention, {first} to {}", end.saturating_sub(1));
     ensure((first..end).contains(&own.block_num), "block_num", &expected, own.block_num)?;
-    for (field, file) in
-        [("refcoco_data", &own.refcoco_data), ("det_file", &own.det_file), ("coco_file", &own.coco_file)]
-    {
+    for (field, file) in [("refcoco_data", &own.refcoco_data), ("det_file", &own.det_file)] {
         ensure(own.vlue_test || file.is_some(), field, "a file, since vlue_test is false", "none")?;
     }
     Ok(())
