@@ -107,6 +107,11 @@ impl<R: Reward> Scst<R> {
         })
     }
 
+    /// The most tokens of a caption with its prompt.
+    pub(crate) fn longest(&self) -> usize {
+        self.prompt.len() + self.max_tokens
+    }
+
     /// Draws captions of each image, rewards them, and returns the loss that makes those likelier that are above the baseline.
     ///
     /// A caption is drawn by the model as it is in use, and the gradient is that of the same model. (The original draws with

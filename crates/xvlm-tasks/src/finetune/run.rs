@@ -65,6 +65,11 @@ pub fn run(
     config.train = Some(train.clone());
     let mut model = open_model(&config, &train, start, device, progress)?;
     if let Some(scst) = data.scst.take() {
+        let (longest, found) = (config.model.text_config.longest_text(), scst.longest());
+        if found > longest {
+            let expected = format!("room for the prompt and the caption in {longest} tokens, found {found} of them");
+            return Err(problem(format!("task.search.max_tokens: expected {expected}")).into());
+        }
         model = model.with_rewards(scst, Arc::clone(&tokenizer));
     }
     if train.keep_best {

@@ -273,8 +273,6 @@ pub struct ScstTask {
     pub sc_baseline_type: Baseline,
     /// Images at a time in evaluation.
     pub batch_size_test: usize,
-    /// Iterations from one evaluation to the next.
-    pub eval_steps: u64,
     /// Batches: section `data` of the file.
     #[serde(skip)]
     pub data: ItemConfig,
@@ -402,7 +400,6 @@ own!(ScstTask, ItemConfig, |own, _text, trains| {
     check_writing(&own.prompt, &own.search)?;
     at_least_one(&[
         ("batch_size_test", own.batch_size_test as u64),
-        ("eval_steps", own.eval_steps),
         ("sc_train_sample_n", own.sc_train_sample_n as u64),
     ])?;
     let compares = own.sc_baseline_type == Baseline::Greedy || own.sc_train_sample_n > 1;
