@@ -106,7 +106,10 @@ impl Progress for Training {
     }
 
     fn step(&mut self, report: &StepReport) {
-        let losses = losses(report.losses);
+        let mut losses = losses(report.losses);
+        if let Some(score) = report.score {
+            losses += &format!("  score {score:.4}");
+        }
         let (speed, eta) = (report.images_per_second, duration(report.eta));
         match &self.bar {
             Some(bar) => {

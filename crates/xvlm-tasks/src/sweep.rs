@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use xvlm_data::{DataError, Picture};
-use xvlm_train::ranks::{Alone, Communicator, Gather};
+use xvlm_train::ranks::{self, Alone, Communicator, Gather};
 
 use crate::Counter;
 use crate::error::{SweepProblem, TaskError};
@@ -116,11 +116,13 @@ impl<'a> Sweep<'a> {
     }
 
     /// Asks `ask` about batches of units, each known by its name, and puts the answers together. An answer may be a problem with
-    /// the unit's data: the unit is then left out.
+    /// the unit's data: the unit is then left out, and asked for again when the sweep is resumed.
     ///
     /// # Errors
     /// What `ask` says; [`TaskError::Sweep`] if the folder has answers to something else, more than
-    /// [`Self::max_bad_fraction`] of the units are left out, or the sweep was asked to stop.
+    /// [`Self::max_bad_fraction`] of the units are left out, or the sweep was asked to stop;
+    /// [`TrainError::Unlike`](xvlm_train::TrainError::Unlike) if the processes do not ask the same. Where one process has an error
+    /// of its own, the others wait for it, until it calls [`Communicator::abort`].
     pub fn run<U, A: Serialize + DeserializeOwned>(
         &mut self,
         work: &Work,
@@ -137,15 +139,16 @@ impl<'a> Sweep<'a> {
             units: units.len(),
             digest: digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
         };
+        ranks::compare(&*self.ranks, [("work", json!(heading).to_string())])?;
         let mut lines = self.read(&heading)?;
         let mut file = self.open(&heading)?;
         // What one process has read, all know.
-        self.share(&mut lines)?;
+        share(&self.ranks, &mut lines)?;
         let pending: Vec<usize> = (0..units.len()).filter(|unit| !lines.contains_key(unit)).collect();
         let (rank, ranks) = (self.ranks.rank(), self.ranks.size());
         let own: Vec<&[usize]> = pending.chunks(work.batch.max(1)).skip(rank).step_by(ranks).collect();
         let (of, mut done) = (own.iter().map(|batch| batch.len()).sum(), 0);
-        let mut stopped = false;
+        let (mut answered, mut stopped) = (BTreeMap::new(), false);
         for batch in own {
             stopped = self.stop.load(Ordering::Relaxed);
             if stopped {
@@ -163,7 +166,7 @@ impl<'a> Sweep<'a> {
                     Err(error) => Line { unit, answer: None, problem: Some(error.to_string()) },
                 };
                 text += &format!("{}\n", json!(line));
-                lines.insert(unit, line);
+                answered.insert(unit, line);
             }
             if let Some((path, file)) = &mut file {
                 file.write_all(text.as_bytes()).map_err(|source| io(path, source))?;
@@ -174,7 +177,8 @@ impl<'a> Sweep<'a> {
         if let Some((path, file)) = &file {
             file.sync_all().map_err(|source| io(path, source))?;
         }
-        self.share(&mut lines)?;
+        share(&self.ranks, &mut answered)?;
+        lines.append(&mut answered);
         if stopped || lines.len() < units.len() {
             return Err(SweepProblem::Stopped { done: lines.len(), of: units.len() }.into());
         }
@@ -268,7 +272,8 @@ impl<'a> Sweep<'a> {
         let is_own = |path: &PathBuf| {
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             let middle = name.strip_prefix(work).and_then(|rest| rest.strip_suffix(".jsonl"));
-            middle.is_some_and(|middle| middle.is_empty() || middle[1..].bytes().all(|byte| byte.is_ascii_digit()))
+            let is_number = |rank: &str| !rank.is_empty() && rank.bytes().all(|byte| byte.is_ascii_digit());
+            middle.is_some_and(|middle| middle.is_empty() || middle.strip_prefix('.').is_some_and(is_number))
         };
         let entries = std::fs::read_dir(folder).map_err(|source| io(folder, source))?;
         let paths = entries.map(|entry| Ok(entry.map_err(|source| io(folder, source))?.path()));
@@ -283,7 +288,7 @@ impl<'a> Sweep<'a> {
         let mut lines = BTreeMap::new();
         for path in self.files(&heading.work)? {
             if !self.resume {
-                let message = "expected no answers, since the work is not resumed, found some".to_owned();
+                let message = "expected no answers, found some: resume the work, or choose another folder".to_owned();
                 return Err(SweepProblem::Answers { path, message }.into());
             }
             let file = BufReader::new(File::open(&path).map_err(|source| io(&path, source))?);
@@ -291,8 +296,11 @@ impl<'a> Sweep<'a> {
                 let line = line.map_err(|source| io(&path, source))?;
                 if number == 0 {
                     check_heading(&path, heading, &line)?;
-                } else if let Some(line) = serde_json::from_str::<Line>(&line).ok().filter(|l| l.unit < heading.units) {
-                    // A line that an interruption cut short is asked for again.
+                } else if let Ok(line) = serde_json::from_str::<Line>(&line)
+                    && line.unit < heading.units
+                    && line.answer.is_some()
+                {
+                    // What an interruption cut short is asked for again, and so is what was broken: it may be mended by now.
                     lines.insert(line.unit, line);
                 }
             }
@@ -322,20 +330,24 @@ impl<'a> Sweep<'a> {
         let file = open().map_err(|source| io(&path, source))?;
         Ok(Some((path, file)))
     }
+}
 
-    /// Makes the lines of each process known to all.
-    fn share(&self, lines: &mut BTreeMap<usize, Line>) -> Result<(), TaskError> {
-        if self.ranks.size() == 1 {
-            return Ok(());
-        }
-        let own: String = lines.values().map(|line| format!("{}\n", json!(line))).collect();
-        let all = Gather::new(&self.ranks, own.len())?.join_numbers(own.as_bytes())?;
-        for line in all.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
-            let line: Line = serde_json::from_slice(line).map_err(|error| self.problem(error.to_string()))?;
-            lines.insert(line.unit, line);
-        }
-        Ok(())
+/// Makes the lines of each process known to all.
+fn share(ranks: &Arc<dyn Communicator>, lines: &mut BTreeMap<usize, Line>) -> Result<(), TaskError> {
+    if ranks.size() == 1 {
+        return Ok(());
     }
+    let own: String = lines.values().map(|line| format!("{}\n", json!(line))).collect();
+    let all = Gather::new(ranks, own.len())?.join_numbers(own.as_bytes())?;
+    for line in all.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
+        let problem = |error: serde_json::Error| SweepProblem::Answers {
+            path: PathBuf::new(),
+            message: format!("expected an answer of a process, found {error}"),
+        };
+        let line: Line = serde_json::from_slice(line).map_err(problem)?;
+        lines.insert(line.unit, line);
+    }
+    Ok(())
 }
 
 fn io(path: &Path, source: std::io::Error) -> TaskError {
@@ -353,6 +365,9 @@ fn check_heading(path: &Path, expected: &Heading, line: &str) -> Result<(), Task
     let difference = now.as_object().into_iter().flatten();
     let difference = difference.filter_map(|(field, now)| xvlm_train::difference(field, &before[field.as_str()], now));
     match difference.into_iter().next() {
+        Some((field, ..)) if field == "digest" => {
+            problem("expected answers about the items that are asked about now, found some about others".to_owned())
+        }
         Some((field, before, now)) => problem(format!("{field}: expected {now}, as asked now, found {before}")),
         None => Ok(()),
     }
@@ -412,12 +427,69 @@ mod tests {
         asked.clear();
         expected(&go(true, "a", &mut |_, _| {}, &mut asked).unwrap());
         assert_eq!(asked, [1, 5, 9, 2]);
-        // Once more: nothing is left to ask.
+        // Once more: nothing is left to ask, but for what was broken. Files of others are no answers.
+        for other in ["answers2.jsonl", "answersé.jsonl", "answers..jsonl", "answers.a.jsonl"] {
+            std::fs::write(folder.path().join(other), "something else").unwrap();
+        }
         asked.clear();
         expected(&go(true, "a", &mut |_, _| {}, &mut asked).unwrap());
-        assert!(asked.is_empty());
+        assert_eq!(asked, [9]);
         let error = go(true, "b", &mut |_, _| {}, &mut asked).unwrap_err().to_string();
         assert!(error.contains("about: expected \"b\", as asked now, found \"a\""), "{error}");
+    }
+
+    #[test]
+    fn what_was_broken_may_be_mended() {
+        let folder = tempfile::tempdir().unwrap();
+        let answer = |resume, is_whole| {
+            let (folder, mut counter) = (Some(folder.path().to_owned()), |_, _| {});
+            let mut sweep = Sweep { folder, resume, max_bad_fraction: 0.5, ..Sweep::new(&mut counter) };
+            let ask = |units: &[&u32]| {
+                Ok(units
+                    .iter()
+                    .map(|&&unit| if is_whole || unit != 9 { Ok(unit) } else { Err(broken(unit)) })
+                    .collect())
+            };
+            sweep.run(&work(), &UNITS, u32::to_string, ask).unwrap().given
+        };
+        assert_eq!(answer(false, false)[5], None);
+        // The newest answer counts.
+        assert_eq!(answer(true, true), UNITS.map(Some));
+        assert_eq!(answer(true, false), UNITS.map(Some));
+    }
+
+    #[test]
+    fn other_items_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let answer = |resume, units: &[u32]| {
+            let (folder, mut counter) = (Some(folder.path().to_owned()), |_, _| {});
+            let mut sweep = Sweep { folder, resume, ..Sweep::new(&mut counter) };
+            let ask = |units: &[&u32]| Ok(units.iter().map(|&&unit| Ok(unit)).collect());
+            sweep.run(&work(), units, u32::to_string, ask).map(|answers: Answers<u32>| answers.given)
+        };
+        answer(false, &[1, 2]).unwrap();
+        let error = answer(true, &[1, 3]).unwrap_err().to_string();
+        assert!(
+            error.ends_with("expected answers about the items that are asked about now, found some about others"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn processes_that_ask_other_things_are_refused() {
+        let errors: Vec<String> = std::thread::scope(|scope| {
+            let one = |(rank, ranks): (usize, Threads)| {
+                scope.spawn(move || {
+                    let mut counter = |_, _| {};
+                    let ranks = Arc::new(ranks);
+                    let mut sweep = Sweep { ranks, about: json!(rank), ..Sweep::new(&mut counter) };
+                    run(&mut sweep, &mut Vec::new()).unwrap_err().to_string()
+                })
+            };
+            let threads: Vec<_> = Threads::new(2).into_iter().enumerate().map(one).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(errors.iter().all(|error| error.contains("work")), "{errors:?}");
     }
 
     #[test]
@@ -450,12 +522,12 @@ mod tests {
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
         assert_eq!(all, [vec![3, 1, 2], vec![4, 1], vec![5, 9]]);
-        // One process finds what three have answered.
+        // One process finds what three have answered, and asks about the broken one again.
         let mut asked = Vec::new();
         let mut counter = |_, _| {};
         let folder = Some(folder.path().to_owned());
         let mut sweep = Sweep { folder, resume: true, max_bad_fraction: 0.5, ..Sweep::new(&mut counter) };
         expected(&run(&mut sweep, &mut asked).unwrap());
-        assert!(asked.is_empty());
+        assert_eq!(asked, [9]);
     }
 }

@@ -87,7 +87,7 @@ fn task(kind: FinetuneKind) -> Value {
     let more = match kind {
         FinetuneKind::Captioning => json!({ "label_smoothing": 0.1 }),
         FinetuneKind::CaptioningScst => {
-            json!({ "sc_train_sample_n": 2, "sc_baseline_type": "greedy", "eval_steps": 2 })
+            json!({ "sc_train_sample_n": 2, "sc_baseline_type": "greedy" })
         }
         _ => json!({}),
     };
@@ -219,6 +219,40 @@ fn the_best_checkpoint_is_that_of_the_best_validation() {
 }
 
 #[test]
+fn rewards_tell_the_best_where_nothing_is_validated() {
+    let out = TempDir::new().unwrap();
+    let mut train = quick(4);
+    (train["checkpoint_every"], train["log_every"]) = (json!(2), json!(2));
+    let config = config(FinetuneKind::CaptioningScst, train);
+    run(&config, out.path(), false).unwrap();
+    let best = xvlm_train::RunFolder::new(out.path()).unwrap().best().unwrap().unwrap().0;
+    let rows = read_metrics(&out.path().join("metrics.jsonl")).unwrap();
+    let highest = rows.iter().map(|row| row.losses["reward"]).fold(f64::NEG_INFINITY, f64::max);
+    assert_eq!((best.by, best.score), (xvlm_train::Criterion::Observation, highest));
+
+    let mut long = config;
+    if let finetune::FinetuneTask::CaptioningScst(task) = &mut long.task {
+        task.search.max_tokens = 48;
+    }
+    let error = run(&long, &out.path().join("long"), false).unwrap_err().to_string();
+    assert!(error.contains("task.search.max_tokens: expected room for the prompt and the caption in 48"), "{error}");
+}
+
+#[test]
+fn there_is_a_model_to_start_from_and_room_for_its_choices() {
+    let mut config = config(FinetuneKind::NlvrPretrain, quick(1));
+    let out = TempDir::new().unwrap();
+    if let finetune::FinetuneTask::NlvrPretrain(task) = &mut config.task {
+        task.data.batch_size = 2;
+    }
+    let error = run(&config, out.path(), false).unwrap_err().to_string();
+    assert!(error.contains("data.batch_size: expected at least 3"), "{error}");
+    config.init_from = None;
+    let error = run(&config, out.path(), false).unwrap_err().to_string();
+    assert!(error.contains("init_from: expected") && error.contains("--built-in"), "{error}");
+}
+
+#[test]
 fn epochs_are_counted_in_items() {
     let out = TempDir::new().unwrap();
     let train = json!({ "epochs": 2, "tensorboard": false });
@@ -254,7 +288,7 @@ fn what_is_broken_is_counted_and_named() {
 
     std::fs::write(&broken, "[]").unwrap();
     let error = run(&set(0.1), &dir.path().join("empty"), false).unwrap_err().to_string();
-    assert!(error.contains("task.train_file: expected at least one item to train on, found none"), "{error}");
+    assert!(error.contains("task.train_file: expected at least one item, found none"), "{error}");
     let mut nothing = config(FinetuneKind::Vqa, quick(1));
     nothing.train = None;
     let error = run(&nothing, &dir.path().join("nothing"), false).unwrap_err().to_string();

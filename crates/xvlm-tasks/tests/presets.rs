@@ -399,9 +399,10 @@ fn what_scripts_settle_is_filled_in() {
     let Data::Records(records) = config.task.data() else { panic!("expected records") };
     assert_eq!((records.max_images, records.max_regions, records.regions_per_image), (9, 24, 5));
     let FinetuneTask::CaptioningScst(scst) = data("captioning-scst").task else { panic!("expected SCST") };
-    assert_eq!((scst.eval_steps, scst.search.max_tokens), (500, 16));
+    assert_eq!(scst.search.max_tokens, 16);
     let train = data("captioning-scst").train.unwrap();
     assert_eq!((train.iterations, train.epochs, train.clip), (44_275, None, None));
+    assert_eq!(train.checkpoint_every, 500);
     assert_eq!(train.precision, Precision::F32);
 }
 

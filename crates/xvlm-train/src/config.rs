@@ -44,8 +44,8 @@ pub struct TrainConfig {
     pub checkpoint_every: u64,
     /// How many checkpoints to keep. 2: should the disk damage the last one, there is another.
     pub keep_checkpoints: usize,
-    /// Whether the best checkpoint is kept as well: the one of the highest score, or else of the lowest losses since the one
-    /// before. Yes: the last is not always the best, and it costs the room of one more.
+    /// Whether the best checkpoint is kept as well: the one of the highest score ([`Trainable::score`](crate::Trainable::score)),
+    /// or else of the lowest losses since the one before. Yes: the last is not always the best, and it costs the room of one more.
     pub keep_best: bool,
     /// Where dropout, negatives and whatever else the model draws comes from. 42, as in the official code.
     pub seed: u64,

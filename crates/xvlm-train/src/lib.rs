@@ -86,13 +86,20 @@ pub trait Trainable {
     }
 
     /// How good the model is after an iteration, a number that is higher for a better one: asked at each checkpoint, of all
-    /// processes, to keep the best. The mean of the losses since the checkpoint before tells if there is none.
+    /// processes, to keep the best. `weights` computes the weights that the finished model would have, which are those to be
+    /// judged. If there is no score, [`Self::judged_by`] tells the best, or else the losses do.
     ///
     /// # Errors
-    /// Whatever keeps the model from being evaluated; the loop stops with it.
-    fn score(&self, iteration: u64) -> Result<Option<f64>, BoxError> {
-        let _ = iteration;
+    /// Whatever keeps the model from being evaluated; the loop stops with it, once the checkpoint is there.
+    fn score(&self, iteration: u64, weights: FinishedWeights) -> Result<Option<f64>, BoxError> {
+        let _ = (iteration, weights);
         Ok(None)
+    }
+
+    /// Which of the [`Self::observations`] is higher for a better model: where there is no score, its mean since the checkpoint
+    /// before is compared. None, unless implemented; minus the mean of the losses is then.
+    fn judged_by(&self) -> Option<&'static str> {
+        None
     }
 
     /// Constraints on parameters after an optimizer step, such as the bounds of a temperature.
@@ -103,6 +110,9 @@ pub trait Trainable {
         Ok(())
     }
 }
+
+/// Computes every parameter's weights as a finished model would have them, as [`Optimizer::finished_weights`].
+pub type FinishedWeights<'a> = &'a dyn Fn() -> Result<Vec<(String, Tensor)>, TrainError>;
 
 /// What a model computes the losses of a batch with.
 pub struct Step<'a> {
@@ -165,6 +175,8 @@ pub struct StepReport<'a> {
     pub of: u64,
     /// Mean of each loss over the batches that had it.
     pub losses: &'a [(String, f64)],
+    /// [`Trainable::score`] after the last iteration, where it was asked for.
+    pub score: Option<f64>,
     /// Learning rate of the last iteration, before multiplication for single parameters.
     pub lr: f64,
     /// Mean norm of the gradient of all parameters, before clipping.

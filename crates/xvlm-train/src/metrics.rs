@@ -15,6 +15,9 @@ pub struct MetricsRow {
     pub iteration: u64,
     /// Mean of each loss since the row before.
     pub losses: BTreeMap<String, f64>,
+    /// The score of the model after the last iteration ([`Trainable::score`](crate::Trainable::score)), where it was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub score: Option<f64>,
     /// Learning rate of the last iteration.
     pub lr: f64,
     /// Mean norm of the gradient since the row before, before clipping. Steps that were left out, as their gradient was not

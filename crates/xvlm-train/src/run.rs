@@ -297,6 +297,7 @@ mod tests {
         MetricsRow {
             iteration: 1,
             losses,
+            score: None,
             lr: 0.1,
             grad_norm: 2.0,
             loss_scale: None,

@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use xvlm_kernels::{Gradients, Tape};
 
-use crate::best::Judge;
+use crate::best::{Criterion, Judge};
 use crate::checkpoint::Standing;
 use crate::config::TrainConfig;
 use crate::error::{BoxError, TrainError};
@@ -111,18 +111,19 @@ pub fn train<M: Trainable>(
         // A checkpoint comes with a report and is compared with those before; but not where the run is only interrupted, so
         // that one that was interrupted leaves the same behind as one that was not.
         let is_due = ends || done % config.checkpoint_every == 0;
+        let mut failed = None;
         if is_due || done % config.log_every == 0 {
             let per_iteration = clock.since_start().as_secs_f64() / (done - first) as f64;
             let left = Duration::try_from_secs_f64(per_iteration * (config.iterations - done) as f64);
             let left = left.unwrap_or(Duration::MAX);
             let eta = config.time_limit().map_or(left, |limit| left.min(limit.saturating_sub(elapsed)));
-            last_row = Some(trainer.report(iteration, lr, elapsed, eta, progress)?);
+            let measured = trainer.meter.report(ranks)?;
+            let score = if is_due && config.keep_best { trainer.judge(iteration) } else { Ok(None) };
+            let at = At { iteration, lr, elapsed, eta, score: *score.as_ref().unwrap_or(&None) };
+            last_row = Some(trainer.report(measured, &at, progress)?);
+            failed = score.err();
         }
         let Trainer { optimizer, meter, judge, .. } = &mut trainer;
-        if is_due && config.keep_best {
-            judge.merge(ranks)?;
-            judge.compare(done, model.score(done).map_err(|source| TrainError::Model { iteration, source })?);
-        }
         if stopped {
             // Rank 0 keeps what the others counted too.
             judge.merge(ranks)?;
@@ -131,6 +132,10 @@ pub fn train<M: Trainable>(
         if (is_due || stopped) && is_first_rank {
             let standing = Standing { iteration: done, elapsed, tally: meter.tally.clone(), judge: judge.clone() };
             run.save(&standing, config, optimizer)?;
+        }
+        // A model that cannot be scored was trained all the same.
+        if let Some(error) = failed {
+            return Err(error);
         }
     }
 
@@ -236,10 +241,28 @@ impl<M: Trainable> Trainer<'_, M> {
         tape.backward(total, gradients, ready).map_err(TrainError::tensor("gradient"))?;
         self.meter.tally.add_losses(&values);
         self.meter.tally.add_losses(&model.observations());
-        if self.config.keep_best {
-            self.judge.add(&values);
+        match model.judged_by() {
+            _ if !self.config.keep_best => {}
+            None => self.judge.add(&values),
+            Some(name) => {
+                let observed = model.observations();
+                self.judge.add(&observed.into_iter().filter(|(known, _)| *known == name).collect::<Vec<_>>());
+            }
         }
         Ok(())
+    }
+
+    /// Compares the model after an iteration with those of the checkpoints before; returns its score, if it has one.
+    fn judge(&mut self, iteration: u64) -> Result<Option<f64>, TrainError> {
+        self.judge.merge(&self.job.ranks)?;
+        let weights = || self.optimizer.finished_weights();
+        let score = self.model.score(iteration, &weights);
+        let score = score.map_err(|source| TrainError::Model { iteration, source })?;
+        let otherwise = if self.model.judged_by().is_some() { Criterion::Observation } else { Criterion::Losses };
+        self.judge.compare(iteration, score, otherwise);
+        // Nothing was trained on meanwhile.
+        self.meter.since = Instant::now();
+        Ok(score)
     }
 
     /// The error about a loss or norm that is not finite, found in the batches of so many ranks.
@@ -257,21 +280,16 @@ impl<M: Trainable> Trainer<'_, M> {
     }
 
     /// Tells `progress` how it went since the last report; rank 0 also writes it down.
-    fn report(
-        &mut self,
-        iteration: u64,
-        lr: f64,
-        elapsed: Duration,
-        eta: Duration,
-        progress: &mut dyn Progress,
-    ) -> Result<MetricsRow, TrainError> {
+    fn report(&mut self, measured: Report, at: &At, progress: &mut dyn Progress) -> Result<MetricsRow, TrainError> {
         let Job { run, ranks, .. } = self.job;
-        let Report { losses, grad_norm, images_per_second } = self.meter.report(ranks)?;
+        let Report { losses, grad_norm, images_per_second } = measured;
+        let At { iteration, lr, elapsed, eta, score } = *at;
         let peak_memory_mib = peak_memory_mib();
         progress.step(&StepReport {
             iteration,
             of: self.config.iterations,
             losses: &losses,
+            score,
             lr,
             grad_norm,
             images_per_second,
@@ -282,6 +300,7 @@ impl<M: Trainable> Trainer<'_, M> {
         let row = MetricsRow {
             iteration,
             losses: losses.into_iter().collect(),
+            score,
             lr,
             grad_norm,
             loss_scale: self.optimizer.loss_scale.dynamic(),
@@ -295,6 +314,15 @@ impl<M: Trainable> Trainer<'_, M> {
         }
         Ok(row)
     }
+}
+
+/// Where the loop is when it reports.
+struct At {
+    iteration: u64,
+    lr: f64,
+    elapsed: Duration,
+    eta: Duration,
+    score: Option<f64>,
 }
 
 /// Where a run begins.

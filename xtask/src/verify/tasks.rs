@@ -205,7 +205,7 @@ pub(super) fn assignment(case: &Case) -> Outcome {
     case.check("mid.image_feat", &model.project_image(images.tensor())?)?;
     let uniforms = case.input("draw.rand")?.flatten_all()?.to_vec1::<f32>()?.into_iter();
     let mut draws = Recorded { case, uniforms, picks: 0, error: None };
-    let assignments = nlvr::assign(&nlvr::assignment_weights(&model, &images)?, &mut draws);
+    let assignments = nlvr::assign(&nlvr::assignment_weights(&model, &images)?, &mut draws)?;
     if let Some(error) = draws.error {
         return Err(error.into());
     }

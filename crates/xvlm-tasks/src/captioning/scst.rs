@@ -107,6 +107,11 @@ impl<R: Reward> Scst<R> {
         })
     }
 
+    /// The most tokens of a caption with its prompt.
+    pub(crate) fn longest(&self) -> usize {
+        self.prompt.len() + self.max_tokens
+    }
+
     /// Draws captions of each image, rewards them, and returns the loss that makes those likelier that are above the baseline.
     ///
     /// A caption is drawn by the model as it is in use, and the gradient is that of the same model. (The original draws with
@@ -255,10 +260,11 @@ fn mean(numbers: &[f64]) -> f64 {
 }
 
 /// The captions of training images as they are rewarded ([`with_end`]): what document frequencies are computed from where no
-/// file has them. Captions of which cleaning leaves nothing are none.
+/// file has them. Captions of which cleaning leaves nothing are none, and images without others are no documents.
 pub fn documents<'a>(images: impl IntoIterator<Item = &'a [String]>, max_words: usize) -> Vec<Vec<String>> {
     let cleaned = |text: &String| pre_caption(text, max_words).ok().map(|text| with_end(&text));
-    images.into_iter().map(|captions| captions.iter().filter_map(cleaned).collect()).collect()
+    let documents = images.into_iter().map(|captions| captions.iter().filter_map(cleaned).collect());
+    documents.filter(|captions: &Vec<String>| !captions.is_empty()).collect()
 }
 
 #[cfg(test)]
@@ -468,7 +474,7 @@ mod tests {
 
     #[test]
     fn documents_are_cleaned_and_have_an_end() {
-        let images = [vec!["A red circle.".to_owned(), "?".to_owned(), "Blue!".to_owned()]];
+        let images = [vec!["A red circle.".to_owned(), "?".to_owned(), "Blue!".to_owned()], vec!["?".to_owned()]];
         let found = documents(images.iter().map(Vec::as_slice), 30);
         assert_eq!(found, [["a red circle <eos>", "blue <eos>"]]);
     }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::Device;
-use xvlm_data::annotations::{CaptionItem, Loaded, Reading, Reason, RetrievalItem};
+use xvlm_data::annotations::{CaptionItem, Loaded, Reading, Reason, Report, RetrievalItem};
 use xvlm_data::batch::{
     Asked, Described, Grounding, ImageText, ItemKind, Nlvr, Pairs, Phrase, References, Statement, Vqa,
 };
@@ -183,26 +183,40 @@ fn reading(images: &Path) -> Reading {
     Reading { images: Some(images.to_owned()), ..Reading::default() }
 }
 
+/// Tells what was left out.
+pub(super) fn tell(report: &Report, progress: &mut dyn Progress) {
+    for (reason, skipped) in report.iter() {
+        let first = skipped.examples.first().map(ToString::to_string).unwrap_or_default();
+        progress.warning(&format!("left out: {} items, {reason}; the first: {first}", skipped.count));
+    }
+}
+
+/// Tells what was left out of the files of a field of the configuration; refuses files of which too much was.
+pub(super) fn told<T>(
+    field: &str,
+    loaded: Loaded<T>,
+    max_bad_fraction: f64,
+    progress: &mut dyn Progress,
+) -> Result<Vec<T>, TaskError> {
+    let Loaded { items, report } = loaded;
+    let broken = report.iter().filter(|(reason, _)| *reason != Reason::OtherSplit);
+    let left_out: u64 = broken.map(|(_, skipped)| skipped.count).sum();
+    tell(&report, progress);
+    let problem = |message: String| Err(ConfigProblem { file: field.to_owned(), message }.into());
+    if items.is_empty() {
+        return problem("expected at least one item, found none".to_owned());
+    }
+    let all = left_out + items.len() as u64;
+    if left_out as f64 > max_bad_fraction * all as f64 {
+        let most = 100.0 * max_bad_fraction;
+        return problem(format!("expected at most {most} % of items to be broken, found {left_out} of {all}"));
+    }
+    Ok(items)
+}
+
 impl Opening<'_> {
-    /// Tells what was left out; refuses files of which too much was.
     fn told<T>(&mut self, loaded: Loaded<T>, config: &ItemConfig) -> Result<Vec<T>, TaskError> {
-        let Loaded { items, report } = loaded;
-        let broken = report.iter().filter(|(reason, _)| *reason != Reason::OtherSplit);
-        let left_out: u64 = broken.map(|(_, skipped)| skipped.count).sum();
-        for (reason, skipped) in report.iter() {
-            let first = skipped.examples.first().map(ToString::to_string).unwrap_or_default();
-            self.progress.warning(&format!("left out: {} items, {reason}; the first: {first}", skipped.count));
-        }
-        let problem = |message: String| Err(ConfigProblem { file: "task.train_file".to_owned(), message }.into());
-        if items.is_empty() {
-            return problem("expected at least one item to train on, found none".to_owned());
-        }
-        let all = left_out + items.len() as u64;
-        if left_out as f64 > config.max_bad_fraction * all as f64 {
-            let most = 100.0 * config.max_bad_fraction;
-            return problem(format!("expected at most {most} % of items to be broken, found {left_out} of {all}"));
-        }
-        Ok(items)
+        told("task.train_file", loaded, config.max_bad_fraction, &mut *self.progress)
     }
 
     /// Images with each of their texts.

@@ -10,7 +10,7 @@ use xvlm_encoders::{Pass, Xvlm};
 use xvlm_kernels::IGNORE;
 use xvlm_losses as losses;
 use xvlm_metrics::captions::cider::CiderD;
-use xvlm_train::{BoxError, Losses, Step, Trainable};
+use xvlm_train::{BoxError, FinishedWeights, Losses, Step, Trainable};
 
 use super::validate::Validation;
 use super::{FinetuneConfig, FinetuneTask};
@@ -21,6 +21,9 @@ use crate::generate::writing_loss;
 use crate::model::{ImageTokens, Model, Texts};
 use crate::pretrain::clamp_temperature;
 use crate::{grounding, nlvr, retrieval, vqa};
+
+/// What the mean reward of captions is called in reports.
+const REWARD: &str = "reward";
 
 /// One batch of a task.
 pub enum Batch {
@@ -157,7 +160,7 @@ impl Finetuning {
             }
             (Learning::Assignment, Batch::Pairs(batch)) => {
                 let images = encode()?;
-                let assignments = nlvr::assign(&nlvr::assignment_weights(model, &images)?, step.rng);
+                let assignments = nlvr::assign(&nlvr::assignment_weights(model, &images)?, step.rng)?;
                 let (_, loss) = nlvr::assignment(model, &images, &texts(&batch.text), &assignments, pass)?;
                 one("assignment", loss)
             }
@@ -231,7 +234,7 @@ impl Trainable for Finetuning {
     }
 
     fn observations(&self) -> Vec<(&'static str, f64)> {
-        let names = ["reward", "baseline", "wordless"];
+        let names = [REWARD, "baseline", "wordless"];
         self.rewarded.get().map_or_else(Vec::new, |numbers| names.into_iter().zip(numbers).collect())
     }
 
@@ -248,15 +251,19 @@ impl Trainable for Finetuning {
         first_not_finite(shown, &self.parameters, step, |pass, step| self.losses_in(pass, batch, step))
     }
 
-    fn score(&self, iteration: u64) -> std::result::Result<Option<f64>, BoxError> {
+    fn score(&self, iteration: u64, weights: FinishedWeights) -> std::result::Result<Option<f64>, BoxError> {
         let Some(validation) = self.validation.as_ref().filter(|validation| iteration >= validation.first) else {
             return Ok(None);
         };
         let Some((_, parameter)) = self.parameters.first() else { return Ok(None) };
-        let weights = self.parameters.iter().map(|(name, weight)| (name.clone(), weight.as_detached_tensor()));
         let (config, tokenizer) = (validation.config.clone(), (*validation.tokenizer).clone());
-        let model = Model::with_weights(config, weights, tokenizer, parameter.device())?;
-        Ok(Some(validation.score(&model)?))
+        let model = Model::with_weights(config, weights()?, tokenizer, parameter.device())?;
+        Ok(validation.score(&model)?)
+    }
+
+    fn judged_by(&self) -> Option<&'static str> {
+        // The loss of rewarded captions is that of what was drawn: a lower one is not that of a better model.
+        (self.learning == Learning::Rewards).then_some(REWARD)
     }
 
     fn after_step(&self) -> std::result::Result<(), BoxError> {

@@ -334,6 +334,12 @@ impl Configuration for FinetuneConfig {
             return Err(format!("data.max_tokens: expected at most {longest}, found {tokens}"));
         }
         self.task.check(self)?;
+        if let FinetuneTask::NlvrPretrain(task) = &self.task
+            && task.data.batch_size < 3
+        {
+            let found = task.data.batch_size;
+            return Err(format!("data.batch_size: expected at least 3, an image and two others, found {found}"));
+        }
         let is_trained_on = |what| Err(format!("train: expected a section, since {what} is trained on, found none"));
         let start_eval = match (&self.task, &self.train) {
             (FinetuneTask::NlvrPretrain(_) | FinetuneTask::CaptioningPretrain(_), None) => {

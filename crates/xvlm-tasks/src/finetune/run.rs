@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::Device;
-use xvlm_data::{TextTokenizer, scenes};
+use xvlm_data::TextTokenizer;
 use xvlm_encoders::{Parameters, Xvlm};
 use xvlm_train::{Batches, BoxError, Progress, RunFolder, Silent, Summary, TrainConfig, Trained};
 use xvlm_weights::{LoadRules, ModelFiles, ModelFolder};
@@ -20,13 +20,13 @@ use crate::search::Search;
 use crate::session::{Finished, Kept, Session, tell_broken};
 use crate::yaml::Configuration;
 
-/// Fine-tunes as configured, from the model in `start` if the configuration names none. The run lies in `out`, the finished
+/// Fine-tunes as configured, from the model that the configuration names (`init_from`), or else from that in `start`. The run lies in `out`, the finished
 /// model in `out/model`, that of the best checkpoint in `out/best`, as of [`pretrain::run`](crate::pretrain::run).
 ///
 /// Of several ranks, each calls this; rank 0 writes, and tells `progress`.
 ///
 /// # Errors
-/// If the configuration has nothing to train on, a file cannot be read or written, too many items are broken, or the loss is not
+/// If there is no model to start from, the configuration has nothing to train on, a file cannot be read or written, too many items are broken, or the loss is not
 /// finite. Other ranks may then be waiting for this one, until it calls
 /// [`Communicator::abort`](xvlm_train::ranks::Communicator::abort).
 pub fn run(
@@ -41,7 +41,11 @@ pub fn run(
     let progress = if session.is_first_rank() { progress } else { &mut silent };
     let mut config = config.clone();
     let named = config.init_from.as_ref().map(|dir| ModelFolder::open(dir)).transpose()?;
-    let start = named.as_ref().or(start);
+    let Some(start) = named.as_ref().or(start) else {
+        let message =
+            "init_from: expected the folder of a model to start from, or the built-in model (--built-in), found none";
+        return Err(ConfigProblem { file: "configuration".to_owned(), message: message.to_owned() }.into());
+    };
     let tokenizer = Arc::new(tokenizer(&config, start)?);
     if config.model.text_config.vocab_size == 0 {
         config.model.text_config.vocab_size = tokenizer.vocab_size();
@@ -61,10 +65,16 @@ pub fn run(
     config.train = Some(train.clone());
     let mut model = open_model(&config, &train, start, device, progress)?;
     if let Some(scst) = data.scst.take() {
+        let (longest, found) = (config.model.text_config.longest_text(), scst.longest());
+        if found > longest {
+            let expected = format!("room for the prompt and the caption in {longest} tokens, found {found} of them");
+            return Err(problem(format!("task.search.max_tokens: expected {expected}")).into());
+        }
         model = model.with_rewards(scst, Arc::clone(&tokenizer));
     }
     if train.keep_best {
-        let validation = Validation::open(&config.task, model_config(&config), &tokenizer, &session.ranks, first)?;
+        let model_config = model_config(&config);
+        let validation = Validation::open(&config.task, model_config, &tokenizer, session, first, progress)?;
         model = validation.into_iter().fold(model, Finetuning::with_validation);
     }
     let run = RunFolder::new(out)?;
@@ -86,12 +96,11 @@ pub fn run(
     Ok(summary)
 }
 
-/// The tokenizer that the configuration names, or that of the model to start from, or that of the built-in world.
-fn tokenizer(config: &FinetuneConfig, start: Option<&ModelFiles>) -> Result<TextTokenizer, TaskError> {
-    Ok(match (&config.tokenizer, start) {
-        (Some(path), _) => TextTokenizer::from_file(path)?,
-        (None, Some(files)) => TextTokenizer::from_bytes(&format!("{}/tokenizer.json", files.name), &files.tokenizer)?,
-        (None, None) => TextTokenizer::from_vocabulary(&scenes::vocabulary())?,
+/// The tokenizer that the configuration names, or that of the model to start from.
+fn tokenizer(config: &FinetuneConfig, start: &ModelFiles) -> Result<TextTokenizer, TaskError> {
+    Ok(match &config.tokenizer {
+        Some(path) => TextTokenizer::from_file(path)?,
+        None => TextTokenizer::from_bytes(&format!("{}/tokenizer.json", start.name), &start.tokenizer)?,
     })
 }
 
@@ -99,24 +108,19 @@ fn tokenizer(config: &FinetuneConfig, start: Option<&ModelFiles>) -> Result<Text
 fn open_model(
     config: &FinetuneConfig,
     train: &TrainConfig,
-    start: Option<&ModelFiles>,
+    start: &ModelFiles,
     device: &Device,
     progress: &mut dyn Progress,
 ) -> Result<Finetuning, TaskError> {
     let parameters = Parameters::new(train.seed).freezing(&train.optimizer.frozen_names);
     let model = Xvlm::new(&config.model, parameters.builder(train.precision.dtype(), device))?;
     let named = parameters.named();
-    match start {
-        None => progress.warning("no model to start from: all parameters are random"),
-        Some(files) => {
-            let weights = initial_weights(files, &config.model, train.seed)?;
-            let fresh = weights.fresh();
-            if !fresh.is_empty() {
-                progress.warning(&format!("random, since {} has none: {}", files.name, fresh.join(", ")));
-            }
-            xvlm_weights::assign(&files.name, &weights.tensors, &named, &LoadRules::default())?;
-        }
+    let weights = initial_weights(start, &config.model, train.seed)?;
+    let fresh = weights.fresh();
+    if !fresh.is_empty() {
+        progress.warning(&format!("random, since {} has none: {}", start.name, fresh.join(", ")));
     }
+    xvlm_weights::assign(&start.name, &weights.tensors, &named, &LoadRules::default())?;
     Ok(Finetuning::new(model, named, config))
 }
 
@@ -161,6 +165,9 @@ impl Kept for FinetuneConfig {
     const FREE: &'static [&'static str] = &[
         "/task/test_file",
         "/task/test_gt_file",
+        "/task/answer_list",
+        "/task/det_file",
+        "/task/coco_file",
         "/task/batch_size_test",
         "/task/batch_size_test_text",
         "/task/k_test",

@@ -146,7 +146,7 @@ pub struct WeakGroundingTask {
     /// Boxes of a detector, by image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub det_file: Option<PathBuf>,
-    /// Sizes of the images.
+    /// Sizes of the images: a field of the original, which is not read, since `refcoco_data` has them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub coco_file: Option<PathBuf>,
     /// Whether boxes and sizes stand in `test_file`, as in VLUE.
@@ -273,8 +273,6 @@ pub struct ScstTask {
     pub sc_baseline_type: Baseline,
     /// Images at a time in evaluation.
     pub batch_size_test: usize,
-    /// Iterations from one evaluation to the next.
-    pub eval_steps: u64,
     /// Batches: section `data` of the file.
     #[serde(skip)]
     pub data: ItemConfig,
@@ -378,9 +376,7 @@ own!(WeakGroundingTask, ItemConfig, |own, text, trains| {
     let (first, end) = (text.fusion_layer, text.num_hidden_layers);
     let expected = format!("a layer with cross attention, {first} to {}", end.saturating_sub(1));
     ensure((first..end).contains(&own.block_num), "block_num", &expected, own.block_num)?;
-    for (field, file) in
-        [("refcoco_data", &own.refcoco_data), ("det_file", &own.det_file), ("coco_file", &own.coco_file)]
-    {
+    for (field, file) in [("refcoco_data", &own.refcoco_data), ("det_file", &own.det_file)] {
         ensure(own.vlue_test || file.is_some(), field, "a file, since vlue_test is false", "none")?;
     }
     Ok(())
@@ -404,7 +400,6 @@ own!(ScstTask, ItemConfig, |own, _text, trains| {
     check_writing(&own.prompt, &own.search)?;
     at_least_one(&[
         ("batch_size_test", own.batch_size_test as u64),
-        ("eval_steps", own.eval_steps),
         ("sc_train_sample_n", own.sc_train_sample_n as u64),
     ])?;
     let compares = own.sc_baseline_type == Baseline::Greedy || own.sc_train_sample_n > 1;

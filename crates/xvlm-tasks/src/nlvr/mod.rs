@@ -128,9 +128,14 @@ pub fn assignment_weights(model: &Xvlm, images: &ImageTokens) -> Result<Vec<Vec<
     Ok(weights)
 }
 
-/// Draws two images for each text: with probability 2/3 its own and another, in either order, else two others. There must be
-/// three images.
-pub fn assign(weights: &[Vec<f32>], draws: &mut impl Draws) -> Vec<Assignment> {
+/// Draws two images for each text: with probability 2/3 its own and another, in either order, else two others.
+///
+/// # Errors
+/// If there are fewer than three images.
+pub fn assign(weights: &[Vec<f32>], draws: &mut impl Draws) -> Result<Vec<Assignment>> {
+    if weights.len() < 3 {
+        candle_core::bail!("images: expected at least three to assign texts to, found {}", weights.len());
+    }
     let one = |(own, weights): (u32, &Vec<f32>)| {
         if draws.uniform() > 1.0 / 3.0 {
             let other = draws.pick(weights, 1).first().copied().unwrap_or(own);
@@ -144,7 +149,7 @@ pub fn assign(weights: &[Vec<f32>], draws: &mut impl Draws) -> Vec<Assignment> {
             Assignment { images: [other(0), other(1)], label: 2 }
         }
     };
-    (0u32..).zip(weights).map(one).collect()
+    Ok((0u32..).zip(weights).map(one).collect())
 }
 
 /// Logits of each text's being about the first, the second and none of its images `[B, 3]`, and the loss of saying so.

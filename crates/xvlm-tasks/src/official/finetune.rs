@@ -38,13 +38,19 @@ pub fn finetune_config(config: &Value, path: &Path, kind: FinetuneKind) -> Resul
         _ => LoaderConfig { workers: WORKERS, ..LoaderConfig::default() },
     };
     let trains = root.has("optimizer");
+    let mut train = trains.then(|| training(&root, fresh(kind, &model.model.text_config))).transpose()?;
+    if kind == FinetuneKind::CaptioningScst {
+        // The model is evaluated where a checkpoint is made.
+        let steps = root.size("eval_steps")? as u64;
+        train.iter_mut().for_each(|train| train.checkpoint_every = steps);
+    }
     Ok(FinetuneConfig {
         task: task(&root, kind, &model)?,
         tokenizer: Some(tokenizer(&root, model.model.text_config.model_type)?),
         init_from: None,
         loader,
         image_cache_mib: default_cache(),
-        train: trains.then(|| training(&root, fresh(kind, &model.model.text_config))).transpose()?,
+        train,
         model: model.model,
         stored: default_stored(),
     })
@@ -200,7 +206,6 @@ fn task(root: &Section, kind: FinetuneKind, model: &ModelConfig) -> Result<Finet
                 other => return Err(root.problem("sc_baseline_type", "greedy or sample", other)),
             },
             batch_size_test: root.size("batch_size_test")?,
-            eval_steps: root.size("eval_steps")? as u64,
         }),
     })
 }

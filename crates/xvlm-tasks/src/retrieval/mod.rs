@@ -8,6 +8,10 @@
 //! split of COCO) would spare one pass of the vision encoder for about 1,500 passes of the fusion layers. Encoded texts are
 //! kept as long as they fit into [`Options::memory_mib`]; beyond that, those that a batch needs are encoded again.
 
+mod candidates;
+mod matching;
+mod texts;
+
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,21 +26,23 @@ use serde_json::json;
 use xvlm_data::annotations::RetrievalItem;
 use xvlm_data::tokens::hash_bytes;
 use xvlm_data::{DataError, Picture, TextTensors, pre_caption};
-use xvlm_encoders::{Attention, Pass, Task, Xvlm};
+use xvlm_encoders::{Pass, Task, Xvlm};
 use xvlm_metrics::retrieval::RetrievalScores;
 use xvlm_train::Losses;
 use xvlm_train::ranks::Communicator;
 
-use crate::BATCH;
 use crate::align::{Alignment, Negatives};
 use crate::config::{ItcGradient, Objective};
 use crate::error::{SweepProblem, TaskError};
 use crate::generate::Source;
 use crate::model::{ImageTokens, Model};
 use crate::sweep::{LeftOut, Sweep, Work};
+use candidates::{Matches, both_ways};
+use matching::match_images;
+use texts::encode_texts;
 
-/// Pairs of an image and a text that go through the fusion layers at a time.
-const PAIRS: usize = 4 * BATCH;
+pub(crate) use candidates::{nearest, propose};
+pub(crate) use matching::{Compared, match_all};
 
 /// The losses of fine-tuning (`models/model_retrieval.py`): ITC and ITM of each image with its text. Texts of equal key are
 /// about the same image. Where several `ranks` train together, ITC compares the samples of all.
@@ -57,7 +63,7 @@ pub fn losses(
 }
 
 /// How retrieval is evaluated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
     /// How many candidates of the dual encoder are matched, both ways. What is not among them is not found.
     pub k_test: usize,
@@ -279,7 +285,8 @@ pub fn evaluate(
 
     let wanted = both_ways(&texts_of_image, &images_of_text, &set.tokens);
     let units: Vec<usize> = (0..set.images.len()).collect();
-    let work = Work { name: "retrieval-matches", options: json!(options), batch: options.batch_size };
+    let work =
+        Work { name: "retrieval-matches", options: json!({ "k_test": options.k_test }), batch: options.batch_size };
     // What is proposed follows from the embeddings of both, which a resumed run may have computed on another machine.
     let name = |&image: &usize| {
         let proposed: Vec<u8> = wanted[image].iter().flat_map(|text| text.to_le_bytes()).collect();
@@ -353,280 +360,6 @@ fn of_readable<A>(
             None => answers.next().map(Ok),
         })
         .collect())
-}
-
-/// Encoded texts without their padding.
-struct States {
-    /// The states of all tokens, text after text `[R, H]`.
-    flat: Tensor,
-    /// Where each text begins.
-    starts: Vec<u32>,
-    /// Its number of tokens.
-    lengths: Vec<usize>,
-}
-
-impl States {
-    /// Embeddings of all texts `[M, E]`.
-    fn embeddings(&self, model: &Xvlm) -> candle_core::Result<Tensor> {
-        let first = self.flat.index_select(&Tensor::new(self.starts.as_slice(), self.flat.device())?, 0)?;
-        model.project_text(&first.unsqueeze(1)?)
-    }
-
-    /// States and mask of some texts, padded to the longest of them `[B, T, H]`, `[B, T]`.
-    fn rows(&self, texts: &[u32]) -> candle_core::Result<(Tensor, Tensor)> {
-        let device = self.flat.device();
-        let longest = texts.iter().map(|&text| self.lengths[text as usize]).max().unwrap_or(0);
-        let (mut index, mut mask) = (Vec::new(), Vec::new());
-        for &text in texts {
-            let (start, length) = (self.starts[text as usize], self.lengths[text as usize]);
-            for token in 0..longest {
-                let is_there = token < length;
-                index.push(if is_there { start + token as u32 } else { start });
-                mask.push(if is_there { 1f32 } else { 0.0 });
-            }
-        }
-        let shape = (texts.len(), longest);
-        let states = self.flat.index_select(&Tensor::new(index, device)?, 0)?;
-        Ok((states.reshape((shape.0, shape.1, ()))?, Tensor::from_vec(mask, shape, device)?))
-    }
-}
-
-/// Encodes texts, those of like length together: `each` gets the numbers of some of them, and their states `[B, T, H]`.
-fn encode_each(
-    model: &Xvlm,
-    tokens: &[Vec<u32>],
-    texts: &[u32],
-    batch: usize,
-    mut each: impl FnMut(&[u32], Tensor) -> candle_core::Result<()>,
-) -> candle_core::Result<()> {
-    let device = model.temperature()?.device();
-    let mut order = texts.to_vec();
-    order.sort_by_key(|&text| (tokens[text as usize].len(), text));
-    for texts in order.chunks(batch.max(1)) {
-        let longest = texts.iter().map(|&text| tokens[text as usize].len()).max().unwrap_or(0);
-        let (mut ids, mut mask) = (Vec::new(), Vec::new());
-        for &text in texts {
-            let own = &tokens[text as usize];
-            let padding = longest - own.len();
-            ids.extend(own.iter().copied().chain(std::iter::repeat_n(0, padding)));
-            mask.extend(own.iter().map(|_| 1f32).chain(std::iter::repeat_n(0.0, padding)));
-        }
-        let shape = (texts.len(), longest);
-        let ids = Tensor::from_vec(ids, shape, device)?;
-        let mask = Tensor::from_vec(mask, shape, device)?;
-        each(texts, model.encode_text(&ids, &mask, Attention::Full, &Pass::inference())?)?;
-    }
-    Ok(())
-}
-
-/// The states of some texts; `starts` and `lengths` are as long as all, those of others are 0.
-fn encode(model: &Xvlm, tokens: &[Vec<u32>], texts: &[u32], batch: usize) -> candle_core::Result<States> {
-    let (mut parts, mut end) = (Vec::new(), 0);
-    let (mut starts, mut lengths) = (vec![0; tokens.len()], vec![0; tokens.len()]);
-    encode_each(model, tokens, texts, batch, |texts, states| {
-        for (row, &text) in texts.iter().enumerate() {
-            let length = tokens[text as usize].len();
-            (starts[text as usize], lengths[text as usize]) = (end, length);
-            end += length as u32;
-            parts.push(states.get(row)?.narrow(0, 0, length)?);
-        }
-        Ok(())
-    })?;
-    Ok(States { flat: Tensor::cat(&parts, 0)?, starts, lengths })
-}
-
-/// Embeddings of all texts `[M, E]`, and their states if there is room for them.
-fn encode_texts(model: &Xvlm, tokens: &[Vec<u32>], options: Options) -> candle_core::Result<(Tensor, Option<States>)> {
-    let all: Vec<u32> = (0..tokens.len() as u32).collect();
-    let whole: usize = tokens.iter().map(Vec::len).sum();
-    if whole <= tokens_within(model, options.memory_mib) {
-        let states = encode(model, tokens, &all, options.batch_size_text)?;
-        return Ok((states.embeddings(model)?, Some(states)));
-    }
-    let (mut rows, mut order) = (Vec::new(), Vec::new());
-    encode_each(model, tokens, &all, options.batch_size_text, |texts, states| {
-        order.extend_from_slice(texts);
-        rows.push(model.project_text(&states)?);
-        Ok(())
-    })?;
-    let mut place = vec![0u32; order.len()];
-    order.iter().enumerate().for_each(|(at, &text)| place[text as usize] = at as u32);
-    let rows = Tensor::cat(&rows, 0)?;
-    Ok((rows.index_select(&Tensor::new(place, rows.device())?, 0)?, None))
-}
-
-/// Tokens whose states fit into some memory.
-fn tokens_within(model: &Xvlm, mebibytes: usize) -> usize {
-    let bytes = model.config().text_config.hidden_size * size_of::<f32>();
-    (mebibytes << 20) / bytes
-}
-
-/// The logit of each image's match with each of the texts wanted of it. Texts that are not encoded are encoded for it, as many
-/// at a time as there is room for.
-fn match_images(
-    model: &Xvlm,
-    images: &ImageTokens,
-    tokens: &[Vec<u32>],
-    states: Option<&States>,
-    wanted: &[&[u32]],
-    options: Options,
-) -> candle_core::Result<Vec<Vec<f32>>> {
-    let images = Source::images(images)?;
-    let matching = |states: &States, wanted: &[&[u32]]| -> candle_core::Result<Vec<Vec<f32>>> {
-        let logits = match_with(model, &images, states, wanted)?;
-        Ok(logits.into_iter().map(|row| row.into_iter().map(|[_, matching]| matching).collect()).collect())
-    };
-    if let Some(states) = states {
-        return matching(states, wanted);
-    }
-    let mut needed: Vec<u32> = wanted.concat();
-    needed.sort_unstable();
-    needed.dedup();
-    let room = tokens_within(model, options.memory_mib).max(1);
-    let mut logits: Vec<Vec<f32>> = wanted.iter().map(|texts| vec![0.0; texts.len()]).collect();
-    let mut rest = needed.as_slice();
-    while !rest.is_empty() {
-        let mut sum = 0;
-        let fits = |text: &&u32| {
-            sum += tokens[**text as usize].len();
-            sum <= room
-        };
-        let (now, later) = rest.split_at(rest.iter().take_while(fits).count().max(1));
-        rest = later;
-        let states = encode(model, tokens, now, options.batch_size_text)?;
-        let places: Vec<Vec<usize>> = wanted
-            .iter()
-            .map(|texts| (0..texts.len()).filter(|&at| now.binary_search(&texts[at]).is_ok()).collect())
-            .collect();
-        let texts: Vec<Vec<u32>> =
-            places.iter().zip(wanted).map(|(places, texts)| places.iter().map(|&at| texts[at]).collect()).collect();
-        let texts: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
-        for ((row, places), found) in logits.iter_mut().zip(&places).zip(matching(&states, &texts)?) {
-            places.iter().zip(found).for_each(|(&at, logit)| row[at] = logit);
-        }
-    }
-    Ok(logits)
-}
-
-/// The logits, not matching and matching, of each concept with each of the texts wanted of it.
-fn match_with(
-    model: &Xvlm,
-    concepts: &Source,
-    states: &States,
-    wanted: &[&[u32]],
-) -> candle_core::Result<Vec<Vec<[f32; 2]>>> {
-    let pass = Pass::inference();
-    let pairs: Vec<(u32, u32)> =
-        (0u32..).zip(wanted).flat_map(|(image, texts)| texts.iter().map(move |&text| (image, text))).collect();
-    let mut logits = Vec::with_capacity(pairs.len());
-    for pairs in pairs.chunks(PAIRS) {
-        let (index, texts): (Vec<u32>, Vec<u32>) = pairs.iter().copied().unzip();
-        let (text, mask) = states.rows(&texts)?;
-        let fused = concepts.look_at(&index, |looks| model.fuse(&text, &mask, looks, Attention::Full, &pass))?;
-        logits.extend(model.match_logits(&fused)?.to_vec2::<f32>()?.iter().map(|row| [row[0], row[1]]));
-    }
-    let mut logits = logits.into_iter();
-    Ok(wanted.iter().map(|texts| logits.by_ref().take(texts.len()).collect()).collect())
-}
-
-/// The cosine of a concept and a text, and the logits of their not matching and matching.
-pub(crate) type Compared = (f32, [f32; 2]);
-
-/// Compares all concepts with all texts: a row a concept.
-pub(crate) fn match_all(
-    model: &Xvlm,
-    concepts: &Source,
-    tokens: &[Vec<u32>],
-) -> candle_core::Result<Vec<Vec<Compared>>> {
-    let mut all: Vec<u32> = (0..tokens.len() as u32).collect();
-    let states = encode(model, tokens, &all, PAIRS)?;
-    let embeddings = model.project_image(&concepts.tokens)?;
-    let similarities = embeddings.matmul(&states.embeddings(model)?.t()?)?.to_vec2::<f32>()?;
-    // Those of like length together.
-    all.sort_by_key(|&text| (tokens[text as usize].len(), text));
-    let wanted = vec![all.as_slice(); concepts.tokens.dim(0)?];
-    let logits = match_with(model, concepts, &states, &wanted)?;
-    let compared = |(similarities, logits): (Vec<f32>, Vec<[f32; 2]>)| {
-        let mut row: Vec<Compared> = similarities.into_iter().map(|similarity| (similarity, [0.0; 2])).collect();
-        all.iter().zip(logits).for_each(|(&text, logits)| row[text as usize].1 = logits);
-        row
-    };
-    Ok(similarities.into_iter().zip(logits).map(compared).collect())
-}
-
-/// For each row of `from [N, E]` the `k` rows of `among [M, E]` that are nearest, the nearest first.
-pub(crate) fn propose(from: &Tensor, among: &Tensor, k: usize) -> candle_core::Result<Vec<Vec<u32>>> {
-    // Similarities that are in memory at a time.
-    const AT_ONCE: usize = 1 << 24;
-    let (n, m) = (from.dim(0)?, among.dim(0)?);
-    let (rows, among) = ((AT_ONCE / m.max(1)).clamp(1, n.max(1)), among.t()?);
-    let mut found = Vec::with_capacity(n);
-    for start in (0..n).step_by(rows) {
-        let similarities = from.narrow(0, start, rows.min(n - start))?.matmul(&among)?.to_vec2::<f32>()?;
-        found.extend(similarities.par_iter().map(|row| nearest(row, k)).collect::<Vec<_>>());
-    }
-    Ok(found)
-}
-
-/// The places of the `k` largest numbers, the largest first, of equal ones the first.
-pub(crate) fn nearest(row: &[f32], k: usize) -> Vec<u32> {
-    let mut order: Vec<u32> = (0..row.len() as u32).collect();
-    let larger = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
-    if (1..order.len()).contains(&k) {
-        order.select_nth_unstable_by(k - 1, larger);
-    }
-    order.truncate(k);
-    order.sort_unstable_by(larger);
-    order
-}
-
-/// For each image the texts it is matched with, for either way; those of like length together.
-fn both_ways(texts_of_image: &[Vec<u32>], images_of_text: &[Vec<u32>], tokens: &[Vec<u32>]) -> Vec<Vec<u32>> {
-    let mut wanted = texts_of_image.to_vec();
-    for (text, images) in (0u32..).zip(images_of_text) {
-        images.iter().for_each(|&image| wanted[image as usize].push(text));
-    }
-    for texts in &mut wanted {
-        texts.sort_unstable_by_key(|&text| (tokens[text as usize].len(), text));
-        texts.dedup();
-    }
-    wanted
-}
-
-/// The logits of the pairs that were matched: for each image its texts, in the order of their numbers.
-struct Matches(Vec<Vec<(u32, f32)>>);
-
-impl Matches {
-    fn new(wanted: &[Vec<u32>], logits: impl IntoIterator<Item = Vec<f32>>) -> Self {
-        let of_image = |(texts, logits): (&Vec<u32>, Vec<f32>)| {
-            let mut found: Vec<(u32, f32)> = texts.iter().copied().zip(logits).collect();
-            found.sort_unstable_by_key(|&(text, _)| text);
-            found
-        };
-        Self(wanted.iter().zip(logits).map(of_image).collect())
-    }
-
-    fn logit(&self, image: u32, text: u32) -> Option<f32> {
-        let texts = &self.0[image as usize];
-        texts.binary_search_by_key(&text, |&(text, _)| text).ok().map(|at| texts[at].1)
-    }
-
-    /// Candidates by their logits; of equal ones the one that the dual encoder prefers comes first.
-    fn ranked(candidates: &[u32], logit: impl Fn(u32) -> Option<f32>) -> Ranking {
-        let mut found: Ranking = candidates.iter().filter_map(|&one| Some((one, logit(one)?))).collect();
-        found.sort_by(|a, b| b.1.total_cmp(&a.1));
-        found
-    }
-
-    /// The candidates of each image, and of each text.
-    fn rankings(&self, texts_of_image: &[Vec<u32>], images_of_text: &[Vec<u32>]) -> [Vec<Ranking>; 2] {
-        let of_images = (0u32..).zip(texts_of_image);
-        let of_texts = (0u32..).zip(images_of_text);
-        [
-            of_images.map(|(image, texts)| Self::ranked(texts, |text| self.logit(image, text))).collect(),
-            of_texts.map(|(text, images)| Self::ranked(images, |image| self.logit(image, text))).collect(),
-        ]
-    }
 }
 
 /// Images and texts that are in memory, compared.
