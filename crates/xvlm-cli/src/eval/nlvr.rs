@@ -6,7 +6,7 @@ use clap::Args;
 use serde::Serialize;
 use xvlm::Bundled;
 use xvlm::data::annotations::Reading;
-use xvlm::metrics::nlvr::NlvrScores;
+use xvlm::metrics::nlvr::{BiasScores, NlvrScores};
 use xvlm::tasks::finetune::{FinetuneKind, FinetuneTask};
 use xvlm::tasks::nlvr::{self, Options};
 
@@ -29,6 +29,8 @@ pub(crate) struct Nlvr {
 struct Report {
     #[serde(flatten)]
     scores: NlvrScores,
+    #[serde(flatten)]
+    bias: BiasScores,
     #[serde(flatten)]
     aside: Aside,
 }
@@ -56,13 +58,20 @@ impl Nlvr {
         })?;
         let Some(done) = done else { return Ok(()) };
         let result_file = self.common.write("nlvr_result.csv", |out| nlvr::write_results(&done, out))?;
-        let report = Report { scores: done.scores, aside: Aside { result_file, skipped } };
+        let report = Report { scores: done.scores, bias: done.bias, aside: Aside { result_file, skipped } };
         self.common.print("nlvr", &name, report, &done.left_out, report_rows)
     }
 }
 
 fn report_rows(report: &Report) -> Rows {
     let mut rows = statement_rows(&report.scores);
+    let BiasScores { balanced, unbalanced } = &report.bias;
+    for (name, scores) in [("balanced", balanced), ("unbalanced", unbalanced)] {
+        if scores.count > 0 {
+            rows.push((name.to_owned(), None));
+            rows.extend(statement_rows(scores));
+        }
+    }
     rows.extend(report.aside.rows());
     rows
 }
