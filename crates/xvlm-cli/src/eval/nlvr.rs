@@ -38,17 +38,16 @@ struct Report {
 impl Nlvr {
     pub(super) fn run(self) -> Result<(), CliError> {
         let source = self.data.open(FinetuneKind::Nlvr)?;
-        let task = match &source {
+        let (task, file) = match &source {
             Source::Config(config) => match &config.task {
-                FinetuneTask::Nlvr(task) => Some(task),
-                _ => None,
+                FinetuneTask::Nlvr(task) => (Some(task), PathBuf::new()),
+                other => return Err(self.data.other_task(other)),
             },
-            Source::Folder(_) => None,
+            Source::Folder(folder) => (None, folder.join("nlvr.json")),
         };
-        let loaded = self.common.read(|strict| match (&source, task) {
-            (Source::Folder(folder), _) => Reading { strict, ..Reading::default() }.nlvr(&[folder.join("nlvr.json")]),
-            (_, Some(task)) => nlvr::test_items(task, strict),
-            (_, None) => Reading::default().nlvr::<PathBuf>(&[]),
+        let loaded = self.common.read(|strict| match task {
+            Some(task) => nlvr::test_items(task, strict),
+            None => Reading { strict, ..Reading::default() }.nlvr(&[file]),
         })?;
         let options = task.map_or_else(Options::default, |task| Options { batch: task.batch_size_test });
         let (items, skipped) = (loaded.items, loaded.report);

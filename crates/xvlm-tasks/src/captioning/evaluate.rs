@@ -44,12 +44,16 @@ pub struct Evaluation {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct CaptionScores {
     /// BLEU-1.
+    #[serde(rename = "bleu_1")]
     pub bleu1: f64,
     /// BLEU-2.
+    #[serde(rename = "bleu_2")]
     pub bleu2: f64,
     /// BLEU-3.
+    #[serde(rename = "bleu_3")]
     pub bleu3: f64,
     /// BLEU-4.
+    #[serde(rename = "bleu_4")]
     pub bleu4: f64,
     /// ROUGE-L.
     pub rouge_l: f64,
