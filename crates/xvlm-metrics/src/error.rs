@@ -20,26 +20,6 @@ pub enum MetricsError {
         /// The length it has.
         found: usize,
     },
-    /// An entry points outside of what it points into.
-    #[error("{what}[{at}]: expected an index below {below}, found {found}")]
-    Index {
-        /// The list.
-        what: &'static str,
-        /// The entry.
-        at: usize,
-        /// How many there are to point at.
-        below: usize,
-        /// The index.
-        found: usize,
-    },
-    /// A score is not a number, and so has no rank.
-    #[error("{what}[{at}]: expected a number, found NaN")]
-    NotANumber {
-        /// The list.
-        what: &'static str,
-        /// The entry.
-        at: usize,
-    },
     /// A run of words is empty or too long for a table of document frequencies.
     #[error("n-gram {ngram:?}: expected 1 to 4 words, found {found}")]
     Ngram {

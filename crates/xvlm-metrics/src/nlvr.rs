@@ -1,23 +1,12 @@
 //! NLVR2: is the statement true of the two images? (The scripts of lil-lab/nlvr, `nlvr2/eval`.)
 
 use std::collections::HashMap;
+use std::hash::Hash;
+use std::path::Path;
 
 use serde::Serialize;
 
-use crate::error::{MetricsError, same_length, some};
 use crate::percent;
-
-/// Statements judged rightly, in percent.
-///
-/// # Errors
-/// If there are none, or more or fewer predictions than labels.
-pub fn accuracy(predictions: &[bool], labels: &[bool]) -> Result<f64, MetricsError> {
-    const WHAT: &str = "NLVR2 predictions";
-    some(WHAT, predictions.len())?;
-    same_length(WHAT, labels.len(), predictions.len())?;
-    let right = predictions.iter().zip(labels).filter(|(prediction, label)| prediction == label).count();
-    Ok(percent(right, predictions.len()))
-}
 
 /// Scores of statements about pairs of images; all 0 if there are none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -26,28 +15,29 @@ pub struct NlvrScores {
     pub accuracy: f64,
     /// Number of pairs.
     pub count: usize,
-    /// Sentences judged rightly with each of their pairs, in percent; `None` unless all identifiers tell sentences apart.
+    /// Sentences judged rightly with each of their pairs, in percent; `None` unless it is known of all pairs which sentence
+    /// they are of.
     pub consistency: Option<f64>,
-    /// Number of sentences; 0 unless all identifiers tell them apart.
+    /// Number of sentences; 0 unless they are known.
     pub sentences: usize,
 }
 
 impl NlvrScores {
-    /// Scores from the identifier of each pair and sentence, and whether it was judged rightly.
-    pub fn new<'a>(judged: impl IntoIterator<Item = (&'a str, bool)>) -> Self {
+    /// Scores from the sentence that each pair is of ([`sentence`]), and whether it was judged rightly.
+    pub fn new<K: Hash + Eq>(judged: impl IntoIterator<Item = (Option<K>, bool)>) -> Self {
         let (mut right, mut count) = (0, 0);
-        let mut consistent: Option<HashMap<_, bool>> = Some(HashMap::new());
-        for (identifier, is_right) in judged {
+        let mut consistent: Option<HashMap<K, bool>> = Some(HashMap::new());
+        for (sentence, is_right) in judged {
             count += 1;
             right += usize::from(is_right);
-            match (sentence(identifier), &mut consistent) {
+            match (sentence, &mut consistent) {
                 (Some(sentence), Some(sentences)) => *sentences.entry(sentence).or_insert(true) &= is_right,
                 _ => consistent = None,
             }
         }
         let sentences = consistent.as_ref().map_or(0, HashMap::len);
         let all_right =
-            |sentences: HashMap<_, bool>| percent(sentences.values().filter(|&&all| all).count(), sentences.len());
+            |sentences: HashMap<K, bool>| percent(sentences.values().filter(|&&all| all).count(), sentences.len());
         Self {
             accuracy: percent(right, count),
             count,
@@ -57,12 +47,37 @@ impl NlvrScores {
     }
 }
 
-/// What the identifiers of a sentence's pairs share. They read `split-set-pair-sentence`, as `dev-850-2-0`: all but the pair.
-fn sentence(identifier: &str) -> Option<(&str, &str, &str)> {
-    let mut parts = identifier.split('-');
-    match (parts.next(), parts.next(), parts.next(), parts.next(), parts.next()) {
-        (Some(split), Some(set), Some(_), Some(sentence), None) => Some((split, set, sentence)),
+/// What the pairs of one sentence share. Identifiers read `split-set-pair-sentence`, as `dev-850-2-0`: all but the pair. Without
+/// one, where the name of the left image's file reads `split-set-pair-img0`: split and set, and the words. `None` where neither
+/// tells the set: the same words may be said of other images, and are then another sentence.
+pub fn sentence<'a>(identifier: &'a str, left: &'a Path, words: &'a str) -> Option<[&'a str; 3]> {
+    let four = |name: &'a str| <[&str; 4]>::try_from(name.split('-').collect::<Vec<_>>()).ok();
+    if let Some([split, set, _, sentence]) = four(identifier) {
+        return Some([split, set, sentence]);
+    }
+    match four(left.file_stem()?.to_str()?)? {
+        [split, set, _, image] if image.starts_with("img") => Some([split, set, words]),
         _ => None,
+    }
+}
+
+/// Scores of the statements that test for bias: of pairs of images that occur more than once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct BiasScores {
+    /// Of pairs with both labels: what the images alone suggest does not help.
+    pub balanced: NlvrScores,
+    /// Of pairs with one label.
+    pub unbalanced: NlvrScores,
+}
+
+impl BiasScores {
+    /// Scores from the sentence of each pair, whether it was judged rightly, and whether it is balanced ([`balanced`]).
+    pub fn new<K: Hash + Eq + Clone>(judged: &[(Option<K>, bool, Option<bool>)]) -> Self {
+        let of = |wanted: bool| {
+            let wanted = judged.iter().filter(move |(.., balance)| *balance == Some(wanted));
+            NlvrScores::new(wanted.map(|(sentence, right, _)| (sentence.clone(), *right)))
+        };
+        Self { balanced: of(true), unbalanced: of(false) }
     }
 }
 
@@ -71,10 +86,10 @@ fn sentence(identifier: &str) -> Option<(&str, &str, &str)> {
 ///
 /// `pairs` has the images and the label of each statement. The result is, for each, whether it is balanced; `None` if its
 /// pair of images occurs once.
-pub fn balanced<'a>(pairs: &[((&'a str, &'a str), bool)]) -> Vec<Option<bool>> {
-    let mut labels: HashMap<(&str, &str), [usize; 2]> = HashMap::new();
-    for &(images, label) in pairs {
-        labels.entry(images).or_default()[usize::from(label)] += 1;
+pub fn balanced<K: Hash + Eq>(pairs: &[(K, bool)]) -> Vec<Option<bool>> {
+    let mut labels: HashMap<&K, [usize; 2]> = HashMap::new();
+    for (images, label) in pairs {
+        labels.entry(images).or_default()[usize::from(*label)] += 1;
     }
     pairs
         .iter()
@@ -89,40 +104,40 @@ pub fn balanced<'a>(pairs: &[((&'a str, &'a str), bool)]) -> Vec<Option<bool>> {
 mod tests {
     use super::*;
 
+    fn scores(judged: &[(&str, bool)]) -> NlvrScores {
+        NlvrScores::new(judged.iter().map(|&(identifier, right)| (sentence(identifier, Path::new(""), ""), right)))
+    }
+
     #[test]
     fn a_sentence_is_consistent_if_all_its_pairs_are_right() {
-        let scores = NlvrScores::new([
-            ("dev-1-0-0", true),
-            ("dev-1-1-0", true),
-            ("dev-1-0-1", true),
-            ("dev-1-2-1", false),
-            ("dev-2-0-0", false),
-        ]);
+        let judged =
+            [("dev-1-0-0", true), ("dev-1-1-0", true), ("dev-1-0-1", true), ("dev-1-2-1", false), ("dev-2-0-0", false)];
         let expected = NlvrScores { accuracy: 60.0, count: 5, consistency: Some(100.0 / 3.0), sentences: 3 };
-        assert_eq!(scores, expected);
-        let scores = NlvrScores::new([("dev-1-0-0", true), ("17", true)]);
-        assert_eq!((scores.accuracy, scores.consistency, scores.sentences), (100.0, None, 0));
-        assert_eq!(NlvrScores::new([]), NlvrScores::default());
+        assert_eq!(scores(&judged), expected);
+        let unknown = scores(&[("dev-1-0-0", true), ("17", true)]);
+        assert_eq!((unknown.accuracy, unknown.consistency, unknown.sentences), (100.0, None, 0));
+        assert_eq!(scores(&[]), NlvrScores::default());
+    }
+
+    #[test]
+    fn a_sentence_is_known_by_its_identifier_or_by_the_set_of_its_images() {
+        let of = |identifier, left| sentence(identifier, Path::new(left), "it is red");
+        assert_eq!(of("dev-1-0-2", "dev/dev-7-0-img0.png"), Some(["dev", "1", "2"]));
+        assert_eq!(of("17", "dev/dev-7-0-img0.png"), Some(["dev", "7", "it is red"]));
+        assert_eq!(of("17", "dev/dev-7-0-0.png"), None);
+        assert_eq!(of("17", "000017.png"), None);
     }
 
     #[test]
     fn balance_is_of_pairs_of_images() {
         let pairs =
             [(("a", "b"), true), (("b", "a"), false), (("a", "b"), false), (("c", "c"), true), (("c", "c"), true)];
-        assert_eq!(balanced(&pairs), [Some(true), None, Some(true), Some(false), Some(false)]);
-    }
-
-    #[test]
-    fn three_of_four() -> Result<(), MetricsError> {
-        assert_eq!(accuracy(&[true, false, true, true], &[true, false, false, true])?, 75.0);
-        Ok(())
-    }
-
-    #[test]
-    fn nothing_and_unequal_lengths_are_refused() {
-        let refused = accuracy(&[], &[]).unwrap_err().to_string();
-        assert_eq!(refused, "NLVR2 predictions: expected at least one, found none");
-        let refused = accuracy(&[true], &[true, false]).unwrap_err().to_string();
-        assert_eq!(refused, "NLVR2 predictions: expected 2 entries, found 1");
+        let balance = balanced(&pairs);
+        assert_eq!(balance, [Some(true), None, Some(true), Some(false), Some(false)]);
+        let right = [true, true, false, true, true];
+        let judged: Vec<_> = balance.into_iter().zip(right).map(|(balance, right)| (Some(0), right, balance)).collect();
+        let scores = BiasScores::new(&judged);
+        assert_eq!((scores.balanced.accuracy, scores.balanced.count), (50.0, 2));
+        assert_eq!((scores.unbalanced.accuracy, scores.unbalanced.count), (100.0, 2));
     }
 }

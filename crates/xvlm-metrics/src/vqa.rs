@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use serde::Serialize;
 
-use crate::error::{MetricsError, same_length, some};
+use crate::error::{MetricsError, some};
 use crate::{is_python_space, percent, python_words};
 
 /// Contractions by what is written without their apostrophes. Keys that the official table has in capitals are left
@@ -57,23 +57,6 @@ static REPLACEMENTS: LazyLock<HashMap<&str, &str>> = LazyLock::new(|| {
     let contractions = CONTRACTIONS.split_whitespace().filter_map(|pair| pair.split_once('='));
     contractions.chain(NUMBERS).collect()
 });
-
-/// Mean consensus accuracy of answers to questions, in percent.
-///
-/// `answers` has, for each question, what people answered: ten of them in the official data.
-///
-/// # Errors
-/// If there is no question, a question has no answer, or the lists differ in length.
-pub fn accuracy<P, A>(predictions: &[P], answers: &[Vec<A>]) -> Result<f64, MetricsError>
-where
-    P: AsRef<str>,
-    A: AsRef<str>,
-{
-    some("VQA predictions", predictions.len())?;
-    same_length("VQA predictions", answers.len(), predictions.len())?;
-    let scores = predictions.iter().zip(answers).map(|(prediction, answers)| consensus(prediction.as_ref(), answers));
-    Ok(100.0 * scores.sum::<Result<f64, _>>()? / predictions.len() as f64)
-}
 
 /// Consensus of one prediction with the answers of people, 0 to 1.
 ///
@@ -308,13 +291,6 @@ mod tests {
     }
 
     #[test]
-    fn accuracy_is_the_mean_in_percent() -> Result<(), MetricsError> {
-        let found = accuracy(&["cat", "cat"], &[ten("cat", 3, "dog"), ten("cat", 2, "dog")])?;
-        assert!((found - 75.0).abs() < 1e-12, "{found}");
-        Ok(())
-    }
-
-    #[test]
     fn few_answers_can_be_met() -> Result<(), MetricsError> {
         assert_eq!(consensus("cat", &["cat"])?, 1.0);
         assert_eq!(consensus("cat", &["dog"])?, 0.0);
@@ -370,12 +346,7 @@ mod tests {
 
     #[test]
     fn missing_answers_are_refused() {
-        let none: [Vec<&str>; 0] = [];
-        let refused = accuracy(&[""; 0], &none).unwrap_err().to_string();
-        assert_eq!(refused, "VQA predictions: expected at least one, found none");
-        let refused = accuracy(&["cat"], &none).unwrap_err().to_string();
-        assert_eq!(refused, "VQA predictions: expected 0 entries, found 1");
-        let refused = accuracy(&["cat"], &[Vec::<&str>::new()]).unwrap_err().to_string();
+        let refused = consensus::<&str>("cat", &[]).unwrap_err().to_string();
         assert_eq!(refused, "answers to a question: expected at least one, found none");
     }
 }

@@ -186,10 +186,11 @@ impl<'a> Sweep<'a> {
     }
 
     /// Asks everything that `items` ask: of those that stand together and are about one image, the image is opened, given to
-    /// `check` with each of them, and encoded once. `ask` gets the images of a batch, and what is asked about which.
+    /// `check` with each of them, and encoded once. `ask` gets the images of a batch, and what is asked about which. An item
+    /// that `check` refuses is left out alone; where the image cannot be opened all of its items are.
     ///
     /// # Errors
-    /// As [`Self::run`].
+    /// As [`Self::run`]; the share that may be left out is one of the items.
     pub(crate) fn by_image<T: Item + Sync, A: Serialize + DeserializeOwned>(
         &mut self,
         work: &Work,
@@ -204,40 +205,47 @@ impl<'a> Sweep<'a> {
             json!([group[0].image(), texts]).to_string()
         };
         let answers = self.run(work, &groups, name, |groups| {
-            let open = |group: &&&[T]| {
-                let picture = Picture::open(group[0].image())?;
-                group.iter().try_for_each(|item| check(item, &picture)).map(|()| picture)
+            // The picture, if anything can be asked about it; and what is wrong with each item.
+            let open = |group: &&&[T]| match Picture::open(group[0].image()) {
+                Ok(picture) => {
+                    let problem = |item| check(item, &picture).err().map(|error| error.to_string());
+                    let problems: Vec<Option<String>> = group.iter().map(problem).collect();
+                    (problems.iter().any(Option::is_none).then_some(picture), problems)
+                }
+                Err(error) => (None, vec![Some(error.to_string()); group.len()]),
             };
-            let opened: Vec<Result<Picture, DataError>> = groups.par_iter().map(open).collect();
-            let (mut pictures, mut texts, mut counts) = (Vec::new(), Vec::new(), Vec::new());
-            for (opened, group) in opened.into_iter().zip(groups) {
-                counts.push(opened.map(|picture| {
-                    texts.extend(group.iter().map(|item| (pictures.len() as u32, item.text())));
+            let opened: Vec<(Option<Picture>, Vec<Option<String>>)> = groups.par_iter().map(open).collect();
+            let (mut pictures, mut texts, mut problems) = (Vec::new(), Vec::new(), Vec::new());
+            for ((picture, of_items), group) in opened.into_iter().zip(groups) {
+                if let Some(picture) = picture {
+                    let sound = group.iter().zip(&of_items).filter(|(_, problem)| problem.is_none());
+                    texts.extend(sound.map(|(item, _)| (pictures.len() as u32, item.text())));
                     pictures.push(picture);
-                    group.len()
-                }));
+                }
+                problems.push(of_items);
             }
             let mut answers = match pictures.is_empty() {
                 true => Vec::new(),
                 false => ask(&model.encode(&pictures)?, &texts)?,
             }
             .into_iter();
-            Ok(counts.into_iter().map(|count| Ok(answers.by_ref().take(count?).collect::<Vec<A>>())).collect())
+            let mut answer =
+                |problem: Option<String>| problem.map_or_else(|| answers.next().map(Ok), |it| Some(Err(it)));
+            let mut each = |of_items: Vec<_>| of_items.into_iter().filter_map(&mut answer).collect();
+            Ok(problems.into_iter().map(|of_items| Ok::<Vec<Result<A, String>>, _>(each(of_items))).collect())
         })?;
         let (mut given, mut left_out) = (Vec::with_capacity(items.len()), Vec::new());
-        let mut problems = answers.left_out.into_iter();
-        for (group, answers) in groups.iter().zip(answers.given) {
-            let problem = if answers.is_none() { problems.next() } else { None };
-            for at in 0..group.len() {
-                left_out
-                    .extend(problem.iter().map(|out| LeftOut { item: given.len() + at, problem: out.problem.clone() }));
-            }
-            match answers {
-                Some(answers) => given.extend(answers.into_iter().map(Some)),
-                None => given.extend(group.iter().map(|_| None)),
-            }
+        for (item, answer) in answers.given.into_iter().flatten().flatten().enumerate() {
+            given.push(answer.map_err(|problem| left_out.push(LeftOut { item, problem })).ok());
         }
-        Ok(Answers { given, left_out })
+        let (broken, units, limit) = (left_out.len(), items.len(), self.max_bad_fraction);
+        match left_out.first() {
+            Some(first) if broken as f64 > limit * units as f64 => {
+                let first = first.problem.clone();
+                Err(SweepProblem::TooManyBroken { left_out: broken, units, limit, first }.into())
+            }
+            _ => Ok(Answers { given, left_out }),
+        }
     }
 
     fn problem(&self, message: String) -> TaskError {

@@ -10,6 +10,7 @@ use xvlm::tasks::captioning::{self, CaptionScores, TruthScores};
 use xvlm::tasks::finetune::{FinetuneKind, FinetuneTask};
 use xvlm::tasks::{FinetuneConfig, TaskError};
 
+use super::reading::Aside;
 use super::{Common, DataArgs, Source, count, percent};
 use crate::caption::WritingArgs;
 use crate::output::{CliError, Rows, say};
@@ -41,6 +42,8 @@ struct Scores {
     truth: Option<TruthScores>,
     captions: usize,
     wordless: Vec<String>,
+    #[serde(flatten)]
+    aside: Aside,
 }
 
 /// What a configuration says of its test.
@@ -51,6 +54,12 @@ struct Test<'a> {
     files: &'a [PathBuf],
     images: &'a Path,
     references: &'a Path,
+}
+
+/// Where the items come from.
+enum OfItems<'a> {
+    Folder(&'a Path),
+    Test(Test<'a>),
 }
 
 impl<'a> Test<'a> {
@@ -74,14 +83,9 @@ impl<'a> Test<'a> {
         }
     }
 
-    fn items(&self) -> Result<Vec<CaptionItem>, TaskError> {
-        let reading = Reading { images: Some(self.images.to_owned()), ..Reading::strict() };
+    fn with_references(&self, items: Vec<CaptionItem>) -> Result<Vec<CaptionItem>, TaskError> {
         let references = read_references(self.references)?;
-        captioning::with_references(
-            reading.captions(self.files)?.items,
-            references,
-            &self.references.display().to_string(),
-        )
+        captioning::with_references(items, references, &self.references.display().to_string())
     }
 }
 
@@ -92,29 +96,48 @@ impl Captioning {
         let source =
             open(FinetuneKind::Captioning).or_else(|error| open(FinetuneKind::CaptioningScst).map_err(|_| error))?;
         let name = self.data.name();
+        let of_items = match &source {
+            Source::Folder(folder) => OfItems::Folder(folder),
+            Source::Config(config) => {
+                OfItems::Test(Test::of(config).ok_or_else(|| self.data.other_task(&config.task))?)
+            }
+        };
+        let loaded = self.common.read(|strict| match &of_items {
+            OfItems::Folder(folder) => {
+                Reading { strict, ..Reading::default() }.captions(&[folder.join("captions.json")])
+            }
+            OfItems::Test(test) => {
+                Reading { images: Some(test.images.to_owned()), strict, ..Reading::default() }.captions(test.files)
+            }
+        })?;
+        let (items, skipped) = (loaded.items, loaded.report);
+        if items.is_empty() {
+            return Err(TaskError::Empty { what: name }.into());
+        }
         let done = self.common.evaluate("captions", &name, |model, sweep| {
             let writing = captioning::Writing::of(model.config());
             let batch = |of_config: usize| self.batch_size.map_or(of_config, usize::from);
-            let test = match &source {
-                Source::Config(config) => Test::of(config),
-                Source::Folder(folder) => {
-                    let writing = self.writing.of(writing);
-                    return captioning::evaluate_folder(model, folder, &writing, batch(BATCH), sweep);
+            match of_items {
+                OfItems::Folder(folder) => {
+                    captioning::evaluate_scenes(model, items, folder, &self.writing.of(writing), batch(BATCH), sweep)
                 }
-            };
-            let Some(test) = test else { return Err(TaskError::Empty { what: name.clone() }) };
-            let writing = captioning::Writing { prompt: test.prompt.to_owned(), search: test.search };
-            captioning::evaluate(model, test.items()?, &self.writing.of(writing), batch(test.batch), sweep)
+                OfItems::Test(test) => {
+                    let writing = captioning::Writing { prompt: test.prompt.to_owned(), search: test.search };
+                    let items = test.with_references(items)?;
+                    captioning::evaluate(model, items, &self.writing.of(writing), batch(test.batch), sweep)
+                }
+            }
         })?;
         let Some(done) = done else { return Ok(()) };
-        if let Some(out) = &self.common.out {
-            captioning::write_results(&out.join("captions.json"), &done.items, &done.answers)?;
+        let result_file = self.common.out.as_ref().map(|out| out.join("captions.json"));
+        if let Some(file) = &result_file {
+            captioning::write_results(file, &done.items, &done.answers)?;
         }
         for id in done.wordless.iter().take(8) {
             say(&format!("without a word: image {id}"));
         }
-        let scores =
-            Scores { words: done.scores, truth: done.truth, captions: done.answers.len(), wordless: done.wordless };
+        let (captions, aside) = (done.answers.len(), Aside { result_file, skipped });
+        let scores = Scores { words: done.scores, truth: done.truth, captions, wordless: done.wordless, aside };
         self.common.print("captioning", &name, scores, &done.left_out, |scores| {
             let mut rows: Rows = scores.words.iter().flat_map(word_rows).collect();
             rows.extend(scores.truth.iter().flat_map(caption_rows));
@@ -122,6 +145,7 @@ impl Captioning {
             if !scores.wordless.is_empty() {
                 rows.push(count("without a word", scores.wordless.len()));
             }
+            rows.extend(scores.aside.rows());
             rows
         })
     }

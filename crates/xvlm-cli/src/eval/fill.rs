@@ -3,10 +3,12 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use xvlm::data::annotations::read_fill;
+use serde::Serialize;
+use xvlm::data::annotations::Reading;
 use xvlm::metrics::fill::FillScores;
 use xvlm::tasks::fill::{self, Completing, LONGER};
 
+use super::reading::Aside;
 use super::{Common, count, percent};
 use crate::fill::share;
 use crate::output::{CliError, Rows};
@@ -27,18 +29,28 @@ pub(crate) struct Fill {
     common: Common,
 }
 
+#[derive(Serialize)]
+struct Report {
+    #[serde(flatten)]
+    scores: FillScores,
+    #[serde(flatten)]
+    aside: Aside,
+}
+
 impl Fill {
     pub(super) fn run(self) -> Result<(), CliError> {
         let name = self.data.display().to_string();
         let words = usize::from(self.words);
         let search = Completing { words, pieces: words + 2, longer: self.longer, ..Completing::default() };
-        let done = self.common.evaluate("blanks", &name, |model, sweep| {
-            fill::evaluate(model, read_fill(self.data.join("fill.json"))?, search, sweep)
-        })?;
-        match done {
-            Some(done) => self.common.print("fill", &name, done.scores, &done.left_out, fill_rows),
-            None => Ok(()),
-        }
+        let file = self.data.join("fill.json");
+        let loaded = self.common.read(|strict| Reading { strict, ..Reading::default() }.fill(&[file]))?;
+        let (items, skipped) = (loaded.items, loaded.report);
+        let done = self.common.evaluate("blanks", &name, |model, sweep| fill::evaluate(model, items, search, sweep))?;
+        let Some(done) = done else { return Ok(()) };
+        let report = Report { scores: done.scores, aside: Aside { result_file: None, skipped } };
+        self.common.print("fill", &name, report, &done.left_out, |report| {
+            [fill_rows(&report.scores), report.aside.rows()].concat()
+        })
     }
 }
 

@@ -4,17 +4,18 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
-use xvlm::data::annotations::Report;
+use xvlm::data::annotations::{Reading, Report};
 use xvlm::metrics::boxes::BoxScores;
-use xvlm::tasks::FinetuneConfig;
 use xvlm::tasks::finetune::{FinetuneKind, FinetuneTask};
 use xvlm::tasks::grounding::{
     BoxOptions, GroundingScores, Layers, TestSet, WeakOptions, WeakScores, evaluate, evaluate_weakly, write_results,
 };
 use xvlm::tasks::sweep::LeftOut;
+use xvlm::tasks::{FinetuneConfig, TaskError};
 
+use super::reading::{Aside, name_left_out};
 use super::{Common, DataArgs, Source, count, percent};
-use crate::output::{CliError, Rows, say};
+use crate::output::{CliError, Rows};
 
 /// Boxes of phrases: those with an IoU of at least 0.5 with the truth, and the mean IoU (both in percent)
 ///
@@ -43,13 +44,12 @@ pub(crate) struct Grounding {
     as_original: bool,
 }
 
-/// Scores, and what was left out while reading.
 #[derive(Serialize)]
 struct Told<T> {
     #[serde(flatten)]
     scores: T,
-    #[serde(skip_serializing_if = "Report::is_empty")]
-    unread: Report,
+    #[serde(flatten)]
+    aside: Aside,
 }
 
 impl Grounding {
@@ -73,12 +73,14 @@ impl Grounding {
 
     fn boxes(&self) -> Result<(), CliError> {
         let (set, batch) = match self.data.open(FinetuneKind::Bbox)? {
-            Source::Folder(folder) => (TestSet::of_folder(folder)?, BoxOptions::default().batch),
+            Source::Folder(folder) => (self.folder(folder)?, BoxOptions::default().batch),
             Source::Config(config) => match &config.task {
                 FinetuneTask::Bbox(task) => {
-                    (TestSet::of_boxes(task, self.common.max_bad_fraction)?, task.batch_size_test)
+                    let set = TestSet::of_boxes(task, self.common.max_bad_fraction)?;
+                    name_left_out(&set.report);
+                    (set, task.batch_size_test)
                 }
-                other => return Err(other_task(other)),
+                other => return Err(self.data.other_task(other)),
             },
         };
         let options = BoxOptions { batch, as_original: self.as_original };
@@ -88,22 +90,24 @@ impl Grounding {
             .common
             .evaluate("pictures of phrases", &name, |model, sweep| evaluate(model, items, &options, sweep))?;
         let Some(done) = done else { return Ok(()) };
-        self.write(|path| write_results(path, &done.items, done.boxes(&options).map(|bbox| (bbox, None))))?;
-        self.print(&name, done.scores, report, &done.left_out, |scores| {
+        let file =
+            self.write(|path| write_results(path, &done.items, done.boxes(&options).map(|bbox| (bbox, None))))?;
+        self.print(&name, done.scores, (report, file), &done.left_out, |scores| {
             [grounding_rows(&scores.all), split_rows(scores)].concat()
         })
     }
 
     fn weakly(&self) -> Result<(), CliError> {
         let (mut set, options) = match self.data.open(FinetuneKind::WeakGrounding)? {
-            Source::Folder(folder) => (TestSet::of_folder(folder)?, WeakOptions::default()),
+            Source::Folder(folder) => (self.folder(folder)?, WeakOptions::default()),
             Source::Config(config) => match &config.task {
                 FinetuneTask::WeakGrounding(task) => {
                     let (layers, batch) = (Layers::One(task.block_num), task.batch_size_test);
                     let set = TestSet::of_weak(task, self.common.max_bad_fraction)?;
+                    name_left_out(&set.report);
                     (set, WeakOptions { layers, batch, ..WeakOptions::default() })
                 }
-                other => return Err(other_task(other)),
+                other => return Err(self.data.other_task(other)),
             },
         };
         if let Some(file) = &self.proposals {
@@ -119,15 +123,24 @@ impl Grounding {
         let Some(done) = done else { return Ok(()) };
         // A box that there is not is wrong.
         let found = done.answers.iter().map(|answer| (answer.bbox.unwrap_or_default(), Some(answer.point)));
-        self.write(|path| write_results(path, &done.items, found))?;
-        self.print(&name, done.scores, report, &done.left_out, weak_rows)
+        let file = self.write(|path| write_results(path, &done.items, found))?;
+        self.print(&name, done.scores, (report, file), &done.left_out, weak_rows)
     }
 
     /// Writes the file of results, if there is a folder for it.
-    fn write(&self, write: impl FnOnce(&Path) -> Result<(), xvlm::Error>) -> Result<(), CliError> {
-        match &self.common.out {
-            Some(out) => Ok(write(&out.join("grounding.json"))?),
-            None => Ok(()),
+    fn write(&self, write: impl FnOnce(&Path) -> Result<(), TaskError>) -> Result<Option<PathBuf>, CliError> {
+        let file = self.common.out.as_ref().map(|out| out.join("grounding.json"));
+        file.as_deref().map(write).transpose()?;
+        Ok(file)
+    }
+
+    /// The phrases of a folder.
+    fn folder(&self, folder: &Path) -> Result<TestSet, CliError> {
+        let file = folder.join("grounding.json");
+        let loaded = self.common.read(|strict| Reading { strict, ..Reading::default() }.grounding(&[&file]))?;
+        match loaded.items.is_empty() {
+            true => Err(TaskError::Empty { what: file.display().to_string() }.into()),
+            false => Ok(TestSet { items: loaded.items, report: loaded.report }),
         }
     }
 
@@ -135,25 +148,13 @@ impl Grounding {
         &self,
         name: &str,
         scores: T,
-        unread: Report,
+        (skipped, result_file): (Report, Option<PathBuf>),
         left_out: &[LeftOut],
         rows: impl Fn(&T) -> Rows,
     ) -> Result<(), CliError> {
-        if !unread.is_empty() {
-            say(&format!("left out while reading:\n{}", unread.to_string().trim_end()));
-        }
-        let told = Told { scores, unread };
-        self.common.print("grounding", name, told, left_out, |told| {
-            let skipped = told.unread.iter().map(|(reason, skipped)| (reason.to_string(), skipped.count));
-            let skipped = skipped.map(|(reason, skipped)| (reason, Some(skipped.to_string())));
-            rows(&told.scores).into_iter().chain(skipped).collect()
-        })
+        let told = Told { scores, aside: Aside { result_file, skipped } };
+        self.common.print("grounding", name, told, left_out, |told| [rows(&told.scores), told.aside.rows()].concat())
     }
-}
-
-fn other_task(task: &FinetuneTask) -> CliError {
-    let (expected, found) = ("a configuration for grounding", task.kind().name().to_owned());
-    CliError::Option { option: "--config", expected, found }
 }
 
 pub(crate) fn grounding_rows(scores: &BoxScores) -> Rows {

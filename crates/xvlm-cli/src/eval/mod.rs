@@ -15,7 +15,7 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use serde_json::json;
 use xvlm::Bundled;
-use xvlm::tasks::finetune::FinetuneKind;
+use xvlm::tasks::finetune::{FinetuneKind, FinetuneTask};
 use xvlm::tasks::sweep::LeftOut;
 use xvlm::tasks::{FinetuneConfig, Model, Sweep, TaskError};
 
@@ -76,13 +76,19 @@ pub(super) struct Common {
     #[arg(long, requires = "out")]
     resume: bool,
     /// Share of broken items that may be left out of the scores; they are counted and named
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
     max_bad_fraction: f64,
     #[command(flatten)]
     ranks: RanksArgs,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
+}
+
+/// A share, from 0 to 1.
+pub(crate) fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share: &f64| (0.0..=1.0).contains(share));
+    share.ok_or_else(|| format!("expected a number from 0 to 1, found {text}"))
 }
 
 /// Which data.
@@ -116,16 +122,16 @@ impl DataArgs {
         let config = match (&self.data, &self.config, &self.preset) {
             (Some(folder), ..) => return Ok(Source::Folder(folder)),
             (None, Some(path), _) => FinetuneConfig::open(path, kind, &self.set)?,
-            (None, None, preset) => {
-                let config = FinetuneConfig::preset(preset.as_deref().unwrap_or_default(), &self.set)?;
-                if config.task.kind() != kind {
-                    let (expected, found) = ("a configuration for this task", config.task.kind().name().to_owned());
-                    return Err(CliError::Option { option: "--preset", expected, found });
-                }
-                config
-            }
+            (None, None, preset) => FinetuneConfig::preset(preset.as_deref().unwrap_or_default(), &self.set)?,
         };
         Ok(Source::Config(Box::new(config)))
+    }
+
+    /// Refuses a configuration of another task than is evaluated.
+    pub(super) fn other_task(&self, task: &FinetuneTask) -> CliError {
+        let option = if self.preset.is_some() { "--preset" } else { "--config" };
+        let (expected, found) = ("a configuration for this task", task.kind().name().to_owned());
+        CliError::Option { option, expected, found }
     }
 
     /// What the data are called in reports.

@@ -6,7 +6,7 @@ use clap::Args;
 use serde::Serialize;
 use xvlm::Bundled;
 use xvlm::data::annotations::Reading;
-use xvlm::metrics::nlvr::NlvrScores;
+use xvlm::metrics::nlvr::{BiasScores, NlvrScores};
 use xvlm::tasks::finetune::{FinetuneKind, FinetuneTask};
 use xvlm::tasks::nlvr::{self, Options};
 
@@ -30,23 +30,24 @@ struct Report {
     #[serde(flatten)]
     scores: NlvrScores,
     #[serde(flatten)]
+    bias: BiasScores,
+    #[serde(flatten)]
     aside: Aside,
 }
 
 impl Nlvr {
     pub(super) fn run(self) -> Result<(), CliError> {
         let source = self.data.open(FinetuneKind::Nlvr)?;
-        let task = match &source {
+        let (task, file) = match &source {
             Source::Config(config) => match &config.task {
-                FinetuneTask::Nlvr(task) => Some(task),
-                _ => None,
+                FinetuneTask::Nlvr(task) => (Some(task), PathBuf::new()),
+                other => return Err(self.data.other_task(other)),
             },
-            Source::Folder(_) => None,
+            Source::Folder(folder) => (None, folder.join("nlvr.json")),
         };
-        let loaded = self.common.read(|strict| match (&source, task) {
-            (Source::Folder(folder), _) => Reading { strict, ..Reading::default() }.nlvr(&[folder.join("nlvr.json")]),
-            (_, Some(task)) => nlvr::test_items(task, strict),
-            (_, None) => Reading::default().nlvr::<PathBuf>(&[]),
+        let loaded = self.common.read(|strict| match task {
+            Some(task) => nlvr::test_items(task, strict),
+            None => Reading { strict, ..Reading::default() }.nlvr(&[file]),
         })?;
         let options = task.map_or_else(Options::default, |task| Options { batch: task.batch_size_test });
         let (items, skipped) = (loaded.items, loaded.report);
@@ -56,13 +57,20 @@ impl Nlvr {
         })?;
         let Some(done) = done else { return Ok(()) };
         let result_file = self.common.write("nlvr_result.csv", |out| nlvr::write_results(&done, out))?;
-        let report = Report { scores: done.scores, aside: Aside { result_file, skipped } };
+        let report = Report { scores: done.scores, bias: done.bias, aside: Aside { result_file, skipped } };
         self.common.print("nlvr", &name, report, &done.left_out, report_rows)
     }
 }
 
 fn report_rows(report: &Report) -> Rows {
     let mut rows = statement_rows(&report.scores);
+    let BiasScores { balanced, unbalanced } = &report.bias;
+    for (name, scores) in [("balanced", balanced), ("unbalanced", unbalanced)] {
+        if scores.count > 0 {
+            rows.push((name.to_owned(), None));
+            rows.extend(statement_rows(scores));
+        }
+    }
     rows.extend(report.aside.rows());
     rows
 }

@@ -31,6 +31,14 @@ impl Aside {
     }
 }
 
+/// Names what was left out of annotations because it is broken.
+pub(super) fn name_left_out(report: &Report) {
+    let broken = report.iter().filter(|(reason, _)| *reason != Reason::OtherSplit);
+    for example in broken.flat_map(|(_, skipped)| &skipped.examples) {
+        output::say(&format!("left out: {example}"));
+    }
+}
+
 impl Common {
     /// Reads annotations with `read`, which is told whether the first broken one is an error: it is, unless some may be left out.
     pub(super) fn read<T>(
@@ -47,9 +55,7 @@ impl Common {
             let problem = SweepProblem::TooManyBroken { left_out, units, limit: self.max_bad_fraction, first };
             return Err(CliError::from(TaskError::from(problem)));
         }
-        for example in loaded.report.iter().flat_map(|(_, skipped)| &skipped.examples) {
-            output::say(&format!("left out: {example}"));
-        }
+        name_left_out(&loaded.report);
         Ok(loaded)
     }
 

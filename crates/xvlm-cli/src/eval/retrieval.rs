@@ -1,13 +1,18 @@
 //! `xvlm eval retrieval`.
 
+use std::io::Write;
+
 use clap::Args;
+use serde::Serialize;
 use xvlm::data::annotations::{Reading, RetrievalItem};
 use xvlm::metrics::retrieval::RetrievalScores;
 use xvlm::tasks::finetune::{FinetuneKind, FinetuneTask};
 use xvlm::tasks::retrieval::{self, Options};
 
+use super::reading::Aside;
 use super::{Common, DataArgs, Source, count, percent};
-use crate::output::{self, CliError, Rows};
+use crate::output::{CliError, Rows};
+use crate::score::check_splits;
 
 /// Texts found by their picture and pictures found by their text: recall at 1, 5 and 10 in percent
 ///
@@ -30,14 +35,24 @@ pub(crate) struct Retrieval {
     text_memory: u32,
 }
 
+#[derive(Serialize)]
+struct Report {
+    #[serde(flatten)]
+    scores: RetrievalScores,
+    /// Pictures and texts that were searched with.
+    images: usize,
+    texts: usize,
+    #[serde(flatten)]
+    aside: Aside,
+}
+
 impl Retrieval {
     pub(super) fn run(self) -> Result<(), CliError> {
         let (files, images, options) = match self.data.open(FinetuneKind::Retrieval)? {
             Source::Folder(folder) => (vec![folder.join("retrieval.json")], None, Options::new(16)),
             Source::Config(config) => {
                 let FinetuneTask::Retrieval(task) = config.task else {
-                    let (expected, found) = ("a configuration for retrieval", config.task.kind().name().to_owned());
-                    return Err(CliError::Option { option: "--config", expected, found });
+                    return Err(self.data.other_task(&config.task));
                 };
                 let (batch_size, batch_size_text) = (task.batch_size_test, task.batch_size_test_text);
                 let options = Options { batch_size, batch_size_text, ..Options::new(task.k_test) };
@@ -46,24 +61,23 @@ impl Retrieval {
         };
         let k_test = self.k_test.map_or(options.k_test, |k_test| k_test as usize);
         let options = Options { k_test, memory_mib: self.text_memory as usize, ..options };
-        let strict = self.common.max_bad_fraction == 0.0;
-        let reading = Reading { images, splits: self.split.clone(), strict, ..Reading::default() };
-        let loaded = reading.retrieval(&files)?;
-        if !loaded.report.is_empty() {
-            output::say(loaded.report.to_string().trim_end());
-        }
-        let (items, name): (Vec<RetrievalItem>, String) = (loaded.items, self.data.name());
+        let reading = Reading { images, splits: self.split.clone(), ..Reading::default() };
+        let loaded = self.common.read(|strict| Reading { strict, ..reading }.retrieval(&files))?;
+        let told = loaded.items.iter().filter_map(|item| item.split.as_deref());
+        check_splits(&self.split, told, &loaded.report)?;
+        let (items, skipped, name): (Vec<RetrievalItem>, _, String) = (loaded.items, loaded.report, self.data.name());
         let done = self
             .common
             .evaluate("pictures", &name, |model, sweep| retrieval::evaluate(model, &items, options, sweep))?;
         let Some(done) = done else { return Ok(()) };
-        if let Some(out) = &self.common.out {
-            output::write(&out.join("retrieval.json"), serde_json::to_string(&done.results())?.as_bytes())?;
-        }
-        let counts = (done.images.len(), done.texts.len());
-        self.common.print("retrieval", &name, done.scores, &done.left_out, |scores| {
-            let mut rows = retrieval_rows(scores);
-            rows.extend([count("pictures", counts.0), count("texts", counts.1)]);
+        let results = serde_json::to_string(&done.results())?;
+        let result_file = self.common.write("retrieval.json", |out| out.write_all(results.as_bytes()))?;
+        let (images, texts) = (done.images.len(), done.texts.len());
+        let report = Report { scores: done.scores, images, texts, aside: Aside { result_file, skipped } };
+        self.common.print("retrieval", &name, report, &done.left_out, |report| {
+            let mut rows = retrieval_rows(&report.scores);
+            rows.extend([count("pictures", report.images), count("texts", report.texts)]);
+            rows.extend(report.aside.rows());
             rows
         })
     }

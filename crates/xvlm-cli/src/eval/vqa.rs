@@ -54,17 +54,16 @@ struct Report {
 impl Vqa {
     pub(super) fn run(self) -> Result<(), CliError> {
         let source = self.data.open(FinetuneKind::Vqa)?;
-        let task = match &source {
+        let (task, file) = match &source {
             Source::Config(config) => match &config.task {
-                FinetuneTask::Vqa(task) => Some(task),
-                _ => None,
+                FinetuneTask::Vqa(task) => (Some(task), PathBuf::new()),
+                other => return Err(self.data.other_task(other)),
             },
-            Source::Folder(_) => None,
+            Source::Folder(folder) => (None, folder.join("vqa.json")),
         };
-        let loaded = self.common.read(|strict| match (&source, task) {
-            (Source::Folder(folder), _) => Reading { strict, ..Reading::default() }.vqa(&[folder.join("vqa.json")]),
-            (_, Some(task)) => vqa::test_items(task, strict),
-            (_, None) => Reading::default().vqa::<PathBuf>(&[]),
+        let loaded = self.common.read(|strict| match task {
+            Some(task) => vqa::test_items(task, strict),
+            None => Reading { strict, ..Reading::default() }.vqa(&[file]),
         })?;
         let (items, skipped) = (loaded.items, loaded.report);
         if self.common.out.is_none() && !items.is_empty() && items.iter().all(|item| item.answers.is_empty()) {

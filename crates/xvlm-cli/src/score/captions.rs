@@ -7,12 +7,12 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::{Value, json};
 use xvlm::data::Place;
-use xvlm::data::annotations::{CaptionItem, Reading, read_document_counts};
+use xvlm::data::annotations::{CaptionItem, Loaded, Reading, Report, read_document_counts};
 use xvlm::metrics::captions::cider::{CiderD, DocumentFrequencies, cider_d, with_end};
 use xvlm::metrics::captions::{bleu, ptb, rouge_l_each};
 
 use super::read::{self, Once};
-use super::{Common, SHOWN, count, meteor, metrics};
+use super::{Common, SHOWN, check_splits, count, meteor, metrics};
 use crate::output::{self, CliError, Rows};
 
 /// The word that tables of document frequencies for training have at the end of each caption.
@@ -138,11 +138,17 @@ impl Captions {
         let path = &self.refs;
         let document: Value = read::document(path)?;
         if document.get("annotations").is_some() {
+            // This form tells no splits.
+            check_splits(&self.split, std::iter::empty(), &Report::default())?;
             return coco(path, &document);
         }
         // The images themselves are not opened.
         let reading = Reading { images: Some("/".into()), splits: self.split.clone(), ..Reading::strict() };
-        let items = CaptionItem::by_image(reading.captions(&[path])?.items);
+        let Loaded { mut items, report } = reading.captions(&[path])?;
+        check_splits(&self.split, items.iter().filter_map(|item| item.split.as_deref()), &report)?;
+        let is_wanted = |split: &String| self.split.is_empty() || self.split.contains(split);
+        items.retain(|item| item.split.as_ref().is_none_or(is_wanted));
+        let items = CaptionItem::by_image(items);
         let references: References = items.into_iter().map(|item| (item.id, item.captions)).collect();
         check(path, &references)?;
         Ok(references)

@@ -7,11 +7,11 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::{Value, json};
 use xvlm::data::Place;
-use xvlm::data::annotations::{GroundingItem, Reading};
+use xvlm::data::annotations::{GroundingItem, Loaded, Reading};
 use xvlm::metrics::boxes::{BoxScores, contains, refer_iou};
 
 use super::read::{self, Item};
-use super::{Common, count, percent};
+use super::{Common, check_splits, count, percent};
 use crate::output::{CliError, Rows};
 
 /// Phrases: boxes with an IoU of at least 0.5 with the truth, mean IoU, and points inside the truth, over all and by split
@@ -62,7 +62,8 @@ impl Grounding {
     pub(super) fn run(self) -> Result<(), CliError> {
         // The images themselves are not opened.
         let reading = Reading { images: Some("/".into()), splits: self.split.clone(), ..Reading::strict() };
-        let phrases = reading.grounding(&self.refs)?.items;
+        let Loaded { items: phrases, report } = reading.grounding(&self.refs)?;
+        check_splits(&self.split, phrases.iter().filter_map(|phrase| phrase.split.as_deref()), &report)?;
         if phrases.is_empty() {
             return Err(read::wrong(&self.refs[0], Place::Whole, "references", "at least one phrase", "none"));
         }

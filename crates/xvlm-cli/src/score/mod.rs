@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use serde_json::Value;
+use xvlm::data::annotations::{Reason, Report};
 use xvlm::data::{DataError, Place};
 use xvlm::metrics::MetricsError;
 
@@ -141,7 +142,7 @@ fn names(ids: &[&str]) -> String {
 }
 
 #[derive(Serialize)]
-struct Report<'a, T> {
+struct Told<'a, T> {
     task: &'static str,
     refs: &'a [PathBuf],
     hyps: &'a Path,
@@ -169,7 +170,7 @@ impl Common {
         if let Some(path) = &self.each {
             output::write(path, &serde_json::to_vec(&each())?)?;
         }
-        let report = Report { task, refs, hyps: &self.hyps, scores, coverage };
+        let report = Told { task, refs, hyps: &self.hyps, scores, coverage };
         output::print(self.json, &report, |report| {
             let mut rows = rows(&report.scores);
             for (name, number) in [("missing", report.coverage.missing), ("of others", report.coverage.unknown)] {
@@ -179,6 +180,21 @@ impl Common {
             }
             table(&rows)
         })
+    }
+}
+
+/// Refuses splits that are asked for where no item says which split it is of; `told` has what items that were read say.
+pub(crate) fn check_splits<'a>(
+    splits: &[String],
+    mut told: impl Iterator<Item = &'a str>,
+    report: &Report,
+) -> Result<(), CliError> {
+    match splits.is_empty() || told.next().is_some() || report.count(Reason::OtherSplit) > 0 {
+        true => Ok(()),
+        false => {
+            let (expected, found) = ("items that say which split they are of", "none that does".to_owned());
+            Err(CliError::Option { option: "--split", expected, found })
+        }
     }
 }
 

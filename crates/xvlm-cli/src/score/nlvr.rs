@@ -7,7 +7,7 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::{Value, json};
 use xvlm::data::Place;
-use xvlm::metrics::nlvr::{NlvrScores, balanced};
+use xvlm::metrics::nlvr::{BiasScores, NlvrScores, balanced, sentence};
 
 use super::read::{self, Item, Once};
 use super::{Common, count, percent};
@@ -30,16 +30,22 @@ pub(super) struct Nlvr {
 struct Scores {
     #[serde(flatten)]
     all: NlvrScores,
-    /// Of pairs of images that occur more than once: those with both labels.
-    balanced: NlvrScores,
-    /// Those with one label.
-    unbalanced: NlvrScores,
+    #[serde(flatten)]
+    bias: BiasScores,
 }
 
 struct Example {
     id: String,
     images: [String; 2],
+    words: String,
     label: bool,
+}
+
+impl Example {
+    /// What the examples of one sentence share, if it is known.
+    fn told(&self) -> Option<[&str; 3]> {
+        sentence(&self.id, Path::new(&self.images[0]), &self.words)
+    }
 }
 
 impl Nlvr {
@@ -51,30 +57,21 @@ impl Nlvr {
         let coverage = self.common.pairing("examples", "identifier").compare(asked, given)?;
 
         let predictions: HashMap<&str, bool> = predictions.iter().map(|(id, label)| (id.as_str(), *label)).collect();
-        let pairs: Vec<_> = examples
-            .iter()
-            .map(|Example { images: [left, right], label, .. }| ((left.as_str(), right.as_str()), *label))
-            .collect();
         // Of all examples, whether predicted or not.
-        let balance = balanced(&pairs);
-        let judged: Vec<(&str, bool, Option<bool>)> = examples
-            .iter()
-            .zip(balance)
-            .filter_map(|(example, balance)| {
-                let prediction = predictions.get(example.id.as_str())?;
-                Some((example.id.as_str(), *prediction == example.label, balance))
-            })
-            .collect();
-        let of = |wanted: Option<bool>| {
-            let wanted = judged.iter().filter(move |(.., balance)| *balance == wanted);
-            NlvrScores::new(wanted.map(|&(id, right, _)| (id, right)))
-        };
+        let balance = balanced(&examples.iter().map(|example| (&example.images, example.label)).collect::<Vec<_>>());
+        let judged = examples.iter().zip(balance).filter_map(|(example, balance)| {
+            let right = *predictions.get(example.id.as_str())? == example.label;
+            Some((example, right, balance))
+        });
+        let judged: Vec<(&Example, bool, Option<bool>)> = judged.collect();
+        let of_sentences: Vec<_> =
+            judged.iter().map(|&(example, right, balance)| (example.told(), right, balance)).collect();
         let scores = Scores {
-            all: NlvrScores::new(judged.iter().map(|&(id, right, _)| (id, right))),
-            balanced: of(Some(true)),
-            unbalanced: of(Some(false)),
+            all: NlvrScores::new(of_sentences.iter().map(|&(sentence, right, _)| (sentence, right))),
+            bias: BiasScores::new(&of_sentences),
         };
-        let each = || judged.iter().map(|(id, right, _)| json!({"identifier": id, "right": right})).collect();
+        let each =
+            || judged.iter().map(|(example, right, _)| json!({"identifier": example.id, "right": right})).collect();
         self.common.print("nlvr", std::slice::from_ref(&self.refs), scores, coverage, each, rows)
     }
 }
@@ -124,7 +121,8 @@ fn read_example(item: &Item<'_>, number: usize) -> Result<Example, CliError> {
     };
     // Without addresses no pair of images is known to be another.
     let images = if images.iter().all(String::is_empty) { [id.clone(), String::new()] } else { images };
-    Ok(Example { id, images, label })
+    let words = item.text_or_empty("sentence")?.to_owned();
+    Ok(Example { id, images, words, label })
 }
 
 fn truth(text: &str) -> Option<bool> {
@@ -159,7 +157,8 @@ fn read_predictions(path: &Path) -> Result<Vec<(String, bool)>, CliError> {
 
 fn rows(scores: &Scores) -> Rows {
     let mut rows = Rows::new();
-    for (name, scores) in [("", &scores.all), ("balanced: ", &scores.balanced), ("unbalanced: ", &scores.unbalanced)] {
+    let Scores { all, bias: BiasScores { balanced, unbalanced } } = scores;
+    for (name, scores) in [("", all), ("balanced: ", balanced), ("unbalanced: ", unbalanced)] {
         if scores.count > 0 {
             rows.push(percent(format!("{name}accuracy"), scores.accuracy));
             rows.extend(scores.consistency.map(|consistency| percent(format!("{name}consistency"), consistency)));

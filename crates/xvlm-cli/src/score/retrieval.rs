@@ -7,11 +7,11 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use xvlm::data::Place;
-use xvlm::data::annotations::Reading;
+use xvlm::data::annotations::{Loaded, Reading};
 use xvlm::metrics::retrieval::RetrievalScores;
 
 use super::read::{self, Fields};
-use super::{Common, Coverage, count, percent};
+use super::{Common, Coverage, check_splits, count, percent};
 use crate::output::{CliError, Rows};
 
 /// The longest ranking that a recall looks at.
@@ -71,7 +71,8 @@ impl Retrieval {
     pub(super) fn run(self) -> Result<(), CliError> {
         // The images themselves are not opened.
         let reading = Reading { images: Some("/".into()), splits: self.split.clone(), ..Reading::strict() };
-        let items = reading.retrieval(&self.refs)?.items;
+        let Loaded { items, report } = reading.retrieval(&self.refs)?;
+        check_splits(&self.split, items.iter().filter_map(|item| item.split.as_deref()), &report)?;
         let mut texts: Vec<(String, &str)> = Vec::new();
         for item in &items {
             for _ in &item.captions {

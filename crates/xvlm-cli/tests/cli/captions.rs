@@ -60,7 +60,7 @@ fn captions_are_evaluated() {
     let dir = dir.path();
     text(dir, "synth --out data --scenes 4 --seed 5");
     let scores = json(dir, "eval captioning --model model --data data --out answers --batch-size 3 --max-tokens 6");
-    for key in ["bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider", "right"] {
+    for key in ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "right"] {
         assert!(scores[key].as_f64().is_some_and(|score| score >= 0.0), "{key}: {scores}");
     }
     assert_eq!(scores["captions"], 4);

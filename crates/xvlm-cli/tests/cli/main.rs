@@ -526,7 +526,7 @@ fn bad_data_and_configurations_are_refused() {
     refused(
         dir,
         "eval grounding --model model --data data",
-        &["data/grounding.json", "expected 192 x 192", "found 200 x 192"],
+        &["data/images/000000.png: size: expected 200 x 192 pixels", "found 192 x 192"],
     );
     fs::write(dir.join("data/grounding.json"), &grounding[..grounding.len() / 2]).unwrap();
     refused(dir, "eval grounding --model model --data data", &["data/grounding.json"]);

@@ -44,12 +44,16 @@ pub struct Evaluation {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct CaptionScores {
     /// BLEU-1.
+    #[serde(rename = "bleu_1")]
     pub bleu1: f64,
     /// BLEU-2.
+    #[serde(rename = "bleu_2")]
     pub bleu2: f64,
     /// BLEU-3.
+    #[serde(rename = "bleu_3")]
     pub bleu3: f64,
     /// BLEU-4.
+    #[serde(rename = "bleu_4")]
     pub bleu4: f64,
     /// ROUGE-L.
     pub rouge_l: f64,
@@ -199,7 +203,7 @@ pub fn evaluate(
 /// checked against what is true, too.
 ///
 /// # Errors
-/// As [`evaluate`], and if the two files are not about the same pictures.
+/// As [`evaluate_scenes`], and if `captions.json` cannot be read, has a broken item, or has none.
 pub fn evaluate_folder(
     model: &Model,
     data: &Path,
@@ -207,24 +211,35 @@ pub fn evaluate_folder(
     batch: usize,
     sweep: &mut Sweep,
 ) -> Result<Evaluation, TaskError> {
-    let (file, scenes) = (data.join("captions.json"), data.join("scenes.json"));
-    let items = some(read_captions(&file)?, data, "captions.json")?;
+    let file = "captions.json";
+    let items = some(read_captions(data.join(file))?, data, file)?;
+    evaluate_scenes(model, items, data, writing, batch, sweep)
+}
+
+/// Evaluates on the images of `captions.json` of a folder that are given; if there is `scenes.json`, the descriptions are checked
+/// against what is true, too.
+///
+/// # Errors
+/// As [`evaluate`], and if there is `scenes.json` without the scene of an image.
+pub fn evaluate_scenes(
+    model: &Model,
+    items: Vec<CaptionItem>,
+    data: &Path,
+    writing: &Writing,
+    batch: usize,
+    sweep: &mut Sweep,
+) -> Result<Evaluation, TaskError> {
+    let scenes = data.join("scenes.json");
     if !scenes.exists() {
         return evaluate(model, items, writing, batch, sweep);
     }
     let truths = read_scenes(&scenes)?;
-    let problem = |message: String| ConfigProblem { file: scenes.display().to_string(), message };
-    if items.len() != truths.len() {
-        let (expected, found) = (items.len(), truths.len());
-        let message = format!("expected {expected} scenes, one for each image of {}, found {found}", file.display());
-        return Err(problem(message).into());
-    }
-    if let Some((item, scene)) = items.iter().zip(&truths).find(|(item, scene)| item.id != scene.id.to_string()) {
-        let message = format!("expected scene {}, as in {}, found {}", item.id, file.display(), scene.id);
-        return Err(problem(message).into());
+    let truths: BTreeMap<String, _> = truths.iter().map(|scene| (scene.id.to_string(), scene)).collect();
+    if let Some(item) = items.iter().find(|item| !truths.contains_key(&item.id)) {
+        let message = format!("expected the scene of each image, found none of image {}", item.id);
+        return Err(ConfigProblem { file: scenes.display().to_string(), message }.into());
     }
     let mut done = evaluate(model, items, writing, batch, sweep)?;
-    let truths: BTreeMap<String, _> = truths.iter().map(|scene| (scene.id.to_string(), scene)).collect();
     let check = |(item, written): (&CaptionItem, &Written)| {
         truths.get(&item.id).map(|scene| check_caption(scene, &written.text)).unwrap_or_default()
     };

@@ -9,7 +9,9 @@ use serde::Serialize;
 use xvlm_data::{TextTokenizer, pre_caption};
 use xvlm_encoders::Task;
 
-pub use evaluate::{CaptionScores, Evaluation, TruthScores, evaluate, evaluate_folder, with_references, write_results};
+pub use evaluate::{
+    CaptionScores, Evaluation, TruthScores, evaluate, evaluate_folder, evaluate_scenes, with_references, write_results,
+};
 pub use scst::{Drawn, Reward, Rewarded, Scst, documents};
 
 use crate::error::{ConfigProblem, TaskError};

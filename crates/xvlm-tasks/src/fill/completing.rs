@@ -8,7 +8,7 @@ use xvlm_kernels as kernels;
 use super::phrase::Phrase;
 use super::{Completing, Completion};
 use crate::BATCH;
-use crate::error::TaskError;
+use crate::error::{ConfigProblem, TaskError};
 use crate::model::{ImageTokens, Model};
 
 /// A model whose language head is asked for words.
@@ -180,6 +180,7 @@ impl<'a> Filler<'a> {
 
     fn fitted(&self, text: &str, phrase: &Phrase, pieces: usize) -> Result<Phrase, TaskError> {
         phrase.check_fit(self.model, text, pieces)?;
+        check_choices(text, phrase, self.search)?;
         let mut phrase = phrase.clone();
         phrase.fit(self.model.config().max_tokens, pieces);
         Ok(phrase)
@@ -317,6 +318,38 @@ pub(super) fn longest(phrase: &Phrase, search: Completing) -> usize {
     phrase.blanks() + search.pieces.max(1) - 1
 }
 
+/// The most choices of lengths that are followed for one phrase: each is asked about on its own.
+const CHOICES: u128 = 4096;
+
+/// Refuses a phrase with more choices of [`lengths`] than can be followed.
+pub(super) fn check_choices(text: &str, phrase: &Phrase, search: Completing) -> Result<(), TaskError> {
+    let (blanks, pieces) = (phrase.blanks(), search.pieces.max(1));
+    let found = choices(blanks, pieces - 1);
+    match found <= CHOICES {
+        true => Ok(()),
+        false => {
+            let message = format!(
+                "expected at most {CHOICES} ways to share out word pieces, found more, with {blanks} blanks and up to {pieces} \
+                 pieces in each"
+            );
+            Err(ConfigProblem { file: format!("phrase {text:?}"), message }.into())
+        }
+    }
+}
+
+/// How many [`lengths`] there are: `blanks` out of `blanks + more`; no more than the first number above [`CHOICES`] that is met.
+fn choices(blanks: usize, more: usize) -> u128 {
+    let (few, many) = (blanks.min(more) as u128, blanks.max(more) as u128);
+    let mut choices = 1;
+    for i in 1..=few {
+        choices = choices * (many + i) / i;
+        if choices > CHOICES {
+            break;
+        }
+    }
+    choices
+}
+
 /// Numbers of pieces for each of some blanks: one each, and at most `more` beyond that in all.
 fn lengths(blanks: usize, more: usize) -> Vec<Vec<usize>> {
     let mut choices = vec![Vec::new()];
@@ -353,6 +386,10 @@ mod tests {
         assert_eq!(lengths(1, 2), [vec![1], vec![2], vec![3]]);
         assert_eq!(lengths(2, 1), [vec![1, 1], vec![1, 2], vec![2, 1]]);
         assert_eq!(lengths(3, 3).len(), 20);
+        for (blanks, more) in [(1, 0), (1, 9), (3, 3), (5, 2), (2, 7)] {
+            assert_eq!(choices(blanks, more), lengths(blanks, more).len() as u128);
+        }
+        assert!(choices(40, 9) > CHOICES && choices(usize::MAX, usize::MAX) > CHOICES);
         assert_eq!((place(&[2, 1], 1), place(&[2, 1], 2)), ((0, 1), (1, 0)));
     }
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::completing::{Filler, Open, Proposals, longest};
+use super::completing::{Filler, Open, Proposals, check_choices, longest};
 use super::phrase::{self, Phrase};
 use super::{Completing, Completion};
 use crate::error::TaskError;
@@ -96,7 +96,8 @@ pub(super) fn check(model: &Model, exercise: &Exercise, search: Completing) -> R
     let answered: usize = answers.iter().map(Vec::len).sum();
     // The other blanks are filled as answered while one is looked at.
     let looked_at = answered + longest(&phrase, search);
-    phrase.check_fit(model, &exercise.text, looked_at)
+    phrase.check_fit(model, &exercise.text, looked_at)?;
+    check_choices(&exercise.text, &phrase, search)
 }
 
 /// Grades exercises, each given with the row of `images` it is about. An answer is accepted if its probability, the other

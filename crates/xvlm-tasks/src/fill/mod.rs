@@ -20,7 +20,7 @@ use xvlm_data::annotations::FillItem;
 use xvlm_data::text_key;
 use xvlm_metrics::fill::FillScores;
 
-use self::completing::{Filler, Open, longest};
+use self::completing::{Filler, Open, check_choices, longest};
 pub use self::exercises::{ExerciseItem, Graded, grade_all, read_exercises};
 pub use self::grading::{Exercise, Grade, GradedBlank, Proposal, grade};
 use self::phrase::Phrase;
@@ -79,7 +79,7 @@ impl Completion {
 /// (two underscores or more) or `[MASK]`.
 ///
 /// # Errors
-/// If a phrase has no blank or its blanks are too far apart, or the model is made for another task.
+/// If a phrase has no blank, its blanks are too far apart or too many for so many pieces, or the model is made for another task.
 pub fn fill(
     model: &Model,
     images: &ImageTokens,
@@ -135,7 +135,10 @@ pub fn evaluate(
     // Five are scored.
     let search = Completing { top: search.top.max(5), ..search };
     let problem = |item: &FillItem| {
-        let fits = |phrase: &Phrase| phrase.check_fit(model, &item.text, longest(phrase, search));
+        let fits = |phrase: &Phrase| {
+            phrase.check_fit(model, &item.text, longest(phrase, search))?;
+            check_choices(&item.text, phrase, search)
+        };
         let read = Phrase::read(model, &item.text).and_then(|phrase| fits(&phrase).map(|()| phrase.blanks()));
         let blanks = match read {
             Ok(blanks) => blanks,

@@ -9,7 +9,7 @@ use xvlm_encoders::{Attention, Concepts, Pass, Task, VisionConfig, Xvlm};
 use xvlm_kernels::{self as kernels, Cover};
 use xvlm_train::Losses;
 
-use super::{GroundingScores, check_size};
+use super::{GroundingScores, check};
 use crate::BATCH;
 use crate::align::{Alignment, BoxTargets};
 use crate::config::Objective;
@@ -182,7 +182,7 @@ fn boxes<'a>(
 }
 
 /// Finds the box of each phrase, and scores it. An item whose image cannot be opened, or has another size than its annotation
-/// says, is left out.
+/// says, or whose phrase has no word, is left out.
 ///
 /// # Errors
 /// If the model is made for another task, there are no items, or as [`Sweep::run`].
@@ -195,7 +195,7 @@ pub fn evaluate(
     model.fit_for("boxes", MADE_FOR)?;
     let work = Work { name: "boxes", options: json!(null), batch: options.batch };
     let ask = |images: &ImageTokens, texts: &[(u32, &str)]| ground(model, images, texts);
-    let (items, answers, left_out) = super::ask(sweep, &work, model, &items, check_size, ask)?.split(items);
+    let (items, answers, left_out) = super::ask(sweep, &work, model, &items, check, ask)?.split(items);
     let scores = GroundingScores::of(&items, boxes(&items, &answers, options.as_original).map(Some));
     Ok(Evaluation { items, answers, scores, left_out })
 }

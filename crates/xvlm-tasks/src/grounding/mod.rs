@@ -17,12 +17,13 @@ use std::path::Path;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use xvlm_data::annotations::GroundingItem;
-use xvlm_data::{DataError, Picture, Place};
+use xvlm_data::{DataError, Picture, Place, pre_caption};
 use xvlm_metrics::boxes::{BoxScores, refer_iou};
 
 use crate::error::TaskError;
+use crate::grouped::Grouped;
 use crate::model::{ImageTokens, Model};
-use crate::sweep::{Answers, Item, LeftOut, Sweep, Work};
+use crate::sweep::{Answers, Item, Sweep, Work};
 
 impl Item for GroundingItem {
     fn image(&self) -> &Path {
@@ -62,8 +63,9 @@ impl GroundingScores {
     }
 }
 
-/// Refuses a picture of another size than the item says: its box is of another picture.
-fn check_size(item: &GroundingItem, picture: &Picture) -> Result<(), DataError> {
+/// Refuses a phrase without a word, and a picture of another size than the item says: its box is of another picture.
+fn check(item: &GroundingItem, picture: &Picture) -> Result<(), DataError> {
+    pre_caption(&item.text, usize::MAX)?;
     let (found, expected) = ((picture.width(), picture.height()), (item.width, item.height));
     match found == expected {
         true => Ok(()),
@@ -86,16 +88,6 @@ fn ask<A: Serialize + DeserializeOwned>(
     check: impl Fn(&GroundingItem, &Picture) -> Result<(), DataError> + Sync,
     ask: impl Fn(&ImageTokens, &[(u32, &str)]) -> Result<Vec<A>, TaskError>,
 ) -> Result<Answers<A>, TaskError> {
-    let mut order: Vec<usize> = (0..items.len()).collect();
-    order.sort_by_key(|&place| items[place].image_index);
-    let together: Vec<GroundingItem> = order.iter().map(|&place| items[place].clone()).collect();
-    let answers = sweep.by_image(work, model, &together, check, ask)?;
-    let mut given: Vec<Option<A>> = items.iter().map(|_| None).collect();
-    for (&place, answer) in order.iter().zip(answers.given) {
-        given[place] = answer;
-    }
-    let mut left_out: Vec<LeftOut> =
-        answers.left_out.into_iter().map(|out| LeftOut { item: order[out.item], ..out }).collect();
-    left_out.sort_by_key(|out| out.item);
-    Ok(Answers { given, left_out })
+    let grouped = Grouped::by(items, |item| item.image_index);
+    Ok(grouped.undo(sweep.by_image(work, model, &grouped.apply(items), check, ask)?))
 }

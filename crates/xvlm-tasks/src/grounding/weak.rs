@@ -10,8 +10,8 @@ use xvlm_data::annotations::GroundingItem;
 use xvlm_data::{DataError, Picture};
 use xvlm_metrics::boxes::{BoxScores, contains};
 
+use super::GroundingScores;
 use super::heat::{HeatMap, Layers, MADE_FOR, StretchedHeat, heat_maps};
-use super::{GroundingScores, check_size};
 use crate::BATCH;
 use crate::error::TaskError;
 use crate::model::{ImageTokens, Model};
@@ -84,7 +84,8 @@ pub struct WeakEvaluation {
 }
 
 /// Finds what each phrase is about, and scores it. If any item has proposals, boxes are chosen among those, and items that have
-/// none are left out, as are those whose image cannot be opened, or has another size than its annotation says.
+/// none are left out, as are those whose image cannot be opened, or has another size than its annotation says, and phrases
+/// without a word.
 ///
 /// # Errors
 /// If the model is made for another task or has no such layer, there are no items, or as [`Sweep::run`].
@@ -98,7 +99,7 @@ pub fn evaluate_weakly(
     options.layers.of(&model.config().model.text_config)?;
     let proposals = items.iter().any(|item| !item.proposals.is_empty());
     let check = |item: &GroundingItem, picture: &Picture| {
-        check_size(item, picture)?;
+        super::check(item, picture)?;
         match proposals && item.proposals.iter().all(|bbox| !has_area(bbox)) {
             true => Err(DataError::MissingText {
                 origin: format!("{}, reference {}", item.image.display(), item.ref_id),

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 use xvlm_data::annotations::{Loaded, NlvrItem, Reading};
 use xvlm_data::{DataError, Picture, pre_caption};
-use xvlm_metrics::nlvr::NlvrScores;
+use xvlm_metrics::nlvr::{BiasScores, NlvrScores, balanced, sentence};
 
 use super::judge;
 use crate::error::TaskError;
@@ -40,6 +40,8 @@ pub struct Evaluation {
     pub answers: Vec<f32>,
     /// How right this is.
     pub scores: NlvrScores,
+    /// The same of statements about pairs that others are about, too.
+    pub bias: BiasScores,
     /// The statements that could not be judged.
     pub left_out: Vec<LeftOut>,
 }
@@ -69,9 +71,20 @@ pub fn evaluate(
     let work = Work { name: "nlvr", options: Value::Null, batch: options.batch };
     let name = |item: &NlvrItem| json!([item.images, item.sentence]).to_string();
     let answers = sweep.run(&work, &grouped.apply(&items), name, |items| judge_items(model, items))?;
-    let (items, answers, left_out) = grouped.undo(answers).split(items);
-    let scores = score(&items, &answers);
-    Ok(Evaluation { items, answers, scores, left_out })
+    let answers = grouped.undo(answers);
+    // Of all statements, whether they could be judged or not.
+    let balance = balanced(&items.iter().map(|item| (&item.images, item.label)).collect::<Vec<_>>());
+    let balance =
+        balance.into_iter().zip(&answers.given).filter(|(_, given)| given.is_some()).map(|(balance, _)| balance);
+    let balance: Vec<Option<bool>> = balance.collect();
+    let (items, answers, left_out) = answers.split(items);
+    let judged = items.iter().zip(&answers).zip(balance).map(|((item, &probability), balance)| {
+        (sentence(&item.id, &item.images[0], &item.sentence), is_true(probability) == item.label, balance)
+    });
+    let judged: Vec<_> = judged.collect();
+    let scores = NlvrScores::new(judged.iter().map(|&(sentence, right, _)| (sentence, right)));
+    let bias = BiasScores::new(&judged);
+    Ok(Evaluation { items, answers, scores, bias, left_out })
 }
 
 /// Opens each image of some statements, encodes it once, and judges those statements of which both images can be opened and the
@@ -116,37 +129,8 @@ fn judge_items(model: &Model, items: &[&NlvrItem]) -> Result<Vec<Result<f32, Dat
     Ok(checked.into_iter().filter_map(|checked| checked.map(|()| judged.next()).transpose()).collect())
 }
 
-/// Scores of judgements; two statements that say one sentence have one [`sentence_key`].
-fn score(items: &[NlvrItem], probabilities: &[f32]) -> NlvrScores {
-    let mut sentences: HashMap<String, usize> = HashMap::new();
-    let numbered = items.iter().enumerate().map(|(number, item)| {
-        let next = sentences.len();
-        let sentence = *sentences.entry(sentence_key(item)).or_insert(next);
-        // An identifier as NLVR2 has them: the third part is the pair's, the others are the sentence's.
-        format!("list-0-{number}-{sentence}")
-    });
-    let numbered: Vec<String> = numbered.collect();
-    let right = items.iter().zip(probabilities).map(|(item, &probability)| is_true(probability) == item.label);
-    NlvrScores::new(numbered.iter().map(String::as_str).zip(right))
-}
-
 fn is_true(probability: f32) -> bool {
     probability > 0.5
-}
-
-/// What the statements share that say one sentence of several pairs. Of an identifier as NLVR2 has them, `dev-850-2-1`, all but the
-/// third part, which is the number of the pair (as in the official evaluation). Of a list without identifiers, the sentence, and
-/// the set of images that the name of an image file tells, `dev-850-2-img0.png`.
-fn sentence_key(item: &NlvrItem) -> String {
-    let parts: Vec<&str> = item.id.split('-').collect();
-    if let [split, set, _, sentence] = parts.as_slice() {
-        return json!([split, set, sentence]).to_string();
-    }
-    let stem = item.images[0].file_stem().unwrap_or_default().to_string_lossy();
-    match stem.split('-').collect::<Vec<_>>().as_slice() {
-        [split, set, _, image] if image.starts_with("img") => json!([split, set, item.sentence]).to_string(),
-        _ => json!([item.sentence]).to_string(),
-    }
 }
 
 /// Writes judgements as the official evaluation of NLVR2 reads them: `IDENTIFIER,True` or `IDENTIFIER,False`, one a line.

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use xvlm_data::annotations::{Loaded, Reading, VqaItem};
-use xvlm_data::{DataError, pre_caption};
+use xvlm_data::{DataError, Picture, pre_caption};
 use xvlm_metrics::vqa::{ExactScores, VqaScores, consensus};
 
 use super::{AnswerList, Ranking, answer, rank_answers};
@@ -98,7 +98,7 @@ pub fn test_items(task: &VqaTask, strict: bool) -> Result<Loaded<VqaItem>, DataE
 }
 
 /// Answers questions, whether the data set has answers or not, and scores those to which it has. Each image is encoded once for
-/// all questions about it.
+/// all questions about it. Left out are questions whose image cannot be opened, and those without a word.
 ///
 /// # Errors
 /// If there are no questions, the model is made for another task, or as [`Sweep::run`].
@@ -121,7 +121,8 @@ pub fn evaluate(
     };
     let grouped = Grouped::by(&items, |item| item.image.clone());
     let ask = |images: &ImageTokens, questions: &[(u32, &str)]| given(model, images, questions, &options.answering);
-    let answers = sweep.by_image(&work, model, &grouped.apply(&items), |_, _| Ok(()), ask)?;
+    let check = |item: &VqaItem, _: &Picture| pre_caption(&item.question, usize::MAX).map(drop);
+    let answers = sweep.by_image(&work, model, &grouped.apply(&items), check, ask)?;
     let (items, answers, left_out) = grouped.undo(answers).split(items);
     Ok(Evaluation { scores: Scores::new(&items, &answers)?, items, answers, left_out })
 }

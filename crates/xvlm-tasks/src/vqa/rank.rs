@@ -41,7 +41,7 @@ impl Default for Ranking {
 /// An answer of a list, ranked for a question.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ranked {
-    /// Its number in the list.
+    /// Its number in [`AnswerList::texts`], or among the answers that [`rank`] was given.
     pub answer: u32,
     /// Its probability among those that were ranked.
     pub probability: f32,
