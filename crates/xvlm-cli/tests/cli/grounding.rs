@@ -83,7 +83,11 @@ fn the_built_in_world_is_scored() {
     assert_eq!((&chosen["proposals"], &chosen["count"]), (&json!(true), &boxes["count"]));
     write(dir, "dets.json", &json!({"0": [[0, 0, 96, 192]]}));
     let few = "eval grounding --model model --data data --weak --proposals dets.json --max-bad-fraction";
-    refused(dir, &format!("{few} 0.1"), &[" are broken, more than 10.0 %", "expected boxes of a detector to choose from"]);
+    refused(
+        dir,
+        &format!("{few} 0.1"),
+        &[" are broken, more than 10.0 %", "expected boxes of a detector to choose from"],
+    );
     let scored = json(dir, &format!("{few} 0.9"));
     assert_eq!(
         scored["left_out"].as_array().unwrap().len() as u64 + scored["count"].as_u64().unwrap(),
