@@ -235,7 +235,7 @@ fn questions_of_a_data_set() {
     assert_eq!(results.as_array().unwrap().len(), 4);
 
     let error = vqa::evaluate(&model, items, &options, &mut Sweep::new(&mut |_, _| {})).unwrap_err().to_string();
-    assert!(error.contains("1 of 3 are broken") && error.contains("broken.png"), "{error}");
+    assert!(error.contains("1 of 5 are broken") && error.contains("broken.png"), "{error}");
     let none = vqa::evaluate(&model, Vec::new(), &options, &mut Sweep::new(&mut |_, _| {})).unwrap_err();
     assert_eq!(none.to_string(), "questions: expected at least one item, found none");
 }
