@@ -12,6 +12,7 @@ use xvlm::tasks::sweep::LeftOut;
 use xvlm::{Completing, Completion, Exercise, Grade, Picture, View};
 
 use crate::ModelArgs;
+use crate::eval::share;
 use crate::output::{self, CliError, Rows, table};
 use crate::predict::percent;
 use crate::progress::Stage;
@@ -50,7 +51,7 @@ pub(crate) struct Fill {
     #[arg(long, requires = "file")]
     resume: bool,
     /// Share of exercises of --file that may be left out because they are broken; they are counted and named
-    #[arg(long, value_name = "SHARE", default_value_t = 1.0, requires = "file")]
+    #[arg(long, value_name = "SHARE", default_value_t = 1.0, requires = "file", value_parser = share)]
     max_bad_fraction: f64,
     /// Number of completions to propose
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
