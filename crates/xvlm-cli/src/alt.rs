@@ -12,11 +12,10 @@ use xvlm::alt::{
 };
 use xvlm::{Picture, Predictor, Written};
 
-use crate::ModelArgs;
 use crate::caption::WritingArgs;
-use crate::fill::share;
 use crate::output::{self, CliError, say};
 use crate::progress::Stage;
+use crate::{ModelArgs, share};
 
 /// Write alternative texts: descriptions of pictures for those who do not see them
 #[derive(Args)]
@@ -57,7 +56,7 @@ struct DescribeArgs {
     #[arg(long)]
     plain: bool,
     /// Descriptions of which the model is less sure (0 to 1) are reported, but not written
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share::<f32>)]
     min_confidence: f32,
     /// Print the result as JSON
     #[arg(long)]

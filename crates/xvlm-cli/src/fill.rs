@@ -11,13 +11,12 @@ use xvlm::tasks::fill::{self, ACCEPT, Graded, LONGER};
 use xvlm::tasks::sweep::LeftOut;
 use xvlm::{Completing, Completion, Exercise, Grade, Picture, View};
 
-use crate::ModelArgs;
-use crate::eval::share;
 use crate::output::{self, CliError, Rows, table};
 use crate::predict::percent;
 use crate::progress::Stage;
 use crate::ranks::{self, RanksArgs};
 use crate::signals;
+use crate::{ModelArgs, share};
 
 /// Fill in the blanks of a phrase about a picture, or grade what somebody else filled in
 ///
@@ -51,7 +50,7 @@ pub(crate) struct Fill {
     #[arg(long, requires = "file")]
     resume: bool,
     /// Share of exercises of --file that may be left out because they are broken; they are counted and named
-    #[arg(long, value_name = "SHARE", default_value_t = 1.0, requires = "file", value_parser = share)]
+    #[arg(long, value_name = "SHARE", default_value_t = 1.0, requires = "file", value_parser = share::<f64>)]
     max_bad_fraction: f64,
     /// Number of completions to propose
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
@@ -63,21 +62,16 @@ pub(crate) struct Fill {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     pieces: Option<u8>,
     /// How much less likely, before the picture is asked, each word piece beyond one for every word makes a completion (0 to 1)
-    #[arg(long, value_name = "FACTOR", default_value_t = LONGER, value_parser = share)]
+    #[arg(long, value_name = "FACTOR", default_value_t = LONGER, value_parser = share::<f32>)]
     longer: f32,
     /// An answer is accepted if it is at least this share as likely as the likeliest completion (0 to 1)
-    #[arg(long, value_name = "SHARE", default_value_t = ACCEPT, value_parser = share)]
+    #[arg(long, value_name = "SHARE", default_value_t = ACCEPT, value_parser = share::<f32>)]
     accept: f32,
     #[command(flatten)]
     ranks: RanksArgs,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
-}
-
-pub(crate) fn share(text: &str) -> Result<f32, String> {
-    let share = text.parse().ok().filter(|share: &f32| (0.0..=1.0).contains(share));
-    share.ok_or_else(|| format!("expected a number from 0 to 1, found {text}"))
 }
 
 /// What was found out about one picture.

@@ -32,6 +32,7 @@ mod synth;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
 use xvlm::{Bundled, Device, Predictor};
@@ -150,6 +151,12 @@ impl ModelArgs {
     fn name(&self) -> String {
         self.model.as_ref().map_or_else(|| "built in".to_owned(), |dir| dir.display().to_string())
     }
+}
+
+/// A share, from 0 to 1.
+fn share<T: FromStr + PartialOrd + From<u8>>(text: &str) -> Result<T, String> {
+    let share = text.parse().ok().filter(|share| (T::from(0)..=T::from(1)).contains(share));
+    share.ok_or_else(|| format!("expected a number from 0 to 1, found {text}"))
 }
 
 fn main() -> ExitCode {

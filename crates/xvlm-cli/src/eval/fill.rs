@@ -10,8 +10,8 @@ use xvlm::tasks::fill::{self, Completing, LONGER};
 
 use super::reading::Aside;
 use super::{Common, count, percent};
-use crate::fill::share;
 use crate::output::{CliError, Rows};
+use crate::share;
 
 /// Words for blanks: the right one first, or among the first five, in percent
 #[derive(Args)]
@@ -23,7 +23,7 @@ pub(crate) struct Fill {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
     words: u8,
     /// How much less likely, before the picture is asked, each word piece beyond one for every word makes a completion (0 to 1)
-    #[arg(long, value_name = "FACTOR", default_value_t = LONGER, value_parser = share)]
+    #[arg(long, value_name = "FACTOR", default_value_t = LONGER, value_parser = share::<f32>)]
     longer: f32,
     #[command(flatten)]
     common: Common,

@@ -25,11 +25,11 @@ pub(crate) use self::grounding::{grounding_rows, pointing_rows};
 pub(crate) use self::nlvr::statement_rows;
 pub(crate) use self::retrieval::retrieval_rows;
 pub(crate) use self::vqa::question_rows;
-use crate::ModelArgs;
 use crate::output::{self, CliError, Rows, table};
 use crate::progress::Stage;
 use crate::ranks::RanksArgs;
 use crate::signals;
+use crate::{ModelArgs, share};
 
 /// Score a model on annotated pictures
 ///
@@ -76,19 +76,13 @@ pub(super) struct Common {
     #[arg(long, requires = "out")]
     resume: bool,
     /// Share of broken items that may be left out of the scores; they are counted and named
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share::<f64>)]
     max_bad_fraction: f64,
     #[command(flatten)]
     ranks: RanksArgs,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
-}
-
-/// A share, from 0 to 1.
-pub(crate) fn share(text: &str) -> Result<f64, String> {
-    let share = text.parse().ok().filter(|share: &f64| (0.0..=1.0).contains(share));
-    share.ok_or_else(|| format!("expected a number from 0 to 1, found {text}"))
 }
 
 /// Which data.
