@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use xvlm_data::{Picture, TextTokenizer, pre_caption};
 use xvlm_encoders::{Attention, Parameters, Pass, Task, Xvlm, XvlmConfig};
 use xvlm_weights::{LoadRules, ModelFiles, ModelFolder, StoredType};
@@ -61,6 +62,7 @@ pub struct Model {
     xvlm: Xvlm,
     tokenizer: TextTokenizer,
     device: Device,
+    fingerprint: String,
 }
 
 /// Images after the vision encoder: patch tokens `[N, 1+L, C]`. Whatever is asked about them, they are encoded once.
@@ -136,8 +138,9 @@ impl Model {
     ) -> candle_core::Result<Self> {
         let weights = weights.into_iter().map(|(name, tensor)| Ok((name, tensor.to_dtype(DType::F32)?)));
         let weights = weights.collect::<candle_core::Result<HashMap<String, Tensor>>>()?;
+        let fingerprint = fingerprint(&weights)?;
         let xvlm = Xvlm::new(&config.model, VarBuilder::from_tensors(weights, DType::F32, device))?;
-        Ok(Self { config, xvlm, tokenizer, device: device.clone() })
+        Ok(Self { config, xvlm, tokenizer, device: device.clone(), fingerprint })
     }
 
     /// Writes a model folder, atomically.
@@ -158,6 +161,11 @@ impl Model {
     /// What `config.json` holds.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// What tells the weights from others: training changes it. It is the digest of the first numbers of each tensor.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
     }
 
     /// The network.
@@ -299,6 +307,19 @@ impl Model {
         let pass = Pass::inference();
         Source::images(images)?.look_at(index, |looks| self.xvlm.fuse(text, mask, looks, attention, &pass))
     }
+}
+
+/// SHA-256 of the names and the first numbers of tensors, in 16 digits.
+fn fingerprint(weights: &HashMap<String, Tensor>) -> candle_core::Result<String> {
+    const NUMBERS: usize = 64;
+    let mut digest = Sha256::new();
+    for (name, tensor) in weights.iter().collect::<BTreeMap<_, _>>() {
+        digest.update(name);
+        let numbers = tensor.flatten_all()?;
+        let numbers = numbers.narrow(0, 0, NUMBERS.min(numbers.elem_count()))?.to_vec1::<f32>()?;
+        numbers.iter().for_each(|number| digest.update(number.to_le_bytes()));
+    }
+    Ok(digest.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Checks that a model has room for every word of a tokenizer and for the longest text.

@@ -171,7 +171,7 @@ impl Common {
             let stop = signals::asked_to_stop()?;
             Stage::run(stage, |counter| {
                 let (folder, resume, max_bad_fraction) = (self.out.clone(), self.resume, self.max_bad_fraction);
-                let about = json!({"model": self.model.name(), "data": data});
+                let about = json!({"weights": predictor.model().fingerprint(), "data": data});
                 let ranks = Arc::clone(&ranks);
                 let mut sweep = Sweep { folder, resume, about, stop, ranks, max_bad_fraction, counter };
                 work(predictor.model(), &mut sweep).map_err(CliError::from)

@@ -48,6 +48,13 @@ fn answers_come_from_a_list() {
     assert_eq!(json(dir, &format!("{ranked} --k-test 5 --out ranked --resume")), scores);
     refused(dir, &format!("{ranked} --k-test 6 --out ranked --resume"), &["vqa.jsonl", "expected 6", "found 5"]);
     refused(dir, &format!("{eval} --as-original"), &["--answers", "found none"]);
+    // The answers are those of these weights, wherever they lie.
+    fs::rename(dir.join("model"), dir.join("moved")).unwrap();
+    let moved = ranked.replace("--model model", "--model moved");
+    assert_eq!(json(dir, &format!("{moved} --k-test 5 --out ranked --resume"))["right"], scores["right"]);
+    let other = "eval vqa --data data --answers data/answer_list.json --k-test 5 --out ranked --resume";
+    refused(dir, other, &["vqa.jsonl", "about.weights"]);
+    fs::rename(dir.join("moved"), dir.join("model")).unwrap();
 
     // A configuration's files, as well as a folder's.
     let preset = "eval vqa --model model --preset scenes-vqa --set task.test_file=[data/vqa.json] --set task.vqa_root=data \
