@@ -9,19 +9,26 @@ use xvlm::train::{MetricsRow, read_metrics};
 
 use super::{sizes, stderr, text};
 
-/// `xvlm pretrain` on two ranks.
-fn pretrain(dir: &Path, arguments: &str) -> Output {
+/// `xvlm` on two ranks.
+fn on_two(dir: &Path, arguments: &str) -> Output {
     let mut command = Command::new("mpirun");
     command.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2"]);
-    command.arg(env!("CARGO_BIN_EXE_xvlm")).args(["pretrain", "--config", "tiny.yaml"]);
-    command.current_dir(dir).args(arguments.split_whitespace()).output().expect("mpirun is installed")
+    command.arg(env!("CARGO_BIN_EXE_xvlm")).args(arguments.split_whitespace());
+    command.current_dir(dir).output().expect("mpirun is installed")
+}
+
+fn pretrain(dir: &Path, arguments: &str) -> Output {
+    on_two(dir, &format!("pretrain --config tiny.yaml {arguments}"))
+}
+
+/// What rank 0 prints. The other prints nothing: this would be no document otherwise.
+fn told(output: &Output) -> serde_json::Value {
+    assert!(output.status.success(), "{}", stderr(output));
+    serde_json::from_slice(&output.stdout).unwrap()
 }
 
 fn trained(dir: &Path, arguments: &str) -> serde_json::Value {
-    let output = pretrain(dir, &format!("{arguments} --json"));
-    assert!(output.status.success(), "{}", stderr(&output));
-    // Rank 0 alone prints: this would be no document otherwise.
-    serde_json::from_slice(&output.stdout).unwrap()
+    told(&pretrain(dir, &format!("{arguments} --json")))
 }
 
 fn copy(from: &Path, to: &Path) {
@@ -76,4 +83,21 @@ fn two_ranks_train_save_and_go_on() {
         "{}",
         stderr(&output)
     );
+}
+
+#[test]
+fn two_ranks_evaluate_and_fine_tune() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    text(dir, "synth --out data --scenes 40 --seed 5");
+    // More than a batch, so that each rank has something to do.
+    let eval = "eval nlvr --data data --json --out";
+    let alone: serde_json::Value = serde_json::from_str(&text(dir, &format!("{eval} alone"))).unwrap();
+    let shared = told(&on_two(dir, &format!("{eval} shared")));
+    assert_eq!((&shared["accuracy"], &shared["count"]), (&alone["accuracy"], &alone["count"]));
+    let lines = |file: &str| fs::read_to_string(dir.join(file)).unwrap().lines().count();
+    assert!(lines("shared/nlvr.jsonl") > 2 && lines("shared/nlvr.1.jsonl") > 2);
+    let tuned = "finetune nlvr --preset scenes-nlvr2 --built-in --set task.train_file=[data/nlvr.json] \
+                 --set task.image_root=data --set train.iterations=2 --set data.batch_size=4 --out run --json";
+    assert_eq!(told(&on_two(dir, tuned))["model"], "run/model");
 }

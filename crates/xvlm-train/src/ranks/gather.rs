@@ -51,7 +51,8 @@ impl Gather {
             let source = format!("expected {} rows, found shape {:?}", self.rows[rank], tensor.dims()).into();
             return Err(TrainError::Ranks { rank, operation: "all-gather", source });
         }
-        if self.rows.len() == 1 {
+        // MPI has no messages without numbers.
+        if self.rows.len() == 1 || most == 0 {
             return Ok(tensor.clone());
         }
         let padded = tensor.detach().pad_with_zeros(0, 0, most - self.rows[rank]).and_then(|rows| rows.contiguous());
