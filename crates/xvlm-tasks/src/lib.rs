@@ -51,6 +51,11 @@ const BATCH: usize = 32;
 /// What is told while a data set is worked through: how many of how many items are done.
 pub type Counter<'a> = &'a mut dyn FnMut(usize, usize);
 
+/// An identifier as result files have it: a number if it is one, as in all published files.
+fn json_id(id: &str) -> serde_json::Value {
+    id.parse::<u64>().ok().filter(|number| number.to_string() == id).map_or_else(|| id.into(), Into::into)
+}
+
 /// The items of a file of a folder, if there are any.
 fn some<T>(items: Vec<T>, data: &Path, file: &str) -> Result<Vec<T>, TaskError> {
     match items.is_empty() {

@@ -32,6 +32,26 @@ impl Default for Search {
 }
 
 impl Search {
+    /// The first value that is out of its range: its name, what was expected and what was found.
+    pub(crate) fn problem(&self) -> Option<(&'static str, String, String)> {
+        let Self { beams, min_tokens, max_tokens, repetition_penalty: penalty, .. } = *self;
+        let least = || "at least 1".to_owned();
+        let is_positive = penalty > 0.0 && penalty.is_finite();
+        [
+            (beams > 0, "beams", least(), beams.to_string()),
+            (max_tokens > 0, "max_tokens", least(), max_tokens.to_string()),
+            (
+                min_tokens <= max_tokens,
+                "min_tokens",
+                format!("at most max_tokens ({max_tokens})"),
+                min_tokens.to_string(),
+            ),
+            (is_positive, "repetition_penalty", "a positive number".to_owned(), penalty.to_string()),
+        ]
+        .into_iter()
+        .find_map(|(holds, field, expected, found)| (!holds).then_some((field, expected, found)))
+    }
+
     /// For answers, which may be one word.
     pub fn answers() -> Self {
         Self { beams: 1, min_tokens: 1, max_tokens: 10, ..Self::default() }

@@ -16,6 +16,7 @@ use xvlm_weights::write_file_atomically;
 use super::{Writing, caption};
 use crate::error::{ConfigProblem, TaskError};
 use crate::generate::Written;
+use crate::json_id;
 use crate::model::Model;
 use crate::some;
 use crate::sweep::{LeftOut, Sweep, Work};
@@ -254,9 +255,8 @@ pub fn evaluate_scenes(
 /// # Errors
 /// If the file cannot be written.
 pub fn write_results(path: &Path, items: &[CaptionItem], answers: &[Written]) -> Result<(), TaskError> {
-    let id = |id: &str| id.parse::<u64>().ok().filter(|n| n.to_string() == id).map_or(json!(id), Value::from);
-    let results =
-        items.iter().zip(answers).map(|(item, written)| json!({"image_id": id(&item.id), "caption": written.text}));
+    let results = items.iter().zip(answers);
+    let results = results.map(|(item, written)| json!({"image_id": json_id(&item.id), "caption": written.text}));
     let results = Value::Array(results.collect()).to_string();
     Ok(write_file_atomically(path, |out| out.write_all(results.as_bytes()))?)
 }

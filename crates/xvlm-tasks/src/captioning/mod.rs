@@ -39,21 +39,13 @@ impl Writing {
     /// # Errors
     /// Which is out of its range.
     fn check(&self) -> Result<(), TaskError> {
-        let Search { beams, min_tokens, max_tokens, repetition_penalty, .. } = self.search;
-        let problem = |field: &str, expected: String, found: String| {
-            Err(ConfigProblem { file: field.to_owned(), message: format!("expected {expected}, found {found}") }.into())
-        };
-        if beams == 0 || max_tokens == 0 {
-            let field = if beams == 0 { "beams" } else { "max_tokens" };
-            return problem(field, "at least 1".to_owned(), "0".to_owned());
+        match self.search.problem() {
+            None => Ok(()),
+            Some((field, expected, found)) => {
+                let message = format!("expected {expected}, found {found}");
+                Err(ConfigProblem { file: field.to_owned(), message }.into())
+            }
         }
-        if min_tokens > max_tokens {
-            return problem("min_tokens", format!("at most max_tokens ({max_tokens})"), min_tokens.to_string());
-        }
-        if !(repetition_penalty > 0.0 && repetition_penalty.is_finite()) {
-            return problem("repetition_penalty", "a positive number".to_owned(), repetition_penalty.to_string());
-        }
-        Ok(())
     }
 }
 

@@ -325,11 +325,10 @@ fn check_files(train_file: &[PathBuf], test_file: &[PathBuf], trains: bool) -> R
 
 fn check_writing(prompt: &str, search: &Search) -> Result<(), String> {
     ensure(!prompt.trim().is_empty(), "prompt", "at least one word", "none")?;
-    at_least_one(&[("search.beams", search.beams as u64), ("search.max_tokens", search.max_tokens as u64)])?;
-    let expected = format!("at most max_tokens ({})", search.max_tokens);
-    ensure(search.min_tokens <= search.max_tokens, "search.min_tokens", &expected, search.min_tokens)?;
-    let penalty = search.repetition_penalty;
-    ensure(penalty > 0.0 && penalty.is_finite(), "search.repetition_penalty", "a positive number", penalty)
+    match search.problem() {
+        None => Ok(()),
+        Some((field, expected, found)) => ensure(false, &format!("search.{field}"), &expected, found),
+    }
 }
 
 macro_rules! own {

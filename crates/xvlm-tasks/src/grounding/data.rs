@@ -8,6 +8,7 @@ use xvlm_data::annotations::{GroundingItem, Loaded, Reading, Reason, Report, rea
 
 use crate::error::{ConfigProblem, SweepProblem, TaskError};
 use crate::finetune::{BboxTask, WeakGroundingTask};
+use crate::json_id;
 use crate::some;
 
 /// The files of references of RefCOCO, RefCOCO+ and RefCOCOg, by the splits they are of.
@@ -165,14 +166,9 @@ pub fn write_results(
         #[serde(skip_serializing_if = "Option::is_none")]
         point: Option<[f32; 2]>,
     }
-    // Identifiers are numbers in all published files.
-    let id = |id: &str| match id.parse::<u64>() {
-        Ok(number) if number.to_string() == id => json!(number),
-        _ => json!(id),
-    };
     let mut text = String::from("[");
     for (i, (item, (bbox, point))) in items.iter().zip(found).enumerate() {
-        let entry = json!(Entry { ref_id: id(&item.ref_id), bbox, point });
+        let entry = json!(Entry { ref_id: json_id(&item.ref_id), bbox, point });
         text += &format!("{}{entry}", if i == 0 { "\n" } else { ",\n" });
     }
     text += "\n]\n";

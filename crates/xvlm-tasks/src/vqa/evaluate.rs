@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 use xvlm_data::annotations::{Loaded, Reading, VqaItem};
 use xvlm_data::{DataError, Picture, pre_caption};
 use xvlm_metrics::vqa::{ExactScores, VqaScores, consensus};
@@ -14,6 +14,7 @@ use super::{AnswerList, Ranking, answer, rank_answers};
 use crate::error::TaskError;
 use crate::finetune::VqaTask;
 use crate::grouped::Grouped;
+use crate::json_id;
 use crate::model::{ImageTokens, Model};
 use crate::search::Search;
 use crate::sweep::{Item, LeftOut, Sweep, Work};
@@ -192,12 +193,11 @@ pub fn write_results(evaluation: &Evaluation, out: &mut dyn Write) -> std::io::R
             let found = format!("question_id: expected one of its own, found {id:?} again");
             return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, found));
         }
-        let number = id.parse::<u64>().ok().filter(|number| number.to_string() == *id);
-        if number.is_none() {
+        let number = json_id(id);
+        if !number.is_number() {
             first.get_or_insert_with(|| id.clone());
         }
-        let id = number.map_or_else(|| Value::from(id.as_str()), Value::from);
-        results.push(json!({ "question_id": id, "answer": given.text }));
+        results.push(json!({ "question_id": number, "answer": given.text }));
     }
     serde_json::to_writer(&mut *out, &results)?;
     writeln!(out)?;
