@@ -265,16 +265,25 @@ struct Rounded {
 }
 
 impl Rounded {
-    /// To the nearest of 255 steps between a row's greatest number and its negative.
+    /// To the nearest of 255 steps between a row's greatest number and its negative. A row with a number that is not finite has
+    /// a scale of NaN.
     fn of(weight: &[f32], inputs: usize) -> Self {
         let mut bytes = vec![0; weight.len()];
         let rows = bytes.par_chunks_exact_mut(inputs).zip(weight.par_chunks_exact(inputs));
-        let scales = rows.map(|(out, row)| {
-            let greatest = row.iter().fold(0f32, |top, w| top.max(w.abs()));
-            // A row of zeros has any scale.
-            let scale = if greatest > 0.0 { greatest / 127.0 } else { 1.0 };
-            out.iter_mut().zip(row).for_each(|(out, w)| *out = (w / scale).round_ties_even() as i8);
-            scale
+        let scales = rows.map(|(bytes, row)| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    let Range { least, greatest } = Range::of(row);
+                    let scale = greatest.max(-least) / 127.0 + 0.0 * (greatest - least);
+                    // A row of zeros has any scale.
+                    let (scale, steps) = if scale == 0.0 { (1.0, 0.0) } else { (scale, 1.0 / scale) };
+                    for (byte, &w) in bytes.iter_mut().zip(row) {
+                        *byte = (w * steps).round_ties_even() as i32 as i8;
+                    }
+                    scale
+                },
+            )
         });
         Self { scales: scales.collect(), bytes }
     }
@@ -288,6 +297,8 @@ impl Rounded {
 
 /// Rows that a thread rounds at a time.
 const ROWS: usize = 16;
+/// Numbers that are compared side by side.
+const LANES: usize = 64;
 
 /// Rows as unsigned bytes (in signed ones), with scale and zero of each. A row with a number that is not finite has a scale of
 /// NaN.
@@ -308,25 +319,40 @@ fn quantised(x: &[f32], width: usize) -> (Vec<i8>, Vec<(f32, i32)>) {
 
 #[inline(always)]
 fn quantise(x: &[f32], bytes: &mut [i8]) -> (f32, i32) {
-    const LANES: usize = 16;
-    let (mut least, mut greatest, mut nothing) = ([0f32; LANES], [0f32; LANES], [0f32; LANES]);
-    for x in x.chunks(LANES) {
-        for (i, &x) in x.iter().enumerate() {
-            least[i] = if x < least[i] { x } else { least[i] };
-            greatest[i] = if x > greatest[i] { x } else { greatest[i] };
-            // NaN if a number is not finite.
-            nothing[i] += 0.0 * x;
-        }
-    }
-    let least = least.iter().fold(0f32, |a, b| a.min(*b));
-    let greatest = greatest.iter().fold(0f32, |a, b| a.max(*b));
-    let scale = (greatest - least) / 255.0 + nothing.iter().sum::<f32>();
+    let Range { least, greatest } = Range::of(x);
+    let scale = (greatest - least) / 255.0;
     let steps = if scale > 0.0 { 1.0 / scale } else { 0.0 };
     let zero = (-least * steps).round_ties_even();
     for (byte, &x) in bytes.iter_mut().zip(x) {
         *byte = (x.mul_add(steps, zero).round_ties_even().clamp(0.0, 255.0) as i32 as u8).cast_signed();
     }
     (scale, zero as i32)
+}
+
+/// The least and the greatest of some numbers and 0; NaN if one of them is not finite.
+struct Range {
+    least: f32,
+    greatest: f32,
+}
+
+impl Range {
+    #[inline(always)]
+    fn of(x: &[f32]) -> Self {
+        let (mut least, mut greatest, mut nothing) = ([0f32; LANES], [0f32; LANES], [0f32; LANES]);
+        let (blocks, rest) = x.as_chunks::<LANES>();
+        let mut last = [0f32; LANES];
+        last[..rest.len()].copy_from_slice(rest);
+        for x in blocks.iter().chain([&last]) {
+            for i in 0..LANES {
+                least[i] = if x[i] < least[i] { x[i] } else { least[i] };
+                greatest[i] = if x[i] > greatest[i] { x[i] } else { greatest[i] };
+                nothing[i] += 0.0 * x[i];
+            }
+        }
+        let nothing = nothing.iter().sum::<f32>();
+        let least = least.iter().fold(0f32, |a, b| a.min(*b)) + nothing;
+        Self { least, greatest: greatest.iter().fold(0f32, |a, b| a.max(*b)) + nothing }
+    }
 }
 
 #[cfg(test)]
@@ -478,13 +504,18 @@ mod tests {
 
     #[test]
     fn numbers_that_are_not_finite_are_not_lost() {
-        let packed = PackedLinear::new(&random(&[3, 20], 1), None, PackedWeights::Int8).unwrap();
+        let forward = |x: Tensor, weight: Tensor| {
+            let packed = PackedLinear::new(&weight, None, PackedWeights::Int8).unwrap();
+            numbers(&packed.forward(&x, Epilogue::Nothing).unwrap())
+        };
         for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let mut x = vec![0.5f32; 40];
-            x[27] = poison;
-            let y = packed.forward(&Tensor::from_vec(x, (2, 20), &Device::Cpu).unwrap(), Epilogue::Nothing).unwrap();
-            let y = numbers(&y);
+            let mut poisoned = vec![0.5f32; 40];
+            poisoned[27] = poison;
+            let poisoned = Tensor::from_vec(poisoned, (2, 20), &Device::Cpu).unwrap();
+            let y = forward(poisoned.clone(), random(&[3, 20], 1));
             assert!(y[..3].iter().all(|y| y.is_finite()) && y[3..].iter().all(|y| !y.is_finite()), "{y:?}");
+            let y = forward(random(&[3, 20], 1), poisoned);
+            assert!(y.iter().enumerate().all(|(i, y)| y.is_finite() == (i % 2 == 0)), "{y:?}");
         }
     }
 
