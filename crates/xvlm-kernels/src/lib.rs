@@ -7,7 +7,7 @@
 //! - on NVIDIA GPUs (feature `cuda`), our own kernels over `f32`, `bf16` or `f16`, likewise with arithmetic in `f32`;
 //! - for every other type and device, candle's own differentiable operations.
 //!
-//! None of them ever drops a gradient, but for [`cached_attention`], which has none and says so; and each gives the same bits in every run on one machine: sums have one order, which
+//! None of them ever drops a gradient, but for [`cached_attention`] and [`window_attention_with`], which have none and say so; and each gives the same bits in every run on one machine: sums have one order, which
 //! the number of threads does not change.
 //!
 //! Errors are [`candle_core::Error`]s; a wrong shape is a [`KernelError`] wrapped in one.
@@ -31,6 +31,7 @@ mod linear;
 mod norm;
 mod optim;
 mod packed;
+mod patches;
 mod path;
 mod pool;
 pub mod process;
@@ -59,9 +60,10 @@ pub use linear::{gelu_linear, linear, linear_without_bias};
 pub use norm::{add_layer_norm, layer_norm};
 pub use optim::{AdamW, Update, adamw_step, round_into};
 pub use packed::{Epilogue, PackedLinear, PackedWeights};
+pub use patches::{merge_patches, split_patches};
 pub use pool::{Cover, patch_pool};
 pub use resize::resize_bicubic;
 pub use scaled::scale_gradient;
 pub use softmax::{log_softmax, softmax};
 pub use tape::{Gradients, Tape};
-pub use window::{WindowShape, window_attention};
+pub use window::{WindowBias, WindowShape, window_attention, window_attention_with};

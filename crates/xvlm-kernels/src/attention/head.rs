@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use pulp::Arch;
 
+use super::Instructions;
 use super::softmax::{Softmax, SoftmaxBackward};
 use crate::dropout::Part;
 use crate::host::Disjoint;
@@ -111,6 +112,9 @@ pub(crate) enum Bias<'a> {
     Pairs { table: Rows<'a>, regions: Option<(&'a [u8], Rows<'a>)> },
 }
 
+/// Most scores of a tile, unless that is one vector wide: what stays in the nearest caches.
+const SCORES: usize = 1 << 14;
+
 /// Sizes of a head's attention.
 #[derive(Clone, Copy)]
 pub(crate) struct Extent {
@@ -127,32 +131,31 @@ impl Extent {
     }
 
     /// The distance between rows of the scratch.
-    fn stride(&self) -> usize {
+    pub(super) fn stride(&self) -> usize {
         self.width.next_multiple_of(LANES)
     }
 
     /// Most vectors of queries in a tile: four of them fill the registers of a product; fewer where the scores of many keys
-    /// would not stay in a cache.
-    fn tile_vectors(&self) -> usize {
-        const SCORES: usize = 1 << 14;
-        (SCORES / (LANES * self.keys.max(1))).clamp(1, 4)
+    /// would be more than `most`.
+    fn tile_vectors(&self, most: usize) -> usize {
+        (most / (LANES * self.keys.max(1))).clamp(1, 4)
     }
 
     /// Most queries of a tile, padded to whole vectors.
-    fn tile(&self) -> usize {
-        self.queries.div_ceil(LANES).min(self.tile_vectors()) * LANES
+    pub(super) fn tile(&self, most: usize) -> usize {
+        self.queries.div_ceil(LANES).min(self.tile_vectors(most)) * LANES
     }
 
     /// The queries, cut into tiles of about equal size.
-    fn tiles(&self) -> impl DoubleEndedIterator<Item = Range<usize>> + use<> {
+    pub(super) fn tiles(&self, most: usize) -> impl DoubleEndedIterator<Item = Range<usize>> + use<> {
         let (queries, vectors) = (self.queries, self.queries.div_ceil(LANES));
-        let count = vectors.div_ceil(self.tile_vectors());
+        let count = vectors.div_ceil(self.tile_vectors(most));
         let end = move |tile: usize| (vectors * tile / count * LANES).min(queries);
         (0..count).map(move |tile| end(tile)..end(tile + 1))
     }
 
     /// How many keys, from the first on, any of these queries sees.
-    fn seen(&self, queries: &Range<usize>) -> usize {
+    pub(super) fn seen(&self, queries: &Range<usize>) -> usize {
         self.causal.map_or(self.keys, |past| self.keys.min(past + queries.end))
     }
 }
@@ -166,18 +169,41 @@ thread_local! {
     static SCRATCH: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
 }
 
-/// Lends `work` a scratch of this thread.
-pub(crate) fn with_scratch<R>(extent: &Extent, backward: bool, work: impl FnOnce(&mut Scratch) -> R) -> R {
+/// Lends `work` memory of this thread: so many numbers, or more.
+pub(super) fn lend<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
     let mut memory = SCRATCH.take();
-    let len = Scratch::len(extent, backward).div_ceil(LANES);
-    if memory.len() < len {
-        memory.resize(len, Line([0.0; LANES]));
+    if memory.len() * LANES < len {
+        memory.resize(len.div_ceil(LANES), Line([0.0; LANES]));
     }
     // SAFETY: a `Line` is sixteen numbers and nothing else.
     let numbers = unsafe { std::slice::from_raw_parts_mut(memory.as_mut_ptr().cast::<f32>(), memory.len() * LANES) };
-    let result = work(&mut Scratch::new(numbers, extent, backward));
+    let result = work(numbers);
     SCRATCH.set(memory);
     result
+}
+
+/// Lends `work` a scratch of this thread.
+pub(crate) fn with_scratch<R>(extent: &Extent, backward: bool, work: impl FnOnce(&mut Scratch) -> R) -> R {
+    lend(Scratch::len(extent, backward), |numbers| work(&mut Scratch::new(numbers, extent, backward)))
+}
+
+/// Attention of all queries over all keys. Of the probabilities, in the order `[queries, keys]`, `dropped` leaves some.
+pub(crate) fn attend<T: Instructions>(
+    arch: Arch,
+    extent: &Extent,
+    [q, k, v]: [Source<T>; 3],
+    bias: Bias,
+    dropped: Option<Part>,
+    out: Target<T>,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if dropped.is_none() && super::native::fits::<T>(extent) {
+        return super::native::attend(extent, [q, k, v], bias, out);
+    }
+    with_scratch(extent, false, |scratch| {
+        scratch.look_at(arch, k, v);
+        scratch.forward(arch, q, bias, dropped, out);
+    });
 }
 
 /// The rows of a head as the products need them. Rows are `stride` apart, those of scores and of transposes as far as a tile
@@ -205,13 +231,13 @@ pub(crate) struct Scratch<'a> {
 impl<'a> Scratch<'a> {
     /// The numbers of a matrix with a row for each key, of one with a row for each query of a tile, and of scores.
     fn sizes(extent: &Extent) -> [usize; 3] {
-        let (stride, tile) = (extent.stride(), extent.tile());
+        let (stride, tile) = (extent.stride(), extent.tile(SCORES));
         [extent.keys * stride, tile * stride, extent.keys * tile]
     }
 
     fn len(extent: &Extent, backward: bool) -> usize {
         let [keys, queries, scores] = Self::sizes(extent);
-        let forward = 2 * keys + 3 * queries + scores + extent.tile();
+        let forward = 2 * keys + 3 * queries + scores + extent.tile(SCORES);
         forward + if backward { 2 * keys + 2 * queries + scores } else { 0 }
     }
 
@@ -232,7 +258,7 @@ impl<'a> Scratch<'a> {
             q: take(queries),
             q_transposed: take(queries),
             scores: take(scores),
-            scales: take(extent.tile()),
+            scales: take(extent.tile(SCORES)),
             out: take(queries),
             gradient: take(or_none(queries)),
             gradient_transposed: take(or_none(queries)),
@@ -293,18 +319,14 @@ impl<'a> Scratch<'a> {
             );
         }
         if let Some(past) = causal {
-            // A key hides from the queries before it.
-            for (key, row) in scores.chunks_exact_mut(tile).enumerate().skip(past + queries.start) {
-                let before = key - past - queries.start;
-                row[..before.min(tile)].fill(f32::NEG_INFINITY);
-            }
+            hide_later(scores, queries, past);
         }
         arch.dispatch(Softmax { scores, scales: &mut self.scales[..tile] });
     }
 
     /// Attention of these queries over the keys taken in. Of the probabilities, in the order `[queries, keys]`, `dropped` leaves
     /// some.
-    pub(crate) fn forward<T: Real>(
+    pub(super) fn forward<T: Real>(
         &mut self,
         arch: Arch,
         q: Source<T>,
@@ -313,7 +335,7 @@ impl<'a> Scratch<'a> {
         mut out: Target<T>,
     ) {
         let stride = self.stride;
-        for queries in self.extent.tiles() {
+        for queries in self.extent.tiles(SCORES) {
             self.weigh(arch, &queries, q, bias);
             drop(self.scores, &self.extent, &queries, dropped);
             arch.dispatch(Product {
@@ -347,7 +369,7 @@ impl<'a> Scratch<'a> {
     ) {
         let (stride, width) = (self.stride, self.extent.width);
         // From the last on, which sees all keys.
-        for queries in self.extent.tiles().rev() {
+        for queries in self.extent.tiles(SCORES).rev() {
             let (tile, seen) = (padded(&queries), self.extent.seen(&queries));
             self.weigh(arch, &queries, q, bias);
             arch.dispatch(
@@ -418,6 +440,15 @@ impl<'a> Scratch<'a> {
     }
 }
 
+/// Hides, in scores stored key by key, each key from the queries before it.
+pub(super) fn hide_later(scores: &mut [f32], queries: &Range<usize>, past: usize) {
+    let tile = padded(queries);
+    for (key, row) in scores.chunks_exact_mut(tile).enumerate().skip(past + queries.start) {
+        let before = key - past - queries.start;
+        row[..before.min(tile)].fill(f32::NEG_INFINITY);
+    }
+}
+
 /// Drops some of the numbers of these queries, stored key by key.
 fn drop(values: &mut [f32], extent: &Extent, queries: &Range<usize>, dropped: Option<Part>) {
     let Some(part) = dropped else { return };
@@ -428,6 +459,6 @@ fn drop(values: &mut [f32], extent: &Extent, queries: &Range<usize>, dropped: Op
 }
 
 /// Queries of a tile, with those that fill its last vector.
-fn padded(queries: &Range<usize>) -> usize {
+pub(super) fn padded(queries: &Range<usize>) -> usize {
     queries.len().next_multiple_of(LANES)
 }

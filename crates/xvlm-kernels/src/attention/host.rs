@@ -4,15 +4,16 @@ use candle_core::{Result, Tensor};
 use pulp::Arch;
 use rayon::prelude::*;
 
+use super::Instructions;
 use super::glance::Glance;
-use super::head::{Bias, Extent, Source, Span, Target, with_scratch};
+use super::head::{Bias, Extent, Source, Span, Target, attend, with_scratch};
 use crate::dropout::{Dropout, Part};
 use crate::graph::{Fresh, differentiable};
 use crate::host::{Disjoint, read, written};
 use crate::real::Real;
 use crate::simd::max;
 
-pub(super) fn self_attention<T: Real>(
+pub(super) fn self_attention<T: Instructions>(
     qkv: &Tensor,
     key_bias: &Tensor,
     heads: usize,
@@ -27,7 +28,7 @@ pub(super) fn self_attention<T: Real>(
     })
 }
 
-pub(super) fn cross_attention<T: Real>(
+pub(super) fn cross_attention<T: Instructions>(
     q: &Tensor,
     kv: &Tensor,
     index: &[u32],
@@ -45,7 +46,7 @@ pub(super) fn cross_attention<T: Real>(
 }
 
 /// [`super::cached_attention`] over a cache `[B, capacity, 2·C]` that holds the new keys and values already.
-pub(super) fn cached_attention<T: Real>(
+pub(super) fn cached_attention<T: Instructions>(
     qkv: &Tensor,
     cache: &Tensor,
     past: usize,
@@ -183,7 +184,7 @@ impl Packed {
         (0..count).into_par_iter().with_min_len(WORTH / (queries * keys * width).max(1) + 1)
     }
 
-    fn forward<T: Real>(&self, queries: &[T], looked_at: &[T], bias: &[f32]) -> Fresh {
+    fn forward<T: Instructions>(&self, queries: &[T], looked_at: &[T], bias: &[f32]) -> Fresh {
         let extent = &self.extent;
         let arch = Arch::new();
         written((self.rows, extent.queries, self.c()), |out: &mut [T]| {
@@ -200,10 +201,7 @@ impl Packed {
                     // To copy the keys would cost more than to look at them where they lie.
                     arch.dispatch(Glance { extent, q, k, v, bias, out });
                 } else {
-                    with_scratch(extent, false, |scratch| {
-                        scratch.look_at(arch, k, v);
-                        scratch.forward(arch, q, Bias::Keys(bias), dropped, out);
-                    });
+                    attend(arch, extent, [q, k, v], Bias::Keys(bias), dropped, out);
                 }
             });
         })

@@ -15,7 +15,19 @@ mod glance;
 mod gpu;
 pub(crate) mod head;
 mod host;
+#[cfg(target_arch = "x86_64")]
+mod native;
 mod softmax;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use native::Instructions;
+
+/// A float type; no other processor's instructions are known here.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) trait Instructions: crate::real::Real {}
+
+#[cfg(not(target_arch = "x86_64"))]
+impl<T: crate::real::Real> Instructions for T {}
 
 pub use decode::{KeyValueCache, cached_attention};
 
@@ -62,7 +74,8 @@ impl Dropped<'_> {
 /// `qkv [B, T, 3·C]` holds queries, keys and values side by side, each with its heads side by side; `key_bias [B, T]` is
 /// added to the scores of every query (0 keeps a key, a large negative number hides it; if all keys of a sequence are hidden,
 /// all are seen alike); with `causal` a position sees itself and what is before it, and nothing else. Returns `[B, T, C]`:
-/// softmax(q·kᵀ / √width + bias) · v of each head (Vaswani et al. 2017, §3.2). The bias gets no gradient.
+/// softmax(q·kᵀ / √width + bias) · v of each head (Vaswani et al. 2017, §3.2). The bias gets no gradient. On a CPU that has
+/// instructions for bf16, a probability of that type is rounded (2⁻⁹ of it) before it weighs a value; without them it stays f32.
 ///
 /// # Errors
 /// On a wrong shape, if `C` is not a multiple of `heads`, or, on a GPU, if a head has more than 128 numbers.

@@ -24,6 +24,10 @@ mod tile;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use blocks::{Multiplier, Native, Panels};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use pack::{numbers, transposed};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use tile::{LANES, Lanes, Steps, first_lanes};
 
 use crate::activation::Curve;
 

@@ -5,22 +5,53 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use super::{APART, WindowShape};
-use crate::attention::head::{Bias, Extent, Scratch, Source, Span, Target, with_scratch};
+use crate::attention::Instructions;
+use crate::attention::head::{Bias, Extent, Scratch, Source, Span, Target, attend, with_scratch};
 use crate::graph::{Fresh, differentiable};
 use crate::host::{Disjoint, read, written};
 use crate::real::Real;
 use crate::simd::product::{LANES, Rows};
 use crate::simd::{add_assign, vectorized};
 
-pub(super) fn window_attention<T: Real>(qkv: &Tensor, bias: &Tensor, shape: WindowShape) -> Result<Tensor> {
+pub(super) fn window_attention<T: Instructions>(qkv: &Tensor, bias: &Tensor, shape: WindowShape) -> Result<Tensor> {
     let (images, _, packed) = qkv.dims3()?;
     let windows = Windows::new(images, bias.dims()[0], packed / 3, shape);
-    let result = windows.forward(&read::<T>(qkv)?, &windows.tables(&read::<T>(bias)?));
+    let result = windows.forward(&read::<T>(qkv)?, &tables::<T>(bias)?);
     differentiable("window_attention", [qkv, bias], result, move |[qkv, bias], _, gradient| {
-        let tables = windows.tables(&read::<T>(bias)?);
+        let tables = tables::<T>(bias)?;
         let (dqkv, dbias) = windows.backward(&read::<T>(qkv)?, &tables, &read::<T>(gradient)?);
         Ok([Some(dqkv.detached()), Some(dbias.detached())])
     })
+}
+
+/// The same with biases that [`tables`] made, for inference.
+pub(super) fn prepared<T: Instructions>(
+    qkv: &Tensor,
+    tables: &[f32],
+    heads: usize,
+    shape: WindowShape,
+) -> Result<Fresh> {
+    let (images, _, packed) = qkv.dims3()?;
+    Ok(Windows::new(images, heads, packed / 3, shape).forward(&read::<T>(qkv)?, tables))
+}
+
+/// Biases `[heads, area, area]` key by key: `[heads, area, stride]`.
+pub(super) fn tables<T: Real>(bias: &Tensor) -> Result<Vec<f32>> {
+    /// Rows of a table that are written together.
+    const KEYS: usize = 16;
+    let (heads, area, _) = bias.dims3()?;
+    let (bias, stride) = (&*read::<T>(bias)?, area.next_multiple_of(LANES));
+    let mut tables = vec![0f32; heads * area * stride];
+    tables.par_chunks_mut(area * stride).zip(bias.par_chunks(area * area)).for_each(|(table, bias)| {
+        for (block, rows) in table.chunks_mut(KEYS * stride).enumerate() {
+            for (query, bias) in bias.chunks_exact(area).enumerate() {
+                for (row, x) in rows.chunks_exact_mut(stride).zip(&bias[block * KEYS..]) {
+                    row[query] = x.widen();
+                }
+            }
+        }
+    });
+    Ok(tables)
 }
 
 /// Items of work that there should be, if there are as many windows and heads: enough for any number of threads.
@@ -99,20 +130,6 @@ impl Windows {
         self.shape.area() * self.stride
     }
 
-    /// The biases key by key, `[heads, area, stride]`.
-    fn tables<T: Real>(&self, bias: &[T]) -> Vec<f32> {
-        let area = self.shape.area();
-        let mut tables = vec![0f32; self.heads * self.table()];
-        tables.par_chunks_mut(self.table()).zip(bias.par_chunks(area * area)).for_each(|(table, bias)| {
-            for (query, row) in bias.chunks_exact(area).enumerate() {
-                for (key, x) in row.iter().enumerate() {
-                    table[key * self.stride + query] = x.widen();
-                }
-            }
-        });
-        tables
-    }
-
     /// The bias of a head in a window (counted over all images).
     fn bias<'a>(&'a self, tables: &'a [f32], window: usize, head: usize) -> Bias<'a> {
         let WindowShape { width, window: side, height, .. } = self.shape;
@@ -147,23 +164,19 @@ impl Windows {
         group * size..(group + 1) * size
     }
 
-    fn forward<T: Real>(&self, qkv: &[T], tables: &[f32]) -> Fresh {
+    fn forward<T: Instructions>(&self, qkv: &[T], tables: &[f32]) -> Fresh {
         let arch = Arch::new();
         let groups = self.groups(self.count());
         written((self.images, self.tokens(), self.c), |out: &mut [T]| {
             let out = Disjoint::new(out);
             (0..self.count() * groups).into_par_iter().for_each(|item| {
                 let window = item / groups;
-                with_scratch(&self.extent, false, |scratch| {
-                    for head in self.group(item % groups, groups) {
-                        let part = |part| Source { values: qkv, span: self.span(window, head, part, 3) };
-                        // SAFETY: inside `out`; a token belongs to one window of its image, and that and a head to one
-                        // item.
-                        let out = unsafe { Target::new(out, self.span(window, head, 0, 1)) };
-                        scratch.look_at(arch, part(1), part(2));
-                        scratch.forward(arch, part(0), self.bias(tables, window, head), None, out);
-                    }
-                });
+                for head in self.group(item % groups, groups) {
+                    let parts = [0, 1, 2].map(|part| Source { values: qkv, span: self.span(window, head, part, 3) });
+                    // SAFETY: inside `out`; a token belongs to one window of its image, and that and a head to one item.
+                    let out = unsafe { Target::new(out, self.span(window, head, 0, 1)) };
+                    attend(arch, &self.extent, parts, self.bias(tables, window, head), None, out);
+                }
             });
         })
     }

@@ -1,5 +1,7 @@
 //! Shifted-window attention with relative-position bias (Swin).
 
+use std::sync::Arc;
+
 use candle_core::{D, Result, Tensor};
 use half::bf16;
 
@@ -26,6 +28,8 @@ pub struct WindowShape {
     pub shift: usize,
 }
 
+const OP: &str = "window_attention";
+
 /// What separates tokens that meet in a window only because of the cyclic shift.
 const APART: f32 = -100.0;
 
@@ -37,7 +41,7 @@ impl WindowShape {
             return Ok(());
         }
         Err(KernelError::Value {
-            op: "window_attention",
+            op: OP,
             argument: "shape",
             expected: "a window that divides the grid, and a shift below the window".into(),
             found: format!("{self:?}"),
@@ -96,13 +100,8 @@ impl WindowShape {
 /// On a wrong shape, a window that does not divide the grid, or, on a GPU, if a head has more than 128 numbers or a window more
 /// than 256 tokens.
 pub fn window_attention(qkv: &Tensor, bias: &Tensor, shape: WindowShape) -> Result<Tensor> {
-    shape.check()?;
-    let (heads, ..) = bias.dims3()?;
-    let (n, _, packed) = qkv.dims3()?;
-    check_shape("window_attention", "bias", bias, &[heads, shape.area(), shape.area()])?;
-    check_shape("window_attention", "qkv", qkv, &[n, shape.height * shape.width, packed])?;
-    head_width("window_attention", packed, 3, heads)?;
-    let path = Path::of("window_attention", &[("qkv", qkv), ("bias", bias)])?;
+    check(qkv, bias.dims(), shape)?;
+    let path = Path::of(OP, &[("qkv", qkv), ("bias", bias)])?;
     if path == Path::Composed {
         return composed(qkv, bias, shape);
     }
@@ -113,6 +112,75 @@ pub fn window_attention(qkv: &Tensor, bias: &Tensor, shape: WindowShape) -> Resu
         Path::HostBf16 => host::window_attention::<bf16>(qkv, bias, shape),
         _ => host::window_attention::<f32>(qkv, bias, shape),
     }
+}
+
+/// The bias of a window attention, laid out once for many passes of inference.
+#[derive(Clone, Debug)]
+pub struct WindowBias(Layout);
+
+#[derive(Clone, Debug)]
+enum Layout {
+    /// Key by key in `f32`, as the CPU adds it, with the sizes it came in.
+    Tables { tables: Arc<[f32]>, shape: [usize; 3] },
+    /// `[heads, window², window²]`
+    Plain(Tensor),
+}
+
+impl WindowBias {
+    /// Of `bias [heads, window², window²]`, as for [`window_attention`]. Later changes of the tensor may not show.
+    ///
+    /// # Errors
+    /// If `bias` has not three dimensions, of which the last two are equal.
+    pub fn new(bias: &Tensor) -> Result<Self> {
+        let (heads, area, _) = bias.dims3()?;
+        let shape = [heads, area, area];
+        check_shape("WindowBias::new", "bias", bias, &shape)?;
+        let bias = bias.detach().contiguous()?;
+        let tables = match Path::for_tensor(&bias) {
+            Path::HostF32 => host::tables::<f32>(&bias)?,
+            Path::HostBf16 => host::tables::<bf16>(&bias)?,
+            _ => return Ok(Self(Layout::Plain(bias))),
+        };
+        Ok(Self(Layout::Tables { tables: tables.into(), shape }))
+    }
+}
+
+/// [`window_attention`] with a bias that was laid out before. For inference only: the result has no history, and nothing gets a
+/// gradient.
+///
+/// # Errors
+/// As [`window_attention`].
+pub fn window_attention_with(qkv: &Tensor, bias: &WindowBias, shape: WindowShape) -> Result<Tensor> {
+    let qkv = &qkv.detach().contiguous()?;
+    let (tables, of_bias) = match &bias.0 {
+        Layout::Plain(bias) => return window_attention(qkv, &bias.detach(), shape),
+        Layout::Tables { tables, shape } => (tables, shape),
+    };
+    check(qkv, of_bias, shape)?;
+    let result = match Path::for_tensor(qkv) {
+        Path::HostF32 => host::prepared::<f32>(qkv, tables, of_bias[0], shape)?,
+        Path::HostBf16 => host::prepared::<bf16>(qkv, tables, of_bias[0], shape)?,
+        _ => {
+            let found = format!("{:?} on {:?}", qkv.dtype(), qkv.device().location());
+            let expected = "f32 or bf16 on the CPU, as the bias".into();
+            return Err(KernelError::Value { op: OP, argument: "qkv", expected, found }.into());
+        }
+    };
+    Ok(result.detached())
+}
+
+/// Fails unless the shapes fit, that of the bias among them.
+fn check(qkv: &Tensor, bias: &[usize], shape: WindowShape) -> Result<()> {
+    shape.check()?;
+    let (n, _, packed) = qkv.dims3()?;
+    let [heads, area] = [bias.first().copied().unwrap_or(0), shape.area()];
+    if bias != [heads, area, area] {
+        let expected = format!("{:?}", [heads, area, area]);
+        return Err(KernelError::Shape { op: OP, argument: "bias", expected, found: bias.to_vec() }.into());
+    }
+    check_shape(OP, "qkv", qkv, &[n, shape.height * shape.width, packed])?;
+    head_width(OP, packed, 3, heads)?;
+    Ok(())
 }
 
 fn composed(qkv: &Tensor, bias: &Tensor, shape: WindowShape) -> Result<Tensor> {

@@ -14,6 +14,7 @@ mod embedding;
 mod linear;
 mod norm;
 mod optim;
+mod patches;
 mod pool;
 mod resize;
 mod softmax;

@@ -53,7 +53,13 @@ fn check_window([n, heads, width]: [usize; 3], shape: WindowShape, scale: f64, s
     check(
         [qkv, bias],
         |[qkv, bias]| plain(qkv, bias, shape),
-        |_, [qkv, bias]| kernels::window_attention(qkv, bias, shape),
+        |_, [qkv, bias]| {
+            let result = kernels::window_attention(qkv, bias, shape)?;
+            let prepared = kernels::window_attention_with(qkv, &kernels::WindowBias::new(bias)?, shape)?;
+            assert_eq!(Array::from(&prepared).values, Array::from(&result).values);
+            assert!(!prepared.track_op());
+            Ok(result)
+        },
     );
 }
 
@@ -74,6 +80,7 @@ proptest! {
 #[test]
 fn wide_windows() {
     check_window([1, 1, 8], WindowShape { height: 14, width: 7, window: 7, shift: 3 }, 1.0, 1);
+    check_window([1, 2, 32], WindowShape { height: 7, width: 7, window: 7, shift: 0 }, 1.0, 3);
     check_window([1, 1, 3], WindowShape { height: 12, width: 12, window: 12, shift: 0 }, 1.0, 2);
 }
 
@@ -92,4 +99,10 @@ fn wrong_shapes_are_named() {
     assert!(found.contains("`bias`") && found.contains("[1, 4, 4]"), "{found}");
     let found = error(&[1, 16, 8], &[2, 4, 4], 4);
     assert!(found.contains("heads"), "{found}");
+    let found = kernels::WindowBias::new(&zeros(&[1, 4, 5])).unwrap_err().to_string();
+    assert!(found.contains("`bias`") && found.contains("[1, 4, 4]"), "{found}");
+    let bias = kernels::WindowBias::new(&zeros(&[1, 4, 4])).unwrap();
+    let shape = WindowShape { height: 4, width: 4, window: 4, shift: 0 };
+    let found = kernels::window_attention_with(&zeros(&[1, 16, 6]), &bias, shape).unwrap_err().to_string();
+    assert!(found.contains("`bias`") && found.contains("[1, 16, 16]"), "{found}");
 }

@@ -24,7 +24,7 @@ unsafe impl<T: Sync> Send for Source<T> {}
 unsafe impl<T: Sync> Sync for Source<T> {}
 
 /// Numbers in a word.
-pub(super) const fn numbers<T>() -> usize {
+pub(crate) const fn numbers<T>() -> usize {
     size_of::<u32>() / size_of::<T>()
 }
 
@@ -176,7 +176,7 @@ unsafe fn transpose<T>(
 
 /// 16 rows become columns: first blocks of four by four, then the places of the blocks.
 #[target_feature(enable = "avx512f")]
-fn transposed(rows: [__m512i; LANES]) -> [__m512i; LANES] {
+pub(crate) fn transposed(rows: [__m512i; LANES]) -> [__m512i; LANES] {
     // Quarter l of `fours[4q + i]` is column 4l + i of the rows from 4q on.
     let mut fours = [_mm512_setzero_si512(); LANES];
     for q in 0..4 {

@@ -14,7 +14,7 @@ pub(super) const ROWS: usize = 14;
 /// Columns of a tile.
 pub(super) const COLUMNS: usize = 2 * LANES;
 /// Sums in a vector.
-pub(super) const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
 /// Where a tile begins and ends.
 #[derive(Clone, Copy)]
@@ -319,6 +319,6 @@ fn activated(curve: Curve, vector: __m512) -> __m512 {
 
 /// The first `count` lanes of a vector.
 #[inline(always)]
-pub(super) fn first_lanes(count: usize) -> __mmask16 {
+pub(crate) fn first_lanes(count: usize) -> __mmask16 {
     if count < LANES { (1 << count) - 1 } else { !0 }
 }
