@@ -165,6 +165,25 @@ impl Bench<'_> {
         Ok(())
     }
 
+    fn patches(&mut self) -> Result<()> {
+        for (res, c) in [(224, 128), (384, 128)] {
+            let side = res / 4;
+            let pixels = self.random(&[1, 3, res, res])?;
+            let moves = |count: usize, bench: &Self| [bench.bytes(2 * count), bench.bytes(4 * count)];
+            let ours = || kernels::split_patches(&pixels, 4);
+            let cut = || pixels.reshape((1, 3, side, 4, side, 4))?.permute([0, 2, 4, 1, 3, 5])?.contiguous();
+            let plain = || cut()?.reshape((1, side * side, 48));
+            self.case(&format!("split patches {res}"), moves(pixels.elem_count(), self), ours, plain)?;
+            let tokens = self.random(&[1, side * side, c])?;
+            let half = side / 2;
+            let ours = || kernels::merge_patches(&tokens, side, side);
+            let cut = || tokens.reshape((1, half, 2, half, 2, c))?.permute([0, 1, 3, 4, 2, 5])?.contiguous();
+            let plain = || cut()?.reshape((1, half * half, 4 * c));
+            self.case(&format!("merge patches {side}x{side}"), moves(tokens.elem_count(), self), ours, plain)?;
+        }
+        Ok(())
+    }
+
     fn attention(&mut self) -> Result<()> {
         for (name, batch, t, causal, dropped) in [
             ("self", TEXTS, WORDS, false, None),
@@ -259,6 +278,7 @@ impl Bench<'_> {
         }
         self.rows()?;
         self.windows()?;
+        self.patches()?;
         self.attention()?;
         self.regions()?;
         self.boxes()?;

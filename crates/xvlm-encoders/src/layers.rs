@@ -219,18 +219,12 @@ impl PatchEmbedding {
 
     /// Pixels `[N, 3, R, R]` → `[N, (R / patch)², width]` in image order.
     pub(crate) fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
-        let (n, channels, height, width) = pixels.dims4()?;
+        let (_, channels, height, width) = pixels.dims4()?;
         let (res, patch) = (self.image_res, self.patch);
         if (channels, height, width) != (3, res, res) {
             candle_core::bail!("pixels: expected shape [_, 3, {res}, {res}], found {:?}", pixels.dims());
         }
-        let side = res / patch;
-        let patches = pixels
-            .to_dtype(self.weight.dtype())?
-            .reshape((n, 3, side, patch, side, patch))?
-            .permute([0, 2, 4, 1, 3, 5])?
-            .contiguous()?
-            .reshape((n, side * side, 3 * patch * patch))?;
+        let patches = kernels::split_patches(&pixels.to_dtype(self.weight.dtype())?, patch)?;
         kernels::linear(&patches, &self.weight.flatten_from(1)?, &self.bias)
     }
 }

@@ -5,7 +5,7 @@
 
 use candle_core::{Device, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
-use xvlm_kernels::{self as kernels, WindowShape};
+use xvlm_kernels::{self as kernels, WindowBias, WindowShape};
 
 use crate::config::{Activation, SwinConfig};
 use crate::layers::{FeedForward, LayerNorm, Linear, PatchEmbedding};
@@ -192,7 +192,7 @@ impl Block {
 
     fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         let qkv = self.qkv.forward(&self.norm1.forward(x)?)?;
-        let attended = kernels::window_attention(&qkv, &self.bias.tensor()?, self.window)?;
+        let attended = self.bias.attend(&qkv, self.window)?;
         let x = self.projection.forward_branch(&attended, x, self.drop_path, pass)?;
         self.feed_forward.forward_branch(&self.norm2.forward(&x)?, &x, self.drop_path, pass)
     }
@@ -207,26 +207,31 @@ impl Block {
 enum PositionBias {
     /// As it is trained: a table `[(2·window − 1)², heads]`, and its row for each pair.
     Table { rows: Tensor, index: Tensor },
-    /// `[heads, window², window²]`.
-    Gathered(Tensor),
+    /// Of all pairs, for inference.
+    Gathered(WindowBias),
 }
 
 impl PositionBias {
-    /// `[heads, window², window²]`.
-    fn tensor(&self) -> Result<Tensor> {
+    /// Attention inside windows, with these biases.
+    fn attend(&self, qkv: &Tensor, window: WindowShape) -> Result<Tensor> {
         match self {
-            Self::Gathered(bias) => Ok(bias.clone()),
-            Self::Table { rows, index } => {
-                let area = index.elem_count().isqrt();
-                rows.index_select(index, 0)?.t()?.contiguous()?.reshape(((), area, area))
-            }
+            Self::Gathered(bias) => kernels::window_attention_with(qkv, bias, window),
+            Self::Table { rows, index } => kernels::window_attention(qkv, &gathered(rows, index)?, window),
         }
     }
 
     fn gather(&mut self) -> Result<()> {
-        *self = Self::Gathered(self.tensor()?);
+        if let Self::Table { rows, index } = self {
+            *self = Self::Gathered(WindowBias::new(&gathered(rows, index)?)?);
+        }
         Ok(())
     }
+}
+
+/// Rows of a table for all pairs: `[heads, window², window²]`.
+fn gathered(rows: &Tensor, index: &Tensor) -> Result<Tensor> {
+    let area = index.elem_count().isqrt();
+    rows.index_select(index, 0)?.t()?.contiguous()?.reshape(((), area, area))
 }
 
 /// For each pair of tokens of a window, the row of the bias table that their offset has.
@@ -255,14 +260,7 @@ impl Merging {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (n, _, c) = x.dims3()?;
-        let half = self.side / 2;
-        // Order of the four, as in the official code: upper left, lower left, upper right, lower right.
-        let joined = x.reshape((n, half, 2, half, 2, c))?.permute([0, 1, 3, 4, 2, 5])?.contiguous()?.reshape((
-            n,
-            half * half,
-            4 * c,
-        ))?;
+        let joined = kernels::merge_patches(x, self.side, self.side)?;
         self.reduction.forward(&self.norm.forward(&joined)?)
     }
 }
