@@ -96,7 +96,7 @@ fn backward(
     Ok((dx.detached(), parameters.detached()))
 }
 
-/// Rows a thread takes at a time; it does not depend on the number of threads, nor then do sums over rows.
+/// Rows a thread takes at a time on the way back; it does not depend on the number of threads, nor then do sums over rows.
 fn rows_at_a_time(width: usize) -> usize {
     ((1 << 14) / width.max(1)).max(32)
 }
@@ -145,7 +145,8 @@ fn forward_on_host<T: Real>(
     let (x, weight, bias) = (&*read::<T>(x)?, &*read::<T>(weight)?, &*read::<T>(bias)?);
     let residual = residual.map(read::<T>).transpose()?;
     let rows = Rows { x, residual: residual.as_deref() };
-    let chunk = rows_at_a_time(width);
+    // So few that the threads end together even where there are no more than 49 rows.
+    let chunk = ((1 << 13) / width).max(8);
     let mut statistics = vec![0f32; x.len() / width * 2];
     let y = written(shape, |out: &mut [T]| {
         let parts = out.par_chunks_mut(chunk * width).zip(statistics.par_chunks_mut(chunk * 2)).enumerate();
