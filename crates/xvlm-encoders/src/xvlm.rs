@@ -166,12 +166,12 @@ impl Xvlm {
         self.match_head.is_some()
     }
 
-    /// Fused texts `[B, T, H]` → `[B, 2]`: logits of not matching and of matching.
+    /// Fused texts `[B, T, H]` → `[B, 2]`: logits of not matching and of matching; `f32` for half types.
     ///
     /// # Errors
     /// On a wrong shape, or if the model has no such head.
     pub fn match_logits(&self, fused: &Tensor) -> Result<Tensor> {
-        self.has(&self.match_head, "a matching head")?.forward(&first(fused)?)
+        wide(&self.has(&self.match_head, "a matching head")?.forward(&first(fused)?)?)
     }
 
     /// Texts fused with whole images `[B, T, H]` → boxes `[B, 4]`, `(cx, cy, w, h)` in fractions of the image; `f32` for half
@@ -183,20 +183,22 @@ impl Xvlm {
         candle_nn::ops::sigmoid(&wide(&self.has(&self.box_head, "a box head")?.forward(&first(fused)?)?)?)
     }
 
-    /// Texts fused with two images `[B, T, H]` → `[B, 2]`: logits of a statement's being false and true.
+    /// Texts fused with two images `[B, T, H]` → `[B, 2]`: logits of a statement's being false and true; `f32` for half
+    /// types.
     ///
     /// # Errors
     /// On a wrong shape, or if the model has no such head.
     pub fn statement_logits(&self, fused: &Tensor) -> Result<Tensor> {
-        self.has(&self.statement_head, "a statement head")?.forward(&first(fused)?)
+        wide(&self.has(&self.statement_head, "a statement head")?.forward(&first(fused)?)?)
     }
 
-    /// Texts fused with two images `[B, T, H]` → `[B, 3]`: logits of being about the first, the second and none of them.
+    /// Texts fused with two images `[B, T, H]` → `[B, 3]`: logits of being about the first, the second and none of
+    /// them; `f32` for half types.
     ///
     /// # Errors
     /// On a wrong shape, or if the model has no such head.
     pub fn assignment_logits(&self, fused: &Tensor) -> Result<Tensor> {
-        self.has(&self.assignment_head, "a text-assignment head")?.forward(&first(fused)?)
+        wide(&self.has(&self.assignment_head, "a text-assignment head")?.forward(&first(fused)?)?)
     }
 
     /// Fused tokens `[.., H]` → logits over the vocabulary `[.., V]`.
