@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::Tensor;
+use candle_core::{IndexOp, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use xvlm_data::TextTensors;
@@ -147,7 +147,7 @@ fn inside(model: &Model, images: &ImageTokens, index: &[u32], boxes: &[[f32; 4]]
         VisionConfig::Swin(_) => {
             let patches = images.0.narrow(1, 1, images.0.dim(1)? - 1)?;
             let mask = Tensor::from_vec(covered.concat(), (boxes.len(), grid * grid), device)?;
-            let pooled = kernels::patch_pool(&patches, index, Cover::Mask(&mask))?.narrow(1, 0, 1)?.squeeze(1)?;
+            let pooled = kernels::patch_pool(&patches, index, Cover::Mask(&mask))?.i((.., 0))?.contiguous()?;
             let most = regions.values().map(Vec::len).max().unwrap_or(0);
             // Where an image has fewer regions, nothing sees what fills the row.
             let filled = regions.values().flat_map(|regions| (0..most).map(|i| regions[i.min(regions.len() - 1)]));
