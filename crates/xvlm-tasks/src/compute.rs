@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use candle_core::{DType, Device};
 use serde::{Deserialize, Serialize};
+use xvlm_kernels::PackedWeights;
 
 use crate::error::{ConfigProblem, TaskError};
 
@@ -34,6 +35,14 @@ impl Precision {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
             Self::Int8 => "int8",
+        }
+    }
+
+    /// What the weights of its layers are kept in.
+    pub(crate) fn packed(self) -> PackedWeights {
+        match self {
+            Self::F32 | Self::Bf16 => PackedWeights::AsGiven,
+            Self::Int8 => PackedWeights::Int8,
         }
     }
 

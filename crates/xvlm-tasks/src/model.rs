@@ -126,10 +126,12 @@ impl Model {
         let (tokenizer, weights) = rayon::join(tokenizer, || read_weights(&config.model, files, &compute));
         let (tokenizer, (weights, fingerprint)) = (tokenizer?, weights?);
         check_texts(&config.model, config.max_tokens, &tokenizer).map_err(|message| ConfigProblem { file, message })?;
-        Ok(Self::build(config, weights, tokenizer, compute, fingerprint)?)
+        let mut model = Self::build(config, weights, tokenizer, compute, fingerprint)?;
+        model.xvlm.pack(model.precision.packed())?;
+        Ok(model)
     }
 
-    /// A model with these weights, in f32.
+    /// A model with these weights, in f32, which it shares with whoever trains them.
     ///
     /// # Errors
     /// If a parameter is missing or has another shape.
