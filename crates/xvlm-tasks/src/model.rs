@@ -1,6 +1,6 @@
 //! A trained model, opened for use.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use xvlm_data::{Picture, TextTokenizer, pre_caption};
 use xvlm_encoders::{Attention, Blueprint, Parameters, Pass, Task, Xvlm, XvlmConfig};
-use xvlm_weights::{LoadRules, ModelFiles, ModelFolder, StoredType, WeightsError};
+use xvlm_weights::{LoadRules, ModelFiles, ModelFolder, StoredTensors, StoredType, WeightsError};
 
 use crate::compute::{Compute, Precision};
 use crate::error::{ConfigProblem, TaskError};
@@ -123,12 +123,13 @@ impl Model {
         let file = format!("{}/{CONFIG}", files.name);
         let config = parse_config(&file, files.config.as_bytes())?;
         let tokenizer = || TextTokenizer::from_bytes(&format!("{}/tokenizer.json", files.name), &files.tokenizer);
-        let (tokenizer, weights) = rayon::join(tokenizer, || read_weights(&config.model, files, &compute));
-        let (tokenizer, (weights, fingerprint)) = (tokenizer?, weights?);
+        let (tokenizer, xvlm) = rayon::join(tokenizer, || build(&config.model, &files.weights, &files.name, &compute));
+        let (tokenizer, xvlm, Compute { device, precision }) = (tokenizer?, xvlm?, compute);
         check_texts(&config.model, config.max_tokens, &tokenizer).map_err(|message| ConfigProblem { file, message })?;
-        let mut model = Self::build(config, weights, tokenizer, compute, fingerprint)?;
-        model.xvlm.pack(model.precision.packed())?;
-        Ok(model)
+        let first = |name: &str| Ok((name.to_owned(), files.weights.first_numbers(name, FINGERPRINTED)?));
+        let numbers = files.weights.shapes().into_keys().map(first).collect::<Result<Vec<_>, WeightsError>>()?;
+        files.weights.check_unchanged()?;
+        Ok(Self { config, xvlm, tokenizer, device, precision, fingerprint: fingerprint(numbers) })
     }
 
     /// A model with these weights, in f32, which it shares with whoever trains them.
@@ -149,16 +150,7 @@ impl Model {
             Ok((name.clone(), numbers.to_vec1::<f32>()?))
         };
         let fingerprint = fingerprint(weights.iter().map(first).collect::<candle_core::Result<Vec<_>>>()?);
-        Self::build(config, weights, tokenizer, Compute::on(device), fingerprint)
-    }
-
-    fn build(
-        config: ModelConfig,
-        weights: BTreeMap<String, Tensor>,
-        tokenizer: TextTokenizer,
-        Compute { device, precision }: Compute,
-        fingerprint: String,
-    ) -> candle_core::Result<Self> {
+        let Compute { device, precision } = Compute::on(device);
         let xvlm = Xvlm::new(&config.model, Parameters::given(weights, precision.dtype(), &device))?;
         Ok(Self { config, xvlm, tokenizer, device, precision, fingerprint })
     }
@@ -334,22 +326,35 @@ impl Model {
     }
 }
 
-/// The weights of a model, each in the type that it computes with, and their fingerprint.
-fn read_weights(
-    config: &XvlmConfig,
-    files: &ModelFiles,
-    compute: &Compute,
-) -> Result<(BTreeMap<String, Tensor>, String), TaskError> {
-    let expected = Blueprint::of(|vb| Xvlm::new(config, vb))?.shapes();
-    let expected = expected.iter().map(|(name, shape)| (name.as_str(), shape.as_slice()));
-    let shapes = files.weights.shapes();
-    xvlm_weights::compare(&files.name, &shapes, expected, &LoadRules::default())?;
-    // Scalars, such as a temperature, are few, and each counts.
-    let dtype = |shape: &[usize]| if shape.is_empty() { DType::F32 } else { compute.precision.dtype() };
-    let weights = files.weights.read_all(dtype, &compute.device)?;
-    let first = |name: &&str| Ok(((*name).to_owned(), files.weights.first_numbers(name, FINGERPRINTED)?));
-    let numbers = shapes.keys().map(first).collect::<Result<Vec<_>, WeightsError>>()?;
-    Ok((weights, fingerprint(numbers)))
+/// A network with the weights of a file that errors call `name`, laid out for inference. Linear layers are built without
+/// theirs, which are then read and laid out one by one, by all threads: that is most of the time that opening a model takes,
+/// and it is spent on memory, which is touched as seldom as can be.
+fn build(config: &XvlmConfig, stored: &StoredTensors, name: &str, compute: &Compute) -> Result<Xvlm, TaskError> {
+    let mut linear = BTreeSet::new();
+    let blueprint = Blueprint::of(|vb| {
+        linear.extend(Xvlm::new(config, vb)?.linear_weights());
+        Ok(())
+    })?;
+    let expected = blueprint.shapes();
+    let targets = expected.iter().map(|(name, shape)| (name.as_str(), shape.as_slice()));
+    xvlm_weights::compare(name, &stored.shapes(), targets, &LoadRules::default())?;
+    let Compute { device, precision } = compute;
+    let tensor = |(name, shape): (&String, &Vec<usize>)| -> Result<(String, Tensor), TaskError> {
+        // Scalars, such as a temperature, are few, and each counts.
+        let dtype = if shape.is_empty() { DType::F32 } else { precision.dtype() };
+        let tensor = match linear.contains(name) {
+            // One number, seen as many: it is not computed with.
+            true => Tensor::zeros((), dtype, device)?.broadcast_as(shape.as_slice())?,
+            false => stored.read(name, dtype, device)?,
+        };
+        Ok((name.clone(), tensor))
+    };
+    let tensors = expected.par_iter().map(tensor).collect::<Result<BTreeMap<_, _>, _>>()?;
+    let mut xvlm = Xvlm::new(config, Parameters::given(tensors, precision.dtype(), device))?;
+    xvlm.pack_with(precision.packed(), |name| {
+        stored.read(name, precision.dtype(), device).map(Some).map_err(candle_core::Error::wrap)
+    })?;
+    Ok(xvlm)
 }
 
 /// How many numbers of each tensor are fingerprinted.

@@ -147,7 +147,11 @@ impl StoredTensors {
         self.entries.get(name).ok_or_else(unknown)
     }
 
-    fn check_unchanged(&self) -> Result<(), WeightsError> {
+    /// Checks that no file was written to since it was opened: that what was read is what it held then.
+    ///
+    /// # Errors
+    /// [`WeightsError::Changed`].
+    pub fn check_unchanged(&self) -> Result<(), WeightsError> {
         let mut checked: Option<&Arc<Source>> = None;
         for source in self.entries.values().map(|entry| &entry.source) {
             if checked.is_some_and(|checked| Arc::ptr_eq(checked, source)) {
