@@ -41,7 +41,8 @@ fn say(precision: Precision) -> Said {
     let mut said = Said::default();
     for (at, (scene, picture)) in scenes.iter().enumerate() {
         let view = general.look(picture).unwrap();
-        let name = |object: &xvlm::data::scenes::Object| format!("the {} {}", object.colour.word(), object.shape.word());
+        let name =
+            |object: &xvlm::data::scenes::Object| format!("the {} {}", object.colour.word(), object.shape.word());
         let names: Vec<String> = scene.objects.iter().map(name).collect();
         let texts: Vec<&str> = names.iter().map(String::as_str).collect();
         for found in view.ground(&texts).unwrap() {
@@ -101,8 +102,12 @@ fn narrow_numbers_say_what_wide_ones_say() {
         let similarities = apart(&found.similarities, &expected.similarities, of_similarities);
         eprintln!(
             "{precision}: {probabilities:?} of {}, {boxes:?} of {}, {points:?} of {}, {similarities:?} of {}, captions {}, answers {}",
-            expected.probabilities.len(), expected.boxes.len(), expected.points.len(), expected.similarities.len(),
-            differing(&found.captions, &expected.captions), differing(&found.answers, &expected.answers)
+            expected.probabilities.len(),
+            expected.boxes.len(),
+            expected.points.len(),
+            expected.similarities.len(),
+            differing(&found.captions, &expected.captions),
+            differing(&found.answers, &expected.answers)
         );
         for (found, expected) in found.embeddings.iter().zip(&expected.embeddings) {
             assert!(cosine(found, expected) > 0.995, "{precision}: {}", cosine(found, expected));

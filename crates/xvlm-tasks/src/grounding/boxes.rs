@@ -250,3 +250,105 @@ pub fn evaluate(
     let scores = GroundingScores::of(&items, boxes(&items, &answers, options.as_original).map(Some));
     Ok(Evaluation { items, answers, scores, left_out })
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+    use serde_json::json;
+    use xvlm_data::{Picture, TextTokenizer};
+    use xvlm_encoders::Parameters;
+
+    use super::*;
+    use crate::generate::Source;
+    use crate::matching;
+    use crate::model::ModelConfig;
+
+    #[test]
+    fn texts_of_like_length_go_together() {
+        let texts = |lengths: &[usize]| lengths.iter().map(|&length| vec![0; length]).collect::<Vec<_>>();
+        let batches = |lengths: &[usize]| {
+            let batches = by_length(&texts(lengths));
+            let mut all = batches.concat();
+            all.sort_unstable();
+            assert!(all.into_iter().eq(0..lengths.len()));
+            batches
+        };
+        assert!(batches(&[]).is_empty());
+        assert_eq!(batches(&[4]), [[0]]);
+        // A batch more would cost more than the padding.
+        assert_eq!(batches(&[9, 5, 7]).len(), 1);
+        // Thirty short texts are not padded to the length of a long one.
+        let mut lengths = vec![6; 31];
+        lengths[3] = 30;
+        assert_eq!(batches(&lengths)[1], [3]);
+        let found = batches(&[6; 300]);
+        assert!(found.len() == 3 && found.iter().all(|batch| batch.len() <= 4 * BATCH));
+    }
+
+    fn model(vision: serde_json::Value) -> Model {
+        let tokenizer = TextTokenizer::from_vocabulary(&["a red star in the sky".to_owned()]).unwrap();
+        let config = serde_json::from_value(json!({
+            "vision_config": vision,
+            "text_config": {
+                "vocab_size": tokenizer.vocab_size(), "hidden_size": 16, "num_hidden_layers": 2, "fusion_layer": 1,
+                "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 48,
+                "initializer_range": 0.3,
+            },
+            "embed_dim": 16,
+        }))
+        .unwrap();
+        let parameters = Parameters::new(5);
+        Xvlm::new(&config, parameters.builder(DType::F32, &Device::Cpu)).unwrap();
+        let weights = parameters.named().into_iter().map(|(name, var)| (name, var.as_detached_tensor()));
+        Model::with_weights(ModelConfig::of(config), weights, tokenizer, &Device::Cpu).unwrap()
+    }
+
+    fn pictures() -> Vec<Picture> {
+        let picture = |seed: u32| {
+            let bytes = (0..32 * 32 * 3).map(|i| ((i * 37 + seed * 101) % 251) as u8);
+            Picture::from_rgb(32, 32, bytes.collect()).unwrap()
+        };
+        (1..4).map(picture).collect()
+    }
+
+    #[test]
+    fn regions_that_share_an_image_match_as_those_that_have_it_for_themselves() {
+        let swin = json!({
+            "kind": "swin", "image_res": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2],
+            "window_size": 4,
+        });
+        let model = model(swin);
+        let images = model.encode(&pictures()).unwrap();
+        let index = [2, 0, 2, 2];
+        let boxes = [[0.3, 0.3, 0.4, 0.4], [0.5, 0.5, 1.0, 1.0], [0.8, 0.2, 0.1, 0.3], [0.1, 0.9, 0.2, 0.2]];
+        let texts = ["a red star", "the sky", "a star in the sky", "red"];
+
+        let tokens = model.tokenise(&texts).unwrap();
+        let encoded = model.encode_texts(&tokens).unwrap();
+        let Inside { tokens: shared, index: rows, mask } = inside(&model, &images, &index, &boxes).unwrap();
+        assert_eq!((shared.dim(0).unwrap(), rows.as_slice()), (2, &[1, 0, 1, 1][..]));
+        let concepts = Concepts { tokens: &shared, index: &rows, mask: &mask };
+        let fused = model.xvlm().fuse(&encoded, &tokens.mask, &concepts, Attention::Full, &Pass::inference()).unwrap();
+        let found = model.match_probabilities(&fused).unwrap();
+
+        let placed: Vec<(u32, [f32; 4])> = index.into_iter().zip(boxes).collect();
+        let regions = matching::encode_placed(&model, &pictures(), &placed).unwrap().regions.unwrap();
+        for (at, text) in texts.iter().enumerate() {
+            let own = Source {
+                tokens: regions.tokens.narrow(0, at, 1).unwrap(),
+                mask: regions.mask.narrow(0, at, 1).unwrap(),
+            };
+            let expected = matching::scores(&model, &own, &[text]).unwrap()[0][0].probability;
+            assert!((found[at] - expected).abs() < 1e-5, "{text}: {} {expected}", found[at]);
+        }
+        // Together or alone, in whatever order.
+        let together = ground(&model, &images, &index.into_iter().zip(texts).collect::<Vec<_>>()).unwrap();
+        for ((image, text), together) in index.into_iter().zip(texts).zip(together) {
+            let alone = ground(&model, &images, &[(image, text)]).unwrap().remove(0);
+            let numbers = |found: &Found| [&found.bounds[..], &[found.probability.unwrap()]].concat();
+            for (together, alone) in numbers(&together).into_iter().zip(numbers(&alone)) {
+                assert!((together - alone).abs() < 1e-5, "{text}: {together} {alone}");
+            }
+        }
+    }
+}

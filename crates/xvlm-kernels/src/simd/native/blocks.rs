@@ -11,8 +11,8 @@ use rayon::prelude::*;
 use super::pack::{Source, numbers};
 use super::tile::{COLUMNS, LANES, Place, ROWS};
 use super::{Factor, Finish, Product, Second, Then};
-use crate::pages::prefer_large;
 use crate::host::Disjoint;
+use crate::pages::prefer_large;
 
 /// Words of the summed dimension that a block takes, a multiple of two vectors: a panel of `b` (64 KiB) and a block of `a`
 /// lie in the second cache.
