@@ -270,11 +270,10 @@ impl Rounded {
         let mut bytes = vec![0; weight.len()];
         let rows = bytes.par_chunks_exact_mut(inputs).zip(weight.par_chunks_exact(inputs));
         let scales = rows.map(|(out, row)| {
-            let greatest = row.iter().fold(0f32, |top, w| top.max(w.abs()));
-            // A row of zeros has any scale.
-            let scale = if greatest > 0.0 { greatest / 127.0 } else { 1.0 };
-            out.iter_mut().zip(row).for_each(|(out, w)| *out = (w / scale).round_ties_even() as i8);
-            scale
+            vectorized(
+                #[inline(always)]
+                || round(row, out),
+            )
         });
         Self { scales: scales.collect(), bytes }
     }
@@ -284,6 +283,23 @@ impl Rounded {
         let rows = self.bytes.chunks_exact(inputs).zip(&self.scales);
         rows.flat_map(|(row, scale)| row.iter().map(move |q| f32::from(*q) * scale)).collect()
     }
+}
+
+/// A row of weights as bytes, and their scale.
+#[inline(always)]
+fn round(row: &[f32], out: &mut [i8]) -> f32 {
+    const LANES: usize = 16;
+    let mut greatest = [0f32; LANES];
+    for weights in row.chunks(LANES) {
+        for (top, w) in greatest.iter_mut().zip(weights) {
+            *top = if w.abs() > *top { w.abs() } else { *top };
+        }
+    }
+    let greatest = greatest.into_iter().fold(0f32, f32::max);
+    // A row of zeros has any scale.
+    let scale = if greatest > 0.0 { greatest / 127.0 } else { 1.0 };
+    out.iter_mut().zip(row).for_each(|(out, w)| *out = (w / scale).round_ties_even() as i32 as i8);
+    scale
 }
 
 /// Rows that a thread rounds at a time.

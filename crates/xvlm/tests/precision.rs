@@ -94,21 +94,22 @@ fn differing(found: &[String], expected: &[String]) -> usize {
 #[test]
 fn narrow_numbers_say_what_wide_ones_say() {
     let expected = say(Precision::F32);
-    for (precision, of_boxes, of_similarities) in [(Precision::Bf16, 0.01, 0.02), (Precision::Int8, 0.01, 0.02)] {
+    for (precision, of_probabilities) in [(Precision::Bf16, 0.02), (Precision::Int8, 0.06)] {
         let found = say(precision);
-        let probabilities = apart(&found.probabilities, &expected.probabilities, 0.02);
-        let boxes = apart(&found.boxes, &expected.boxes, of_boxes);
-        let points = apart(&found.points, &expected.points, 0.05);
-        let similarities = apart(&found.similarities, &expected.similarities, of_similarities);
-        eprintln!(
-            "{precision}: {probabilities:?} of {}, {boxes:?} of {}, {points:?} of {}, {similarities:?} of {}, captions {}, answers {}",
-            expected.probabilities.len(),
-            expected.boxes.len(),
-            expected.points.len(),
-            expected.similarities.len(),
-            differing(&found.captions, &expected.captions),
-            differing(&found.answers, &expected.answers)
-        );
+        for (what, found, expected, tolerance) in [
+            ("probabilities", &found.probabilities, &expected.probabilities, of_probabilities),
+            ("boxes", &found.boxes, &expected.boxes, 0.01),
+            ("points", &found.points, &expected.points, 0.05),
+            ("similarities", &found.similarities, &expected.similarities, 0.02),
+        ] {
+            let apart = apart(found, expected, tolerance);
+            assert!(apart.is_empty(), "{precision}: {what}: {apart:?}");
+        }
+        for (what, found, expected) in
+            [("captions", &found.captions, &expected.captions), ("answers", &found.answers, &expected.answers)]
+        {
+            assert!(differing(found, expected) <= expected.len() / 4, "{precision}: {what}: {found:?} {expected:?}");
+        }
         for (found, expected) in found.embeddings.iter().zip(&expected.embeddings) {
             assert!(cosine(found, expected) > 0.995, "{precision}: {}", cosine(found, expected));
             assert!((cosine(found, found) - 1.0).abs() < 1e-5);
