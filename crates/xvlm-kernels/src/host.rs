@@ -5,7 +5,6 @@ use std::ops::Deref;
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
 
 use crate::graph::Fresh;
-use crate::pages::prefer_large;
 
 /// A read lock on the numbers of a contiguous CPU tensor; dereferences to the slice.
 struct Host<G, T> {
@@ -47,21 +46,9 @@ pub(crate) fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
 /// that it has not written.
 pub(crate) fn written<T: WithDType>(shape: impl Into<Shape>, fill: impl FnOnce(&mut [T])) -> Fresh {
     let shape = shape.into();
-    let values = Vec::with_capacity(shape.elem_count());
-    filled(values, shape, fill)
-}
-
-/// The same for what stays, such as weights: in large pages where the system has them.
-pub(crate) fn written_large<T: WithDType>(shape: impl Into<Shape>, fill: impl FnOnce(&mut [T])) -> Fresh {
-    let shape = shape.into();
-    let mut values = Vec::with_capacity(shape.elem_count());
-    prefer_large(values.spare_capacity_mut());
-    filled(values, shape, fill)
-}
-
-fn filled<T: WithDType>(mut values: Vec<T>, shape: Shape, fill: impl FnOnce(&mut [T])) -> Fresh {
     let len = shape.elem_count();
-    let space = &mut values.spare_capacity_mut()[..len];
+    let mut values: Vec<T> = Vec::with_capacity(len);
+    let space = values.spare_capacity_mut();
     // SAFETY: the space is there, and is written before it is read, as `fill` promises. That a slice of plain numbers covers
     // memory without a value until then is what spares every result a pass of zeros.
     fill(unsafe { std::slice::from_raw_parts_mut(space.as_mut_ptr().cast::<T>(), len) });

@@ -33,7 +33,6 @@ mod norm;
 mod numbers;
 mod optim;
 mod packed;
-mod pages;
 mod path;
 mod pool;
 pub mod process;

@@ -5,7 +5,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use crate::host::written_large;
+use crate::host::written;
 use crate::real::Real;
 use crate::simd::vectorized;
 
@@ -44,7 +44,7 @@ pub fn tensor_of_bytes(bytes: &[u8], stored: DType, dtype: DType, shape: impl In
 }
 
 fn converted<T: Real>(bytes: &[u8], size: usize, shape: &Shape, read: fn(&[u8], &mut [T])) -> Tensor {
-    written_large(shape, |out: &mut [T]| {
+    written(shape, |out: &mut [T]| {
         out.par_chunks_mut(CHUNK).zip(bytes.par_chunks(CHUNK * size)).for_each(|(out, bytes)| read(bytes, out));
     })
     .detached()

@@ -12,7 +12,6 @@ use super::pack::{Source, numbers};
 use super::tile::{COLUMNS, LANES, Place, ROWS};
 use super::{Factor, Finish, Product, Second, Then};
 use crate::host::Disjoint;
-use crate::pages::prefer_large;
 
 /// Words of the summed dimension that a block takes, a multiple of two vectors: a panel of `b` (64 KiB) and a block of `a`
 /// lie in the second cache.
@@ -137,7 +136,7 @@ impl<T: Native> Multiplier<T> {
     /// # Panics
     /// If it has another size.
     pub(crate) fn pack(&self, b: Factor<T>, (n, k): (usize, usize)) -> Panels<T> {
-        let mut words = lasting_lines::<T>(n, k);
+        let mut words = lines::<T>(n, k);
         let packing = Packing { source: Source::of(b, n, k), n, panels: Disjoint::of(words.as_mut_ptr().cast()) };
         let (beside, parts) = packing.parts(k);
         // SAFETY: `self` is the proof that the instructions are there; each part packs what no other does.
@@ -222,13 +221,6 @@ fn check<O>((m, n): (usize, usize), finish: &Finish<O>, out: &[O]) {
 /// Room for the panels of a factor of `n` lines of `k` numbers.
 fn lines<T>(n: usize, k: usize) -> Vec<Line> {
     Vec::with_capacity(n.div_ceil(LANES) * k.div_ceil(numbers::<T>()))
-}
-
-/// The same for what stays.
-fn lasting_lines<T>(n: usize, k: usize) -> Vec<Line> {
-    let mut lines = lines::<T>(n, k);
-    prefer_large(lines.spare_capacity_mut());
-    lines
 }
 
 /// Of [`COLUMNS`] columns, `[words, width]`; the last of a factor may be one vector wide.
