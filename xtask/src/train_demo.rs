@@ -118,12 +118,11 @@ fn stage(arguments: &[&str], out: &Path) -> Done {
 
 /// Puts a fine-tuned model in its place, without the tensors that are those of the pre-trained one.
 fn install(model: &Path, installed: &Path, folder: &str) -> Done {
-    let (own, base) = (ModelFolder::open(model)?, ModelFolder::open(installed)?);
+    let (own, base) = (ModelFolder::open(model)?, ModelFolder::open(installed)?.tensors()?);
     let numbers = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
     let mut kept = BTreeMap::new();
-    for (name, tensor) in &own.tensors {
-        let base =
-            base.tensors.get(name).filter(|base| name.starts_with(Bundled::SHARED) && base.dims() == tensor.dims());
+    for (name, tensor) in &own.tensors()? {
+        let base = base.get(name).filter(|base| name.starts_with(Bundled::SHARED) && base.dims() == tensor.dims());
         let is_shared = match base {
             Some(base) => numbers(base)? == numbers(tensor)?,
             None => false,

@@ -182,7 +182,7 @@ impl Demo {
         pretrain::run(&second, &run, &Session::alone(false), &device, &mut Training::new())?;
         let curves = loss_curves(&read_metrics(&run.join("metrics.jsonl"))?);
         let model = run.join("model");
-        Ok((Predictor::from_folder(&model, &device)?, model.display().to_string(), curves))
+        Ok((Predictor::from_folder(&model, self.model.compute(&device))?, model.display().to_string(), curves))
     }
 }
 

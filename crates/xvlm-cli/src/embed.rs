@@ -148,7 +148,7 @@ impl Embed {
                 let mut sweep = Sweep {
                     folder: None,
                     resume: self.resume,
-                    about: json!({"weights": predictor.model().fingerprint()}),
+                    about: json!({"weights": predictor.model().fingerprint(), "precision": predictor.model().precision()}),
                     stop,
                     ranks: Arc::clone(&ranks),
                     max_bad_fraction: 0.0,

@@ -165,7 +165,8 @@ impl Fill {
             let stop = signals::asked_to_stop()?;
             Stage::run("exercises", |counter| {
                 let (folder, resume, max_bad_fraction) = (Some(out.to_owned()), self.resume, self.max_bad_fraction);
-                let about = json!({"weights": predictor.model().fingerprint(), "file": file});
+                let model = predictor.model();
+                let about = json!({"weights": model.fingerprint(), "precision": model.precision(), "file": file});
                 let ranks = Arc::clone(&ranks);
                 let mut sweep = Sweep { folder, resume, about, stop, ranks, max_bad_fraction, counter };
                 let done = fill::grade_all(predictor.model(), exercises, self.search(), self.accept, &mut sweep);

@@ -35,7 +35,7 @@ use std::process::ExitCode;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
-use xvlm::{Bundled, Device, Predictor};
+use xvlm::{Bundled, Compute, Device, Precision, Predictor};
 
 use crate::output::CliError;
 
@@ -102,6 +102,10 @@ struct ModelArgs {
     /// one for the rest]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
+    /// Numbers to compute with: f32; bf16, half the memory and faster, within a hundredth of the same answers; or int8, weights of 8
+    /// bits, on the CPU
+    #[arg(long, value_name = "NUMBERS", default_value_t)]
+    precision: Precision,
     #[command(flatten)]
     device: DeviceArgs,
 }
@@ -135,11 +139,15 @@ impl ModelArgs {
 
     /// The model of the folder, or else one of those that are built in.
     fn open_or(&self, built_in: Bundled) -> Result<Predictor, CliError> {
-        let device = self.device.open_for_rank()?;
+        let compute = self.compute(&self.device.open_for_rank()?);
         Ok(match &self.model {
-            Some(dir) => Predictor::from_folder(dir, &device)?,
-            None => Predictor::bundled_for(built_in, &device)?,
+            Some(dir) => Predictor::from_folder(dir, compute)?,
+            None => Predictor::bundled_for(built_in, compute)?,
         })
+    }
+
+    fn compute(&self, device: &Device) -> Compute {
+        Compute::on(device).with(self.precision)
     }
 
     /// Whether no folder is given.

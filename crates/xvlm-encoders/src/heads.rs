@@ -1,5 +1,7 @@
 //! What turns tokens into answers.
 
+use std::sync::OnceLock;
+
 use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use xvlm_kernels::{self as kernels, Epilogue, PackedLinear, PackedWeights};
@@ -47,8 +49,8 @@ pub struct MlmHead {
     dense: Linear,
     norm: LayerNorm,
     bias: Tensor,
-    /// Word embeddings and bias, for inference.
-    words: Option<PackedLinear>,
+    /// For inference: what word embeddings and bias are to be laid out in, and they themselves once they have been asked for.
+    packed: Option<(PackedWeights, OnceLock<PackedLinear>)>,
 }
 
 impl MlmHead {
@@ -69,7 +71,7 @@ impl MlmHead {
             dense: Linear::normal(width, width, config.initializer_range, transform.pp("dense"))?,
             norm: LayerNorm::new(width, config.layer_norm_eps, transform.pp(norm))?,
             bias: head.get_with_hints(config.vocab_size, "bias", Init::Const(0.0))?,
-            words: None,
+            packed: None,
         })
     }
 
@@ -79,16 +81,21 @@ impl MlmHead {
     /// On a wrong shape.
     pub fn forward(&self, x: &Tensor, words: &Tensor) -> Result<Tensor> {
         let x = self.norm.forward(&self.dense.forward_active(x, Activation::Gelu)?)?;
-        match &self.words {
-            Some(words) => words.forward(&x, Epilogue::Nothing),
-            None => kernels::linear(&x, words, &self.bias),
-        }
+        let Some((weights, packed)) = &self.packed else { return kernels::linear(&x, words, &self.bias) };
+        let packed = match packed.get() {
+            Some(packed) => packed,
+            None => {
+                let new = PackedLinear::new(words, Some(&self.bias), *weights)?;
+                packed.get_or_init(|| new)
+            }
+        };
+        packed.forward(&x, Epilogue::Nothing)
     }
 
-    /// Lays out word embeddings and bias for inference; what is not of them is among [`Self::linears`].
-    pub(crate) fn pack(&mut self, words: &Tensor, weights: PackedWeights) -> Result<()> {
-        self.words = Some(PackedLinear::new(words, Some(&self.bias), weights)?);
-        Ok(())
+    /// Has word embeddings and bias laid out for inference when they are first asked for, as many tasks never do; what is not of
+    /// them is among [`Self::linears`]. The embeddings are to be the same from then on.
+    pub(crate) fn pack(&mut self, weights: PackedWeights) {
+        self.packed = Some((weights, OnceLock::new()));
     }
 
     pub(crate) fn linears(&mut self) -> [&mut Linear; 1] {

@@ -21,6 +21,8 @@ enum Weights {
 
 #[derive(Clone, Debug)]
 struct Part {
+    /// Where the weight is from: its name among the parameters.
+    name: String,
     /// `[output, input]`.
     weight: Tensor,
     /// `[output]`; zeros for a layer without.
@@ -28,8 +30,9 @@ struct Part {
 }
 
 impl Linear {
-    fn of(weight: Tensor, bias: Tensor) -> Self {
-        Self(Weights::Parts(vec![Part { weight, bias }]))
+    fn of(weight: Tensor, bias: Tensor, vb: &VarBuilder) -> Self {
+        let name = vb.pp("weight").prefix();
+        Self(Weights::Parts(vec![Part { name, weight, bias }]))
     }
 
     /// Weights drawn from a normal distribution of the standard deviation given, biases 0: what Swin and BERT start from.
@@ -38,7 +41,7 @@ impl Linear {
     /// If the builder has a parameter of that name and another shape.
     pub fn normal(input: usize, output: usize, deviation: f64, vb: VarBuilder) -> Result<Self> {
         let weight = vb.get_with_hints((output, input), "weight", Init::Randn { mean: 0.0, stdev: deviation })?;
-        Ok(Self::of(weight, vb.get_with_hints(output, "bias", Init::Const(0.0))?))
+        Ok(Self::of(weight, vb.get_with_hints(output, "bias", Init::Const(0.0))?, &vb))
     }
 
     /// Like [`Self::normal`], without biases.
@@ -48,7 +51,7 @@ impl Linear {
     pub fn without_bias(input: usize, output: usize, deviation: f64, vb: VarBuilder) -> Result<Self> {
         let weight = vb.get_with_hints((output, input), "weight", Init::Randn { mean: 0.0, stdev: deviation })?;
         let bias = Tensor::zeros(output, weight.dtype(), weight.device())?;
-        Ok(Self::of(weight, bias))
+        Ok(Self::of(weight, bias, &vb))
     }
 
     /// PyTorch's default: weights and biases uniform in ±1/√input. Projections and heads start from it.
@@ -59,7 +62,7 @@ impl Linear {
         let bound = (input as f64).powf(-0.5);
         let init = Init::Uniform { lo: -bound, up: bound };
         let weight = vb.get_with_hints((output, input), "weight", init)?;
-        Ok(Self::of(weight, vb.get_with_hints(output, "bias", init)?))
+        Ok(Self::of(weight, vb.get_with_hints(output, "bias", init)?, &vb))
     }
 
     /// Several layers with one input as one, their outputs side by side.
@@ -79,7 +82,7 @@ impl Linear {
         match &self.0 {
             Weights::Packed(layer) => layer.forward(x, Epilogue::Nothing),
             Weights::Parts(parts) => {
-                let Part { weight, bias } = whole(parts)?;
+                let (weight, bias) = whole(parts)?;
                 kernels::linear(x, &weight, &bias)
             }
         }
@@ -91,7 +94,7 @@ impl Linear {
             (Weights::Packed(layer), Activation::Gelu) => layer.forward(x, Epilogue::Gelu),
             (Weights::Packed(layer), Activation::QuickGelu) => layer.forward(x, Epilogue::QuickGelu),
             (Weights::Parts(parts), Activation::Gelu) => {
-                let Part { weight, bias } = whole(parts)?;
+                let (weight, bias) = whole(parts)?;
                 kernels::bias_gelu(&kernels::linear_without_bias(x, &weight)?, &bias)
             }
             (Weights::Parts(_), Activation::QuickGelu) => kernels::quick_gelu(&self.forward(x)?),
@@ -106,23 +109,43 @@ impl Linear {
         }
     }
 
-    /// Lays out the weights for inference.
-    pub(crate) fn pack(&mut self, weights: PackedWeights) -> Result<()> {
-        if let Weights::Parts(parts) = &self.0 {
-            let Part { weight, bias } = whole(parts)?;
+    /// Lays out the weights for inference, those that `source` has instead of the layer's own.
+    pub(crate) fn pack(&mut self, weights: PackedWeights, source: Weigh) -> Result<()> {
+        if let Weights::Parts(parts) = &mut self.0 {
+            for Part { name, weight, .. } in parts.iter_mut() {
+                let Some(given) = source(name)? else { continue };
+                if given.shape() != weight.shape() {
+                    candle_core::bail!("{name}: expected shape {:?}, found {:?}", weight.shape(), given.shape());
+                }
+                *weight = given;
+            }
+            let (weight, bias) = whole(parts)?;
             self.0 = Weights::Packed(PackedLinear::new(&weight, Some(&bias), weights)?);
         }
         Ok(())
     }
+
+    /// The names of its weights among the parameters, before they are packed.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        let parts: &[Part] = match &self.0 {
+            Weights::Parts(parts) => parts,
+            Weights::Packed(_) => &[],
+        };
+        parts.iter().map(|part| part.name.as_str())
+    }
 }
 
-fn whole(parts: &[Part]) -> Result<Part> {
-    if let [part] = parts {
-        return Ok(part.clone());
+/// Weights by name, for layers that are built without theirs.
+pub(crate) type Weigh<'a> = &'a (dyn Fn(&str) -> Result<Option<Tensor>> + Sync);
+
+/// Weight and bias of all parts together.
+fn whole(parts: &[Part]) -> Result<(Tensor, Tensor)> {
+    if let [Part { weight, bias, .. }] = parts {
+        return Ok((weight.clone(), bias.clone()));
     }
     let weights: Vec<_> = parts.iter().map(|part| &part.weight).collect();
     let biases: Vec<_> = parts.iter().map(|part| &part.bias).collect();
-    Ok(Part { weight: Tensor::cat(&weights, 0)?, bias: Tensor::cat(&biases, 0)? })
+    Ok((Tensor::cat(&weights, 0)?, Tensor::cat(&biases, 0)?))
 }
 
 /// Layer normalisation over the last dimension.
@@ -173,7 +196,7 @@ impl FeedForward {
         match (&self.outer.0, self.activation) {
             // For training: of the activation nothing is kept.
             (Weights::Parts(parts), Activation::Gelu) => {
-                let Part { weight, bias } = whole(parts)?;
+                let (weight, bias) = whole(parts)?;
                 kernels::gelu_linear(&self.inner.forward(x)?, &weight, &bias)
             }
             _ => self.outer.forward(&self.inner.forward_active(x, self.activation)?),

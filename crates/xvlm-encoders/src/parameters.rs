@@ -30,6 +30,11 @@ impl Parameters {
         Self { seed: None, frozen: Arc::default(), vars: Arc::default() }
     }
 
+    /// What models are built from whose numbers are there already: hands out `tensors` as they are, to compute with in `dtype`.
+    pub fn given(tensors: BTreeMap<String, Tensor>, dtype: DType, device: &Device) -> VarBuilder<'static> {
+        VarBuilder::from_backend(Box::new(Given(tensors)), dtype, device.clone())
+    }
+
     /// The same, of which those whose name contains one of these parts have no gradient.
     #[must_use]
     pub fn freezing(self, names: &[String]) -> Self {
@@ -61,6 +66,30 @@ impl Parameters {
 
     fn draw(&self, shape: &Shape, name: &str, init: Init) -> Vec<f32> {
         self.seed.map_or_else(|| vec![0.0; shape.elem_count()], |seed| draw(seed, shape, name, init))
+    }
+}
+
+/// Parameters without gradients.
+struct Given(BTreeMap<String, Tensor>);
+
+impl SimpleBackend for Given {
+    fn get(&self, shape: Shape, name: &str, _init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
+        let tensor = self.get_unchecked(name, dtype, device)?;
+        if *tensor.shape() != shape {
+            candle_core::bail!("parameter {name}: expected shape {shape:?}, found {:?}", tensor.shape());
+        }
+        Ok(tensor)
+    }
+
+    fn get_unchecked(&self, name: &str, _dtype: DType, _device: &Device) -> Result<Tensor> {
+        match self.0.get(name) {
+            Some(tensor) => Ok(tensor.clone()),
+            None => candle_core::bail!("parameter {name}: expected one of the model's, found none of that name"),
+        }
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.0.contains_key(name)
     }
 }
 

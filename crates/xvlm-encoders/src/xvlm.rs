@@ -87,17 +87,36 @@ impl Xvlm {
     /// # Errors
     /// If weights other than `f32` are to be bytes.
     pub fn pack(&mut self, weights: PackedWeights) -> Result<()> {
+        self.pack_with(weights, |_| Ok(None))
+    }
+
+    /// As [`Self::pack`], for a model whose linear layers have been built without their weights, each of which `source` then
+    /// gives, by the name that [`Self::linear_weights`] says: so that never more than a few are in memory in their plain form.
+    /// What it has none of is the model's own.
+    ///
+    /// # Errors
+    /// As [`Self::pack`], those of `source`, or if a weight has another shape.
+    pub fn pack_with(
+        &mut self,
+        weights: PackedWeights,
+        source: impl Fn(&str) -> Result<Option<Tensor>> + Sync,
+    ) -> Result<()> {
         if let Vision::Swin(swin) = &mut self.vision {
             swin.gather()?;
         }
-        if let (Some(head), Some(text)) = (&mut self.mlm_head, &self.text) {
-            head.pack(text.words(), weights)?;
+        if let Some(head) = &mut self.mlm_head {
+            head.pack(weights);
         }
-        if let Some(Decoder { bert, head }) = &mut self.decoder {
-            head.pack(bert.words(), weights)?;
+        if let Some(Decoder { head, .. }) = &mut self.decoder {
+            head.pack(weights);
         }
         let linears: Vec<&mut Linear> = self.linears().collect();
-        linears.into_par_iter().try_for_each(|linear| linear.pack(weights))
+        linears.into_par_iter().try_for_each(|linear| linear.pack(weights, &source))
+    }
+
+    /// The names, among the parameters, of the weights of linear layers that are not packed.
+    pub fn linear_weights(&mut self) -> Vec<String> {
+        self.linears().flat_map(|linear| linear.names().map(str::to_owned).collect::<Vec<_>>()).collect()
     }
 
     fn linears(&mut self) -> impl Iterator<Item = &mut Linear> {
@@ -200,12 +219,12 @@ impl Xvlm {
         self.match_head.is_some()
     }
 
-    /// Fused texts `[B, T, H]` → `[B, 2]`: logits of not matching and of matching.
+    /// Fused texts `[B, T, H]` → `[B, 2]`: logits of not matching and of matching; `f32` for half types.
     ///
     /// # Errors
     /// On a wrong shape, or if the model has no such head.
     pub fn match_logits(&self, fused: &Tensor) -> Result<Tensor> {
-        self.has(&self.match_head, "a matching head")?.forward(&first(fused)?)
+        wide(&self.has(&self.match_head, "a matching head")?.forward(&first(fused)?)?)
     }
 
     /// Texts fused with whole images `[B, T, H]` → boxes `[B, 4]`, `(cx, cy, w, h)` in fractions of the image; `f32` for half
@@ -217,20 +236,22 @@ impl Xvlm {
         candle_nn::ops::sigmoid(&wide(&self.has(&self.box_head, "a box head")?.forward(&first(fused)?)?)?)
     }
 
-    /// Texts fused with two images `[B, T, H]` → `[B, 2]`: logits of a statement's being false and true.
+    /// Texts fused with two images `[B, T, H]` → `[B, 2]`: logits of a statement's being false and true; `f32` for half
+    /// types.
     ///
     /// # Errors
     /// On a wrong shape, or if the model has no such head.
     pub fn statement_logits(&self, fused: &Tensor) -> Result<Tensor> {
-        self.has(&self.statement_head, "a statement head")?.forward(&first(fused)?)
+        wide(&self.has(&self.statement_head, "a statement head")?.forward(&first(fused)?)?)
     }
 
-    /// Texts fused with two images `[B, T, H]` → `[B, 3]`: logits of being about the first, the second and none of them.
+    /// Texts fused with two images `[B, T, H]` → `[B, 3]`: logits of being about the first, the second and none of
+    /// them; `f32` for half types.
     ///
     /// # Errors
     /// On a wrong shape, or if the model has no such head.
     pub fn assignment_logits(&self, fused: &Tensor) -> Result<Tensor> {
-        self.has(&self.assignment_head, "a text-assignment head")?.forward(&first(fused)?)
+        wide(&self.has(&self.assignment_head, "a text-assignment head")?.forward(&first(fused)?)?)
     }
 
     /// Fused tokens `[.., H]` → logits over the vocabulary `[.., V]`.

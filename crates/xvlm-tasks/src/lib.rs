@@ -9,6 +9,7 @@ pub(crate) use sweep::Item;
 
 mod align;
 pub mod captioning;
+mod compute;
 mod config;
 pub mod convert;
 pub mod embed;
@@ -35,6 +36,7 @@ pub mod vqa;
 mod yaml;
 
 pub use align::Negatives;
+pub use compute::{Compute, Precision};
 pub use config::{ItcGradient, Objective, PretrainConfig, RegionStream};
 pub use error::{ConfigProblem, SweepProblem, TaskError};
 pub use finetune::FinetuneConfig;

@@ -1,17 +1,17 @@
 //! A trained model, opened for use.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use candle_nn::VarBuilder;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use xvlm_data::{Picture, TextTokenizer, pre_caption};
-use xvlm_encoders::{Attention, Parameters, Pass, Task, Xvlm, XvlmConfig};
-use xvlm_weights::{LoadRules, ModelFiles, ModelFolder, StoredType};
+use xvlm_encoders::{Attention, Blueprint, Parameters, Pass, Task, Xvlm, XvlmConfig};
+use xvlm_weights::{LoadRules, ModelFiles, ModelFolder, StoredTensors, StoredType, WeightsError};
 
+use crate::compute::{Compute, Precision};
 use crate::error::{ConfigProblem, TaskError};
 use crate::generate::Source;
 use crate::search::Search;
@@ -62,6 +62,7 @@ pub struct Model {
     xvlm: Xvlm,
     tokenizer: TextTokenizer,
     device: Device,
+    precision: Precision,
     fingerprint: String,
 }
 
@@ -101,32 +102,37 @@ pub struct Texts {
 }
 
 impl Model {
-    /// Opens a model folder.
+    /// Opens a model folder, to compute on a device in `f32`, or as [`Compute`] says. Numbers are converted on the way from the
+    /// mapped file of weights, which is closed on return; until then it must not be written to (see
+    /// [`MappedFile`](xvlm_kernels::MappedFile)).
     ///
     /// # Errors
-    /// If a file is missing or broken, or a tensor is missing, unexpected or of another shape: each named.
-    pub fn open(dir: &Path, device: &Device) -> Result<Self, TaskError> {
-        Self::from_files(&ModelFolder::open(dir)?, device)
+    /// If a file is missing or broken, a tensor is missing, unexpected or of another shape (each named), or the device
+    /// cannot compute with these numbers.
+    pub fn open(dir: &Path, compute: impl Into<Compute>) -> Result<Self, TaskError> {
+        Self::from_files(&ModelFolder::open(dir)?, compute)
     }
 
     /// A model from the content of a model folder.
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub fn from_files(files: &ModelFiles, device: &Device) -> Result<Self, TaskError> {
-        let config = parse_config(&format!("{}/{CONFIG}", files.name), files.config.as_bytes())?;
-        let parameters = Parameters::zeros();
-        Xvlm::new(&config.model, parameters.builder(DType::F32, device))?;
-        let named = parameters.named();
-        xvlm_weights::assign(&files.name, &files.tensors, &named, &LoadRules::default())?;
-        let weights = named.into_iter().map(|(name, var)| (name, var.as_detached_tensor()));
-        let tokenizer = TextTokenizer::from_bytes(&format!("{}/tokenizer.json", files.name), &files.tokenizer)?;
+    pub fn from_files(files: &ModelFiles, compute: impl Into<Compute>) -> Result<Self, TaskError> {
+        let compute = compute.into();
+        compute.check()?;
         let file = format!("{}/{CONFIG}", files.name);
+        let config = parse_config(&file, files.config.as_bytes())?;
+        let tokenizer = || TextTokenizer::from_bytes(&format!("{}/tokenizer.json", files.name), &files.tokenizer);
+        let (tokenizer, xvlm) = rayon::join(tokenizer, || build(&config.model, &files.weights, &files.name, &compute));
+        let (tokenizer, xvlm, Compute { device, precision }) = (tokenizer?, xvlm?, compute);
         check_texts(&config.model, config.max_tokens, &tokenizer).map_err(|message| ConfigProblem { file, message })?;
-        Ok(Self::with_weights(config, weights, tokenizer, device)?)
+        let first = |name: &str| Ok((name.to_owned(), files.weights.first_numbers(name, FINGERPRINTED)?));
+        let numbers = files.weights.shapes().into_keys().map(first).collect::<Result<Vec<_>, WeightsError>>()?;
+        files.weights.check_unchanged()?;
+        Ok(Self { config, xvlm, tokenizer, device, precision, fingerprint: fingerprint(numbers) })
     }
 
-    /// A model with these weights, in f32.
+    /// A model with these weights, in f32, which it shares with whoever trains them.
     ///
     /// # Errors
     /// If a parameter is missing or has another shape.
@@ -137,10 +143,16 @@ impl Model {
         device: &Device,
     ) -> candle_core::Result<Self> {
         let weights = weights.into_iter().map(|(name, tensor)| Ok((name, tensor.to_dtype(DType::F32)?)));
-        let weights = weights.collect::<candle_core::Result<HashMap<String, Tensor>>>()?;
-        let fingerprint = fingerprint(&weights)?;
-        let xvlm = Xvlm::new(&config.model, VarBuilder::from_tensors(weights, DType::F32, device))?;
-        Ok(Self { config, xvlm, tokenizer, device: device.clone(), fingerprint })
+        let weights = weights.collect::<candle_core::Result<BTreeMap<String, Tensor>>>()?;
+        let first = |(name, tensor): (&String, &Tensor)| {
+            let numbers = tensor.flatten_all()?;
+            let numbers = numbers.narrow(0, 0, FINGERPRINTED.min(numbers.elem_count()))?;
+            Ok((name.clone(), numbers.to_vec1::<f32>()?))
+        };
+        let fingerprint = fingerprint(weights.iter().map(first).collect::<candle_core::Result<Vec<_>>>()?);
+        let Compute { device, precision } = Compute::on(device);
+        let xvlm = Xvlm::new(&config.model, Parameters::given(weights, precision.dtype(), &device))?;
+        Ok(Self { config, xvlm, tokenizer, device, precision, fingerprint })
     }
 
     /// Writes a model folder, atomically.
@@ -187,6 +199,11 @@ impl Model {
     /// Where the model computes.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// What numbers the model computes with.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// Encodes pictures, each resized to the model's square.
@@ -309,17 +326,48 @@ impl Model {
     }
 }
 
-/// SHA-256 of the names and the first numbers of tensors, in 16 digits.
-fn fingerprint(weights: &HashMap<String, Tensor>) -> candle_core::Result<String> {
-    const NUMBERS: usize = 64;
+/// A network with the weights of a file that errors call `name`, laid out for inference. Linear layers are built without
+/// theirs, which are then read and laid out one by one, by all threads: that is most of the time that opening a model takes,
+/// and it is spent on memory, which is touched as seldom as can be.
+fn build(config: &XvlmConfig, stored: &StoredTensors, name: &str, compute: &Compute) -> Result<Xvlm, TaskError> {
+    let mut linear = BTreeSet::new();
+    let blueprint = Blueprint::of(|vb| {
+        linear.extend(Xvlm::new(config, vb)?.linear_weights());
+        Ok(())
+    })?;
+    let expected = blueprint.shapes();
+    let targets = expected.iter().map(|(name, shape)| (name.as_str(), shape.as_slice()));
+    xvlm_weights::compare(name, &stored.shapes(), targets, &LoadRules::default())?;
+    let Compute { device, precision } = compute;
+    let tensor = |(name, shape): (&String, &Vec<usize>)| -> Result<(String, Tensor), TaskError> {
+        // Scalars, such as a temperature, are few, and each counts.
+        let dtype = if shape.is_empty() { DType::F32 } else { precision.dtype() };
+        let tensor = match linear.contains(name) {
+            // One number, seen as many: it is not computed with.
+            true => Tensor::zeros((), dtype, device)?.broadcast_as(shape.as_slice())?,
+            false => stored.read(name, dtype, device)?,
+        };
+        Ok((name.clone(), tensor))
+    };
+    let tensors = expected.par_iter().map(tensor).collect::<Result<BTreeMap<_, _>, _>>()?;
+    let mut xvlm = Xvlm::new(config, Parameters::given(tensors, precision.dtype(), device))?;
+    xvlm.pack_with(precision.packed(), |name| {
+        stored.read(name, precision.dtype(), device).map(Some).map_err(candle_core::Error::wrap)
+    })?;
+    Ok(xvlm)
+}
+
+/// How many numbers of each tensor are fingerprinted.
+const FINGERPRINTED: usize = 64;
+
+/// SHA-256 of the names and the first numbers of tensors, in the order of their names, in 16 digits.
+fn fingerprint(tensors: Vec<(String, Vec<f32>)>) -> String {
     let mut digest = Sha256::new();
-    for (name, tensor) in weights.iter().collect::<BTreeMap<_, _>>() {
+    for (name, numbers) in tensors {
         digest.update(name);
-        let numbers = tensor.flatten_all()?;
-        let numbers = numbers.narrow(0, 0, NUMBERS.min(numbers.elem_count()))?.to_vec1::<f32>()?;
         numbers.iter().for_each(|number| digest.update(number.to_le_bytes()));
     }
-    Ok(digest.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect())
+    digest.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Checks that a model has room for every word of a tokenizer and for the longest text.

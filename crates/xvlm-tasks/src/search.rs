@@ -6,6 +6,7 @@
 
 use rand::{Rng, RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 /// How a text is searched for.
@@ -260,21 +261,15 @@ impl Group {
             return;
         }
         let (beams, length) = (search.beams, self.length());
-        let mut candidates: Vec<(f32, usize, u32)> = Vec::new();
-        for (row, (logits, live)) in logits.iter().zip(&self.live).enumerate() {
+        let of_row = |(row, (logits, live)): (usize, (&&[f32], &Live))| {
             let mut scores = log_softmax(logits);
             self.penalise(row, &mut scores, search.repetition_penalty);
             self.forbid_end(&mut scores, search, end);
-            let mut tokens: Vec<u32> = (0..scores.len() as u32).collect();
-            let kept = (2 * beams).min(tokens.len());
-            if kept > 0 && kept < tokens.len() {
-                tokens.select_nth_unstable_by(kept - 1, |a, b| {
-                    scores[*b as usize].total_cmp(&scores[*a as usize]).then(a.cmp(b))
-                });
-            }
-            let scored = |&token: &u32| (live.log_probability + scores[token as usize], row, token);
-            candidates.extend(tokens[..kept].iter().map(scored));
-        }
+            let scored = |(score, token)| (live.log_probability + score, row, token);
+            best(&scores, 2 * beams).into_iter().map(scored).collect::<Vec<_>>()
+        };
+        let mut candidates: Vec<(f32, usize, u32)> =
+            logits.par_iter().zip(&self.live).enumerate().flat_map_iter(of_row).collect();
         candidates.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| (a.1, a.2).cmp(&(b.1, b.2))));
         candidates.truncate(2 * beams);
         let best = candidates.first().map_or(f32::NEG_INFINITY, |best| best.0);
@@ -357,6 +352,19 @@ impl Group {
     }
 }
 
+/// The `count` tokens of the highest scores, the best first; of equal ones the first.
+fn best(scores: &[f32], count: usize) -> Vec<(f32, u32)> {
+    let mut best: Vec<(f32, u32)> = Vec::with_capacity(count + 1);
+    for (token, &score) in (0u32..).zip(scores) {
+        if best.len() == count && best.last().is_none_or(|worst| score.total_cmp(&worst.0).is_le()) {
+            continue;
+        }
+        best.insert(best.partition_point(|other| other.0.total_cmp(&score).is_ge()), (score, token));
+        best.truncate(count);
+    }
+    best
+}
+
 /// A token by its probability; none if the probabilities are no numbers.
 fn draw(log_probabilities: &[f32], rng: &mut impl Rng) -> Option<u32> {
     let mut left = rng.random::<f64>();
@@ -402,6 +410,20 @@ mod tests {
 
     fn logits(probabilities: [[f32; 3]; 3]) -> [[f32; 3]; 3] {
         probabilities.map(|row| row.map(f32::ln))
+    }
+
+    #[test]
+    fn the_best_are_the_first_of_a_stable_order() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        for len in [0, 1, 5, 6, 7, 1000] {
+            // Few different scores, so that many are equal.
+            let scores: Vec<f32> = (0..len).map(|_| (rng.random_range(0..20) - 10) as f32).collect();
+            let mut sorted: Vec<(f32, u32)> = scores.iter().copied().zip(0..).collect();
+            sorted.sort_by(|a, b| b.0.total_cmp(&a.0));
+            sorted.truncate(6);
+            assert_eq!(best(&scores, 6), sorted);
+        }
+        assert!(best(&[1.0], 0).is_empty());
     }
 
     #[test]

@@ -12,7 +12,7 @@ use xvlm_metrics::nlvr::NlvrScores;
 use xvlm_tasks::convert::layout;
 use xvlm_tasks::vqa::{self, AnswerList, Answering, Ranked, Ranking};
 use xvlm_tasks::{ImageTokens, Model, ModelConfig, Search, Source, Sweep, TaskError, Texts, nlvr};
-use xvlm_weights::ModelFiles;
+use xvlm_weights::{ModelFiles, StoredTensors};
 
 const WORDS: [&str; 12] =
     ["red", "green", "blue", "and", "is", "it", "what", "the", "left", "right", "image", "circle"];
@@ -38,7 +38,12 @@ fn model(task: Task) -> Model {
     let (layout, blueprint) = layout(&config, false).unwrap();
     let tensors = layout.parameters.keys().map(|name| (name.clone(), blueprint.draw(name, 5).unwrap())).collect();
     let config = ModelConfig { max_tokens: 12, max_words: 10, ..ModelConfig::of(config) }.to_json().unwrap();
-    let files = ModelFiles { name: "tiny".to_owned(), config, tokenizer: tokenizer.to_bytes(), tensors };
+    let files = ModelFiles {
+        name: "tiny".to_owned(),
+        config,
+        tokenizer: tokenizer.to_bytes().into(),
+        weights: StoredTensors::of_tensors("tiny/model.safetensors", &tensors).unwrap(),
+    };
     Model::from_files(&files, &Device::Cpu).unwrap()
 }
 

@@ -12,7 +12,9 @@ use xvlm_tasks::captioning::{self, Writing};
 use xvlm_tasks::convert::{Goal, convert, export, layout};
 use xvlm_tasks::finetune::initial_weights;
 use xvlm_tasks::{Model, ModelConfig, Search, fill, grounding, vqa};
-use xvlm_weights::{Checkpoint, ConversionReport, LoadRules, ModelFiles, ModelFolder, Origin, StoredType};
+use xvlm_weights::{
+    Checkpoint, ConversionReport, LoadRules, ModelFiles, ModelFolder, Origin, StoredTensors, StoredType,
+};
 
 type Tensors = BTreeMap<String, Tensor>;
 
@@ -89,7 +91,7 @@ fn run(sources: &[(Origin, &Tensors)], goal: &Goal) -> Result<Converted, String>
         error.to_string()
     })?;
     assert_eq!(last.0, last.1);
-    let tensors = ModelFolder::open(&path).unwrap().tensors;
+    let tensors = ModelFolder::open(&path).unwrap().tensors().unwrap();
     Ok(Converted { report, tensors, _folder: folder, path })
 }
 
@@ -105,7 +107,8 @@ fn assert_same(found: &Tensor, expected: &Tensor) {
 /// A model folder.
 fn model_files(config: &XvlmConfig, tensors: Tensors) -> ModelFiles {
     let config = ModelConfig::of(config.clone()).to_json().unwrap();
-    ModelFiles { name: "folder".to_owned(), config, tokenizer: Vec::new(), tensors }
+    let weights = StoredTensors::of_tensors("folder/model.safetensors", &tensors).unwrap();
+    ModelFiles { name: "folder".to_owned(), config, tokenizer: Vec::new().into(), weights }
 }
 
 #[test]
@@ -262,7 +265,7 @@ fn a_model_starts_at_another_resolution_and_not_with_other_heads() {
         assert_eq!((start.report.reshaped.len(), start.fresh().len()), (count, 0));
         let shapes = layout(&larger, false).unwrap().0.parameters;
         assert!(start.tensors.iter().all(|(name, tensor)| tensor.dims() == shapes[name]));
-        let converted = run(&[(Origin::Xvlm, &files.tensors)], &goal(larger.clone())).unwrap();
+        let converted = run(&[(Origin::Xvlm, &files.tensors().unwrap())], &goal(larger.clone())).unwrap();
         start.tensors.iter().for_each(|(name, tensor)| assert_same(tensor, &converted.tensors[name]));
 
         larger.text_config.num_attention_heads = 4;

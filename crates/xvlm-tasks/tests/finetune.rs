@@ -184,7 +184,7 @@ fn a_run_that_is_resumed_ends_in_the_same_model() {
     let summary = finetune::run(&train(6).0, None, parts.path(), &stop, &Device::Cpu, &mut Silent).unwrap();
     assert!(summary.stopped && summary.iterations < 6 && !parts.path().join("model").exists());
     run(&train(6).0, parts.path(), true).unwrap();
-    let weights = |out: &TempDir| ModelFolder::open(&out.path().join("model")).unwrap().tensors;
+    let weights = |out: &TempDir| ModelFolder::open(&out.path().join("model")).unwrap().tensors().unwrap();
     let (expected, found) = (weights(&whole), weights(&parts));
     for (name, expected) in &expected {
         let numbers = |tensor: &candle_core::Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();

@@ -42,8 +42,8 @@ impl fmt::Display for LoadReport {
     }
 }
 
-/// Compares tensors with the names and shapes of parameters, as [`assign`] does first: what it reports as loaded is what would
-/// be.
+/// Compares the names and shapes of tensors with those of parameters, as [`assign`] does first: what it reports as loaded is what
+/// would be.
 ///
 /// # Errors
 /// [`WeightsError::Missing`], [`WeightsError::Unexpected`] and [`WeightsError::Shape`], each with all tensors
@@ -51,7 +51,7 @@ impl fmt::Display for LoadReport {
 /// allowed.
 pub fn compare<'a>(
     name: &str,
-    tensors: &BTreeMap<String, Tensor>,
+    tensors: &BTreeMap<&str, &[usize]>,
     targets: impl Iterator<Item = (&'a str, &'a [usize])>,
     rules: &LoadRules,
 ) -> Result<LoadReport, WeightsError> {
@@ -60,22 +60,20 @@ pub fn compare<'a>(
     for (target, shape) in targets {
         known.insert(target);
         match tensors.get(target) {
-            Some(tensor) if tensor.dims() == shape => report.loaded.push(target.to_owned()),
-            Some(tensor) => reshaped.push(Reshaped {
-                name: target.to_owned(),
-                expected: shape.to_vec(),
-                found: tensor.dims().to_vec(),
-            }),
+            Some(found) if *found == shape => report.loaded.push(target.to_owned()),
+            Some(found) => {
+                reshaped.push(Reshaped { name: target.to_owned(), expected: shape.to_vec(), found: found.to_vec() })
+            }
             None if allowed(&rules.allow_missing, target) => report.missing.push(target.to_owned()),
             None => missing.push(NamedShape { name: target.to_owned(), shape: shape.to_vec() }),
         }
     }
     let mut unexpected = Vec::new();
-    for (tensor, value) in tensors.iter().filter(|(tensor, _)| !known.contains(tensor.as_str())) {
+    for (tensor, shape) in tensors.iter().filter(|(tensor, _)| !known.contains(*tensor)) {
         if allowed(&rules.allow_unexpected, tensor) {
-            report.unexpected.push(tensor.clone());
+            report.unexpected.push((*tensor).to_owned());
         } else {
-            unexpected.push(NamedShape { name: tensor.clone(), shape: value.dims().to_vec() });
+            unexpected.push(NamedShape { name: (*tensor).to_owned(), shape: shape.to_vec() });
         }
     }
     refuse(name, missing, unexpected, reshaped)?;
@@ -96,7 +94,8 @@ pub fn assign(
     rules: &LoadRules,
 ) -> Result<LoadReport, WeightsError> {
     let shapes = targets.iter().map(|(target, var)| (target.as_str(), var.dims()));
-    let report = compare(name, tensors, shapes, rules)?;
+    let found = tensors.iter().map(|(tensor, value)| (tensor.as_str(), value.dims())).collect();
+    let report = compare(name, &found, shapes, rules)?;
     let failed = |tensor: &str, source| WeightsError::tensor(name, tensor, source);
     let own: HashSet<usize> = targets.iter().map(|(_, var)| storage(var)).collect();
     let pairs = targets.iter().filter_map(|(target, var)| Some((target, var, tensors.get(target)?)));

@@ -88,6 +88,12 @@ pub enum WeightsError {
         /// What is wrong with them.
         found: String,
     },
+    /// A file of weights was written to while its tensors were being read.
+    #[error("{file}: expected a file that stays as it is while it is read, found that it was written to meanwhile")]
+    Changed {
+        /// The file.
+        file: String,
+    },
     /// A tensor is stored as numbers of a type that cannot be a weight.
     #[error("{file}: tensor {tensor}: expected dtype {expected}, found {found}")]
     Dtype {

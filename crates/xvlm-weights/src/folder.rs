@@ -1,16 +1,18 @@
 //! A model as a folder.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
 use crate::atomic::{folder_of, sync_folder, write_through};
 use crate::error::{NamedShape, WeightsError};
-use crate::tensors::{StoredType, read_safetensors, write_safetensors_with};
+use crate::stored::StoredTensors;
+use crate::tensors::{StoredType, write_safetensors_with};
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
@@ -28,25 +30,33 @@ pub struct ModelFiles {
     /// The configuration, a JSON object.
     pub config: String,
     /// The tokenizer file, not looked into.
-    pub tokenizer: Vec<u8>,
-    /// The tensors by name, f32 on the CPU.
-    pub tensors: BTreeMap<String, Tensor>,
+    pub tokenizer: Cow<'static, [u8]>,
+    /// The weights, of which no number has been read yet.
+    pub weights: StoredTensors,
 }
 
 impl ModelFolder {
-    /// Reads a model folder.
+    /// Reads a model folder, but for the numbers of its weights, whose file is mapped.
     ///
     /// # Errors
     /// If a file is missing or cannot be read, the configuration is no JSON object, or the weights are damaged.
     pub fn open(dir: &Path) -> Result<ModelFiles, WeightsError> {
+        let found = |error: WeightsError| match error {
+            WeightsError::Io { path, source } if source.kind() == io::ErrorKind::NotFound => {
+                WeightsError::MissingFile { path }
+            }
+            other => other,
+        };
         let read = |file: &str| {
             let path = dir.join(file);
-            fs::read(&path).map_err(|source| match source.kind() {
-                io::ErrorKind::NotFound => WeightsError::MissingFile { path },
-                _ => WeightsError::Io { path, source },
-            })
+            fs::read(&path).map_err(WeightsError::io(&path)).map_err(found)
         };
-        ModelFiles::from_bytes(&dir.display().to_string(), &read(CONFIG)?, &read(WEIGHTS)?, &read(TOKENIZER)?)
+        let name = dir.display().to_string();
+        let config = read(CONFIG)?;
+        let weights = StoredTensors::open(&dir.join(WEIGHTS)).map_err(found)?;
+        let tokenizer = read(TOKENIZER)?;
+        let config = check_config(&format!("{name}/{CONFIG}"), &config)?.to_owned();
+        Ok(ModelFiles { name, config, tokenizer: tokenizer.into(), weights })
     }
 
     /// Writes a model folder as a whole: it is filled aside, flushed to the disk, and renamed to `dir`.
@@ -128,14 +138,28 @@ fn with_folder(folder: &Path, work: impl FnOnce() -> Result<(), WeightsError>) -
 }
 
 impl ModelFiles {
-    /// A model from the bytes of its three files, for instance compiled into a binary; errors call it `name`.
+    /// A model from the bytes of its three files, for instance compiled into a binary, from where they are not copied; errors
+    /// call it `name`.
     ///
     /// # Errors
     /// If the configuration is no JSON object, or the weights are damaged.
-    pub fn from_bytes(name: &str, config: &[u8], weights: &[u8], tokenizer: &[u8]) -> Result<Self, WeightsError> {
+    pub fn from_bytes(
+        name: &str,
+        config: &[u8],
+        weights: impl Into<Cow<'static, [u8]>>,
+        tokenizer: impl Into<Cow<'static, [u8]>>,
+    ) -> Result<Self, WeightsError> {
         let config = check_config(&format!("{name}/{CONFIG}"), config)?.to_owned();
-        let tensors = read_safetensors(&format!("{name}/{WEIGHTS}"), weights)?;
-        Ok(Self { name: name.to_owned(), config, tokenizer: tokenizer.to_vec(), tensors })
+        let weights = StoredTensors::from_bytes(&format!("{name}/{WEIGHTS}"), weights)?;
+        Ok(Self { name: name.to_owned(), config, tokenizer: tokenizer.into(), weights })
+    }
+
+    /// The tensors by name, f32 on the CPU.
+    ///
+    /// # Errors
+    /// As [`StoredTensors::read_all`].
+    pub fn tensors(&self) -> Result<BTreeMap<String, Tensor>, WeightsError> {
+        self.weights.read_all(|_| DType::F32, &Device::Cpu)
     }
 }
 

@@ -4,6 +4,9 @@
 //! A model is a folder with `config.json`, `model.safetensors` and `tokenizer.json`. This crate knows names, shapes
 //! and bytes; what the tensors mean, and what the configuration says, it does not know.
 //!
+//! Weights are mapped into memory, not read in ([`StoredTensors`]): a number is touched once, on its way to the place and the
+//! type that it is computed with.
+//!
 //! Nothing is loaded in part: [`assign`] either gives every parameter its tensor or changes none, and a file or a
 //! folder is written aside first and then renamed, so that a reader sees the old one or the new one.
 //!
@@ -18,6 +21,7 @@ mod error;
 mod folder;
 mod interpolate;
 mod names;
+mod stored;
 mod tensors;
 
 pub use assign::{LoadReport, LoadRules, assign, compare};
@@ -28,4 +32,5 @@ pub use error::{NamedShape, Reshaped, WeightsError};
 pub use folder::{ModelFiles, ModelFolder};
 pub use interpolate::{geometric_grid, resize_positions, resize_relative_positions};
 pub use names::{Origin, TextLayers, is_buffer, tied_to};
-pub use tensors::{StoredType, read_safetensors, write_safetensors, write_safetensors_with};
+pub use stored::{StoredTensors, read_safetensors};
+pub use tensors::{StoredType, write_safetensors, write_safetensors_with};

@@ -1,18 +1,14 @@
-//! Safetensors, read and written.
+//! Safetensors, written.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use candle_core::{DType, Device, Tensor};
-use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, json};
 
 use crate::checkpoint::first_non_finite;
 use crate::error::{NamedShape, WeightsError};
-
-/// The dtypes that can be read.
-const READABLE: &str = "F32, F16, BF16, F64 or I64";
 
 /// How numbers are stored in a file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -49,50 +45,6 @@ impl StoredType {
             Self::Bf16 => "BF16",
         }
     }
-}
-
-/// Reads the content of a safetensors file into f32 tensors on the CPU; `name` is what errors call the file.
-///
-/// # Errors
-/// [`WeightsError::Corrupt`] if the bytes are no safetensors, [`WeightsError::Dtype`] if a tensor's type is none that
-/// a weight may have.
-pub fn read_safetensors(name: &str, bytes: &[u8]) -> Result<BTreeMap<String, Tensor>, WeightsError> {
-    let file = SafeTensors::deserialize(bytes).map_err(|error| {
-        unknown_dtype(bytes)
-            .map(|(tensor, found)| WeightsError::Dtype { file: name.into(), tensor, expected: READABLE, found })
-            .unwrap_or_else(|| WeightsError::Corrupt { file: name.into(), len: bytes.len(), found: error.to_string() })
-    })?;
-    let read = |(tensor, view): (&str, safetensors::tensor::TensorView)| {
-        let dtype = match view.dtype() {
-            Dtype::F32 => DType::F32,
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
-            Dtype::F64 => DType::F64,
-            // Position indices, which published text encoders carry among their weights.
-            Dtype::I64 => DType::I64,
-            other => {
-                let (file, tensor, found) = (name.into(), tensor.into(), other.to_string());
-                return Err(WeightsError::Dtype { file, tensor, expected: READABLE, found });
-            }
-        };
-        let value = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)
-            .and_then(|value| value.to_dtype(DType::F32))
-            .map_err(|source| WeightsError::tensor(name, tensor, source))?;
-        Ok((tensor.to_owned(), value))
-    };
-    file.iter().map(read).collect()
-}
-
-/// The first tensor of a refused header whose dtype is none of the format's: the reader itself would name no tensor.
-fn unknown_dtype(bytes: &[u8]) -> Option<(String, String)> {
-    let (len, rest) = bytes.split_first_chunk::<8>()?;
-    let header = rest.get(..usize::try_from(u64::from_le_bytes(*len)).ok()?)?;
-    let header: BTreeMap<String, Value> = serde_json::from_slice(header).ok()?;
-    header.into_iter().filter(|(name, _)| name != "__metadata__").find_map(|(name, entry)| {
-        let dtype = entry.get("dtype")?.as_str()?;
-        let unknown = serde_json::from_value::<Dtype>(dtype.into()).is_err();
-        unknown.then(|| (name, dtype.to_owned()))
-    })
 }
 
 /// Writes tensors as safetensors, one at a time: besides the tensors, memory holds one converted copy of one of them.

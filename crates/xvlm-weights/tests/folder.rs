@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use xvlm_weights::{
-    ModelFiles, ModelFolder, NamedShape, StoredType, WeightsError, read_safetensors, write_file_atomically,
-    write_safetensors,
+    ModelFiles, ModelFolder, NamedShape, StoredTensors, StoredType, WeightsError, read_safetensors,
+    write_file_atomically, write_safetensors,
 };
 
 type Outcome = Result<(), Box<dyn Error>>;
@@ -66,22 +67,23 @@ fn a_folder_is_read_as_it_was_written() -> Outcome {
     let files = ModelFolder::open(&dir)?;
     assert_eq!(files.name, dir.display().to_string());
     assert_eq!(files.config, CONFIG);
-    assert_eq!(files.tokenizer, b"tokenizer");
-    let expected = tensors()?;
-    assert!(files.tensors.keys().eq(expected.keys()));
+    assert_eq!(*files.tokenizer, *b"tokenizer");
+    let (expected, found) = (tensors()?, files.tensors()?);
+    assert!(found.keys().eq(expected.keys()));
     for (name, tensor) in &expected {
-        assert_eq!(files.tensors[name].dims(), tensor.dims(), "{name}");
-        assert_eq!(values(&files.tensors[name])?, values(tensor)?, "{name}");
+        assert_eq!(found[name].dims(), tensor.dims(), "{name}");
+        assert_eq!(values(&found[name])?, values(tensor)?, "{name}");
     }
     Ok(())
 }
 
 #[test]
 fn a_model_compiled_in_is_the_same_model() -> Outcome {
-    let files = ModelFiles::from_bytes("built in", CONFIG.as_bytes(), &bytes(StoredType::F32)?, b"tokenizer")?;
+    let files =
+        ModelFiles::from_bytes("built in", CONFIG.as_bytes(), bytes(StoredType::F32)?, b"tokenizer".as_slice())?;
     assert_eq!(files.name, "built in");
-    assert_eq!(values(&files.tensors["a.bias"])?, [0.25, 1e-3, 3.]);
-    let error = ModelFiles::from_bytes("built in", b"nothing", &[], b"").unwrap_err().to_string();
+    assert_eq!(values(&files.tensors()?["a.bias"])?, [0.25, 1e-3, 3.]);
+    let error = ModelFiles::from_bytes("built in", b"nothing", b"".as_slice(), b"".as_slice()).unwrap_err().to_string();
     assert!(error.starts_with("built in/config.json: expected a JSON object"), "{error}");
     Ok(())
 }
@@ -97,6 +99,65 @@ fn narrow_types_round_and_come_back_as_f32() -> Outcome {
             }
         }
     }
+    Ok(())
+}
+
+#[test]
+fn a_mapped_file_gives_each_tensor_in_the_type_asked_for() -> Outcome {
+    let temp = tempfile::tempdir()?;
+    let path = temp.path().join("weights");
+    for stored in [StoredType::F32, StoredType::F16, StoredType::Bf16] {
+        fs::write(&path, bytes(stored)?)?;
+        let file = StoredTensors::open(&path)?;
+        let expected = read_safetensors("file", &fs::read(&path)?)?;
+        assert!(file.shapes().into_iter().eq(expected.iter().map(|(name, tensor)| (name.as_str(), tensor.dims()))));
+        let dtype = |shape: &[usize]| if shape.is_empty() { DType::F32 } else { DType::BF16 };
+        for (name, tensor) in file.read_all(dtype, &Device::Cpu)? {
+            assert_eq!(tensor.dtype(), dtype(tensor.dims()), "{name}");
+            let rounded = expected[&name].to_dtype(tensor.dtype())?.to_dtype(DType::F32)?;
+            assert_eq!(values(&tensor.to_dtype(DType::F32)?)?, values(&rounded)?, "{name}");
+        }
+        assert_eq!(file.first_numbers("a.bias", 2)?, values(&expected["a.bias"])?[..2]);
+        assert_eq!(file.first_numbers("scale", 64)?, values(&expected["scale"])?);
+        assert!(matches!(file.read("b", DType::F32, &Device::Cpu), Err(WeightsError::NoSuchTensor { .. })));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_file_that_is_written_to_is_noticed_and_one_that_is_replaced_stays() -> Outcome {
+    let temp = tempfile::tempdir()?;
+    let path = temp.path().join("weights");
+    fs::write(&path, bytes(StoredType::F32)?)?;
+    let file = StoredTensors::open(&path)?;
+    write_file_atomically(&path, |out| out.write_all(b"another"))?;
+    let expected = tensors()?;
+    for (name, tensor) in file.read_all(|_| DType::F32, &Device::Cpu)? {
+        assert_eq!(values(&tensor)?, values(&expected[&name])?, "{name}");
+    }
+    fs::write(&path, bytes(StoredType::F32)?)?;
+    let file = StoredTensors::open(&path)?;
+    fs::OpenOptions::new().append(true).open(&path)?.write_all(b"more")?;
+    match file.read_all(|_| DType::F32, &Device::Cpu) {
+        Err(WeightsError::Changed { file }) => assert_eq!(file, path.display().to_string()),
+        other => panic!("{other:?}"),
+    }
+    Ok(())
+}
+
+#[test]
+fn a_file_is_completed_by_what_it_lacks() -> Outcome {
+    let file = |numbers: &[(&str, f32)]| -> Result<StoredTensors, Box<dyn Error>> {
+        let tensor = |(name, number): &(&str, f32)| Ok(((*name).to_owned(), Tensor::new(*number, &Device::Cpu)?));
+        let tensors = numbers.iter().map(tensor).collect::<candle_core::Result<_>>()?;
+        Ok(StoredTensors::of_tensors("file", &tensors)?)
+    };
+    let mut own = file(&[("shared.a", 1.)])?;
+    own.complete_with(&file(&[("shared.a", 2.), ("shared.b", 3.), ("other", 4.)])?, |name| name.starts_with("shared."));
+    let read = own.read_all(|_| DType::F32, &Device::Cpu)?;
+    let read: Vec<(&str, Vec<f32>)> =
+        read.iter().map(|(name, tensor)| Ok((name.as_str(), values(tensor)?))).collect::<candle_core::Result<_>>()?;
+    assert_eq!(read, [("shared.a", vec![1.]), ("shared.b", vec![3.])]);
     Ok(())
 }
 
@@ -151,7 +212,7 @@ fn a_folder_without_a_tokenizer_waits_for_one() -> Outcome {
     }
     assert!(matches!(ModelFolder::open(&dir), Err(WeightsError::MissingFile { .. })));
     fs::write(dir.join("tokenizer.json"), "put there")?;
-    assert_eq!(ModelFolder::open(&dir)?.tokenizer, b"put there");
+    assert_eq!(*ModelFolder::open(&dir)?.tokenizer, *b"put there");
     Ok(())
 }
 
@@ -246,7 +307,7 @@ fn a_failed_write_leaves_the_old_model() -> Outcome {
     let reserved = BTreeMap::from([("__metadata__".to_owned(), Tensor::new(1f32, &Device::Cpu)?)]);
     assert!(ModelFolder::write(&dir, CONFIG, &reserved, b"", StoredType::F32).is_err());
     assert!(ModelFolder::write(&dir, "no json", &tensors()?, b"", StoredType::F32).is_err());
-    assert_eq!(ModelFolder::open(&dir)?.tokenizer, b"tokenizer");
+    assert_eq!(*ModelFolder::open(&dir)?.tokenizer, *b"tokenizer");
     assert_eq!(names(temp.path())?, ["model"]);
     Ok(())
 }

@@ -29,9 +29,9 @@ impl Bundled {
             ($name:literal, $folder:literal) => {
                 ModelFiles::from_bytes(
                     $name,
-                    include_bytes!(concat!("../model/", $folder, "config.json")),
-                    include_bytes!(concat!("../model/", $folder, "model.safetensors")),
-                    include_bytes!(concat!("../model/", $folder, "tokenizer.json")),
+                    include_bytes!(concat!("../model/", $folder, "config.json")).as_slice(),
+                    include_bytes!(concat!("../model/", $folder, "model.safetensors")).as_slice(),
+                    include_bytes!(concat!("../model/", $folder, "tokenizer.json")).as_slice(),
                 )?
             };
         }
@@ -41,11 +41,7 @@ impl Bundled {
             Self::Questions => read!("bundled model for questions", "questions/"),
             Self::Statements => read!("bundled model for statements", "statements/"),
         };
-        for (name, tensor) in general.tensors {
-            if name.starts_with(Self::SHARED) {
-                own.tensors.entry(name).or_insert(tensor);
-            }
-        }
+        own.weights.complete_with(&general.weights, |name| name.starts_with(Self::SHARED));
         Ok(own)
     }
 }

@@ -43,7 +43,7 @@ pub use xvlm_tasks::embed::{Index, Query, SearchOptions};
 pub use xvlm_tasks::fill::{Completing, Completion, Exercise, Grade};
 pub use xvlm_tasks::grounding::{HeatMap, Layers, StretchedHeat};
 pub use xvlm_tasks::vqa::{AnswerList, Ranking};
-pub use xvlm_tasks::{ConfigProblem, Model, Sampling, Search, TaskError as Error, Written};
+pub use xvlm_tasks::{Compute, ConfigProblem, Model, Precision, Sampling, Search, TaskError as Error, Written};
 pub use {
     xvlm_data as data, xvlm_encoders as encoders, xvlm_kernels as kernels, xvlm_losses as losses,
     xvlm_metrics as metrics, xvlm_tasks as tasks, xvlm_train as train, xvlm_weights as weights,

@@ -14,10 +14,10 @@ use std::sync::Arc;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use serde_json::json;
-use xvlm::Bundled;
 use xvlm::tasks::finetune::{FinetuneKind, FinetuneTask};
 use xvlm::tasks::sweep::LeftOut;
 use xvlm::tasks::{FinetuneConfig, Model, Sweep, TaskError};
+use xvlm::{Bundled, Precision};
 
 pub(crate) use self::captioning::caption_rows;
 pub(crate) use self::fill::fill_rows;
@@ -140,6 +140,7 @@ impl DataArgs {
 struct Report<'a, T> {
     task: &'static str,
     model: String,
+    precision: Precision,
     data: &'a str,
     #[serde(flatten)]
     scores: T,
@@ -171,7 +172,8 @@ impl Common {
             let stop = signals::asked_to_stop()?;
             Stage::run(stage, |counter| {
                 let (folder, resume, max_bad_fraction) = (self.out.clone(), self.resume, self.max_bad_fraction);
-                let about = json!({"weights": predictor.model().fingerprint(), "data": data});
+                let model = predictor.model();
+                let about = json!({"weights": model.fingerprint(), "precision": model.precision(), "data": data});
                 let ranks = Arc::clone(&ranks);
                 let mut sweep = Sweep { folder, resume, about, stop, ranks, max_bad_fraction, counter };
                 work(predictor.model(), &mut sweep).map_err(CliError::from)
@@ -193,7 +195,7 @@ impl Common {
         for LeftOut { item, problem } in left_out.iter().take(8) {
             output::say(&format!("left out: item {item}: {problem}"));
         }
-        let report = Report { task, model: self.model.name(), data, scores, left_out };
+        let report = Report { task, model: self.model.name(), precision: self.model.precision, data, scores, left_out };
         output::print(self.json, &report, |report| {
             let mut rows = rows(&report.scores);
             if !report.left_out.is_empty() {

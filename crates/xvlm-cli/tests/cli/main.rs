@@ -5,6 +5,7 @@ mod data;
 mod grounding;
 #[cfg(unix)]
 mod interrupted;
+mod precision;
 mod questions;
 #[cfg(feature = "mpi")]
 mod ranks;

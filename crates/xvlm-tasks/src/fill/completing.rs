@@ -1,6 +1,6 @@
 //! The search for completions, and the probability of one that is given.
 
-use candle_core::D;
+use candle_core::{D, DType};
 use xvlm_data::TextTokenizer;
 use xvlm_encoders::{Attention, Task};
 use xvlm_kernels as kernels;
@@ -285,7 +285,10 @@ impl<'a> Filler<'a> {
             let (b, t, _) = fused.dims3()?;
             let places: Vec<u32> = asks.iter().enumerate().map(|(i, ask)| (i * t + ask.at) as u32).collect();
             let places = candle_core::Tensor::new(places, model.device())?;
-            let logits = model.xvlm().mlm_logits(&fused.reshape((b * t, ()))?.index_select(&places, 0)?)?;
+            let logits = model
+                .xvlm()
+                .mlm_logits(&fused.reshape((b * t, ()))?.index_select(&places, 0)?)?
+                .to_dtype(DType::F32)?;
             let log_probabilities = kernels::log_softmax(&logits, D::Minus1)?.to_vec2::<f32>()?;
             for (i, row) in log_probabilities.iter().enumerate() {
                 each(chunk * 4 * BATCH + i, row);

@@ -46,7 +46,7 @@ pub fn initial_weights(folder: &ModelFiles, config: &XvlmConfig, seed: u64) -> R
     check_same(&folder.name, &source, config)?;
     let (layout, blueprint) = layout(config, false)?;
     let file = format!("{}/model.safetensors", folder.name);
-    let sources = [(Origin::Xvlm, Checkpoint::of_tensors(&file, folder.tensors.clone())?)];
+    let sources = [(Origin::Xvlm, Checkpoint::of_tensors(&file, folder.tensors()?)?)];
     let conversion = Conversion::plan(&sources, &layout, &LoadRules::default())?;
     let read = |name: &String| -> Result<(String, Tensor), TaskError> {
         let unknown = || WeightsError::NoSuchTensor { file: "model".to_owned(), tensor: name.clone() };

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use xvlm_encoders::{Attention, BertConfig, Pass, Task, Xvlm};
 use xvlm_kernels as kernels;
@@ -74,7 +74,7 @@ fn heat_of(
     };
     let attention = attention.as_detached_tensor();
     let (b, _, t, tokens) = attention.dims4()?;
-    let patches = |x: &Tensor| x.narrow(3, 1, tokens - 1);
+    let patches = |x: &Tensor| x.narrow(3, 1, tokens - 1)?.to_dtype(DType::F32);
     let influence = (patches(&attention)? * patches(&gradient)?.relu()?)?;
     let side = model.config().vision_config.grid();
     let words = mask.reshape((b, 1, t, 1))?;

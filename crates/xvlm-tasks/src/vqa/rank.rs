@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 use serde::{Deserialize, Serialize};
 use xvlm_data::{DataError, Place, pre_caption};
 use xvlm_encoders::{Task, Xvlm};
@@ -184,13 +184,12 @@ pub fn rank(
                     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
                     let room = longest + answers.iter().map(|answer| answer.len() - 1).max().unwrap_or(0);
                     let mut decoding = model.begin_texts(looks, room)?;
-                    let next = kernels::log_softmax(&model.next_token_logits(&decoding.extend(&prompts)?)?, D::Minus1)?;
+                    let next = log_probabilities(model, &decoding.extend(&prompts)?)?;
                     let mut candidates = candidates(&next, answers, k)?;
                     let mut live = Beginnings::first(&candidates, answers);
                     while !live.tokens.is_empty() {
                         decoding.select(&live.parents)?;
-                        let states = decoding.extend(&live.tokens)?;
-                        let next = kernels::log_softmax(&model.next_token_logits(&states)?, D::Minus1)?;
+                        let next = log_probabilities(model, &decoding.extend(&live.tokens)?)?;
                         live = live.advance(&next, &mut candidates, answers)?;
                     }
                     Ok(candidates)
@@ -200,6 +199,11 @@ pub fn rank(
         );
     }
     Ok(ranked)
+}
+
+/// Log-probabilities of the next token `[rows, V]`, of states `[rows, H]`.
+fn log_probabilities(model: &Xvlm, states: &Tensor) -> Result<Tensor> {
+    kernels::log_softmax(&model.next_token_logits(states)?.to_dtype(DType::F32)?, D::Minus1)
 }
 
 /// An answer that is ranked for a question.

@@ -9,9 +9,8 @@ mod vqa;
 
 use std::path::Path;
 
-use candle_core::Device;
 use xvlm_data::Picture;
-use xvlm_tasks::{ImageTokens, Model};
+use xvlm_tasks::{Compute, ImageTokens, Model};
 
 pub use self::grounding::{Grounding, Heated, PixelBox, Proposal};
 pub use self::matching::Match;
@@ -30,8 +29,8 @@ impl Predictor {
     /// # Errors
     /// If the device fails.
     #[cfg(feature = "bundled")]
-    pub fn bundled(device: &Device) -> Result<Self, Error> {
-        Self::bundled_for(crate::Bundled::General, device)
+    pub fn bundled(compute: impl Into<Compute>) -> Result<Self, Error> {
+        Self::bundled_for(crate::Bundled::General, compute)
     }
 
     /// One of the small models that come with the crate.
@@ -39,16 +38,27 @@ impl Predictor {
     /// # Errors
     /// If the device fails.
     #[cfg(feature = "bundled")]
-    pub fn bundled_for(model: crate::Bundled, device: &Device) -> Result<Self, Error> {
-        Ok(Self { model: Model::from_files(&model.files()?, device)? })
+    pub fn bundled_for(model: crate::Bundled, compute: impl Into<Compute>) -> Result<Self, Error> {
+        Ok(Self { model: Model::from_files(&model.files()?, compute)? })
     }
 
-    /// A model folder: `config.json`, `model.safetensors`, `tokenizer.json`.
+    /// A model folder: `config.json`, `model.safetensors`, `tokenizer.json`; to compute on a device in `f32`, or as [`Compute`]
+    /// says:
+    ///
+    /// ```no_run
+    /// use xvlm::{Compute, Device, Precision, Predictor};
+    ///
+    /// # fn main() -> Result<(), xvlm::Error> {
+    /// let compute = Compute::on(&Device::Cpu).with(Precision::Bf16);
+    /// let predictor = Predictor::from_folder("model", compute)?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// If a file is missing or broken, or a tensor is missing, unexpected or of another shape: each named.
-    pub fn from_folder(dir: impl AsRef<Path>, device: &Device) -> Result<Self, Error> {
-        Ok(Self { model: Model::open(dir.as_ref(), device)? })
+    /// As [`Model::open`].
+    pub fn from_folder(dir: impl AsRef<Path>, compute: impl Into<Compute>) -> Result<Self, Error> {
+        Ok(Self { model: Model::open(dir.as_ref(), compute)? })
     }
 
     /// A model folder on the Hugging Face hub: repository `owner/name` at a revision, which is a branch (most often
@@ -68,8 +78,8 @@ impl Predictor {
     /// # Errors
     /// As [`Hub::fetch`](crate::Hub::fetch), if the model cannot be had, and as [`Self::from_folder`].
     #[cfg(feature = "hub")]
-    pub fn from_hub(repository: &str, revision: &str, device: &Device) -> Result<Self, Error> {
-        Self::from_folder(crate::Hub::from_env()?.fetch(repository, revision)?, device)
+    pub fn from_hub(repository: &str, revision: &str, compute: impl Into<Compute>) -> Result<Self, Error> {
+        Self::from_folder(crate::Hub::from_env()?.fetch(repository, revision)?, compute)
     }
 
     /// The model inside.
