@@ -7,9 +7,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::Outcome;
 use crate::Done;
-
-type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
 /// A process that waits for questions on its stdin; it ends with this.
 pub(crate) struct Served {
@@ -28,6 +27,11 @@ impl Served {
         let mut served = Self { name, child, questions, answers: BufReader::new(answers) };
         let ready = served.answer()?;
         Ok((served, ready))
+    }
+
+    /// Of the process.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// What it answers to a line.

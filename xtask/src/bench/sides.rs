@@ -1,0 +1,144 @@
+//! The sides of the comparison: ours in each precision, and the peers; each a process of its own.
+
+use std::path::Path;
+use std::process::Command;
+
+use candle_core::DType;
+use clap::ValueEnum;
+use serde::Serialize;
+use serde_json::{Value, json};
+use xvlm::encoders::Xvlm;
+
+use super::Outcome;
+use super::cases::Case;
+use super::served::{self, Served};
+
+/// What our side computes in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Precision {
+    F32,
+    Bf16,
+}
+
+impl Precision {
+    pub(crate) const ALL: [Self; 2] = [Self::F32, Self::Bf16];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+
+    /// Of activations.
+    pub(crate) fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+
+    /// The model with its weights as they are used.
+    pub(crate) fn laid_out(self, model: Xvlm) -> candle_core::Result<Xvlm> {
+        Ok(model)
+    }
+
+    /// The peers that compute in it too.
+    pub(crate) fn peers(self) -> &'static [Peer] {
+        match self {
+            Self::F32 => &[Peer::EagerF32, Peer::CompileF32, Peer::OnnxF32],
+            Self::Bf16 => &[Peer::EagerBf16, Peer::CompileBf16],
+        }
+    }
+}
+
+/// A way of running the same in Python.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Peer {
+    EagerF32,
+    EagerBf16,
+    CompileF32,
+    CompileBf16,
+    OnnxF32,
+}
+
+impl Peer {
+    pub(crate) const ALL: [Self; 5] =
+        [Self::EagerF32, Self::EagerBf16, Self::CompileF32, Self::CompileBf16, Self::OnnxF32];
+
+    /// Its name on the command lines.
+    pub(crate) fn mode(self) -> &'static str {
+        match self {
+            Self::EagerF32 => "eager-f32",
+            Self::EagerBf16 => "eager-bf16",
+            Self::CompileF32 => "compile-f32",
+            Self::CompileBf16 => "compile-bf16",
+            Self::OnnxF32 => "onnx-f32",
+        }
+    }
+}
+
+/// Who computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Who {
+    Ours(Precision),
+    Peer(Peer),
+}
+
+/// A process of the comparison.
+pub(crate) struct Side {
+    pub(crate) who: Who,
+    served: Served,
+    pub(crate) versions: Value,
+}
+
+impl Side {
+    pub(crate) fn ours(precision: Precision) -> Outcome<Self> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["bench", "--serve", precision.name()]);
+        let (served, _) = Served::start("our side", command)?;
+        Ok(Self { who: Who::Ours(precision), served, versions: Value::Null })
+    }
+
+    pub(crate) fn peer(peer: Peer, folder: &Path) -> Outcome<Self> {
+        let mut command = Command::new(served::python(folder));
+        command.arg(served::scripts().join("inference.py")).args(["--serve", "--mode", peer.mode()]);
+        command.args(["--threads", &std::thread::available_parallelism()?.to_string()]);
+        // What the compiler made for the same shapes stays for the next run.
+        command.env("TORCHINDUCTOR_CACHE_DIR", std::path::absolute(folder)?.join("inductor"));
+        let (served, mut ready) = Served::start("the peer", command)?;
+        Ok(Self { who: Who::Peer(peer), served, versions: ready["versions"].take() })
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.served.id()
+    }
+
+    /// Makes a case ready and does it once; why not, if the side cannot.
+    pub(crate) fn prepare(&mut self, case: &Case) -> Outcome<Result<(), String>> {
+        let answer = self.served.ask(&json!({ "prepare": case }).to_string())?;
+        Ok(match answer["unsupported"].as_str() {
+            Some(why) => Err(why.to_owned()),
+            None => Ok(()),
+        })
+    }
+
+    /// Seconds that the case takes.
+    pub(crate) fn run(&mut self) -> Outcome<f64> {
+        let answer = self.served.ask(r#""run""#)?;
+        Ok(answer["seconds"].as_f64().ok_or_else(|| format!("seconds: expected a number, found {answer}"))?)
+    }
+
+    /// Some of the numbers that the case comes to; of our sides only.
+    pub(crate) fn sample(&mut self) -> Outcome<Vec<f32>> {
+        let mut answer = self.served.ask(r#""sample""#)?;
+        Ok(serde_json::from_value(answer["sample"].take())?)
+    }
+
+    /// Forgets the case, so that its memory is free for others.
+    pub(crate) fn forget(&mut self) -> Outcome<()> {
+        self.served.ask(r#""drop""#).map(drop)
+    }
+}
