@@ -7,13 +7,13 @@ use std::time::Instant;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::cases::{Case, Work};
 use super::peak::Peaks;
 use super::served;
 use super::sides::{Peer, Precision, Side, Who};
 use super::start_up::{self, StartUp};
 use super::train::{BenchTrain, Timed};
 use super::{Bench, Outcome};
+use xvlm_benches::cases::{Case, Work};
 
 /// No case has fewer rounds than these, however long they take.
 const LEAST_ROUNDS: usize = 3;
@@ -87,8 +87,7 @@ pub(crate) fn run(bench: &Bench, cases: &[&'static Case]) -> Outcome<Comparison>
         rows: Vec::new(),
         start_up: None,
     };
-    let is_inference = |case: &&&Case| !matches!(case.work, Work::Step | Work::StartUp);
-    let inference: Vec<&'static Case> = cases.iter().filter(is_inference).copied().collect();
+    let inference: Vec<&'static Case> = cases.iter().copied().filter(|case| case.is_inference()).collect();
     if !inference.is_empty() {
         let mut sides = start(bench, folder, &mut comparison)?;
         for case in inference {

@@ -8,9 +8,9 @@ use serde::Serialize;
 use xvlm::encoders::cost::Load;
 use xvlm::encoders::{Pass, XvlmConfig};
 
+use super::Outcome;
 use super::chart::{Chart, Series};
 use super::sides::Precision;
-use super::{Outcome, ours};
 
 /// Sides of images, in pixels: windows of 7 to 24 tokens.
 const SIZES: [usize; 7] = [224, 288, 384, 480, 576, 672, 768];
@@ -48,7 +48,7 @@ impl Point {
 pub(crate) fn run(rounds: usize) -> Outcome<Cost> {
     let mut points = Vec::new();
     for size in SIZES {
-        let model = ours::model(size, Precision::F32, &Device::Cpu)?;
+        let model = Precision::F32.model(size, &Device::Cpu)?;
         for batch in BATCHES.into_iter().filter(|batch| batch * size * size <= MOST_PIXELS) {
             let pixels = Tensor::rand(-1f32, 1.0, (batch, 3, size, size), &Device::Cpu)?;
             let mut seconds = f64::INFINITY;

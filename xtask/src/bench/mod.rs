@@ -1,11 +1,9 @@
 //! `cargo xtask bench`: how fast it is, alone and beside what else one could run.
 
-mod cases;
 mod chart;
 mod compare;
 mod cost;
 pub(crate) mod data;
-mod ours;
 mod peak;
 mod profile;
 mod report;
@@ -21,8 +19,8 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::{Done, cargo};
-use cases::Case;
 use sides::{Peer, Precision};
+use xvlm_benches::cases::Case;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 

@@ -9,10 +9,10 @@ use std::process::{Command, Stdio};
 
 use serde::Serialize;
 
-use super::cases::{Case, Work};
 use super::served;
 use super::sides::Side;
 use super::{Bench, Outcome};
+use xvlm_benches::cases::{Case, Work};
 
 /// Where the time of a case goes.
 #[derive(Debug, Serialize)]
@@ -28,7 +28,7 @@ pub(crate) struct Profile {
 
 pub(crate) fn run(bench: &Bench, cases: &[&'static Case]) -> Outcome<Vec<Profile>> {
     let mut side = Side::ours(bench.precision)?;
-    let inference = cases.iter().filter(|case| !matches!(case.work, Work::Step | Work::StartUp));
+    let inference = cases.iter().filter(|case| case.is_inference());
     // Both do the same on our side.
     let inference: Vec<_> = inference.filter(|case| case.work != Work::CaptionCached).collect();
     if inference.is_empty() {

@@ -10,10 +10,10 @@ use xvlm::Device;
 use xvlm::encoders::Xvlm;
 
 use super::Outcome;
-use super::cases::Case;
-use super::ours::{self, Prepared};
 use super::sides::Precision;
 use crate::Done;
+use xvlm_benches::base::Prepared;
+use xvlm_benches::cases::Case;
 
 #[derive(Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -53,7 +53,7 @@ impl Ours {
                 let case = Case::of_name(&case.name)?;
                 if self.model.as_ref().is_none_or(|(resolution, _)| *resolution != case.resolution) {
                     self.model = None;
-                    let model = ours::model(case.resolution, self.precision, &self.device)?;
+                    let model = self.precision.model(case.resolution, &self.device)?;
                     self.model = Some((case.resolution, model));
                 }
                 self.prepared = Some(Prepared::new(case, self.precision.dtype(), &self.device)?);

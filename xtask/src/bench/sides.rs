@@ -3,15 +3,16 @@
 use std::path::Path;
 use std::process::Command;
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use clap::ValueEnum;
 use serde::Serialize;
 use serde_json::{Value, json};
 use xvlm::encoders::Xvlm;
 
 use super::Outcome;
-use super::cases::Case;
 use super::served::{self, Served};
+use xvlm_benches::base;
+use xvlm_benches::cases::Case;
 
 /// What our side computes in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -39,9 +40,9 @@ impl Precision {
         }
     }
 
-    /// The model with its weights as they are used.
-    pub(crate) fn laid_out(self, model: Xvlm) -> candle_core::Result<Xvlm> {
-        Ok(model)
+    /// The base model, with its weights as they are used.
+    pub(crate) fn model(self, resolution: usize, device: &Device) -> candle_core::Result<Xvlm> {
+        base::model(resolution, self.dtype(), device)
     }
 
     /// The peers that compute in it too.

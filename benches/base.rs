@@ -1,4 +1,4 @@
-//! Our side of the comparison: the base model with random weights, and what a case does with it.
+//! The base model with drawn weights, and what a case does with it.
 
 use candle_core::{DType, Device, Result, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
@@ -6,11 +6,10 @@ use candle_nn::{Init, VarBuilder};
 use xvlm::encoders::{Attention, Concepts, Pass, Xvlm, XvlmConfig};
 use xvlm::{Search, tasks::TextSearch};
 
-use super::cases::{BEAMS, Case, NEW_TOKENS, PROMPT, Work};
-use super::sides::Precision;
+use crate::cases::{BEAMS, Case, NEW_TOKENS, PROMPT, Work};
 
 /// A case that is ready to run.
-pub(crate) struct Prepared {
+pub struct Prepared {
     case: Case,
     pixels: Tensor,
     ids: Tensor,
@@ -20,15 +19,20 @@ pub(crate) struct Prepared {
     tokens: Tensor,
 }
 
-/// The base model, with drawn weights.
-pub(crate) fn model(resolution: usize, precision: Precision, device: &Device) -> Result<Xvlm> {
-    let vb = VarBuilder::from_backend(Box::new(Drawn), precision.dtype(), device.clone());
-    let model = Xvlm::new(&XvlmConfig::base(resolution), vb)?;
-    precision.laid_out(model)
+/// The base model, with drawn weights of a float type.
+///
+/// # Errors
+/// If it cannot be made.
+pub fn model(resolution: usize, dtype: DType, device: &Device) -> Result<Xvlm> {
+    Xvlm::new(&XvlmConfig::base(resolution), VarBuilder::from_backend(Box::new(Drawn), dtype, device.clone()))
 }
 
 impl Prepared {
-    pub(crate) fn new(case: &Case, dtype: DType, device: &Device) -> Result<Self> {
+    /// Draws the inputs of a case, for a model of a float type.
+    ///
+    /// # Errors
+    /// If they cannot be made.
+    pub fn new(case: &Case, dtype: DType, device: &Device) -> Result<Self> {
         let Case { resolution, images, texts, tokens, .. } = *case;
         let config = XvlmConfig::base(resolution);
         let (vision, text) = (config.vision_config.width(), config.text_config.hidden_size);
@@ -47,7 +51,10 @@ impl Prepared {
     }
 
     /// Does the work of the case once.
-    pub(crate) fn run(&self, model: &Xvlm) -> Result<Tensor> {
+    ///
+    /// # Errors
+    /// If the model is of another size or type, or the case is none of inference.
+    pub fn run(&self, model: &Xvlm) -> Result<Tensor> {
         let pass = Pass::inference();
         let text = || model.encode_text(&self.ids, &self.text_mask, Attention::Full, &pass);
         match self.case.work {
@@ -95,7 +102,10 @@ impl Prepared {
     }
 
     /// Some numbers of the result of the case, evenly spread over it.
-    pub(crate) fn sample(&self, model: &Xvlm) -> Result<Vec<f32>> {
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn sample(&self, model: &Xvlm) -> Result<Vec<f32>> {
         const MOST: usize = 4096;
         let output = self.run(model)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         let every = output.len().div_ceil(MOST).max(1);

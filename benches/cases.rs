@@ -4,12 +4,10 @@ use serde::Serialize;
 use xvlm::encoders::XvlmConfig;
 use xvlm::encoders::cost::Load;
 
-use super::Outcome;
-
 /// What a case computes; the peers know these by name.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum Work {
+pub enum Work {
     /// Images to patch tokens.
     Vision,
     /// Texts to states.
@@ -30,28 +28,36 @@ pub(crate) enum Work {
 
 /// A row of the comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub(crate) struct Case {
-    pub(crate) name: &'static str,
+pub struct Case {
+    /// Short, for command lines.
+    pub name: &'static str,
+    /// For tables.
     #[serde(skip)]
-    pub(crate) title: &'static str,
-    pub(crate) work: Work,
+    pub title: &'static str,
+    /// What is done.
+    pub work: Work,
     /// Side of the images, in pixels.
-    pub(crate) resolution: usize,
-    pub(crate) images: usize,
-    pub(crate) texts: usize,
+    pub resolution: usize,
+    /// Images at a time.
+    pub images: usize,
+    /// Texts at a time.
+    pub texts: usize,
     /// Of each text.
-    pub(crate) tokens: usize,
+    pub tokens: usize,
 }
 
-/// Texts that a search follows at a time, tokens of its prompt, and tokens it writes.
-pub(crate) const BEAMS: usize = 3;
-pub(crate) const PROMPT: usize = 4;
-pub(crate) const NEW_TOKENS: usize = 20;
+/// Texts that the search for a caption follows at a time.
+pub const BEAMS: usize = 3;
+/// Tokens of its prompt.
+pub const PROMPT: usize = 4;
+/// Tokens that it writes.
+pub const NEW_TOKENS: usize = 20;
 
 /// Tokens of the longest of some short phrases, such as "the man in the blue shirt on the left" with its `[CLS]`.
 const PHRASE: usize = 10;
 
-pub(crate) const CASES: [Case; 13] = [
+/// All of them, in the order of the table.
+pub const CASES: [Case; 13] = [
     Case::new("vision-224-1", "vision encoder 224, batch 1", Work::Vision, 224, [1, 0, 0]),
     Case::new("vision-224-8", "vision encoder 224, batch 8", Work::Vision, 224, [8, 0, 0]),
     Case::new("vision-384-1", "vision encoder 384, batch 1", Work::Vision, 384, [1, 0, 0]),
@@ -85,19 +91,30 @@ impl Case {
     }
 
     /// The case of a name.
-    pub(crate) fn of_name(name: &str) -> Outcome<&'static Self> {
-        CASES.iter().find(|case| case.name == name).ok_or_else(|| unknown(name).into())
+    ///
+    /// # Errors
+    /// If there is none: names all there are.
+    pub fn of_name(name: &str) -> Result<&'static Self, String> {
+        CASES.iter().find(|case| case.name == name).ok_or_else(|| unknown(name))
     }
 
     /// The cases whose name contains `filter`.
-    pub(crate) fn chosen(filter: Option<&str>) -> Outcome<Vec<&'static Self>> {
+    ///
+    /// # Errors
+    /// If there is none: names all there are.
+    pub fn chosen(filter: Option<&str>) -> Result<Vec<&'static Self>, String> {
         let filter = filter.unwrap_or_default();
         let chosen: Vec<&Self> = CASES.iter().filter(|case| case.name.contains(filter)).collect();
-        if chosen.is_empty() { Err(unknown(filter).into()) } else { Ok(chosen) }
+        if chosen.is_empty() { Err(unknown(filter)) } else { Ok(chosen) }
+    }
+
+    /// Whether it is a forward pass of the model, and not a step of training or a program.
+    pub fn is_inference(&self) -> bool {
+        !matches!(self.work, Work::Step | Work::StartUp)
     }
 
     /// FLOPs of its matrix products, where it is inference.
-    pub(crate) fn flops(&self) -> Option<u64> {
+    pub fn flops(&self) -> Option<u64> {
         let Self { images, texts, tokens, .. } = *self;
         let of = |load: Load| XvlmConfig::base(self.resolution).cost(&load).flops;
         match self.work {
@@ -124,5 +141,25 @@ impl Case {
 
 fn unknown(found: &str) -> String {
     let names: Vec<&str> = CASES.iter().map(|case| case.name).collect();
-    format!("FILTER: expected part of one of {}, found {found}", names.join(", "))
+    format!("case: expected part of the name of one of {}, found {found}", names.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_filter_is_told_what_there_is() {
+        let error = Case::chosen(Some("vison")).expect_err("no such case");
+        assert!(CASES.iter().all(|case| error.contains(case.name)), "{error}");
+        assert_eq!(Case::chosen(Some("vision-384")).map(|cases| cases.len()), Ok(2));
+    }
+
+    #[test]
+    fn eight_images_are_eight_times_the_arithmetic_of_one() {
+        let flops = |name| Case::of_name(name).ok().and_then(Case::flops).expect("FLOPs of inference");
+        assert_eq!(flops("vision-224-8"), 8 * flops("vision-224-1"));
+        // Swin-B at 224 pixels has 15.4 G multiply-adds (Liu et al. 2021, table 1), which counts more than products.
+        assert!((30.0e9..31.0e9).contains(&(flops("vision-224-1") as f64)));
+    }
 }
