@@ -74,8 +74,9 @@ impl WithSimd for Chains {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> f64 {
-        let (factor, term) = (simd.splat_f32s(0.999), simd.splat_f32s(0.001));
-        let mut sums = [simd.splat_f32s(1.0); CHAINS];
+        // The compiler must not know what comes out, nor that all chains are equal.
+        let [factor, term] = std::hint::black_box([0.999, 0.001]).map(|number| simd.splat_f32s(number));
+        let mut sums = std::hint::black_box([1.0; CHAINS]).map(|number| simd.splat_f32s(number));
         for _ in 0..STEPS {
             for sum in &mut sums {
                 *sum = simd.mul_add_f32s(*sum, factor, term);

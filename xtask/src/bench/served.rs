@@ -70,11 +70,13 @@ pub(crate) fn python(peers: &Path) -> PathBuf {
     peers.join("env/bin/python")
 }
 
-/// Makes the peers' environment, if it is not there yet.
+/// Makes the peers' environment, if it is not there yet, or lacks what has been asked for since.
 pub(crate) fn set_up(peers: &Path) -> Done {
-    match python(peers).is_file() {
+    let script = scripts().join("setup.sh");
+    let done = std::fs::read(peers.join("env/setup.sh"));
+    match done.is_ok_and(|done| std::fs::read(&script).is_ok_and(|script| script == done)) {
         true => Ok(()),
-        false => succeed(Command::new("sh").arg(scripts().join("setup.sh")).arg(peers)),
+        false => succeed(Command::new("sh").arg(script).arg(peers)),
     }
 }
 
