@@ -118,10 +118,12 @@ fn start(bench: &Bench, folder: Option<&Path>, comparison: &mut Comparison) -> O
     let mut sides = Precision::ALL.into_iter().map(Side::ours).collect::<Outcome<Vec<_>>>()?;
     let peers = if bench.only.is_empty() { Peer::ALL.to_vec() } else { bench.only.clone() };
     if let Some(folder) = folder {
-        for peer in peers {
-            let side = Side::peer(peer, folder)?;
-            comparison.versions.insert(peer.mode(), side.versions.clone());
-            sides.push(side);
+        sides.extend(peers.into_iter().map(|peer| Side::peer(peer, folder)).collect::<Outcome<Vec<_>>>()?);
+    }
+    for side in &mut sides {
+        let versions = side.wait()?;
+        if let Who::Peer(peer) = side.who {
+            comparison.versions.insert(peer.mode(), versions);
         }
     }
     Ok(sides)

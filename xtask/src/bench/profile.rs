@@ -28,6 +28,7 @@ pub(crate) struct Profile {
 
 pub(crate) fn run(bench: &Bench, cases: &[&'static Case]) -> Outcome<Vec<Profile>> {
     let mut side = Side::ours(bench.precision)?;
+    side.wait()?;
     let inference = cases.iter().filter(|case| case.is_inference());
     // Both do the same on our side.
     let inference: Vec<_> = inference.filter(|case| case.work != Work::CaptionCached).collect();

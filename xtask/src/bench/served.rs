@@ -20,13 +20,18 @@ pub(crate) struct Served {
 
 impl Served {
     /// Starts it, and waits for the line by which it says that it is ready.
-    pub(crate) fn start(name: &'static str, mut command: Command) -> Outcome<(Self, Value)> {
+    pub(crate) fn start(name: &'static str, command: Command) -> Outcome<(Self, Value)> {
+        let mut served = Self::spawn(name, command)?;
+        let ready = served.answer()?;
+        Ok((served, ready))
+    }
+
+    /// Starts it; its first [`Self::answer`] says that it is ready.
+    pub(crate) fn spawn(name: &'static str, mut command: Command) -> Outcome<Self> {
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let (questions, answers) = (child.stdin.take(), child.stdout.take());
         let (questions, answers) = questions.zip(answers).ok_or_else(|| format!("{name}: its pipes are closed"))?;
-        let mut served = Self { name, child, questions, answers: BufReader::new(answers) };
-        let ready = served.answer()?;
-        Ok((served, ready))
+        Ok(Self { name, child, questions, answers: BufReader::new(answers) })
     }
 
     /// Of the process.
@@ -40,7 +45,8 @@ impl Served {
         self.answer()
     }
 
-    fn answer(&mut self) -> Outcome<Value> {
+    /// The next line that it says.
+    pub(crate) fn answer(&mut self) -> Outcome<Value> {
         let mut line = String::new();
         if self.answers.read_line(&mut line)? == 0 {
             return Err(format!("{} ended: {}", self.name, self.child.wait()?).into());

@@ -92,15 +92,13 @@ pub(crate) enum Who {
 pub(crate) struct Side {
     pub(crate) who: Who,
     served: Served,
-    pub(crate) versions: Value,
 }
 
 impl Side {
     pub(crate) fn ours(precision: Precision) -> Outcome<Self> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["bench", "--serve", precision.name()]);
-        let (served, _) = Served::start("our side", command)?;
-        Ok(Self { who: Who::Ours(precision), served, versions: Value::Null })
+        Ok(Self { who: Who::Ours(precision), served: Served::spawn("our side", command)? })
     }
 
     pub(crate) fn peer(peer: Peer, folder: &Path) -> Outcome<Self> {
@@ -109,8 +107,12 @@ impl Side {
         command.args(["--threads", &std::thread::available_parallelism()?.to_string()]);
         // What the compiler made for the same shapes stays for the next run.
         command.env("TORCHINDUCTOR_CACHE_DIR", std::path::absolute(folder)?.join("inductor"));
-        let (served, mut ready) = Served::start("the peer", command)?;
-        Ok(Self { who: Who::Peer(peer), served, versions: ready["versions"].take() })
+        Ok(Self { who: Who::Peer(peer), served: Served::spawn(peer.mode(), command)? })
+    }
+
+    /// Waits until it has started; the versions of a peer's parts.
+    pub(crate) fn wait(&mut self) -> Outcome<Value> {
+        Ok(self.served.answer()?["versions"].take())
     }
 
     pub(crate) fn id(&self) -> u32 {
