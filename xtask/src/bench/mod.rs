@@ -88,18 +88,22 @@ impl Bench {
             return cargo(command.into_iter().chain(self.filter).chain(self.criterion));
         }
         let cases = Case::chosen(self.filter.as_deref())?;
+        let mut told = serde_json::Map::new();
         if is_table {
             let comparison = compare::run(&self, &cases)?;
-            self.tell("bench", &report::markdown(&comparison)?, &comparison)?;
+            told.insert("bench".to_owned(), self.tell("bench", &report::markdown(&comparison)?, &comparison)?);
         }
         if self.profile {
             let profiles = profile::run(&self, &cases)?;
-            self.tell("profile", &profile::markdown(&profiles)?, &profiles)?;
+            told.insert("profile".to_owned(), self.tell("profile", &profile::markdown(&profiles)?, &profiles)?);
         }
         if self.cost {
             let cost = cost::run(self.rounds())?;
             write(&self.out, "cost.svg", &cost::drawing(&cost))?;
-            self.tell("cost", &cost::markdown(&cost)?, &cost)?;
+            told.insert("cost".to_owned(), self.tell("cost", &cost::markdown(&cost)?, &cost)?);
+        }
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&told)?);
         }
         Ok(())
     }
@@ -113,13 +117,14 @@ impl Bench {
         Duration::from_secs(30)
     }
 
-    /// Writes a result into the folder, and prints it.
-    fn tell(&self, name: &str, markdown: &str, result: &impl serde::Serialize) -> Done {
-        let json = serde_json::to_string_pretty(result)?;
+    /// Writes a result into the folder, and prints it unless it is to be part of one JSON document.
+    fn tell(&self, name: &str, markdown: &str, result: &impl serde::Serialize) -> Outcome<serde_json::Value> {
         write(&self.out, &format!("{name}.md"), markdown)?;
-        write(&self.out, &format!("{name}.json"), &json)?;
-        println!("{}", if self.json { &json } else { markdown });
-        Ok(())
+        write(&self.out, &format!("{name}.json"), &serde_json::to_string_pretty(result)?)?;
+        if !self.json {
+            println!("{markdown}");
+        }
+        Ok(serde_json::to_value(result)?)
     }
 }
 

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::served;
 use super::sides::Side;
+use super::train::{self, BenchTrain};
 use super::{Bench, Outcome};
 use xvlm_benches::cases::{Case, Work};
 
@@ -27,30 +28,47 @@ pub(crate) struct Profile {
 }
 
 pub(crate) fn run(bench: &Bench, cases: &[&'static Case]) -> Outcome<Vec<Profile>> {
-    let mut side = Side::ours(bench.precision)?;
-    side.wait()?;
-    let inference = cases.iter().filter(|case| case.is_inference());
-    // Both do the same on our side.
-    let inference: Vec<_> = inference.filter(|case| case.work != Work::CaptionCached).collect();
-    if inference.is_empty() {
-        return Err(
-            "--profile: expected a case of inference; for a step of pre-training, see docs/performance.md".into()
-        );
+    // Both captions do the same on our side.
+    let is_profiled = |case: &Case| !matches!(case.work, Work::StartUp | Work::CaptionCached);
+    let cases: Vec<&Case> = cases.iter().copied().filter(|case| is_profiled(case)).collect();
+    if cases.is_empty() {
+        return Err("--profile: expected a case of inference or training, found none".into());
     }
-    inference.into_iter().map(|case| of_case(bench, case, &mut side)).collect()
+    let mut profiles = Vec::new();
+    if cases.iter().any(|case| case.is_inference()) {
+        let mut side = Side::ours(bench.precision)?;
+        side.wait()?;
+        for case in cases.iter().filter(|case| case.is_inference()) {
+            side.prepare(case)??;
+            let (seconds, operations) = record(side.id(), bench.rounds(), || side.run())?;
+            profiles.push(profile(bench, case, seconds, operations));
+        }
+    }
+    for case in cases.iter().filter(|case| case.work == Work::Step) {
+        let chore = BenchTrain::for_comparison(bench.peers_dir.clone(), true, 1, case.images, bench.precision);
+        let (mut side, _) = chore.start_ours()?;
+        let (seconds, operations) = record(side.id(), bench.rounds(), || Ok(train::step(&mut side)?.seconds))?;
+        profiles.push(profile(bench, case, seconds, operations));
+    }
+    Ok(profiles)
 }
 
-fn of_case(bench: &Bench, case: &'static Case, side: &mut Side) -> Outcome<Profile> {
+fn profile(bench: &Bench, case: &Case, seconds: f64, operations: Vec<(String, f64)>) -> Profile {
+    let Case { name: case, title, .. } = *case;
+    Profile { case, title, precision: bench.precision.name(), seconds, operations }
+}
+
+/// Runs something that a process does again and again: its median, and where its time goes.
+fn record(process: u32, rounds: usize, mut run: impl FnMut() -> Outcome<f64>) -> Outcome<(f64, Vec<(String, f64)>)> {
     /// Samples a second, of each thread.
     const RATE: &str = "1999";
-    side.prepare(case)??;
     let recording = tempfile::NamedTempFile::new()?;
     let mut command = Command::new("perf");
-    command.args(["record", "--quiet", "-F", RATE, "-e", "cpu-clock:u", "-p", &side.id().to_string(), "-o"]);
+    command.args(["record", "--quiet", "-F", RATE, "-e", "cpu-clock:u", "-p", &process.to_string(), "-o"]);
     // It records until this command ends, which is when its input does.
     command.arg(recording.path()).args(["--", "cat"]).stdin(Stdio::piped()).stdout(Stdio::null());
     let mut perf = command.spawn().map_err(|error| format!("perf (of Linux's tools; package linux-perf): {error}"))?;
-    let seconds = (0..bench.rounds()).map(|_| side.run()).collect::<Outcome<Vec<_>>>()?;
+    let seconds = (0..rounds).map(|_| run()).collect::<Outcome<Vec<_>>>()?;
     drop(perf.stdin.take());
     let status = perf.wait()?;
     if !status.success() {
@@ -63,8 +81,7 @@ fn of_case(bench: &Bench, case: &'static Case, side: &mut Side) -> Outcome<Profi
     if operations.is_empty() {
         return Err(format!("{command:?}: expected samples, found none ({})", told.status).into());
     }
-    let Case { name: case, title, .. } = *case;
-    Ok(Profile { case, title, precision: bench.precision.name(), seconds: served::median(seconds), operations })
+    Ok((served::median(seconds), operations))
 }
 
 /// Shares of operations, from lines such as `  12.34%  [.] xvlm_kernels::norm::layer_norm`.

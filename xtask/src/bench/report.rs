@@ -44,6 +44,11 @@ pub(crate) fn markdown(comparison: &Comparison) -> Result<String, std::fmt::Erro
         let (title, precision) = (row.title, row.precision.name());
         writeln!(out, "| {title} | {precision} | {} |{peers} {share} | {deviation} |", seconds(&row.ours))?;
     }
+    for peer in Peer::ALL {
+        if let Some((ratio, row)) = least(rows, peer) {
+            writeln!(out, "\nLeast ratio to {}: {ratio:.2}, {}.", peer.mode(), row.title)?;
+        }
+    }
     for row in rows.iter().filter(|row| row.ours.peak_memory.is_some()) {
         writeln!(out, "\n{}", memory(row))?;
     }
@@ -75,6 +80,12 @@ fn cells(row: &Row, modes: &[Peer]) -> String {
         Some((timing, ratio)) => format!(" {} | {ratio:.2} |", seconds(timing)),
         None => " | |".to_owned(),
     }
+}
+
+/// Where we are the least ahead of a peer.
+fn least(rows: &[Row], peer: Peer) -> Option<(f64, &Row)> {
+    let ratios = rows.iter().filter_map(|row| Some((*row.ratios.get(peer.mode())?, row)));
+    ratios.min_by(|(a, _), (b, _)| a.total_cmp(b))
 }
 
 fn memory(row: &Row) -> String {

@@ -184,15 +184,16 @@ impl BenchTrain {
         let (mut ours, _) = self.start_ours()?;
         let (mut of_ours, mut of_peer) = (Vec::new(), Vec::new());
         for _ in 0..self.steps {
-            of_ours.push(serde_json::from_value::<Timed>(ours.ask("1")?)?);
+            of_ours.push(step(&mut ours)?);
             if let Some((peer, _)) = &mut peer {
-                of_peer.push(serde_json::from_value::<Timed>(peer.ask("1")?)?);
+                of_peer.push(step(peer)?);
             }
         }
         Ok((of_ours, peer.map(|(_, mut ready)| (of_peer, ready["versions"].take()))))
     }
 
-    fn start_ours(&self) -> Outcome<(Served, Value)> {
+    /// Our side, ready for a first step.
+    pub(crate) fn start_ours(&self) -> Outcome<(Served, Value)> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["bench-train", "--serve"]);
         if self.step.recompute {
@@ -216,6 +217,11 @@ impl BenchTrain {
         let batch = self.batch.to_string();
         command.args(["--stream", &name(stream), "--precision", &name(precision), "--batch", &batch]);
     }
+}
+
+/// One step of a side.
+pub(crate) fn step(side: &mut Served) -> Outcome<Timed> {
+    Ok(serde_json::from_value(side.ask("1")?)?)
 }
 
 /// Our side.
