@@ -31,9 +31,11 @@ pub(crate) struct StartUp {
 }
 
 pub(crate) fn measure(rounds: usize) -> Outcome<StartUp> {
-    cargo(["build", "--release", "--quiet", "-p", "xvlm-cli"])?;
+    // In the profile that this program was built in.
+    let profile = if cfg!(debug_assertions) { "dev" } else { "release" };
+    cargo(["build", "--quiet", "--profile", profile, "-p", "xvlm-cli"])?;
     let folder = folder()?;
-    let program = target()?.join("release").join("xvlm").with_extension(std::env::consts::EXE_EXTENSION);
+    let program = std::env::current_exe()?.with_file_name("xvlm").with_extension(std::env::consts::EXE_EXTENSION);
     let picture = root().join("benches/photo.jpg");
     let predictor = Predictor::from_folder(&folder, &Device::Cpu)?;
     let ground = || -> Outcome<f64> {
