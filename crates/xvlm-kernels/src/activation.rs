@@ -56,7 +56,7 @@ fn activate(op: &'static str, curve: Curve, x: &Tensor) -> Result<Tensor> {
 }
 
 #[derive(Clone, Copy)]
-enum Curve {
+pub(crate) enum Curve {
     Gelu,
     QuickGelu,
 }
@@ -82,8 +82,9 @@ impl Curve {
     }
 }
 
+/// The curve at a point.
 #[inline(always)]
-fn value(curve: Curve, x: f32) -> f32 {
+pub(crate) fn value(curve: Curve, x: f32) -> f32 {
     match curve {
         Curve::Gelu => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)),
         Curve::QuickGelu => x / (1.0 + exp(-1.702 * x)),

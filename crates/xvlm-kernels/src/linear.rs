@@ -11,7 +11,7 @@ use crate::graph::{Fresh, differentiable};
 use crate::host::{read, written};
 use crate::path::{Path, fused};
 use crate::real::Real;
-use crate::simd::native::{Factor, Multiplier, Native, Product as Packed};
+use crate::simd::native::{Factor, Finish, Multiplier, Native, Product as Packed, Second};
 use crate::simd::{Matrix, all_threads, multiply, vectorized};
 
 /// `x · wᵀ + b`: `x [.., K]`, `weight [N, K]`, `bias [N]` → `[.., N]`. Sums are f32 for half types.
@@ -114,6 +114,12 @@ fn backward(x: &Tensor, weight: &Tensor, gradient: &Tensor) -> Result<[Option<Te
     gradients(x, weight, gradient, [x.track_op(), weight.track_op()])
 }
 
+/// The gradient of `x` alone.
+pub(crate) fn times_weight(x: &Tensor, weight: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+    let [of_x, _] = gradients(x, weight, gradient, [true, false])?;
+    Ok(of_x.expect("it was asked for"))
+}
+
 fn gradients(
     x: &Tensor,
     weight: &Tensor,
@@ -152,27 +158,30 @@ impl Sizes {
 /// `out = x · wᵀ + bias`
 fn outputs<T: Product>(sizes: Sizes, out: &mut [T], x: &[T], weight: &[T], bias: Option<&[T]>) {
     let Some(multiplier) = Multiplier::find() else { return T::outputs(sizes, out, x, weight, bias) };
-    let (size, a, b) = ((sizes.rows, sizes.outputs, sizes.inputs), Factor::Along(x), Factor::Along(weight));
-    multiplier.multiply(Packed { size, a, b, bias, out });
+    let (size, a, b) =
+        ((sizes.rows, sizes.outputs, sizes.inputs), Factor::Along(x), Second::Plain(Factor::Along(weight)));
+    multiplier.multiply(Packed { size, a, b, finish: Finish::bias(bias), out });
 }
 
 /// `out = gradient · w`
 fn inputs<T: Product>(sizes: Sizes, out: &mut [T], gradient: &[T], weight: &[T]) {
     let Some(multiplier) = Multiplier::find() else { return T::inputs(sizes, out, gradient, weight) };
-    let (size, a, b) = ((sizes.rows, sizes.inputs, sizes.outputs), Factor::Along(gradient), Factor::Across(weight));
-    multiplier.multiply(Packed { size, a, b, bias: None, out });
+    let (size, a, b) =
+        ((sizes.rows, sizes.inputs, sizes.outputs), Factor::Along(gradient), Second::Plain(Factor::Across(weight)));
+    multiplier.multiply(Packed { size, a, b, finish: Finish::bias(None), out });
 }
 
 /// `out = gradientᵀ · x`
 fn weights<T: Product>(sizes: Sizes, out: &mut [T], gradient: &[T], x: &[T]) {
     let Some(multiplier) = Multiplier::find() else { return T::weights(sizes, out, gradient, x) };
-    let (size, a, b) = ((sizes.outputs, sizes.inputs, sizes.rows), Factor::Across(gradient), Factor::Across(x));
-    multiplier.multiply(Packed { size, a, b, bias: None, out });
+    let (size, a, b) =
+        ((sizes.outputs, sizes.inputs, sizes.rows), Factor::Across(gradient), Second::Plain(Factor::Across(x)));
+    multiplier.multiply(Packed { size, a, b, finish: Finish::bias(None), out });
 }
 
 /// The three products of a linear layer, over row-major matrices, where the CPU has no instructions for them: those of `bf16`
 /// by `f32` arithmetic.
-trait Product: Real + Native {
+trait Product: Real + Native<Out = Self> {
     /// `out = x · wᵀ + bias`
     fn outputs(sizes: Sizes, out: &mut [Self], x: &[Self], weight: &[Self], bias: Option<&[Self]>);
     /// `out = gradient · w`

@@ -4,14 +4,13 @@ use std::cell::Cell;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::ptr;
 
 use half::bf16;
 use rayon::prelude::*;
 
-use super::Product;
 use super::pack::{Source, numbers};
 use super::tile::{COLUMNS, LANES, Place, ROWS};
+use super::{Factor, Finish, Product, Second, Then};
 use crate::host::Disjoint;
 
 /// Words of the summed dimension that a block takes, a multiple of two vectors: a panel of `b` (64 KiB) and a block of `a`
@@ -39,8 +38,11 @@ const fn depth<T>() -> usize {
     WORDS * numbers::<T>()
 }
 
-/// A float type with instructions of its own.
+/// A number of factors with instructions of its own.
 pub(crate) trait Native: Copy + Send + Sync {
+    /// A number of results.
+    type Out: Copy + Send + Sync;
+
     /// Whether this CPU has them.
     fn is_native() -> bool;
 
@@ -57,6 +59,8 @@ fn has_avx512() -> bool {
 }
 
 impl Native for f32 {
+    type Out = Self;
+
     fn is_native() -> bool {
         has_avx512()
     }
@@ -68,6 +72,8 @@ impl Native for f32 {
 }
 
 impl Native for bf16 {
+    type Out = Self;
+
     fn is_native() -> bool {
         has_avx512() && is_x86_feature_detected!("avx512bf16")
     }
@@ -75,6 +81,45 @@ impl Native for bf16 {
     unsafe fn sum_up(place: Place<Self>, rows: usize) {
         // SAFETY: the caller's promise.
         unsafe { place.sum_up(rows) }
+    }
+}
+
+impl Native for i8 {
+    type Out = f32;
+
+    fn is_native() -> bool {
+        has_avx512() && is_x86_feature_detected!("avx512vnni")
+    }
+
+    unsafe fn sum_up(place: Place<Self>, rows: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { place.sum_up(rows) }
+    }
+}
+
+/// The second factor of products, packed whole.
+pub(crate) struct Panels<T> {
+    words: Vec<Line>,
+    /// Its columns and the summed dimension.
+    size: (usize, usize),
+    of: PhantomData<T>,
+}
+
+impl<T: Native + Default> Panels<T> {
+    /// As it was before it was packed, `[n, k]`.
+    pub(crate) fn unpacked(&self) -> Vec<T> {
+        let (n, k) = self.size;
+        let mut lines = vec![T::default(); n * k];
+        lines.par_chunks_mut(k.max(1)).enumerate().for_each(|(line, out)| {
+            let words: *const T = self.words.as_ptr().cast();
+            let Panel { start, width, .. } = panel(n, k.div_ceil(numbers::<T>()), line / COLUMNS);
+            for (depth, out) in out.iter_mut().enumerate() {
+                let word = start + depth / numbers::<T>() * width + line % COLUMNS;
+                // SAFETY: `pack` has written all depths of all lines.
+                *out = unsafe { *words.add(word * numbers::<T>() + depth % numbers::<T>()) };
+            }
+        });
+        lines
     }
 }
 
@@ -86,24 +131,53 @@ impl<T: Native> Multiplier<T> {
         T::is_native().then_some(Self(PhantomData))
     }
 
+    /// Packs a second factor of `n` lines of `k` numbers.
+    ///
     /// # Panics
-    /// If a factor, the bias or the result has another size than the product says.
+    /// If it has another size.
+    pub(crate) fn pack(&self, b: Factor<T>, (n, k): (usize, usize)) -> Panels<T> {
+        let mut words = lines::<T>(n, k);
+        let packing = Packing { source: Source::of(b, n, k), n, panels: Disjoint::of(words.as_mut_ptr().cast()) };
+        let (beside, parts) = packing.parts(k);
+        // SAFETY: `self` is the proof that the instructions are there; each part packs what no other does.
+        (0..parts).into_par_iter().for_each(|i| unsafe { packing.pack(&(0..k), i % beside, i / beside) });
+        // SAFETY: the capacity was reserved, and lines may have no value.
+        unsafe { words.set_len(n.div_ceil(LANES) * k.div_ceil(numbers::<T>())) };
+        Panels { words, size: (n, k), of: PhantomData }
+    }
+
+    /// # Panics
+    /// If a factor, what the sums are finished with, or the result has another size than the product says.
     pub(crate) fn multiply(self, product: Product<T>) {
-        let Product { size: (m, n, k), a, b, bias, out } = product;
-        let (a, b) = (Source::of(a, m, k), Source::of(b, n, k));
-        assert!(out.len() == m * n && bias.is_none_or(|bias| bias.len() == n), "a result of {m} rows of {n}");
+        let Product { size: (m, n, k), a, b, finish, out } = product;
+        let a = Source::of(a, m, k);
+        check((m, n), &finish, out);
         if m == 0 || n == 0 {
             return;
         }
         let mut sums = Vec::<f32>::with_capacity(if k > depth::<T>() { m * n } else { 0 });
-        let slab_depth = (SLAB / (size_of::<T>() * n) / depth::<T>()).max(1) * depth::<T>();
-        let mut panels = Vec::<Line>::with_capacity(n.div_ceil(LANES) * k.min(slab_depth).div_ceil(numbers::<T>()));
+        let mut slab_depth = k.max(1);
+        let mut panels = Vec::new();
+        let packing = match b {
+            Second::Plain(b) => {
+                slab_depth = (SLAB / (size_of::<T>() * n) / depth::<T>()).max(1) * depth::<T>();
+                panels = lines::<T>(n, k.min(slab_depth));
+                Some(Packing { source: Source::of(b, n, k), n, panels: Disjoint::of(panels.as_mut_ptr().cast()) })
+            }
+            Second::Packed(panels) => {
+                assert!(panels.size == (n, k), "a factor of {n} columns of {k} numbers");
+                None
+            }
+        };
+        let packed = match b {
+            Second::Plain(_) => panels.as_ptr(),
+            Second::Packed(panels) => panels.words.as_ptr(),
+        };
         let whole = Whole {
             size: (m, n, k),
             a,
-            b,
-            bias: Disjoint::of(bias.map_or(ptr::null_mut(), |bias| bias.as_ptr().cast_mut())),
-            panels: Disjoint::of(panels.as_mut_ptr().cast()),
+            panels: Disjoint::of(packed.cast_mut().cast()),
+            finish,
             sums: Disjoint::of(sums.as_mut_ptr()),
             out: Disjoint::new(out),
         };
@@ -112,25 +186,56 @@ impl<T: Native> Multiplier<T> {
         // Once if there is nothing to sum, for the bias.
         for start in (0..k.max(1)).step_by(slab_depth) {
             let slab = start..k.min(start + slab_depth);
-            let (beside, packs) = whole.packs(&slab);
-            // SAFETY: the sizes are as checked; `self` is the proof that the instructions are there. Each part packs what no
-            // other does, and each block sums up a part of the result of its own, from panels that are packed.
-            let pack = |i: usize| unsafe { whole.pack(&slab, i % beside, i / beside) };
+            if let Some(packing) = &packing {
+                let (beside, parts) = packing.parts(slab.len());
+                // SAFETY: as in `pack`.
+                let pack = |i: usize| unsafe { packing.pack(&slab, i % beside, i / beside) };
+                if in_parallel { (0..parts).into_par_iter().for_each(pack) } else { (0..parts).for_each(pack) }
+            }
             let block = |i: usize| {
                 let (rows, columns) = grid.block(i);
-                // SAFETY: as above.
+                // SAFETY: the sizes are as checked; `self` is the proof that the instructions are there; the slab is packed;
+                // each block sums up a part of the result of its own.
                 with_scratch(|scratch| unsafe { whole.sum_up(&slab, rows, columns, scratch) })
             };
             let blocks = grid.blocks();
             if in_parallel {
-                (0..packs).into_par_iter().for_each(pack);
                 (0..blocks).into_par_iter().with_max_len(1).for_each(block);
             } else {
-                (0..packs).for_each(pack);
                 (0..blocks).for_each(block);
             }
         }
     }
+}
+
+/// # Panics
+/// If what the sums are finished with, or the result, has another size.
+fn check<O>((m, n): (usize, usize), finish: &Finish<O>, out: &[O]) {
+    let Finish { scales, bias, then } = finish;
+    assert!(out.len() == m * n && bias.is_none_or(|bias| bias.len() == n), "a result of {m} rows of {n}");
+    assert!(!matches!(then, Then::Add(more) if more.len() != m * n), "as many numbers to add as the result has");
+    let fits = |scales: &super::Scales| scales.rows.len() == m && scales.columns.len() == n && scales.sums.len() == n;
+    assert!(scales.as_ref().is_none_or(fits), "scales of {m} rows and {n} columns");
+}
+
+/// Room for the panels of a factor of `n` lines of `k` numbers.
+fn lines<T>(n: usize, k: usize) -> Vec<Line> {
+    Vec::with_capacity(n.div_ceil(LANES) * k.div_ceil(numbers::<T>()))
+}
+
+/// Of [`COLUMNS`] columns, `[words, width]`; the last of a factor may be one vector wide.
+struct Panel {
+    /// Words before it.
+    start: usize,
+    columns: usize,
+    /// The columns with those of its padding.
+    width: usize,
+}
+
+/// A panel of a factor of `n` columns of `words` words.
+fn panel(n: usize, words: usize, panel: usize) -> Panel {
+    let columns = (n - panel * COLUMNS).min(COLUMNS);
+    Panel { start: panel * COLUMNS * words, columns, width: columns.next_multiple_of(LANES) }
 }
 
 /// How the result is cut into blocks. Not one bit of it depends on that.
@@ -179,59 +284,61 @@ fn chunks<T>(depths: Range<usize>, source: &Source<T>) -> impl Iterator<Item = (
     depths.clone().step_by(step).map(move |at| (at, step.min(depths.end - at)))
 }
 
-/// A product with its memory.
-struct Whole<T> {
-    size: (usize, usize, usize),
-    a: Source<T>,
-    b: Source<T>,
-    /// Of `n` numbers, or null.
-    bias: Disjoint<T>,
-    /// A slab of `b`: for each panel of [`COLUMNS`] columns, but for the last, which may be one vector wide, `[words, width]`.
+/// A second factor on its way into panels.
+struct Packing<T> {
+    source: Source<T>,
+    n: usize,
     panels: Disjoint<u32>,
-    /// As the result, but for products with no more than one block in depth.
-    sums: Disjoint<f32>,
-    out: Disjoint<T>,
 }
 
-impl<T: Native> Whole<T> {
-    /// Where a panel of a slab of so many words begins, and the columns it has, with those of its padding.
-    fn panel(&self, words: usize, panel: usize) -> (usize, usize, usize) {
-        let columns = (self.size.1 - panel * COLUMNS).min(COLUMNS);
-        (panel * COLUMNS * words, columns, columns.next_multiple_of(LANES))
-    }
-
+impl<T: Native> Packing<T> {
     /// Depth and panels that are packed at once.
-    fn pack_size(&self) -> (usize, usize) {
+    fn part_size(&self) -> (usize, usize) {
         // Parts of rows that are not too short, if several lines share a row, or else as much of a line as a block takes.
-        if self.b.across { (4 * CHUNK, 8) } else { (depth::<T>(), 1) }
+        if self.source.across { (4 * CHUNK, 8) } else { (depth::<T>(), 1) }
     }
 
-    /// How many parts of a slab are packed, beside each other and in all.
-    fn packs(&self, slab: &Range<usize>) -> (usize, usize) {
-        let (depth, panels) = self.pack_size();
-        let beside = self.size.1.div_ceil(panels * COLUMNS);
-        (beside, beside * slab.len().div_ceil(depth))
+    /// How many parts a slab of a depth has, beside each other and in all.
+    fn parts(&self, slab: usize) -> (usize, usize) {
+        let (depth, panels) = self.part_size();
+        let beside = self.n.div_ceil(panels * COLUMNS);
+        (beside, beside * slab.div_ceil(depth))
     }
 
-    /// Packs a part of `b`.
+    /// Packs a part of a slab.
     ///
     /// # Safety
-    /// The part is one of [`Self::packs`], and the factors are there; no other thread reads or writes the part in `panels`.
+    /// The CPU has the instructions; the part is one of [`Self::parts`], and the factor is there; no other thread reads or
+    /// writes the part in `panels`.
     unsafe fn pack(&self, slab: &Range<usize>, beside: usize, below: usize) {
-        let (depth, panels) = self.pack_size();
+        let (depth, panels) = self.part_size();
         let range = below * depth..slab.len().min((below + 1) * depth);
-        for (at, depths) in chunks(range, &self.b) {
-            for panel in beside * panels..self.size.1.div_ceil(COLUMNS).min((beside + 1) * panels) {
-                let (start, columns, width) = self.panel(slab.len().div_ceil(numbers::<T>()), panel);
+        for (at, depths) in chunks(range, &self.source) {
+            for i in beside * panels..self.n.div_ceil(COLUMNS).min((beside + 1) * panels) {
+                let Panel { start, columns, width } = panel(self.n, slab.len().div_ceil(numbers::<T>()), i);
                 // SAFETY: the caller's promise.
                 unsafe {
                     let out = self.panels.start().add(start + at / numbers::<T>() * width);
-                    self.b.pack((panel * COLUMNS, columns), (slab.start + at, depths), width, out);
+                    self.source.pack((i * COLUMNS, columns), (slab.start + at, depths), width, out);
                 }
             }
         }
     }
+}
 
+/// A product with its memory.
+struct Whole<'a, T: Native> {
+    size: (usize, usize, usize),
+    a: Source<T>,
+    /// A slab of the second factor.
+    panels: Disjoint<u32>,
+    finish: Finish<'a, T::Out>,
+    /// As the result, but for products with no more than one block in depth.
+    sums: Disjoint<f32>,
+    out: Disjoint<T::Out>,
+}
+
+impl<T: Native> Whole<'_, T> {
     /// Adds a slab to a block of the result.
     ///
     /// # Safety
@@ -254,23 +361,24 @@ impl<T: Native> Whole<T> {
                     }
                 }
             }
-            for panel in columns.start / COLUMNS..columns.end.div_ceil(COLUMNS) {
-                let (panel_start, panel_columns, width) = self.panel(slab.len().div_ceil(numbers::<T>()), panel);
-                for i in 0..tiles {
-                    let tile = tile(i);
-                    let (row, column) = (rows.start + tile.start, panel * COLUMNS);
+            for i in columns.start / COLUMNS..columns.end.div_ceil(COLUMNS) {
+                let panel = panel(n, slab.len().div_ceil(numbers::<T>()), i);
+                let below = (start - slab.start) / numbers::<T>() * panel.width;
+                for j in 0..tiles {
+                    let tile = tile(j);
+                    let (row, column) = (rows.start + tile.start, i * COLUMNS);
                     // SAFETY: the tile lies in this block.
                     unsafe {
-                        let bias = self.bias.start();
                         let place = Place {
                             words,
                             a: scratch.add(tile.start * words),
-                            b: self.panels.start().add(panel_start + (start - slab.start) / numbers::<T>() * width),
+                            b: self.panels.start().add(panel.start + below),
                             sums: self.sums.start().wrapping_add(row * n + column),
                             out: self.out.start().add(row * n + column),
-                            bias: if bias.is_null() { bias } else { bias.add(column) },
+                            finish: &self.finish,
+                            at: (row, column),
                             stride: n,
-                            columns: panel_columns,
+                            columns: panel.columns,
                             is_first: start == 0,
                             is_last: start + depths == k,
                         };

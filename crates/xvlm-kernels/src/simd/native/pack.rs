@@ -1,5 +1,5 @@
-//! Packing a factor into panels `[words, lines]`: a word is a number of four bytes, or two of two bytes that follow each
-//! other in the summed dimension.
+//! Packing a factor into panels `[words, lines]`: a word is a number of four bytes, or two of two bytes or four of one that
+//! follow each other in the summed dimension.
 
 use std::arch::x86_64::*;
 
@@ -32,13 +32,14 @@ impl<T: Copy> Source<T> {
     /// A factor of `lines` lines of `k` numbers.
     ///
     /// # Panics
-    /// If it has another size.
+    /// If it has another size, or its numbers are bytes and its lines lie across.
     pub(super) fn of(factor: Factor<T>, lines: usize, k: usize) -> Self {
         let (values, stride, across) = match factor {
             Factor::Along(values) => (values, k, false),
             Factor::Across(values) => (values, lines, true),
         };
         assert!(values.len() == lines * k, "a factor of {lines} lines of {k} numbers");
+        assert!(!across || numbers::<T>() <= 2, "bytes along their lines");
         Self { start: values.as_ptr(), stride, across }
     }
 
@@ -139,17 +140,17 @@ unsafe fn transpose<T>(
 ) {
     let step = numbers::<T>() * LANES;
     let pack = |depth: usize, depths: usize| {
-        let there = if depths < 32 { (1u32 << depths) - 1 } else { !0 };
+        let there = if depths < 64 { (1u64 << depths) - 1 } else { !0 };
         let mut rows = [_mm512_setzero_si512(); LANES];
         for (line, row) in rows.iter_mut().enumerate() {
             // Where there are no more lines, the last once more, for lanes that nobody reads.
             // SAFETY: the caller's promise; numbers that are not there are not read.
             *row = unsafe {
                 let from = start.add(line.min(lines - 1) * stride + depth);
-                if numbers::<T>() == 1 {
-                    _mm512_maskz_loadu_epi32(there as __mmask16, from.cast())
-                } else {
-                    _mm512_maskz_loadu_epi16(there, from.cast())
+                match numbers::<T>() {
+                    1 => _mm512_maskz_loadu_epi32(there as __mmask16, from.cast()),
+                    2 => _mm512_maskz_loadu_epi16(there as __mmask32, from.cast()),
+                    _ => _mm512_maskz_loadu_epi8(there, from.cast()),
                 }
             };
         }

@@ -1,0 +1,511 @@
+//! Linear layers for inference: weights laid out once as the CPU multiplies by them, and what follows a layer computed on its
+//! results while they are near.
+
+use std::fmt;
+use std::sync::Arc;
+
+use candle_core::{DType, Result, Tensor};
+use half::bf16;
+use rayon::prelude::*;
+
+use crate::activation::{Curve, gelu, quick_gelu};
+use crate::dropout::add_branch;
+use crate::error::{KernelError, check_shape};
+use crate::graph::{Fresh, differentiable};
+use crate::host::{read, written};
+use crate::linear::{linear, linear_without_bias, times_weight};
+use crate::path::Path;
+use crate::simd::native::{Factor, Finish, Multiplier, Native, Panels, Product, Scales, Second, Then};
+use crate::simd::vectorized;
+
+/// What the weights of a [`PackedLinear`] are kept in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PackedWeights {
+    /// The type they are given in.
+    AsGiven,
+    /// Bytes, a scale for each output: `w ≈ scale · q`, q in −127..=127. Each row of what goes in is rounded to 256 steps
+    /// between its least and its greatest number, or 0. Of `f32` layers alone. Where the CPU has no instructions for products
+    /// of bytes (AVX-512 VNNI), the weights alone are rounded, and kept in `f32`.
+    Int8,
+}
+
+/// What is done to the results of a linear layer.
+#[derive(Clone, Copy)]
+pub enum Epilogue<'a> {
+    /// Nothing.
+    Nothing,
+    /// [`gelu`].
+    Gelu,
+    /// [`quick_gelu`].
+    QuickGelu,
+    /// A residual of their shape is added.
+    Add(&'a Tensor),
+}
+
+/// A linear layer `x · wᵀ + b` for inference: nothing of it has gradients, but `x` and a residual do.
+///
+/// With AVX-512, weights of `f32`, and of `bf16` or bytes where the CPU multiplies them, are packed into panels, and the
+/// epilogue is computed on the sums in `f32`. Elsewhere, on GPUs too, it is [`linear`], and what follows.
+#[derive(Clone)]
+pub struct PackedLinear {
+    outputs: usize,
+    inputs: usize,
+    dtype: DType,
+    layout: Arc<Layout>,
+    bias: Option<Tensor>,
+}
+
+enum Layout {
+    F32(Panels<f32>),
+    Bf16(Panels<bf16>),
+    Int8(Quantised),
+    /// `[N, K]`.
+    Plain(Tensor),
+}
+
+impl PackedLinear {
+    /// Lays out `weight [N, K]`, with a bias `[N]` or none.
+    ///
+    /// # Errors
+    /// If one of `K` and `N` is 0, the bias is not `[N]` of the type and on the device of the weight, or weights other than `f32` are
+    /// to be bytes.
+    pub fn new(weight: &Tensor, bias: Option<&Tensor>, weights: PackedWeights) -> Result<Self> {
+        const OP: &str = "packed_linear";
+        let (outputs, inputs) = weight.dims2()?;
+        if outputs == 0 || inputs == 0 {
+            let (expected, found) = ("[N, K], both above 0".into(), weight.dims().to_vec());
+            return Err(KernelError::Shape { op: OP, argument: "weight", expected, found }.into());
+        }
+        if let Some(bias) = bias {
+            check_shape(OP, "bias", bias, &[outputs])?;
+            Path::of(OP, &[("weight", weight), ("bias", bias)])?;
+        }
+        let dtype = weight.dtype();
+        if weights == PackedWeights::Int8 && dtype != DType::F32 {
+            let (expected, found) = ("F32, to be rounded to bytes".into(), format!("{dtype:?}"));
+            return Err(KernelError::Value { op: OP, argument: "weight", expected, found }.into());
+        }
+        let weight = &weight.detach().contiguous()?;
+        let layout = match (Path::for_tensor(weight), weights) {
+            (Path::HostF32, PackedWeights::Int8) => {
+                let rounded = Rounded::of(&read(weight)?, inputs);
+                match Multiplier::<i8>::find() {
+                    Some(multiplier) => Layout::Int8(Quantised::new(&multiplier, rounded, (outputs, inputs))),
+                    None => {
+                        Layout::of_f32(&Tensor::from_vec(rounded.widened(inputs), weight.shape(), weight.device())?)?
+                    }
+                }
+            }
+            (Path::HostF32, PackedWeights::AsGiven) => Layout::of_f32(weight)?,
+            (Path::HostBf16, _) => match Multiplier::<bf16>::find() {
+                Some(multiplier) => Layout::Bf16(multiplier.pack(Factor::Along(&read(weight)?), (outputs, inputs))),
+                None => Layout::Plain(weight.clone()),
+            },
+            (_, PackedWeights::Int8) => {
+                let numbers = weight.flatten_all()?.to_vec1::<f32>()?;
+                let rounded = Rounded::of(&numbers, inputs).widened(inputs);
+                Layout::Plain(Tensor::from_vec(rounded, weight.shape(), weight.device())?)
+            }
+            _ => Layout::Plain(weight.clone()),
+        };
+        let bias = bias.map(|bias| bias.detach().contiguous()).transpose()?;
+        Ok(Self { outputs, inputs, dtype, layout: Arc::new(layout), bias })
+    }
+
+    /// `x [.., K]` → `[.., N]`.
+    ///
+    /// # Errors
+    /// If the last dimension of `x` is not `K`, `x` is not of the weights' type and on their device, or a residual is not `[.., N]`.
+    pub fn forward(&self, x: &Tensor, epilogue: Epilogue) -> Result<Tensor> {
+        const OP: &str = "packed_linear";
+        let mut shape = x.dims().to_vec();
+        if shape.pop() != Some(self.inputs) {
+            let (expected, found) = (format!("[.., {}]", self.inputs), x.dims().to_vec());
+            return Err(KernelError::Shape { op: OP, argument: "x", expected, found }.into());
+        }
+        shape.push(self.outputs);
+        let like = self.bias.as_ref().or(match &*self.layout {
+            Layout::Plain(weight) => Some(weight),
+            _ => None,
+        });
+        if x.dtype() != self.dtype || like.is_some_and(|like| !like.device().same_device(x.device())) {
+            let (expected, found) = (format!("{:?}", self.dtype), format!("{:?}", x.dtype()));
+            return Err(KernelError::Value { op: OP, argument: "x", expected, found }.into());
+        }
+        if let Epilogue::Add(residual) = epilogue {
+            check_shape(OP, "residual", residual, &shape)?;
+            Path::of(OP, &[("x", x), ("residual", residual)])?;
+        }
+        let x = &x.contiguous()?;
+        if let Layout::Plain(weight) = &*self.layout {
+            let y = match &self.bias {
+                Some(bias) => linear(x, weight, bias)?,
+                None => linear_without_bias(x, weight)?,
+            };
+            return epilogue.apply(y);
+        }
+        if x.track_op() || matches!(epilogue, Epilogue::Add(residual) if residual.track_op()) {
+            let (y, layer) = (self.packed(x, Epilogue::Nothing, &shape)?, self.clone());
+            let y = differentiable(OP, [x], y, move |[x], _, gradient| {
+                Ok([Some(times_weight(x, &layer.unpacked()?, gradient)?)])
+            })?;
+            return epilogue.apply(y);
+        }
+        Ok(self.packed(x, epilogue, &shape)?.detached())
+    }
+
+    fn packed(&self, x: &Tensor, epilogue: Epilogue, shape: &[usize]) -> Result<Fresh> {
+        match &*self.layout {
+            Layout::F32(panels) => self.multiplied(x, Factor::Along(&read(x)?), panels, None, epilogue, shape),
+            Layout::Bf16(panels) => self.multiplied(x, Factor::Along(&read(x)?), panels, None, epilogue, shape),
+            Layout::Int8(weights) => {
+                let (bytes, rows) = quantised(&read(x)?, self.inputs);
+                let scales = Scales { rows: &rows, columns: &weights.scales, sums: &weights.sums };
+                self.multiplied(x, Factor::Along(&bytes), &weights.panels, Some(scales), epilogue, shape)
+            }
+            Layout::Plain(_) => unreachable!("has no panels"),
+        }
+    }
+
+    fn multiplied<T: Native<Out: candle_core::WithDType>>(
+        &self,
+        x: &Tensor,
+        a: Factor<T>,
+        panels: &Panels<T>,
+        scales: Option<Scales>,
+        epilogue: Epilogue,
+        shape: &[usize],
+    ) -> Result<Fresh> {
+        let multiplier = Multiplier::find().expect("what packed it");
+        let size = (x.elem_count() / self.inputs, self.outputs, self.inputs);
+        let bias = self.bias.as_ref().map(read::<T::Out>).transpose()?;
+        let residual = match epilogue {
+            Epilogue::Add(residual) => Some(residual.contiguous()?),
+            _ => None,
+        };
+        let residual = residual.as_ref().map(read::<T::Out>).transpose()?;
+        let then = match (epilogue, &residual) {
+            (Epilogue::Gelu, _) => Then::Activate(Curve::Gelu),
+            (Epilogue::QuickGelu, _) => Then::Activate(Curve::QuickGelu),
+            (_, Some(residual)) => Then::Add(residual),
+            (_, None) => Then::Nothing,
+        };
+        let finish = Finish { scales, bias: bias.as_deref(), then };
+        Ok(written(shape, |out| multiplier.multiply(Product { size, a, b: Second::Packed(panels), finish, out })))
+    }
+
+    /// The weights `[N, K]`, of the type of `x`.
+    fn unpacked(&self) -> Result<Tensor> {
+        let shape = (self.outputs, self.inputs);
+        let device = &candle_core::Device::Cpu;
+        match &*self.layout {
+            Layout::F32(panels) => Tensor::from_vec(panels.unpacked(), shape, device),
+            Layout::Bf16(panels) => Tensor::from_vec(panels.unpacked(), shape, device),
+            Layout::Int8(Quantised { panels, scales, .. }) => {
+                let rounded = Rounded { bytes: panels.unpacked(), scales: scales.clone() };
+                Tensor::from_vec(rounded.widened(self.inputs), shape, device)
+            }
+            Layout::Plain(weight) => Ok(weight.clone()),
+        }
+    }
+}
+
+impl fmt::Debug for PackedLinear {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let layout = match &*self.layout {
+            Layout::F32(_) => "panels of f32",
+            Layout::Bf16(_) => "panels of bf16",
+            Layout::Int8(_) => "panels of bytes",
+            Layout::Plain(_) => "plain",
+        };
+        write!(f, "PackedLinear({} -> {}, {layout})", self.inputs, self.outputs)
+    }
+}
+
+impl Layout {
+    fn of_f32(weight: &Tensor) -> Result<Self> {
+        Ok(match Multiplier::<f32>::find() {
+            Some(multiplier) => Self::F32(multiplier.pack(Factor::Along(&read(weight)?), weight.dims2()?)),
+            None => Self::Plain(weight.clone()),
+        })
+    }
+}
+
+impl Epilogue<'_> {
+    /// On results that are there.
+    fn apply(self, y: Tensor) -> Result<Tensor> {
+        match self {
+            Self::Nothing => Ok(y),
+            Self::Gelu => gelu(&y),
+            Self::QuickGelu => quick_gelu(&y),
+            Self::Add(residual) => add_branch(residual, &y, None),
+        }
+    }
+}
+
+/// Weights in panels of bytes.
+struct Quantised {
+    panels: Panels<i8>,
+    scales: Vec<f32>,
+    /// Of the bytes of each output.
+    sums: Vec<i32>,
+}
+
+impl Quantised {
+    fn new(multiplier: &Multiplier<i8>, Rounded { bytes, scales }: Rounded, size: (usize, usize)) -> Self {
+        let sums = bytes.chunks_exact(size.1).map(|row| row.iter().copied().map(i32::from).sum()).collect();
+        Self { panels: multiplier.pack(Factor::Along(&bytes), size), scales, sums }
+    }
+}
+
+/// Rows of numbers as bytes, and a scale for each row.
+struct Rounded {
+    bytes: Vec<i8>,
+    scales: Vec<f32>,
+}
+
+impl Rounded {
+    /// To the nearest of 255 steps between a row's greatest number and its negative.
+    fn of(weight: &[f32], inputs: usize) -> Self {
+        let mut bytes = vec![0; weight.len()];
+        let rows = bytes.par_chunks_exact_mut(inputs).zip(weight.par_chunks_exact(inputs));
+        let scales = rows.map(|(out, row)| {
+            let greatest = row.iter().fold(0f32, |top, w| top.max(w.abs()));
+            // A row of zeros has any scale.
+            let scale = if greatest > 0.0 { greatest / 127.0 } else { 1.0 };
+            out.iter_mut().zip(row).for_each(|(out, w)| *out = (w / scale).round_ties_even() as i8);
+            scale
+        });
+        Self { scales: scales.collect(), bytes }
+    }
+
+    /// In `f32`.
+    fn widened(&self, inputs: usize) -> Vec<f32> {
+        let rows = self.bytes.chunks_exact(inputs).zip(&self.scales);
+        rows.flat_map(|(row, scale)| row.iter().map(move |q| f32::from(*q) * scale)).collect()
+    }
+}
+
+/// Rows that a thread rounds at a time.
+const ROWS: usize = 16;
+
+/// Rows as unsigned bytes (in signed ones), with scale and zero of each. A row with a number that is not finite has a scale of
+/// NaN.
+fn quantised(x: &[f32], width: usize) -> (Vec<i8>, Vec<(f32, i32)>) {
+    let mut rows = vec![(0.0, 0); x.len() / width];
+    let mut bytes = vec![0i8; x.len()];
+    let parts = bytes.par_chunks_mut(ROWS * width).zip(x.par_chunks(ROWS * width)).zip(rows.par_chunks_mut(ROWS));
+    parts.for_each(|((bytes, x), rows)| {
+        for ((bytes, x), row) in bytes.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(rows) {
+            *row = vectorized(
+                #[inline(always)]
+                || quantise(x, bytes),
+            );
+        }
+    });
+    (bytes, rows)
+}
+
+#[inline(always)]
+fn quantise(x: &[f32], bytes: &mut [i8]) -> (f32, i32) {
+    const LANES: usize = 16;
+    let (mut least, mut greatest, mut nothing) = ([0f32; LANES], [0f32; LANES], [0f32; LANES]);
+    for x in x.chunks(LANES) {
+        for (i, &x) in x.iter().enumerate() {
+            least[i] = if x < least[i] { x } else { least[i] };
+            greatest[i] = if x > greatest[i] { x } else { greatest[i] };
+            // NaN if a number is not finite.
+            nothing[i] += 0.0 * x;
+        }
+    }
+    let least = least.iter().fold(0f32, |a, b| a.min(*b));
+    let greatest = greatest.iter().fold(0f32, |a, b| a.max(*b));
+    let scale = (greatest - least) / 255.0 + nothing.iter().sum::<f32>();
+    let steps = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    let zero = (-least * steps).round_ties_even();
+    for (byte, &x) in bytes.iter_mut().zip(x) {
+        *byte = (x.mul_add(steps, zero).round_ties_even().clamp(0.0, 255.0) as i32 as u8).cast_signed();
+    }
+    (scale, zero as i32)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use proptest::prelude::*;
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+
+    fn random(shape: &[usize], seed: u64) -> Tensor {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let numbers: Vec<f32> = (0..shape.iter().product()).map(|_| rng.random_range(-1.0..1.0)).collect();
+        Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap()
+    }
+
+    fn numbers(tensor: &Tensor) -> Vec<f32> {
+        tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    fn greatest_difference(a: &Tensor, b: &Tensor) -> f32 {
+        numbers(a).iter().zip(numbers(b)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    }
+
+    fn epilogues(residual: &Tensor) -> [Epilogue<'_>; 4] {
+        [Epilogue::Nothing, Epilogue::Gelu, Epilogue::QuickGelu, Epilogue::Add(residual)]
+    }
+
+    fn compare(rows: usize, inputs: usize, outputs: usize, seed: u64) {
+        let (x, weight) = (random(&[rows, inputs], seed), random(&[outputs, inputs], seed ^ 1));
+        let (bias, residual) = (random(&[outputs], seed ^ 2), random(&[rows, outputs], seed ^ 3));
+        for bias in [Some(&bias), None] {
+            let plain = || match bias {
+                Some(bias) => linear(&x, &weight, bias),
+                None => linear_without_bias(&x, &weight),
+            };
+            let packed = PackedLinear::new(&weight, bias, PackedWeights::AsGiven).unwrap();
+            for epilogue in epilogues(&residual) {
+                // To the bit: the same sums and the same curves.
+                let (found, wanted) =
+                    (packed.forward(&x, epilogue).unwrap(), epilogue.apply(plain().unwrap()).unwrap());
+                assert_eq!(numbers(&found), numbers(&wanted), "{rows} rows, {inputs} -> {outputs}");
+            }
+            let half = |x: &Tensor| x.to_dtype(DType::BF16).unwrap();
+            let packed = PackedLinear::new(&half(&weight), bias.map(half).as_ref(), PackedWeights::AsGiven).unwrap();
+            let residual = half(&residual);
+            for epilogue in epilogues(&residual) {
+                let found = packed.forward(&half(&x), epilogue).unwrap();
+                let exact = |x: &Tensor| half(x).to_dtype(DType::F32).unwrap();
+                let product = linear(&exact(&x), &exact(&weight), &bias.map_or_else(|| bias_of_zeros(outputs), exact));
+                let wide = residual.to_dtype(DType::F32).unwrap();
+                let epilogue = match epilogue {
+                    Epilogue::Add(_) => Epilogue::Add(&wide),
+                    other => other,
+                };
+                let wanted = epilogue.apply(product.unwrap()).unwrap();
+                for (found, wanted) in numbers(&found).iter().zip(numbers(&wanted)) {
+                    // One rounding of the result; two where the epilogue follows a result that was written.
+                    let allowed = 2f32.powi(-7) * (wanted.abs() + 1.0);
+                    assert!((found - wanted).abs() <= allowed, "{found} for {wanted}");
+                }
+            }
+        }
+    }
+
+    fn bias_of_zeros(outputs: usize) -> Tensor {
+        Tensor::zeros(outputs, DType::F32, &Device::Cpu).unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        #[test]
+        fn layers_of_any_size(rows in 0usize..40, inputs in 1usize..70, outputs in 1usize..70, seed: u64) {
+            compare(rows, inputs, outputs, seed);
+        }
+
+        /// What rounding loses is half a step of a row of `x` for each weight, and half a step of a weight for each number.
+        #[test]
+        fn bytes_are_off_by_their_steps(rows in 0usize..40, inputs in 1usize..150, outputs in 1usize..70, seed: u64) {
+            let (x, weight) = (random(&[rows, inputs], seed), random(&[outputs, inputs], seed ^ 1));
+            let (bias, residual) = (random(&[outputs], seed ^ 2), random(&[rows, outputs], seed ^ 3));
+            let packed = PackedLinear::new(&weight, Some(&bias), PackedWeights::Int8).unwrap();
+            let weight = packed.unpacked().unwrap();
+            let wanted = linear(&x, &weight, &bias).unwrap();
+            let half_a_step = 0.5 * 2.0 / 255.0;
+            let sums = numbers(&weight.abs().unwrap().sum(1).unwrap());
+            for epilogue in epilogues(&residual) {
+                let wanted = epilogue.apply(wanted.clone()).unwrap();
+                let found = packed.forward(&x, epilogue).unwrap();
+                for (i, (found, wanted)) in numbers(&found).iter().zip(numbers(&wanted)).enumerate() {
+                    // No curve is steeper than 1.13.
+                    let allowed = 1.13 * half_a_step * sums[i % outputs] + 1e-4;
+                    assert!((found - wanted).abs() <= allowed, "{found} for {wanted}, {allowed} allowed");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn layers_of_several_blocks() {
+        for (rows, inputs, outputs) in [(2049, 5, 33), (3, 2048, 15), (130, 515, 7), (1, 1025, 5000), (3, 4099, 35)] {
+            compare(rows, inputs, outputs, 7);
+        }
+    }
+
+    /// Whole numbers that bytes hold exactly, in more than a block.
+    #[test]
+    fn sums_of_bytes_are_exact() {
+        let (rows, inputs, outputs) = (17, 4103, 37);
+        let whole = |count: usize, least: i32, steps: i32, salt: usize| {
+            (0..count).map(|i| (least + ((i * 7919 + salt) % steps as usize) as i32) as f32).collect::<Vec<_>>()
+        };
+        let (mut x, mut weight) = (whole(rows * inputs, -100, 256, 1), whole(outputs * inputs, -127, 255, 5));
+        x.chunks_mut(inputs).for_each(|row| (row[0], row[1]) = (-100.0, 155.0));
+        weight.chunks_mut(inputs).for_each(|row| row[2] = 127.0);
+        let x = Tensor::from_vec(x, (rows, inputs), &Device::Cpu).unwrap();
+        let weight = Tensor::from_vec(weight, (outputs, inputs), &Device::Cpu).unwrap();
+        let packed = PackedLinear::new(&weight, None, PackedWeights::Int8).unwrap();
+        let found = packed.forward(&x, Epilogue::Nothing).unwrap();
+        let exact = |x: &Tensor| x.to_dtype(DType::F64).unwrap();
+        let wanted = exact(&x).matmul(&exact(&weight).t().unwrap()).unwrap();
+        let off = numbers(&found)
+            .iter()
+            .zip(numbers(&wanted))
+            .map(|(a, b)| (a - b).abs() / (1.0 + b.abs()))
+            .fold(0f32, f32::max);
+        assert!(off < 1e-6, "{off}");
+    }
+
+    #[test]
+    fn gradients_go_through() {
+        let (x, weight, bias) = (random(&[9, 33], 1), random(&[40, 33], 2), random(&[40], 3));
+        let (x, residual) = (candle_core::Var::from_tensor(&x).unwrap(), random(&[9, 40], 4));
+        for weights in [PackedWeights::AsGiven, PackedWeights::Int8] {
+            let packed = PackedLinear::new(&weight, Some(&bias), weights).unwrap();
+            let weight = packed.unpacked().unwrap();
+            for epilogue in epilogues(&residual) {
+                let slope =
+                    |y: Tensor| y.sqr().unwrap().sum_all().unwrap().backward().unwrap().get(&x).unwrap().clone();
+                let found = slope(packed.forward(&x, epilogue).unwrap());
+                let wanted = slope(epilogue.apply(linear(&x, &weight, &bias).unwrap()).unwrap());
+                let allowed = if weights == PackedWeights::Int8 { 1.0 } else { 1e-4 };
+                assert!(greatest_difference(&found, &wanted) < allowed, "{:?}", greatest_difference(&found, &wanted));
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_not_lost() {
+        let packed = PackedLinear::new(&random(&[3, 20], 1), None, PackedWeights::Int8).unwrap();
+        for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = vec![0.5f32; 40];
+            x[27] = poison;
+            let y = packed.forward(&Tensor::from_vec(x, (2, 20), &Device::Cpu).unwrap(), Epilogue::Nothing).unwrap();
+            let y = numbers(&y);
+            assert!(y[..3].iter().all(|y| y.is_finite()) && y[3..].iter().all(|y| !y.is_finite()), "{y:?}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let (weight, bias) = (random(&[4, 3], 1), random(&[4], 2));
+        let named = |result: Result<Tensor>, parts: &[&str]| {
+            let error = result.unwrap_err().to_string();
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        };
+        let new = |weight: &Tensor, bias: &Tensor, weights| {
+            PackedLinear::new(weight, Some(bias), weights).map(|_| bias.clone())
+        };
+        named(new(&weight, &random(&[3], 1), PackedWeights::AsGiven), &["packed_linear: `bias`", "[4]", "[3]"]);
+        let half = |x: &Tensor| x.to_dtype(DType::BF16).unwrap();
+        named(new(&weight, &half(&bias), PackedWeights::AsGiven), &["packed_linear: `bias`", "BF16"]);
+        named(new(&half(&weight), &half(&bias), PackedWeights::Int8), &["packed_linear: `weight`", "F32", "BF16"]);
+        let packed = PackedLinear::new(&weight, Some(&bias), PackedWeights::AsGiven).unwrap();
+        let forward = |x: &Tensor, residual: &Tensor| packed.forward(x, Epilogue::Add(residual));
+        named(forward(&random(&[2, 5], 1), &random(&[2, 4], 1)), &["packed_linear: `x`", "[.., 3]", "[2, 5]"]);
+        named(forward(&half(&random(&[2, 3], 1)), &random(&[2, 4], 1)), &["packed_linear: `x`", "F32", "BF16"]);
+        named(forward(&random(&[2, 3], 1), &random(&[2, 3], 1)), &["packed_linear: `residual`", "[2, 4]", "[2, 3]"]);
+    }
+}
