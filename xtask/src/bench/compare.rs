@@ -134,11 +134,28 @@ fn compare(bench: &Bench, case: &'static Case, sides: &mut [Side]) -> Outcome<Ve
     let start = Instant::now();
     let mut unsupported = BTreeMap::new();
     let mut ready = Vec::new();
-    for side in sides.iter_mut() {
-        match (side.prepare(case)?, side.who) {
-            (Ok(()), _) => ready.push((side, Vec::new())),
-            (Err(why), Who::Peer(peer)) => drop(unsupported.insert(peer.mode(), why)),
-            (Err(why), Who::Ours(_)) => return Err(why.into()),
+    // Those that compile do so side by side, when the others, one after the other, are ready.
+    let (compilers, others): (Vec<_>, Vec<_>) = sides.iter_mut().partition(|side| side.compiles());
+    let mut enlist = |side: &'_ mut Side| -> Outcome<bool> {
+        match (side.prepared()?, side.who) {
+            (Ok(()), _) => Ok(true),
+            (Err(why), Who::Peer(peer)) => {
+                unsupported.insert(peer.mode(), why);
+                Ok(false)
+            }
+            (Err(why), Who::Ours(_)) => Err(why.into()),
+        }
+    };
+    for side in others {
+        side.prepare(case)?;
+        if enlist(side)? {
+            ready.push((side, Vec::new()));
+        }
+    }
+    let compilers = compilers.into_iter().map(|side| side.prepare(case).map(|()| side)).collect::<Outcome<Vec<_>>>()?;
+    for side in compilers {
+        if enlist(side)? {
+            ready.push((side, Vec::new()));
         }
     }
     let prepared = start.elapsed();

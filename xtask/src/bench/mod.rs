@@ -114,7 +114,7 @@ impl Bench {
 
     /// How long a case may take before no further round of it begins.
     fn budget(&self) -> Duration {
-        Duration::from_secs(30)
+        Duration::from_secs(20)
     }
 
     /// Writes a result into the folder, and prints it unless it is to be part of one JSON document.

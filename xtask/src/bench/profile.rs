@@ -39,7 +39,8 @@ pub(crate) fn run(bench: &Bench, cases: &[&'static Case]) -> Outcome<Vec<Profile
         let mut side = Side::ours(bench.precision)?;
         side.wait()?;
         for case in cases.iter().filter(|case| case.is_inference()) {
-            side.prepare(case)??;
+            side.prepare(case)?;
+            side.prepared()??;
             let (seconds, operations) = record(side.id(), bench.rounds(), || side.run())?;
             profiles.push(profile(bench, case, seconds, operations));
         }

@@ -41,8 +41,13 @@ impl Served {
 
     /// What it answers to a line.
     pub(crate) fn ask(&mut self, question: &str) -> Outcome<Value> {
-        writeln!(self.questions, "{question}")?;
+        self.tell(question)?;
         self.answer()
+    }
+
+    /// Asks without waiting: [`Self::answer`] has to come before the next question.
+    pub(crate) fn tell(&mut self, question: &str) -> Outcome<()> {
+        Ok(writeln!(self.questions, "{question}")?)
     }
 
     /// The next line that it says.

@@ -119,13 +119,23 @@ impl Side {
         self.served.id()
     }
 
-    /// Makes a case ready and does it once; why not, if the side cannot.
-    pub(crate) fn prepare(&mut self, case: &Case) -> Outcome<Result<(), String>> {
-        let answer = self.served.ask(&json!({ "prepare": case }).to_string())?;
+    /// Asks it to make a case ready and to do it once: [`Self::prepared`] waits for that.
+    pub(crate) fn prepare(&mut self, case: &Case) -> Outcome<()> {
+        self.served.tell(&json!({ "prepare": case }).to_string())
+    }
+
+    /// Waits until the case is ready; why not, if the side cannot.
+    pub(crate) fn prepared(&mut self) -> Outcome<Result<(), String>> {
+        let answer = self.served.answer()?;
         Ok(match answer["unsupported"].as_str() {
             Some(why) => Err(why.to_owned()),
             None => Ok(()),
         })
+    }
+
+    /// Whether most of what it does to prepare a case is to compile: in one thread, for long.
+    pub(crate) fn compiles(&self) -> bool {
+        matches!(self.who, Who::Peer(Peer::CompileF32 | Peer::CompileBf16 | Peer::OnnxF32))
     }
 
     /// Seconds that the case takes.
