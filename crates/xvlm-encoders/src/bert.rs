@@ -160,6 +160,17 @@ impl Bert {
     }
 }
 
+/// All linear layers.
+impl Bert {
+    pub(crate) fn linears(&mut self) -> impl Iterator<Item = &mut Linear> {
+        self.layers.iter_mut().flat_map(|layer| {
+            let SelfAttention { qkv, output } = &mut layer.attention;
+            let cross = layer.cross.as_mut().map(|CrossAttention { query, kv, output }| [query, kv, &mut output.dense]);
+            [qkv, &mut output.dense].into_iter().chain(cross.into_iter().flatten()).chain(layer.feed_forward.linears())
+        })
+    }
+}
+
 /// What a fusion layer looks at: patch tokens, the row of them that each text sees, and what is added to the scores.
 #[derive(Clone, Debug)]
 struct Look {
@@ -263,9 +274,8 @@ impl AttentionOutput {
 
 #[derive(Clone, Debug)]
 pub(crate) struct SelfAttention {
-    query: Linear,
-    key: Linear,
-    value: Linear,
+    /// Queries, keys and values.
+    pub(crate) qkv: Linear,
     pub(crate) output: AttentionOutput,
 }
 
@@ -274,16 +284,11 @@ impl SelfAttention {
         let width = config.hidden_size;
         let linear = |name: &str| Linear::normal(width, width, config.initializer_range, vb.pp("self").pp(name));
         let output = AttentionOutput::new(config, vb.pp("output"))?;
-        Ok(Self { query: linear("query")?, key: linear("key")?, value: linear("value")?, output })
-    }
-
-    /// Queries, keys and values as one layer.
-    pub(crate) fn packed(&self) -> Result<Linear> {
-        Linear::stacked(&[&self.query, &self.key, &self.value])
+        Ok(Self { qkv: Linear::stacked([linear("query")?, linear("key")?, linear("value")?]), output })
     }
 
     fn forward(&self, x: &Tensor, bias: &Tensor, attention: Attention, pass: &Pass) -> Result<Tensor> {
-        let qkv = self.packed()?.forward(x)?;
+        let qkv = self.qkv.forward(x)?;
         let causal = attention == Attention::Causal;
         let attended = pass.attend(self.output.attention_dropout, |dropped| {
             kernels::self_attention(&qkv, bias, self.output.heads, causal, dropped)
@@ -295,8 +300,8 @@ impl SelfAttention {
 #[derive(Clone, Debug)]
 pub(crate) struct CrossAttention {
     query: Linear,
-    key: Linear,
-    value: Linear,
+    /// Keys and values.
+    kv: Linear,
     output: AttentionOutput,
 }
 
@@ -308,15 +313,14 @@ impl CrossAttention {
         };
         Ok(Self {
             query: linear(&vb, "query", config.hidden_size)?,
-            key: linear(&keys, "key", vision_width)?,
-            value: linear(&keys, "value", vision_width)?,
+            kv: Linear::stacked([linear(&keys, "key", vision_width)?, linear(&keys, "value", vision_width)?]),
             output: AttentionOutput::new(config, vb.pp("output"))?,
         })
     }
 
     /// Keys and values of patch tokens: `[N, 1+L, C]` → `[N, 1+L, 2·H]`.
     pub(crate) fn read(&self, tokens: &Tensor) -> Result<Tensor> {
-        Linear::stacked(&[&self.key, &self.value])?.forward(tokens)
+        self.kv.forward(tokens)
     }
 
     /// Texts `x` look at the keys and values that [`Self::read`] made, each at those its index names.

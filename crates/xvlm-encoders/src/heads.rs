@@ -2,9 +2,9 @@
 
 use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
-use xvlm_kernels as kernels;
+use xvlm_kernels::{self as kernels, Epilogue, PackedLinear, PackedWeights};
 
-use crate::config::{BertConfig, TextModel};
+use crate::config::{Activation, BertConfig, TextModel};
 use crate::layers::{LayerNorm, Linear};
 
 /// Linear to twice the width, layer norm, GELU, linear to the output (`build_mlp` in the original's `models/xvlm.py`).
@@ -35,6 +35,10 @@ impl Head {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.outer.forward(&kernels::gelu(&self.norm.forward(&self.inner.forward(x)?)?)?)
     }
+
+    pub(crate) fn linears(&mut self) -> [&mut Linear; 2] {
+        [&mut self.inner, &mut self.outer]
+    }
 }
 
 /// The language head of BERT (`cls.predictions`) or RoBERTa (`lm_head`); its last weights are the word embeddings.
@@ -43,6 +47,8 @@ pub struct MlmHead {
     dense: Linear,
     norm: LayerNorm,
     bias: Tensor,
+    /// Word embeddings and bias, for inference.
+    words: Option<PackedLinear>,
 }
 
 impl MlmHead {
@@ -63,6 +69,7 @@ impl MlmHead {
             dense: Linear::normal(width, width, config.initializer_range, transform.pp("dense"))?,
             norm: LayerNorm::new(width, config.layer_norm_eps, transform.pp(norm))?,
             bias: head.get_with_hints(config.vocab_size, "bias", Init::Const(0.0))?,
+            words: None,
         })
     }
 
@@ -71,7 +78,20 @@ impl MlmHead {
     /// # Errors
     /// On a wrong shape.
     pub fn forward(&self, x: &Tensor, words: &Tensor) -> Result<Tensor> {
-        let x = self.norm.forward(&self.dense.forward_gelu(x)?)?;
-        kernels::linear(&x, words, &self.bias)
+        let x = self.norm.forward(&self.dense.forward_active(x, Activation::Gelu)?)?;
+        match &self.words {
+            Some(words) => words.forward(&x, Epilogue::Nothing),
+            None => kernels::linear(&x, words, &self.bias),
+        }
+    }
+
+    /// Lays out word embeddings and bias for inference; what is not of them is among [`Self::linears`].
+    pub(crate) fn pack(&mut self, words: &Tensor, weights: PackedWeights) -> Result<()> {
+        self.words = Some(PackedLinear::new(words, Some(&self.bias), weights)?);
+        Ok(())
+    }
+
+    pub(crate) fn linears(&mut self) -> [&mut Linear; 1] {
+        [&mut self.dense]
     }
 }

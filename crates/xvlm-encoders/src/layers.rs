@@ -2,25 +2,43 @@
 
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
-use xvlm_kernels as kernels;
+use xvlm_kernels::{self as kernels, Epilogue, PackedLinear, PackedWeights};
 
 use crate::config::Activation;
+use crate::pass::Pass;
 
 /// `x · Wᵀ + b`.
 #[derive(Clone, Debug)]
-pub struct Linear {
+pub struct Linear(Weights);
+
+#[derive(Clone, Debug)]
+enum Weights {
+    /// As they are trained: one layer, or several with one input whose outputs lie side by side.
+    Parts(Vec<Part>),
+    /// As the CPU multiplies by them, for inference.
+    Packed(PackedLinear),
+}
+
+#[derive(Clone, Debug)]
+struct Part {
+    /// `[output, input]`.
     weight: Tensor,
+    /// `[output]`; zeros for a layer without.
     bias: Tensor,
 }
 
 impl Linear {
+    fn of(weight: Tensor, bias: Tensor) -> Self {
+        Self(Weights::Parts(vec![Part { weight, bias }]))
+    }
+
     /// Weights drawn from a normal distribution of the standard deviation given, biases 0: what Swin and BERT start from.
     ///
     /// # Errors
     /// If the builder has a parameter of that name and another shape.
     pub fn normal(input: usize, output: usize, deviation: f64, vb: VarBuilder) -> Result<Self> {
         let weight = vb.get_with_hints((output, input), "weight", Init::Randn { mean: 0.0, stdev: deviation })?;
-        Ok(Self { weight, bias: vb.get_with_hints(output, "bias", Init::Const(0.0))? })
+        Ok(Self::of(weight, vb.get_with_hints(output, "bias", Init::Const(0.0))?))
     }
 
     /// Like [`Self::normal`], without biases.
@@ -29,7 +47,8 @@ impl Linear {
     /// As [`Self::normal`].
     pub fn without_bias(input: usize, output: usize, deviation: f64, vb: VarBuilder) -> Result<Self> {
         let weight = vb.get_with_hints((output, input), "weight", Init::Randn { mean: 0.0, stdev: deviation })?;
-        Ok(Self { bias: Tensor::zeros(output, weight.dtype(), weight.device())?, weight })
+        let bias = Tensor::zeros(output, weight.dtype(), weight.device())?;
+        Ok(Self::of(weight, bias))
     }
 
     /// PyTorch's default: weights and biases uniform in ±1/√input. Projections and heads start from it.
@@ -40,14 +59,16 @@ impl Linear {
         let bound = (input as f64).powf(-0.5);
         let init = Init::Uniform { lo: -bound, up: bound };
         let weight = vb.get_with_hints((output, input), "weight", init)?;
-        Ok(Self { weight, bias: vb.get_with_hints(output, "bias", init)? })
+        Ok(Self::of(weight, vb.get_with_hints(output, "bias", init)?))
     }
 
     /// Several layers with one input as one, their outputs side by side.
-    pub(crate) fn stacked(layers: &[&Self]) -> Result<Self> {
-        let weights: Vec<_> = layers.iter().map(|layer| &layer.weight).collect();
-        let biases: Vec<_> = layers.iter().map(|layer| &layer.bias).collect();
-        Ok(Self { weight: Tensor::cat(&weights, 0)?, bias: Tensor::cat(&biases, 0)? })
+    pub(crate) fn stacked(layers: impl IntoIterator<Item = Self>) -> Self {
+        let parts = layers.into_iter().flat_map(|layer| match layer.0 {
+            Weights::Parts(parts) => parts,
+            Weights::Packed(_) => unreachable!("layers are stacked when they are built, and packed later"),
+        });
+        Self(Weights::Parts(parts.collect()))
     }
 
     /// `x [.., input]` → `[.., output]`.
@@ -55,13 +76,53 @@ impl Linear {
     /// # Errors
     /// On a wrong shape.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        kernels::linear(x, &self.weight, &self.bias)
+        match &self.0 {
+            Weights::Packed(layer) => layer.forward(x, Epilogue::Nothing),
+            Weights::Parts(parts) => {
+                let Part { weight, bias } = whole(parts)?;
+                kernels::linear(x, &weight, &bias)
+            }
+        }
     }
 
-    /// GELU of [`Self::forward`], with the bias added on the way.
-    pub(crate) fn forward_gelu(&self, x: &Tensor) -> Result<Tensor> {
-        kernels::bias_gelu(&kernels::linear_without_bias(x, &self.weight)?, &self.bias)
+    /// The activation of [`Self::forward`].
+    pub(crate) fn forward_active(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        match (&self.0, activation) {
+            (Weights::Packed(layer), Activation::Gelu) => layer.forward(x, Epilogue::Gelu),
+            (Weights::Packed(layer), Activation::QuickGelu) => layer.forward(x, Epilogue::QuickGelu),
+            (Weights::Parts(parts), Activation::Gelu) => {
+                let Part { weight, bias } = whole(parts)?;
+                kernels::bias_gelu(&kernels::linear_without_bias(x, &weight)?, &bias)
+            }
+            (Weights::Parts(_), Activation::QuickGelu) => kernels::quick_gelu(&self.forward(x)?),
+        }
     }
+
+    /// `residual` + [`Self::forward`], of which `pass` may drop samples.
+    pub(crate) fn forward_branch(&self, x: &Tensor, residual: &Tensor, drop_path: f64, pass: &Pass) -> Result<Tensor> {
+        match &self.0 {
+            Weights::Packed(layer) if !pass.is_training() => layer.forward(x, Epilogue::Add(residual)),
+            _ => pass.add_branch(residual, &self.forward(x)?, drop_path),
+        }
+    }
+
+    /// Lays out the weights for inference.
+    pub(crate) fn pack(&mut self, weights: PackedWeights) -> Result<()> {
+        if let Weights::Parts(parts) = &self.0 {
+            let Part { weight, bias } = whole(parts)?;
+            self.0 = Weights::Packed(PackedLinear::new(&weight, Some(&bias), weights)?);
+        }
+        Ok(())
+    }
+}
+
+fn whole(parts: &[Part]) -> Result<Part> {
+    if let [part] = parts {
+        return Ok(part.clone());
+    }
+    let weights: Vec<_> = parts.iter().map(|part| &part.weight).collect();
+    let biases: Vec<_> = parts.iter().map(|part| &part.bias).collect();
+    Ok(Part { weight: Tensor::cat(&weights, 0)?, bias: Tensor::cat(&biases, 0)? })
 }
 
 /// Layer normalisation over the last dimension.
@@ -109,11 +170,29 @@ pub(crate) struct FeedForward {
 
 impl FeedForward {
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let x = self.inner.forward(x)?;
-        match self.activation {
-            Activation::Gelu => kernels::gelu_linear(&x, &self.outer.weight, &self.outer.bias),
-            Activation::QuickGelu => self.outer.forward(&kernels::quick_gelu(&x)?),
+        match (&self.outer.0, self.activation) {
+            // For training: of the activation nothing is kept.
+            (Weights::Parts(parts), Activation::Gelu) => {
+                let Part { weight, bias } = whole(parts)?;
+                kernels::gelu_linear(&self.inner.forward(x)?, &weight, &bias)
+            }
+            _ => self.outer.forward(&self.inner.forward_active(x, self.activation)?),
         }
+    }
+
+    /// `residual` + [`Self::forward`], of which `pass` may drop samples.
+    pub(crate) fn forward_branch(&self, x: &Tensor, residual: &Tensor, drop_path: f64, pass: &Pass) -> Result<Tensor> {
+        match &self.outer.0 {
+            Weights::Parts(_) => pass.add_branch(residual, &self.forward(x)?, drop_path),
+            Weights::Packed(_) => {
+                let active = self.inner.forward_active(x, self.activation)?;
+                self.outer.forward_branch(&active, residual, drop_path, pass)
+            }
+        }
+    }
+
+    pub(crate) fn linears(&mut self) -> [&mut Linear; 2] {
+        [&mut self.inner, &mut self.outer]
     }
 }
 

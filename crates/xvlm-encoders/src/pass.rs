@@ -137,6 +137,11 @@ impl Pass {
         })))
     }
 
+    /// Whether anything is random.
+    pub(crate) fn is_training(&self) -> bool {
+        self.rng.is_some()
+    }
+
     /// Dropout with the next number of the generator; none if it has no effect in this pass.
     fn drawn(&self, probability: f64) -> Option<kernels::Dropout> {
         let rng = self.rng.as_ref().filter(|_| probability > 0.0)?;

@@ -110,6 +110,18 @@ impl Swin {
         }
         self.norm.forward(&x)
     }
+
+    pub(crate) fn linears(&mut self) -> impl Iterator<Item = &mut Linear> {
+        self.stages.iter_mut().flat_map(|Stage { blocks, merging }| {
+            let merging = merging.as_mut().map(|merging| &mut merging.reduction);
+            blocks.iter_mut().flat_map(Block::linears).chain(merging)
+        })
+    }
+
+    /// Looks up the biases of all windows, for inference.
+    pub(crate) fn gather(&mut self) -> Result<()> {
+        self.stages.iter_mut().flat_map(|stage| &mut stage.blocks).try_for_each(|block| block.bias.gather())
+    }
 }
 
 /// Places on a square grid as waves along both axes, `[1, side², width]`: `width / 4` frequencies, from half a period over the
@@ -133,10 +145,7 @@ fn sine_positions(side: usize, width: usize, amplitude: f64, device: &Device) ->
 struct Block {
     norm1: LayerNorm,
     qkv: Linear,
-    /// `[(2·window − 1)², heads]`.
-    bias_table: Tensor,
-    /// Row of the table for each pair of tokens of a window.
-    bias_index: Tensor,
+    bias: PositionBias,
     window: WindowShape,
     projection: Linear,
     norm2: LayerNorm,
@@ -165,8 +174,10 @@ impl Block {
         Ok(Self {
             norm1: LayerNorm::new(width, EPS, vb.pp("norm1"))?,
             qkv: linear(width, 3 * width, attention.pp("qkv"))?,
-            bias_table: attention.get_with_hints(table, "relative_position_bias_table", normal)?,
-            bias_index: Tensor::new(relative_positions(window), vb.device())?,
+            bias: PositionBias::Table {
+                rows: attention.get_with_hints(table, "relative_position_bias_table", normal)?,
+                index: Tensor::new(relative_positions(window), vb.device())?,
+            },
             window: WindowShape { height: side, width: side, window, shift },
             projection: linear(width, width, attention.pp("proj"))?,
             norm2: LayerNorm::new(width, EPS, vb.pp("norm2"))?,
@@ -180,13 +191,41 @@ impl Block {
     }
 
     fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let area = self.window.window.pow(2);
-        let bias = self.bias_table.index_select(&self.bias_index, 0)?;
-        let bias = bias.t()?.contiguous()?.reshape(((), area, area))?;
-        let attended = kernels::window_attention(&self.qkv.forward(&self.norm1.forward(x)?)?, &bias, self.window)?;
-        let x = pass.add_branch(x, &self.projection.forward(&attended)?, self.drop_path)?;
-        let fed = self.feed_forward.forward(&self.norm2.forward(&x)?)?;
-        pass.add_branch(&x, &fed, self.drop_path)
+        let qkv = self.qkv.forward(&self.norm1.forward(x)?)?;
+        let attended = kernels::window_attention(&qkv, &self.bias.tensor()?, self.window)?;
+        let x = self.projection.forward_branch(&attended, x, self.drop_path, pass)?;
+        self.feed_forward.forward_branch(&self.norm2.forward(&x)?, &x, self.drop_path, pass)
+    }
+
+    fn linears(&mut self) -> impl Iterator<Item = &mut Linear> {
+        [&mut self.qkv, &mut self.projection].into_iter().chain(self.feed_forward.linears())
+    }
+}
+
+/// What is added to the scores of each pair of tokens of a window, by their relative position.
+#[derive(Clone, Debug)]
+enum PositionBias {
+    /// As it is trained: a table `[(2·window − 1)², heads]`, and its row for each pair.
+    Table { rows: Tensor, index: Tensor },
+    /// `[heads, window², window²]`.
+    Gathered(Tensor),
+}
+
+impl PositionBias {
+    /// `[heads, window², window²]`.
+    fn tensor(&self) -> Result<Tensor> {
+        match self {
+            Self::Gathered(bias) => Ok(bias.clone()),
+            Self::Table { rows, index } => {
+                let area = index.elem_count().isqrt();
+                rows.index_select(index, 0)?.t()?.contiguous()?.reshape(((), area, area))
+            }
+        }
+    }
+
+    fn gather(&mut self) -> Result<()> {
+        *self = Self::Gathered(self.tensor()?);
+        Ok(())
     }
 }
 

@@ -5,6 +5,7 @@ use candle_nn::VarBuilder;
 use xvlm_kernels::{self as kernels, Cover};
 
 use crate::config::VisionConfig;
+use crate::layers::Linear;
 use crate::pass::Pass;
 use crate::swin::Swin;
 use crate::vit::Vit;
@@ -83,6 +84,13 @@ impl Vision {
                 let rows = regions.index.len();
                 Ok((tokens.narrow(0, 0, rows)?, tokens.narrow(0, rows, tokens.dim(0)? - rows)?))
             }
+        }
+    }
+
+    pub(crate) fn linears(&mut self) -> Box<dyn Iterator<Item = &mut Linear> + '_> {
+        match self {
+            Self::Swin(swin) => Box::new(swin.linears()),
+            Self::Vit(vit) => Box::new(vit.linears()),
         }
     }
 }

@@ -103,13 +103,19 @@ impl Vit {
         }
         self.norm.forward(&x)
     }
+
+    pub(crate) fn linears(&mut self) -> impl Iterator<Item = &mut Linear> {
+        self.blocks.iter_mut().flat_map(|Block { qkv, projection, feed_forward, .. }| {
+            [qkv, projection].into_iter().chain(feed_forward.linears())
+        })
+    }
 }
 
 #[derive(Clone, Debug)]
 struct Block {
     norm1: LayerNorm,
-    /// One layer for queries, keys and values together, or three.
-    qkv: Vec<Linear>,
+    /// Queries, keys and values.
+    qkv: Linear,
     heads: usize,
     projection: Linear,
     norm2: LayerNorm,
@@ -132,7 +138,7 @@ impl Block {
         let part = |name: &&str| linear(width, 3 * width / qkv.len(), attention.pp(name));
         Ok(Self {
             norm1: norm(norms[0])?,
-            qkv: qkv.iter().map(part).collect::<Result<_>>()?,
+            qkv: Linear::stacked(qkv.iter().map(part).collect::<Result<Vec<_>>>()?),
             heads: config.num_attention_heads,
             projection: linear(width, width, attention.pp(projection))?,
             norm2: norm(norms[1])?,
@@ -146,13 +152,11 @@ impl Block {
     }
 
     fn forward(&self, x: &Tensor, bias: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let parts: Vec<&Linear> = self.qkv.iter().collect();
-        let qkv = Linear::stacked(&parts)?.forward(&self.norm1.forward(x)?)?;
+        let qkv = self.qkv.forward(&self.norm1.forward(x)?)?;
         let attended = pass.attend(self.attention_dropout, |dropped| {
             kernels::self_attention(&qkv, bias, self.heads, false, dropped)
         })?;
-        let x = kernels::add_branch(x, &self.projection.forward(&attended)?, None)?;
-        let fed = self.feed_forward.forward(&self.norm2.forward(&x)?)?;
-        kernels::add_branch(&x, &fed, None)
+        let x = self.projection.forward_branch(&attended, x, 0.0, pass)?;
+        self.feed_forward.forward_branch(&self.norm2.forward(&x)?, &x, 0.0, pass)
     }
 }

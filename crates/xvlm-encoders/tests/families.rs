@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor, Var};
 use serde_json::{Value, json};
 use xvlm_encoders::{Attention, Blueprint, Concepts, Parameters, Pass, Regions, Task, Xvlm, XvlmConfig};
+use xvlm_kernels::PackedWeights;
 
 const SIDE: usize = 32;
 
@@ -297,4 +298,32 @@ fn texts_are_written_in_half_types() {
         let difference = difference.to_dtype(DType::F32).unwrap().to_scalar::<f32>().unwrap();
         assert!(difference < noise, "{dtype:?}: {difference}");
     }
+}
+
+#[test]
+fn a_model_packed_for_inference_computes_what_it_did() -> Result<()> {
+    let number = |model: &Xvlm, task| everything(model, task, &Pass::inference())?.to_scalar::<f32>();
+    for family in ["swin", "clip", "deit"] {
+        for text in ["bert", "roberta"] {
+            for task in Task::ALL {
+                let (model, parameters) = build(family, text, task);
+                let (half, _) = build_in(DType::BF16, family, text, task);
+                let wanted = number(&model, task)?;
+                for (model, weights, allowed) in [
+                    (&model, PackedWeights::AsGiven, 1e-5),
+                    (&model, PackedWeights::Int8, 0.02),
+                    (&half, PackedWeights::AsGiven, 0.03),
+                ] {
+                    let mut packed = model.clone();
+                    packed.pack(weights)?;
+                    let off = (number(&packed, task)? / wanted - 1.0).abs();
+                    assert!(off < allowed, "{family}, {text}, {}, {weights:?}: off by {off}", task.name());
+                    let slopes = everything(&packed, task, &Pass::inference())?.backward()?;
+                    let mut dense = parameters.named().into_iter().filter(|(name, _)| name.ends_with("dense.weight"));
+                    assert!(dense.all(|(_, var)| slopes.get(&var).is_none()), "packed weights have no gradients");
+                }
+            }
+        }
+    }
+    Ok(())
 }
