@@ -4,6 +4,7 @@ use candle_core::{DType, Device, Result, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
 use xvlm::encoders::{Attention, Concepts, Pass, Xvlm, XvlmConfig};
+use xvlm::kernels::PackedWeights;
 use xvlm::{Search, tasks::TextSearch};
 
 use crate::cases::{BEAMS, Case, NEW_TOKENS, PROMPT, Work};
@@ -19,12 +20,15 @@ pub struct Prepared {
     tokens: Tensor,
 }
 
-/// The base model, with drawn weights of a float type.
+/// The base model, with drawn weights of a float type, laid out for inference.
 ///
 /// # Errors
 /// If it cannot be made.
-pub fn model(resolution: usize, dtype: DType, device: &Device) -> Result<Xvlm> {
-    Xvlm::new(&XvlmConfig::base(resolution), VarBuilder::from_backend(Box::new(Drawn), dtype, device.clone()))
+pub fn model(resolution: usize, dtype: DType, weights: PackedWeights, device: &Device) -> Result<Xvlm> {
+    let vb = VarBuilder::from_backend(Box::new(Drawn), dtype, device.clone());
+    let mut model = Xvlm::new(&XvlmConfig::base(resolution), vb)?;
+    model.pack(weights)?;
+    Ok(model)
 }
 
 impl Prepared {

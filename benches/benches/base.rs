@@ -2,6 +2,7 @@
 
 use candle_core::DType;
 use criterion::Criterion;
+use xvlm::kernels::PackedWeights;
 use xvlm_benches::base::{Prepared, model};
 use xvlm_benches::cases::{CASES, Work};
 use xvlm_benches::{criterion, device};
@@ -22,7 +23,7 @@ fn inference(criterion: &mut Criterion) -> candle_core::Result<()> {
                     |&&(resolution, of, _): &&(usize, DType, _)| resolution == case.resolution && of == dtype;
                 if built.as_ref().filter(is_built).is_none() {
                     built = None;
-                    let model = model(case.resolution, dtype, &device).expect("a model");
+                    let model = model(case.resolution, dtype, PackedWeights::AsGiven, &device).expect("a model");
                     built = Some((case.resolution, dtype, model));
                 }
                 let prepared = Prepared::new(case, dtype, &device).expect("inputs");

@@ -33,7 +33,7 @@ impl Peaks {
     /// CPU to CPU, against the largest product.
     pub(crate) fn of(&self, precision: Precision) -> f64 {
         match precision {
-            Precision::F32 => self.fused_multiply_adds_f32,
+            Precision::F32 | Precision::Int8 => self.fused_multiply_adds_f32,
             Precision::Bf16 => self.linear_bf16,
         }
     }

@@ -8,6 +8,7 @@ use clap::ValueEnum;
 use serde::Serialize;
 use serde_json::{Value, json};
 use xvlm::encoders::Xvlm;
+use xvlm::kernels::PackedWeights;
 
 use super::Outcome;
 use super::served::{self, Served};
@@ -20,29 +21,36 @@ use xvlm_benches::cases::Case;
 pub(crate) enum Precision {
     F32,
     Bf16,
+    /// Weights of 8 bits, everything else f32.
+    Int8,
 }
 
 impl Precision {
-    pub(crate) const ALL: [Self; 2] = [Self::F32, Self::Bf16];
+    pub(crate) const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::Int8];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
         }
     }
 
     /// Of activations.
     pub(crate) fn dtype(self) -> DType {
         match self {
-            Self::F32 => DType::F32,
+            Self::F32 | Self::Int8 => DType::F32,
             Self::Bf16 => DType::BF16,
         }
     }
 
     /// The base model, with its weights as they are used.
     pub(crate) fn model(self, resolution: usize, device: &Device) -> candle_core::Result<Xvlm> {
-        base::model(resolution, self.dtype(), device)
+        let weights = match self {
+            Self::F32 | Self::Bf16 => PackedWeights::AsGiven,
+            Self::Int8 => PackedWeights::Int8,
+        };
+        base::model(resolution, self.dtype(), weights, device)
     }
 
     /// The peers that compute in it too.
@@ -50,6 +58,7 @@ impl Precision {
         match self {
             Self::F32 => &[Peer::EagerF32, Peer::CompileF32, Peer::OnnxF32],
             Self::Bf16 => &[Peer::EagerBf16, Peer::CompileBf16],
+            Self::Int8 => &[],
         }
     }
 }
