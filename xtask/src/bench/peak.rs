@@ -2,10 +2,10 @@
 
 use std::time::Instant;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use pulp::{Arch, Simd, WithSimd};
 use serde::Serialize;
-use xvlm::kernels;
+use xvlm::kernels::{Epilogue, PackedLinear};
 
 use super::sides::Precision;
 
@@ -14,9 +14,10 @@ use super::sides::Precision;
 pub(crate) struct Peaks {
     /// Multiply-adds of registers with the widest vectors, and nothing else: no product of matrices can be faster.
     pub(crate) fused_multiply_adds_f32: f64,
-    /// The linear layer of this workspace on 2048 rows, 1024 to 4096 wide.
+    /// The linear layer of this workspace on 2048 rows, 1024 to 4096 wide, its weights laid out for inference.
     pub(crate) linear_f32: f64,
     pub(crate) linear_bf16: f64,
+    pub(crate) linear_int8: f64,
 }
 
 impl Peaks {
@@ -24,17 +25,19 @@ impl Peaks {
     pub(crate) fn measure() -> Result<Self> {
         Ok(Self {
             fused_multiply_adds_f32: multiply_adds(),
-            linear_f32: linear(DType::F32)?,
-            linear_bf16: linear(DType::BF16)?,
+            linear_f32: linear(Precision::F32)?,
+            linear_bf16: linear(Precision::Bf16)?,
+            linear_int8: linear(Precision::Int8)?,
         })
     }
 
-    /// What a precision is measured against, with its name: f32 against the instruction; bf16, whose instruction differs from
-    /// CPU to CPU, against the largest product.
+    /// What a precision is measured against: f32 the instruction; the others, whose instructions differ from CPU to CPU, the
+    /// largest layer.
     pub(crate) fn of(&self, precision: Precision) -> f64 {
         match precision {
-            Precision::F32 | Precision::Int8 => self.fused_multiply_adds_f32,
+            Precision::F32 => self.fused_multiply_adds_f32,
             Precision::Bf16 => self.linear_bf16,
+            Precision::Int8 => self.linear_int8,
         }
     }
 }
@@ -51,14 +54,15 @@ fn best(flops: f64, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
     Ok(flops / best)
 }
 
-fn linear(dtype: DType) -> Result<f64> {
+fn linear(precision: Precision) -> Result<f64> {
     const ROWS: usize = 2048;
     const INPUTS: usize = 1024;
     const OUTPUTS: usize = 4096;
-    let drawn = |shape: &[usize]| Tensor::rand(-1f32, 1.0, shape, &Device::Cpu)?.to_dtype(dtype);
+    let drawn = |shape: &[usize]| Tensor::rand(-1f32, 1.0, shape, &Device::Cpu)?.to_dtype(precision.dtype());
     let (x, weight, bias) = (drawn(&[1, ROWS, INPUTS])?, drawn(&[OUTPUTS, INPUTS])?, drawn(&[OUTPUTS])?);
+    let layer = PackedLinear::new(&weight, Some(&bias), precision.weights())?;
     let flops = (2 * ROWS * INPUTS * OUTPUTS) as f64;
-    best(flops, || kernels::linear(&x, &weight, &bias).map(drop))
+    best(flops, || layer.forward(&x, Epilogue::Nothing).map(drop))
 }
 
 /// Chains of multiply-adds that depend on nothing but themselves: enough of them to hide the latency of each.

@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use serde::Serialize;
 
 use super::served;
-use super::sides::Side;
+use super::sides::{Precision, Side};
 use super::train::{self, BenchTrain};
 use super::{Bench, Outcome};
 use xvlm_benches::cases::{Case, Work};
@@ -29,7 +29,11 @@ pub(crate) struct Profile {
 
 pub(crate) fn run(bench: &Bench, cases: &[&'static Case]) -> Outcome<Vec<Profile>> {
     // Both captions do the same on our side.
-    let is_profiled = |case: &Case| !matches!(case.work, Work::StartUp | Work::CaptionCached);
+    let is_profiled = |case: &Case| match case.work {
+        Work::StartUp | Work::CaptionCached => false,
+        Work::Step => bench.precision != Precision::Int8,
+        _ => true,
+    };
     let cases: Vec<&Case> = cases.iter().copied().filter(|case| is_profiled(case)).collect();
     if cases.is_empty() {
         return Err("--profile: expected a case of inference or training, found none".into());

@@ -23,11 +23,12 @@ pub(crate) fn markdown(comparison: &Comparison) -> Result<String, std::fmt::Erro
     let giga = |rate: f64| rate / 1e9;
     writeln!(
         out,
-        "Peak: {:.0} GFLOP/s of fused multiply-adds (f32); our largest linear layer: f32 {:.0}, bf16 {:.0} GFLOP/s.\n\
-         Share of peak: of the first in f32 and int8, of the last in bf16.\n",
+        "Peak: {:.0} GFLOP/s of fused multiply-adds (f32); our largest linear layer: f32 {:.0}, bf16 {:.0}, int8 {:.0} GFLOP/s.\n\
+         Share of peak: of the first in f32, of the layer in bf16 and int8.\n",
         giga(peaks.fused_multiply_adds_f32),
         giga(peaks.linear_f32),
         giga(peaks.linear_bf16),
+        giga(peaks.linear_int8),
     )?;
     if let Some(told) = versions.values().max_by_key(|told| told.as_object().map(serde_json::Map::len)) {
         writeln!(out, "Peers: {told}\n")?;

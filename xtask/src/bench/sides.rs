@@ -44,13 +44,17 @@ impl Precision {
         }
     }
 
-    /// The base model, with its weights as they are used.
-    pub(crate) fn model(self, resolution: usize, device: &Device) -> candle_core::Result<Xvlm> {
-        let weights = match self {
+    /// Of layers.
+    pub(crate) fn weights(self) -> PackedWeights {
+        match self {
             Self::F32 | Self::Bf16 => PackedWeights::AsGiven,
             Self::Int8 => PackedWeights::Int8,
-        };
-        base::model(resolution, self.dtype(), weights, device)
+        }
+    }
+
+    /// The base model, with its weights as they are used.
+    pub(crate) fn model(self, resolution: usize, device: &Device) -> candle_core::Result<Xvlm> {
+        base::model(resolution, self.dtype(), self.weights(), device)
     }
 
     /// The peers that compute in it too.
