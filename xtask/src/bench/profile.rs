@@ -122,7 +122,9 @@ fn operation(symbol: &str) -> String {
         ("alloc", "memory: allocate"),
     ];
     let known = known.iter().find(|(part, _)| symbol.contains(part));
-    known.map_or_else(|| "other".to_owned(), |(_, name)| (*name).to_owned())
+    // What is known no better is told as it is.
+    let own = || symbol.rsplit("] ").next().unwrap_or(symbol).chars().take(60).collect();
+    known.map_or_else(own, |(_, name)| (*name).to_owned())
 }
 
 pub(crate) fn markdown(profiles: &[Profile]) -> Result<String, std::fmt::Error> {
