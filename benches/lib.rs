@@ -1,5 +1,7 @@
 //! What the measurements share: inputs drawn from a seed, and the comparison of an operation with what it could cost.
 
+pub mod base;
+pub mod cases;
 pub mod plain;
 
 use std::time::{Duration, Instant};

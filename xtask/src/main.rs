@@ -1,12 +1,10 @@
 //! Chores of development: `cargo xtask COMMAND`.
 
-mod bench_data;
-mod bench_train;
+mod bench;
 mod compare_scores;
 mod convert_weights;
 mod gpu_check;
 mod kernels_check;
-mod served;
 mod tidy;
 mod train_demo;
 mod verify;
@@ -29,14 +27,9 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Chore {
-    /// Run the measurements of benches/
-    Bench {
-        /// Passed on to criterion, such as the name of a measurement
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        arguments: Vec<String>,
-    },
-    BenchData(bench_data::BenchData),
-    BenchTrain(bench_train::BenchTrain),
+    Bench(Box<bench::Bench>),
+    BenchData(bench::data::BenchData),
+    BenchTrain(bench::train::BenchTrain),
     CompareScores(compare_scores::CompareScores),
     ConvertWeights(Box<convert_weights::ConvertWeights>),
     GpuCheck(gpu_check::GpuCheck),
@@ -67,19 +60,16 @@ fn cargo<S: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = S>) -> D
     }
 }
 
+/// Runs a chore as the programs that it measures run their work.
+fn measured(work: impl FnOnce() -> Done + Send) -> Done {
+    xvlm::kernels::process::run(|| work().map_err(|error| error.to_string())).map_err(Into::into)
+}
+
 fn main() -> ExitCode {
     let done = match Cli::parse().chore {
-        Chore::Bench { arguments } => {
-            let command = ["bench", "-p", "xvlm-benches", "--"].map(str::to_owned);
-            cargo(command.into_iter().chain(arguments))
-        }
-        // As the program that is measured does.
-        Chore::BenchData(chore) => {
-            xvlm::kernels::process::run(|| chore.run().map_err(|error| error.to_string())).map_err(Into::into)
-        }
-        Chore::BenchTrain(chore) => {
-            xvlm::kernels::process::run(|| chore.run().map_err(|error| error.to_string())).map_err(Into::into)
-        }
+        Chore::Bench(chore) => measured(|| chore.run()),
+        Chore::BenchData(chore) => measured(|| chore.run()),
+        Chore::BenchTrain(chore) => measured(|| chore.run()),
         Chore::CompareScores(chore) => chore.run(),
         Chore::ConvertWeights(chore) => chore.run(),
         Chore::GpuCheck(chore) => chore.run(),

@@ -23,10 +23,9 @@ use xvlm::tasks::pretrain::{Batch, Pretraining};
 use xvlm::train::ranks::{Alone, Communicator};
 use xvlm::train::{self, Optimizer, TrainConfig, Trainable};
 
+use super::served::{self, Served};
+use super::{Outcome, sides};
 use crate::Done;
-use crate::served::{self, Served};
-
-type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
 /// Side of the pictures, in pixels and in patches of the last stage.
 const RESOLUTION: usize = 224;
@@ -37,11 +36,11 @@ const MASKS: usize = 8;
 
 /// Measure a step of pre-training of the base model, beside the same step in PyTorch
 ///
-/// The first run downloads PyTorch (some GB), which stays in the folder of `--peers`.
+/// The first run downloads PyTorch (some GB), which stays in the folder of `--peers-dir`.
 #[derive(Args)]
 pub(crate) struct BenchTrain {
     /// Folder for the peer's Python environment
-    #[arg(long, value_name = "DIR", default_value = "target/peers")]
+    #[arg(long = "peers-dir", alias = "peers", value_name = "DIR", default_value = "target/peers")]
     peers: PathBuf,
     /// Measure without the peer
     #[arg(long)]
@@ -96,13 +95,16 @@ fn name(value: impl ValueEnum) -> String {
 
 /// What a side answers.
 #[derive(Deserialize)]
-struct Timed {
-    seconds: f64,
+pub(crate) struct Timed {
+    pub(crate) seconds: f64,
     /// Of all threads.
     cpu_seconds: f64,
     /// Bytes, since it began.
-    peak_memory: u64,
+    pub(crate) peak_memory: u64,
 }
+
+/// The peer's steps, and the versions of its parts.
+type OfPeer = (Vec<Timed>, Value);
 
 #[derive(Serialize)]
 struct Side {
@@ -140,25 +142,14 @@ impl BenchTrain {
         if self.serve {
             return serve(&self.step, self.batch);
         }
-        if self.steps == 0 || self.batch < 2 {
-            return Err("--steps: expected at least 1, --batch: at least 2, for there to be negatives".into());
-        }
-        let mut peer = if self.alone { None } else { Some(self.start_peer()?) };
-        let (mut ours, _) = self.start_ours()?;
-        let (mut of_ours, mut of_peer) = (Vec::new(), Vec::new());
-        for _ in 0..self.steps {
-            of_ours.push(serde_json::from_value::<Timed>(ours.ask("1")?)?);
-            if let Some((peer, _)) = &mut peer {
-                of_peer.push(serde_json::from_value::<Timed>(peer.ask("1")?)?);
-            }
-        }
+        let (of_ours, of_peer) = self.measure()?;
         let report = Report {
             step: self.step,
             batch: self.batch,
             steps: self.steps,
             ours: Side::of(&of_ours, self.batch),
-            peer: peer.is_some().then(|| Side::of(&of_peer, self.batch)),
-            versions: peer.map(|(_, mut ready)| ready["versions"].take()),
+            peer: of_peer.as_ref().map(|(steps, _)| Side::of(steps, self.batch)),
+            versions: of_peer.map(|(_, versions)| versions),
         };
         if self.json {
             println!("{}", serde_json::to_string_pretty(&report)?);
@@ -168,7 +159,41 @@ impl BenchTrain {
         Ok(())
     }
 
-    fn start_ours(&self) -> Outcome<(Served, Value)> {
+    /// A row of `cargo xtask bench`.
+    pub(crate) fn for_comparison(
+        peers: PathBuf,
+        alone: bool,
+        steps: usize,
+        batch: usize,
+        precision: sides::Precision,
+    ) -> Self {
+        let precision = match precision {
+            sides::Precision::Bf16 => Precision::Bf16,
+            _ => Precision::F32,
+        };
+        let step = Step { stream: Stream::ImageText, precision, recompute: false };
+        Self { peers, alone, steps, batch, step, json: false, serve: false }
+    }
+
+    /// The steps of our side, and those of the peer with its versions.
+    pub(crate) fn measure(&self) -> Outcome<(Vec<Timed>, Option<OfPeer>)> {
+        if self.steps == 0 || self.batch < 2 {
+            return Err("--steps: expected at least 1, --batch: at least 2, for there to be negatives".into());
+        }
+        let mut peer = if self.alone { None } else { Some(self.start_peer()?) };
+        let (mut ours, _) = self.start_ours()?;
+        let (mut of_ours, mut of_peer) = (Vec::new(), Vec::new());
+        for _ in 0..self.steps {
+            of_ours.push(step(&mut ours)?);
+            if let Some((peer, _)) = &mut peer {
+                of_peer.push(step(peer)?);
+            }
+        }
+        Ok((of_ours, peer.map(|(_, mut ready)| (of_peer, ready["versions"].take()))))
+    }
+
+    /// Our side, ready for a first step.
+    pub(crate) fn start_ours(&self) -> Outcome<(Served, Value)> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["bench-train", "--serve"]);
         if self.step.recompute {
@@ -192,6 +217,11 @@ impl BenchTrain {
         let batch = self.batch.to_string();
         command.args(["--stream", &name(stream), "--precision", &name(precision), "--batch", &batch]);
     }
+}
+
+/// One step of a side.
+pub(crate) fn step(side: &mut Served) -> Outcome<Timed> {
+    Ok(serde_json::from_value(side.ask("1")?)?)
 }
 
 /// Our side.

@@ -7,9 +7,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::Outcome;
 use crate::Done;
-
-type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
 /// A process that waits for questions on its stdin; it ends with this.
 pub(crate) struct Served {
@@ -21,22 +20,38 @@ pub(crate) struct Served {
 
 impl Served {
     /// Starts it, and waits for the line by which it says that it is ready.
-    pub(crate) fn start(name: &'static str, mut command: Command) -> Outcome<(Self, Value)> {
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-        let (questions, answers) = (child.stdin.take(), child.stdout.take());
-        let (questions, answers) = questions.zip(answers).ok_or_else(|| format!("{name}: its pipes are closed"))?;
-        let mut served = Self { name, child, questions, answers: BufReader::new(answers) };
+    pub(crate) fn start(name: &'static str, command: Command) -> Outcome<(Self, Value)> {
+        let mut served = Self::spawn(name, command)?;
         let ready = served.answer()?;
         Ok((served, ready))
     }
 
+    /// Starts it; its first [`Self::answer`] says that it is ready.
+    pub(crate) fn spawn(name: &'static str, mut command: Command) -> Outcome<Self> {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let (questions, answers) = (child.stdin.take(), child.stdout.take());
+        let (questions, answers) = questions.zip(answers).ok_or_else(|| format!("{name}: its pipes are closed"))?;
+        Ok(Self { name, child, questions, answers: BufReader::new(answers) })
+    }
+
+    /// Of the process.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// What it answers to a line.
     pub(crate) fn ask(&mut self, question: &str) -> Outcome<Value> {
-        writeln!(self.questions, "{question}")?;
+        self.tell(question)?;
         self.answer()
     }
 
-    fn answer(&mut self) -> Outcome<Value> {
+    /// Asks without waiting: [`Self::answer`] has to come before the next question.
+    pub(crate) fn tell(&mut self, question: &str) -> Outcome<()> {
+        Ok(writeln!(self.questions, "{question}")?)
+    }
+
+    /// The next line that it says.
+    pub(crate) fn answer(&mut self) -> Outcome<Value> {
         let mut line = String::new();
         if self.answers.read_line(&mut line)? == 0 {
             return Err(format!("{} ended: {}", self.name, self.child.wait()?).into());
@@ -66,11 +81,13 @@ pub(crate) fn python(peers: &Path) -> PathBuf {
     peers.join("env/bin/python")
 }
 
-/// Makes the peers' environment, if it is not there yet.
+/// Makes the peers' environment, if it is not there yet, or lacks what has been asked for since.
 pub(crate) fn set_up(peers: &Path) -> Done {
-    match python(peers).is_file() {
+    let script = scripts().join("setup.sh");
+    let done = std::fs::read(peers.join("env/setup.sh"));
+    match done.is_ok_and(|done| std::fs::read(&script).is_ok_and(|script| script == done)) {
         true => Ok(()),
-        false => succeed(Command::new("sh").arg(scripts().join("setup.sh")).arg(peers)),
+        false => succeed(Command::new("sh").arg(script).arg(peers)),
     }
 }
 

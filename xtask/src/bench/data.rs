@@ -17,16 +17,17 @@ use xvlm::data::{
     RegionBatch, SourceConfig, StorageOptions, TextTokenizer,
 };
 
+use super::Outcome;
+use super::served::{self, Served};
 use crate::Done;
-use crate::served::{self, Served};
 
 /// Measure how many pictures a second the data streams give, beside PyTorch's DataLoader
 ///
-/// The first run downloads PyTorch (some GB) and makes the pictures; both stay in the folder of `--peers`.
+/// The first run downloads PyTorch (some GB) and makes the pictures; both stay in the folder of `--peers-dir`.
 #[derive(Args)]
 pub(crate) struct BenchData {
     /// Folder for the peer's Python environment and the shards
-    #[arg(long, value_name = "DIR", default_value = "target/peers")]
+    #[arg(long = "peers-dir", alias = "peers", value_name = "DIR", default_value = "target/peers")]
     peers: PathBuf,
     /// Measure without the peer
     #[arg(long)]
@@ -138,7 +139,7 @@ impl BenchData {
     }
 
     /// Makes what is not there yet; gives the folder of the shards.
-    fn set_up(&self) -> Result<PathBuf, Box<dyn std::error::Error>> {
+    fn set_up(&self) -> Outcome<PathBuf> {
         served::set_up(&self.peers)?;
         let shards = self.peers.join("shards");
         if !shards.join("vocab.txt").is_file() {
@@ -150,12 +151,7 @@ impl BenchData {
 }
 
 /// PyTorch's DataLoader, waiting for the names of streams; it has warmed up when this returns.
-fn start_peer(
-    peers: &Path,
-    shards: &Path,
-    workers: usize,
-    images: usize,
-) -> Result<(Served, serde_json::Value), Box<dyn std::error::Error>> {
+fn start_peer(peers: &Path, shards: &Path, workers: usize, images: usize) -> Outcome<(Served, serde_json::Value)> {
     let mut command = Command::new(served::python(peers));
     command.arg(served::scripts().join("data_loader.py")).arg(shards).arg("--serve");
     command.args(["--workers", &workers.to_string(), "--images", &images.to_string()]);
@@ -170,7 +166,7 @@ struct Ours {
 }
 
 impl Ours {
-    fn new(shards: &Path, workers: usize) -> Result<Self, Box<dyn std::error::Error>> {
+    fn new(shards: &Path, workers: usize) -> Outcome<Self> {
         let tokenizer = TextTokenizer::from_file(shards.join("vocab.txt"))?;
         // Nothing is kept: each picture is decoded each time, as over there.
         let cache = Arc::new(ImageCache::new(0));
@@ -181,7 +177,7 @@ impl Ours {
     }
 
     /// Builds as many batches as hold so many pictures, and not one more: no work of a pass is outside of it.
-    fn pass(&self, stream: Stream, images: usize) -> Result<Pass, Box<dyn std::error::Error>> {
+    fn pass(&self, stream: Stream, images: usize) -> Outcome<Pass> {
         let in_batch = match stream {
             Stream::ImageText => self.builder.config().batch_size,
             Stream::Regions => self.builder.config().max_images,
