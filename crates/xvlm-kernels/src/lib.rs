@@ -38,6 +38,7 @@ mod resize;
 mod scaled;
 mod simd;
 mod softmax;
+mod sum;
 mod tape;
 mod window;
 

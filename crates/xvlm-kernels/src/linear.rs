@@ -28,7 +28,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     }
     let [x, weight, bias] = &[x.contiguous()?, weight.contiguous()?, bias.contiguous()?];
     let y = forward(x, weight, Some(bias), &shape)?;
-    differentiable(OP, [x, weight, bias], y, |[x, weight, bias], _, gradient| {
+    differentiable(OP, [x, weight, bias], y, |[x, weight, bias], gradient| {
         let [dx, dweight] = backward(x, weight, gradient)?;
         Ok([dx, dweight, bias.track_op().then(|| column_sums(gradient)).transpose()?])
     })
@@ -47,7 +47,7 @@ pub fn linear_without_bias(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     }
     let [x, weight] = &[x.contiguous()?, weight.contiguous()?];
     let y = forward(x, weight, None, &shape)?;
-    differentiable(OP, [x, weight], y, |[x, weight], _, gradient| backward(x, weight, gradient))
+    differentiable(OP, [x, weight], y, |[x, weight], gradient| backward(x, weight, gradient))
 }
 
 /// `gelu(x) · wᵀ + b`: the second half of a feed-forward layer, of which nothing is kept for the backward pass but `x`. Sizes as of
@@ -64,7 +64,7 @@ pub fn gelu_linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor>
     }
     let [x, weight, bias] = &[x.contiguous()?, weight.contiguous()?, bias.contiguous()?];
     let y = forward(&gelu(&x.detach())?, weight, Some(bias), &shape)?;
-    differentiable(OP, [x, weight, bias], y, |[x, weight, bias], _, gradient| {
+    differentiable(OP, [x, weight, bias], y, |[x, weight, bias], gradient| {
         let tracks = [x.track_op(), weight.track_op()];
         let [dactive, dweight] = gradients(&gelu(&x.detach())?, weight, gradient, tracks)?;
         let dx = dactive.map(|dactive| gelu_gradient(x, &dactive)).transpose()?;

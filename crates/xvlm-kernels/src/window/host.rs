@@ -16,7 +16,7 @@ pub(super) fn window_attention<T: Real>(qkv: &Tensor, bias: &Tensor, shape: Wind
     let (images, _, packed) = qkv.dims3()?;
     let windows = Windows::new(images, bias.dims()[0], packed / 3, shape);
     let result = windows.forward(&read::<T>(qkv)?, &windows.tables(&read::<T>(bias)?));
-    differentiable("window_attention", [qkv, bias], result, move |[qkv, bias], _, gradient| {
+    differentiable("window_attention", [qkv, bias], result, move |[qkv, bias], gradient| {
         let tables = windows.tables(&read::<T>(bias)?);
         let (dqkv, dbias) = windows.backward(&read::<T>(qkv)?, &tables, &read::<T>(gradient)?);
         Ok([Some(dqkv.detached()), Some(dbias.detached())])
