@@ -283,7 +283,7 @@ impl SelfAttention {
     }
 
     fn forward(&self, x: &Tensor, bias: &Tensor, attention: Attention, pass: &Pass) -> Result<Tensor> {
-        let qkv = self.packed()?.forward(x)?;
+        let qkv = Linear::forward_stacked(&[&self.query, &self.key, &self.value], x)?;
         let causal = attention == Attention::Causal;
         let attended = pass.attend(self.output.attention_dropout, |dropped| {
             kernels::self_attention(&qkv, bias, self.output.heads, causal, dropped)
@@ -316,7 +316,7 @@ impl CrossAttention {
 
     /// Keys and values of patch tokens: `[N, 1+L, C]` → `[N, 1+L, 2·H]`.
     pub(crate) fn read(&self, tokens: &Tensor) -> Result<Tensor> {
-        Linear::stacked(&[&self.key, &self.value])?.forward(tokens)
+        Linear::forward_stacked(&[&self.key, &self.value], tokens)
     }
 
     /// Texts `x` look at the keys and values that [`Self::read`] made, each at those its index names.

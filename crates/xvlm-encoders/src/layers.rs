@@ -50,6 +50,13 @@ impl Linear {
         Ok(Self { weight: Tensor::cat(&weights, 0)?, bias: Tensor::cat(&biases, 0)? })
     }
 
+    /// What [`Self::stacked`] makes of `x`, without a stack that outlives it.
+    pub(crate) fn forward_stacked(layers: &[&Self], x: &Tensor) -> Result<Tensor> {
+        let weights: Vec<_> = layers.iter().map(|layer| &layer.weight).collect();
+        let biases: Vec<_> = layers.iter().map(|layer| &layer.bias).collect();
+        kernels::stacked_linear(x, &weights, &biases)
+    }
+
     /// `x [.., input]` → `[.., output]`.
     ///
     /// # Errors

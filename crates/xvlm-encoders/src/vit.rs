@@ -147,7 +147,7 @@ impl Block {
 
     fn forward(&self, x: &Tensor, bias: &Tensor, pass: &Pass) -> Result<Tensor> {
         let parts: Vec<&Linear> = self.qkv.iter().collect();
-        let qkv = Linear::stacked(&parts)?.forward(&self.norm1.forward(x)?)?;
+        let qkv = Linear::forward_stacked(&parts, &self.norm1.forward(x)?)?;
         let attended = pass.attend(self.attention_dropout, |dropped| {
             kernels::self_attention(&qkv, bias, self.heads, false, dropped)
         })?;

@@ -100,7 +100,9 @@ pub fn dropout(x: &Tensor, dropout: Dropout) -> Result<Tensor> {
         return x * factors.to_dtype(x.dtype())?;
     }
     let x = &x.contiguous()?;
-    differentiable_by_gradient(OP, [x], drop(x, &dropout)?, move |gradient| Ok([Some(drop(gradient, &dropout)?.detached())]))
+    differentiable_by_gradient(OP, [x], drop(x, &dropout)?, move |gradient| {
+        Ok([Some(drop(gradient, &dropout)?.detached())])
+    })
 }
 
 fn drop(x: &Tensor, dropout: &Dropout) -> Result<Fresh> {

@@ -5,7 +5,8 @@
 //! attaches it to its inputs; or, while a piece of a forward pass is [`recording`], writes down how it came about.
 
 use std::cell::RefCell;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
 use candle_core::op::BackpropOp;
@@ -46,8 +47,12 @@ pub(crate) fn differentiable<const N: usize>(
     backward: impl Fn([&Tensor; N], &Tensor) -> Result<[Option<Tensor>; N]> + Send + Sync + 'static,
 ) -> Result<Tensor> {
     if is_recording(&inputs) {
-        let kept = inputs.map(Clone::clone);
-        return record(inputs, result, |_| move |gradient: &Tensor| Ok(backward(kept.each_ref(), gradient)?.into()));
+        let kept = inputs.map(Kept::of);
+        let backward = move |gradient: &Tensor| {
+            let inputs = kept.iter().map(Kept::tensor).collect::<Result<Vec<_>>>()?;
+            Ok(backward(std::array::from_fn(|i| &inputs[i]), gradient)?.into())
+        };
+        return record(inputs, result, |_| backward);
     }
     attached(name, inputs, result, move |inputs, _, gradient| backward(inputs, gradient))
 }
@@ -81,6 +86,15 @@ pub(crate) fn differentiable_by_gradient<const N: usize>(
         return record(inputs, result, |_| move |gradient: &Tensor| Ok(backward(gradient)?.into()));
     }
     attached(name, inputs, result, move |_, _, gradient| backward(gradient))
+}
+
+/// [`differentiable_by_gradient`] for any number of inputs, where operations are on record: if they are not, there is no result.
+pub(crate) fn differentiable_on_record(
+    inputs: &[&Tensor],
+    result: impl FnOnce() -> Result<Fresh>,
+    backward: impl Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + 'static,
+) -> Result<Option<Tensor>> {
+    is_recording(inputs).then(|| record(inputs.iter().copied(), result()?, |_| backward)).transpose()
 }
 
 /// An operation of candle.
@@ -119,6 +133,8 @@ pub(crate) struct Record {
     made: HashSet<TensorId>,
     /// The variables from elsewhere.
     pub(crate) leaves: Vec<Tensor>,
+    /// What makes results again that are not to be kept.
+    recipes: HashMap<TensorId, Rc<Recipe>>,
 }
 
 pub(crate) enum Piece {
@@ -160,6 +176,43 @@ impl Record {
     pub(crate) fn has_made(&self, tensor: &Tensor) -> bool {
         self.made.contains(&tensor.id())
     }
+}
+
+/// An input as it is kept for the backward pass.
+pub(crate) enum Kept {
+    Tensor(Tensor),
+    /// What makes it once more.
+    Recipe(Rc<Recipe>),
+}
+
+type Recipe = dyn Fn() -> Result<Fresh>;
+
+impl Kept {
+    pub(crate) fn of(tensor: &Tensor) -> Self {
+        let recipe = RECORD.with_borrow(|record| record.as_ref()?.recipes.get(&tensor.id()).cloned());
+        recipe.map_or_else(|| Self::Tensor(tensor.clone()), Self::Recipe)
+    }
+
+    pub(crate) fn tensor(&self) -> Result<Tensor> {
+        match self {
+            Self::Tensor(tensor) => Ok(tensor.clone()),
+            Self::Recipe(recipe) => {
+                let Fresh { storage, shape } = recipe()?;
+                // As that on record, it has a history.
+                Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), true))
+            }
+        }
+    }
+}
+
+/// Says how a result on record is made once more, from what is kept anyway and in little time: operations that take it
+/// keep that instead.
+pub(crate) fn make_again(result: &Tensor, recipe: impl Fn() -> Result<Fresh> + 'static) {
+    RECORD.with_borrow_mut(|record| {
+        if let Some(record) = record.as_mut().filter(|record| record.has_made(result)) {
+            record.recipes.insert(result.id(), Rc::new(recipe));
+        }
+    });
 }
 
 /// Runs a piece of a forward pass, and returns with its result what led to it.

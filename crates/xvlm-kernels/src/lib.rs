@@ -55,9 +55,9 @@ pub use error::KernelError;
 pub use finite::all_finite;
 #[cfg(feature = "emulation")]
 pub use gpu::emulated;
-pub use linear::{gelu_linear, linear, linear_without_bias};
+pub use linear::{gelu_linear, linear, linear_without_bias, stacked_linear};
 pub use norm::{add_layer_norm, layer_norm};
-pub use optim::{AdamW, Update, adamw_step, round_into};
+pub use optim::{AdamW, Update, adamw_step, joined, round_into, split_into};
 pub use pool::{Cover, patch_pool};
 pub use resize::resize_bicubic;
 pub use scaled::scale_gradient;

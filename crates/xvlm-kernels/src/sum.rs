@@ -88,3 +88,46 @@ fn add<A: Real, B: Real>(sum: &mut [A], addend: &[B]) {
         );
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn sums_of_all_types() {
+        let wide = |seed: usize, dtype: DType| {
+            let numbers = (0..2 * CHUNK + 5).map(|i| ((i * 37 + seed) as f32 * 0.618_034).sin());
+            Tensor::from_vec(numbers.collect(), (5, (2 * CHUNK + 5) / 5), &Device::Cpu)
+                .unwrap()
+                .to_dtype(dtype)
+                .unwrap()
+        };
+        let wanted = |a: &Tensor, b: &Tensor, dtype: DType| {
+            let sum = (a.to_dtype(DType::F32).unwrap() + b.to_dtype(DType::F32).unwrap()).unwrap();
+            sum.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        let numbers = |x: &Tensor| wanted(x, &x.zeros_like().unwrap(), DType::F32);
+        for of_a in [DType::F32, DType::BF16, DType::F16] {
+            for of_b in [DType::F32, DType::BF16, DType::F16] {
+                let (a, b) = (wide(1, of_a), wide(2, of_b));
+                // Of other strides.
+                let b = b.t().unwrap().contiguous().unwrap().t().unwrap();
+                for dtype in [DType::F32, DType::BF16] {
+                    let found = sum(&a, &b, dtype).unwrap();
+                    assert_eq!(found.dtype(), dtype);
+                    if dtype == DType::F32 || (of_a, of_b) == (dtype, dtype) {
+                        assert_eq!(numbers(&found), wanted(&a, &b, dtype), "{of_a:?} {of_b:?} {dtype:?}");
+                    }
+                }
+                let expected = wanted(&a, &b, of_a);
+                if add_in_place(&a, &b).unwrap() {
+                    assert_eq!(numbers(&a), expected, "{of_a:?} {of_b:?}");
+                } else {
+                    assert!(of_a == DType::F16 || of_b == DType::F16 || (of_a, of_b) == (DType::BF16, DType::F32));
+                    assert_eq!(numbers(&a), numbers(&wide(1, of_a)));
+                }
+            }
+        }
+    }
+}

@@ -419,6 +419,83 @@ mod tests {
         }
     }
 
+    /// Two blocks with the same parameters, of operations of ours with some of candle's between them, and past both a way from
+    /// the first to the loss.
+    fn blocks(tape: Option<&Rc<Tape>>, [x, weight, bias, norm, scale]: &[Var; 5]) -> Result<Tensor> {
+        let block = |x: &Tensor| {
+            let (x, [weight, bias, norm, scale]) =
+                (x.clone(), [weight, bias, norm, scale].map(|p| p.as_tensor().clone()));
+            let run = move || {
+                let normal = crate::layer_norm(&x, &norm, &bias, 1e-5)?;
+                let both = crate::stacked_linear(&normal, &[&weight, &weight], &[&bias, &bias])?;
+                let (rows, width) = x.dims2()?;
+                // A tensor of candle's that two operations of ours take, and a third that candle made of it.
+                let mixed =
+                    both.reshape((rows, 2, width))?.permute((0, 2, 1))?.contiguous()?.narrow(2, 0, 1)?.squeeze(2)?;
+                let fed = crate::gelu_linear(&mixed, &weight, &bias)?;
+                let scaled = crate::gelu(&mixed.broadcast_mul(&scale)?)?;
+                let sum = crate::add_branch(&crate::add_branch(&x, &fed, None)?, &scaled, Some(&vec![0.5; rows]))?;
+                crate::add_branch(&sum, &crate::quick_gelu(&mixed)?, None)
+            };
+            tape.map_or_else(&run, |tape| tape.segment(run.clone()))
+        };
+        let first = block(x)?;
+        let second = block(&first)?;
+        (crate::gelu(&second)? + first)?.to_dtype(DType::F32)?.sum_all()
+    }
+
+    #[test]
+    fn operations_of_ours_hand_on_what_candle_would() {
+        for (dtype, allowed) in [(DType::F32, 2e-6), (DType::BF16, 3e-2)] {
+            let variable = |seed: usize, rows: usize, columns: usize| {
+                let numbers = variable(seed, rows, columns).as_detached_tensor().to_dtype(dtype).unwrap();
+                let numbers = if rows == 1 { numbers.flatten_all().unwrap() } else { numbers };
+                Var::from_tensor(&numbers).unwrap()
+            };
+            let variables =
+                [variable(1, 6, 8), variable(2, 8, 8), variable(3, 1, 8), variable(4, 1, 8), variable(5, 1, 8)];
+            let plain = blocks(None, &variables).unwrap().backward().unwrap();
+            let of_tape = |recomputes| {
+                let (tape, mut gradients) = (Rc::new(Tape::new(recomputes)), Gradients::default());
+                let mut told = Vec::new();
+                let ready = |variable: &Tensor, _: &Tensor| {
+                    told.push(variable.id());
+                    Ok(())
+                };
+                tape.backward(blocks(Some(&tape), &variables).unwrap(), &mut gradients, ready).unwrap();
+                assert_eq!(told.len(), variables.len());
+                assert_eq!(told.into_iter().collect::<HashSet<_>>(), variables.iter().map(|v| v.id()).collect());
+                let wide = |variable: &Var| numbers(&gradients.get(variable).unwrap().to_dtype(DType::F64).unwrap());
+                variables.each_ref().map(wide)
+            };
+            let (kept, computed_again) = (of_tape(false), of_tape(true));
+            assert_eq!(kept, computed_again, "{dtype:?}");
+            for (found, variable) in kept.iter().zip(&variables) {
+                let wanted = numbers(&plain.get(variable).unwrap().to_dtype(DType::F64).unwrap());
+                let size = wanted.iter().fold(0f64, |size, x| size.max(x.abs()));
+                for (found, wanted) in found.iter().zip(&wanted) {
+                    assert!((found - wanted).abs() <= allowed * size, "{dtype:?}: {found} for {wanted}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_somebody_else_has_is_not_added_to() {
+        let [variable, one] = [0f32, 1.0].map(|x| Var::new(&[x; 3], &Device::Cpu).unwrap());
+        let (mut gradients, given) = (Gradients::default(), one.as_detached_tensor());
+        for (i, wanted) in [1f32, 2.0, 3.0, 4.0].into_iter().enumerate() {
+            gradients.add(&variable, given.clone()).unwrap();
+            assert_eq!(gradients.get(&variable).unwrap().to_vec1::<f32>().unwrap(), [wanted; 3], "{i}");
+            assert_eq!(given.to_vec1::<f32>().unwrap(), [1.0; 3]);
+        }
+        // Its own sum as an addend.
+        let sum = gradients.get(&variable).unwrap().clone();
+        gradients.add(&variable, sum).unwrap();
+        assert_eq!(gradients.get(&variable).unwrap().to_vec1::<f32>().unwrap(), [8.0; 3]);
+        assert!(gradients.add(&variable, Tensor::zeros(2, DType::F32, &Device::Cpu).unwrap()).is_err());
+    }
+
     #[test]
     fn what_has_no_variables_is_no_segment() {
         let (tape, x) = (Rc::new(Tape::new(true)), variable(1, 2, 2).as_detached_tensor());
