@@ -74,7 +74,7 @@ pub fn adamw_step(settings: &AdamW, updates: &[Update]) -> Result<f64> {
     };
     if updates.iter().all(alike) {
         #[cfg(gpu)]
-        if crate::gpu::runs(first.parameter) {
+        if crate::gpu::runs(first.parameter) && updates.iter().all(|update| update.rest.is_none()) {
             return on_gpu::step(settings, &updates, &gradients);
         }
         if first.parameter.device().is_cpu() {
