@@ -148,8 +148,11 @@ pub(crate) struct Operation {
     pub(crate) result: TensorId,
     /// `None` for those without a history.
     pub(crate) inputs: Vec<Option<TensorId>>,
-    pub(crate) backward: Box<dyn Fn(&Tensor) -> Result<Vec<Option<Tensor>>>>,
+    pub(crate) backward: Box<HandBack>,
 }
+
+/// From the gradient of a result to those of the inputs.
+type HandBack = dyn Fn(&Tensor) -> Result<Vec<Option<Tensor>>>;
 
 impl Record {
     /// Sees to it that `tensor` can be handed a gradient.

@@ -56,8 +56,8 @@ pub(crate) fn add_in_place(a: &Tensor, b: &Tensor) -> Result<bool> {
     }
     let b = &b.contiguous()?;
     match (a.dtype(), b.dtype()) {
-        (DType::F32, DType::F32) => a.inplace_op1(&Add(&*read::<f32>(b)?))?,
-        (DType::F32 | DType::BF16, DType::BF16) => a.inplace_op1(&Add(&*read::<bf16>(b)?))?,
+        (DType::F32, DType::F32) => a.inplace_op1(&Add(&read::<f32>(b)?))?,
+        (DType::F32 | DType::BF16, DType::BF16) => a.inplace_op1(&Add(&read::<bf16>(b)?))?,
         _ => return Ok(false),
     }
     Ok(true)
