@@ -96,12 +96,11 @@ mod tests {
 
     #[test]
     fn sums_of_all_types() {
+        // More than a chunk.
+        const COLUMNS: usize = CHUNK / 5 + 1;
         let wide = |seed: usize, dtype: DType| {
-            let numbers = (0..2 * CHUNK + 5).map(|i| ((i * 37 + seed) as f32 * 0.618_034).sin());
-            Tensor::from_vec(numbers.collect(), (5, (2 * CHUNK + 5) / 5), &Device::Cpu)
-                .unwrap()
-                .to_dtype(dtype)
-                .unwrap()
+            let numbers = (0..5 * COLUMNS).map(|i| ((i * 37 + seed) as f32 * 0.618_034).sin());
+            Tensor::from_vec(numbers.collect(), (5, COLUMNS), &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
         };
         let wanted = |a: &Tensor, b: &Tensor, dtype: DType| {
             let sum = (a.to_dtype(DType::F32).unwrap() + b.to_dtype(DType::F32).unwrap()).unwrap();
