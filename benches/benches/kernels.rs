@@ -295,7 +295,7 @@ fn optimizer(comparison: &mut Comparison, device: &Device) -> Result<()> {
         .map(|_| Ok([matrix()?, matrix()?, Var::from_tensor(&matrix()?.abs()?)?, matrix()?]))
         .collect::<Result<Vec<_>>>()?;
     fn update([parameter, first_moment, second_moment, gradient]: &[Var; 4]) -> Update<'_> {
-        Update { parameter, first_moment, second_moment, gradient, lr: 1e-4, weight_decay: 0.01, step: 10 }
+        Update { parameter, rest: None, first_moment, second_moment, gradient, lr: 1e-4, weight_decay: 0.01, step: 10 }
     }
     let updates: Vec<Update> = tensors.iter().map(update).collect();
     let settings = AdamW { beta1: 0.9, beta2: 0.98, eps: 1e-8, max_norm: Some(1.0) };

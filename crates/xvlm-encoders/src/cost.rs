@@ -116,7 +116,7 @@ impl Cost {
         Self { flops: flops as u64, between: numbers as u64, ..Self::default() }
     }
 
-    /// A segment with what it keeps; its result is kept twice, as the end of its graph and as the begin of the next.
+    /// A segment with what it keeps beside its result.
     fn segment(flops: usize, inside: usize, result: usize) -> Self {
         Self { flops: flops as u64, between: result as u64, inside: inside as u64, largest: inside as u64 }
     }
@@ -178,16 +178,16 @@ fn swin_cost(config: &SwinConfig, load: &Load) -> Cost {
                 + linear(rows, width, width)
                 + linear(rows, width, hidden)
                 + linear(rows, hidden, width);
-            // Norm, queries, keys and values, attended, projected, sum; norm, hidden, out, sum.
-            let inside = rows * (10 * width + hidden);
+            // Queries, keys and values, attended, sum; hidden. Norms are made again, and branches are added and forgotten.
+            let inside = rows * (5 * width + hidden);
             let biases = 2 * area * area * config.num_heads[i];
             cost = cost.and(Cost::segment(flops, inside + biases, rows * width));
         }
         if i + 1 < config.depths.len() {
-            // Four tokens joined, their norm, and a token of twice the width.
+            // Four tokens joined, and a token of twice the width.
             let joined = rows / 4;
             let result = joined * 2 * width;
-            cost = cost.and(Cost::segment(linear(joined, 4 * width, 2 * width), 2 * rows * width + result, result));
+            cost = cost.and(Cost::segment(linear(joined, 4 * width, 2 * width), rows * width, result));
             (width, side) = (2 * width, side / 2);
         }
     }
@@ -218,11 +218,9 @@ fn vit_cost(config: &VitConfig, load: &Load) -> Cost {
             + linear(rows, width, width)
             + linear(rows, width, hidden)
             + linear(rows, hidden, width);
-        // Three layers for queries, keys and values are put together for each pass.
-        let stacked = if is_clip { 3 * width * (width + 1) } else { 0 };
         // What CLIP's activation gives is kept; GELU's is computed again.
         let hidden = if config.hidden_act == Activation::QuickGelu { 2 * hidden } else { hidden };
-        let inside = rows * (10 * width + hidden) + stacked;
+        let inside = rows * (5 * width + hidden);
         cost = cost.and(Cost::segment(flops, inside, rows * width));
     }
     cost.and(Cost::between(0, sequences * tokens * width))
@@ -236,8 +234,8 @@ fn layer(config: &BertConfig, sequences: usize, tokens: usize) -> (usize, usize)
         + linear(rows, width, width)
         + linear(rows, width, hidden)
         + linear(rows, hidden, width);
-    // Queries, keys and values, attended, projected, norm; hidden, out, norm. Three layers are put together for each pass.
-    let kept = rows * (8 * width + hidden) + 2 * dropped(config, rows) + 3 * width * (width + 1);
+    // Queries, keys and values, attended, projected (with what was dropped of it), norm; hidden, out.
+    let kept = rows * (7 * width + hidden);
     (flops, kept)
 }
 
@@ -267,8 +265,8 @@ fn fusion_cost(config: &XvlmConfig, load: &Load, seen: usize) -> Cost {
         + 2 * linear(rows, width, width)
         + linear(read, vision_width, 2 * width)
         + load.fused * attention(load.tokens, seen, width);
-    // Queries, keys and values, attended, projected, norm. Two layers are put together for each pass.
-    let kept = kept + rows * 4 * width + read * 2 * width + dropped(text, rows) + 2 * width * (vision_width + 1);
+    // Queries, keys and values, attended, projected, norm.
+    let kept = kept + rows * 4 * width + read * 2 * width;
     let layer = Cost::segment(flops, kept, rows * width);
     // The texts by rows, and the concepts, joined and as the begin of a graph.
     let between = Cost::between(0, rows * width + 2 * read * vision_width);

@@ -81,10 +81,14 @@ impl Linear {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match &self.0 {
             Weights::Packed(layer) => layer.forward(x, Epilogue::Nothing),
-            Weights::Parts(parts) => {
-                let (weight, bias) = whole(parts)?;
-                kernels::linear(x, &weight, &bias)
-            }
+            Weights::Parts(parts) => match parts.as_slice() {
+                [Part { weight, bias, .. }] => kernels::linear(x, weight, bias),
+                parts => {
+                    let weights: Vec<_> = parts.iter().map(|part| &part.weight).collect();
+                    let biases: Vec<_> = parts.iter().map(|part| &part.bias).collect();
+                    kernels::stacked_linear(x, &weights, &biases)
+                }
+            },
         }
     }
 

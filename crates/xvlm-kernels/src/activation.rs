@@ -33,7 +33,7 @@ pub fn bias_gelu(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
     }
     let (x, bias) = (&x.contiguous()?, &bias.contiguous()?);
     let y = forward(Curve::Gelu, x, Some(bias))?;
-    differentiable(OP, [x, bias], y, |[x, bias], _, gradient| {
+    differentiable(OP, [x, bias], y, |[x, bias], gradient| {
         let dx = backward(Curve::Gelu, x, Some(bias), gradient)?.detached();
         let db = bias.track_op().then(|| column_sums(&dx)).transpose()?;
         Ok([Some(dx), db])
@@ -50,7 +50,7 @@ fn activate(op: &'static str, curve: Curve, x: &Tensor) -> Result<Tensor> {
         return curve.composed(x);
     }
     let x = &x.contiguous()?;
-    differentiable(op, [x], forward(curve, x, None)?, move |[x], _, gradient| {
+    differentiable(op, [x], forward(curve, x, None)?, move |[x], gradient| {
         Ok([Some(backward(curve, x, None, gradient)?.detached())])
     })
 }

@@ -37,7 +37,7 @@ pub fn cross_entropy(logits: &Tensor, labels: &[i64], smoothing: f32) -> Result<
     let logits = &logits.contiguous()?;
     let targets = Arc::new(Targets::new(logits, labels, smoothing)?);
     let (loss, log_sums) = fused!(logits, T => targets.loss_on_host::<T>(logits); gpu::loss(&targets, logits))?;
-    differentiable("cross_entropy", [logits], loss, move |[logits], _, gradient| {
+    differentiable("cross_entropy", [logits], loss, move |[logits], gradient| {
         let d: Fresh = fused!(logits, T => {
             targets.gradient_on_host::<T>(logits, &log_sums, gradient)
         }; gpu::gradient(&targets, logits, &log_sums, gradient))?;

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use crate::error::{KernelError, check_shape};
-use crate::graph::{Fresh, differentiable};
+use crate::graph::{Fresh, differentiable_by_gradient};
 use crate::host::{read, written};
 use crate::path::{Path, fused};
 use crate::real::Real;
@@ -100,7 +100,9 @@ pub fn dropout(x: &Tensor, dropout: Dropout) -> Result<Tensor> {
         return x * factors.to_dtype(x.dtype())?;
     }
     let x = &x.contiguous()?;
-    differentiable(OP, [x], drop(x, &dropout)?, move |_, _, gradient| Ok([Some(drop(gradient, &dropout)?.detached())]))
+    differentiable_by_gradient(OP, [x], drop(x, &dropout)?, move |gradient| {
+        Ok([Some(drop(gradient, &dropout)?.detached())])
+    })
 }
 
 fn drop(x: &Tensor, dropout: &Dropout) -> Result<Fresh> {
@@ -145,7 +147,7 @@ pub fn add_branch(x: &Tensor, branch: &Tensor, scales: Option<&[f32]>) -> Result
     }
     let (x, branch, scales) = (&x.contiguous()?, &branch.contiguous()?, scales.map(<[f32]>::to_vec));
     let y = add_scaled(Some(x), branch, scales.as_deref().unwrap_or(&[1.0]))?;
-    differentiable(OP, [x, branch], y, move |_, _, gradient| {
+    differentiable_by_gradient(OP, [x, branch], y, move |gradient| {
         let of_branch = match &scales {
             Some(scales) => add_scaled(None, gradient, scales)?.detached(),
             None => gradient.clone(),

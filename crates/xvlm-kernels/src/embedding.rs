@@ -36,7 +36,7 @@ pub fn embedding(table: &Tensor, ids: &Tensor, padding: Option<u32>) -> Result<T
         return trained.where_cond(&found, &found.detach())?.reshape(shape);
     }
     let rows = fused!(table, T => gather_on_host::<T>(table, &ids, &shape); gpu::gather(table, &ids, &shape))?;
-    differentiable(OP, [table], rows, move |[table], _, gradient| {
+    differentiable(OP, [table], rows, move |[table], gradient| {
         let places = Places::of(&read_back(&ids)?, table.dim(0)?, padding)?;
         let sums: Fresh = fused!(table, T => {
             sum_on_host::<T>(table, &places, gradient)

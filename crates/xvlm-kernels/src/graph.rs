@@ -2,14 +2,16 @@
 //!
 //! A custom operation of candle is handed storages, at most three, and computes one. The operations here are written over
 //! tensors: they compute their result first, with whatever the backward pass should remember of it, and [`differentiable`]
-//! attaches it to its inputs.
+//! attaches it to its inputs; or, while a piece of a forward pass is [`recording`], writes down how it came about.
 
 use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
+use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor, TensorId, bail,
 };
 
 /// A result that is not yet a tensor.
@@ -36,9 +38,67 @@ impl Fresh {
     }
 }
 
-/// Gives `result` a history: `backward(inputs, result, gradient)` returns the gradient of each input, `None` where there
-/// is none to be had. The gradient it is handed is contiguous.
+/// Gives `result` a history: `backward(inputs, gradient)` returns the gradient of each input, `None` where there is none to
+/// be had. The gradient it is handed is contiguous.
 pub(crate) fn differentiable<const N: usize>(
+    name: &'static str,
+    inputs: [&Tensor; N],
+    result: Fresh,
+    backward: impl Fn([&Tensor; N], &Tensor) -> Result<[Option<Tensor>; N]> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    if is_recording(&inputs) {
+        let kept = inputs.map(Kept::of);
+        let backward = move |gradient: &Tensor| {
+            let inputs = kept.iter().map(Kept::tensor).collect::<Result<Vec<_>>>()?;
+            Ok(backward(std::array::from_fn(|i| &inputs[i]), gradient)?.into())
+        };
+        return record(inputs, result, |_| backward);
+    }
+    attached(name, inputs, result, move |inputs, _, gradient| backward(inputs, gradient))
+}
+
+/// [`differentiable`] for what looks at its result again: `backward(inputs, result, gradient)`.
+pub(crate) fn differentiable_by_result<const N: usize>(
+    name: &'static str,
+    inputs: [&Tensor; N],
+    result: Fresh,
+    backward: impl Fn([&Tensor; N], &Tensor, &Tensor) -> Result<[Option<Tensor>; N]> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    if is_recording(&inputs) {
+        let kept = inputs.map(Clone::clone);
+        return record(inputs, result, |result| {
+            let result = result.detach();
+            move |gradient: &Tensor| Ok(backward(kept.each_ref(), &result, gradient)?.into())
+        });
+    }
+    attached(name, inputs, result, backward)
+}
+
+/// [`differentiable`] for what looks at nothing again: `backward(gradient)`. On a [`Tape`](crate::Tape) its inputs are not
+/// kept.
+pub(crate) fn differentiable_by_gradient<const N: usize>(
+    name: &'static str,
+    inputs: [&Tensor; N],
+    result: Fresh,
+    backward: impl Fn(&Tensor) -> Result<[Option<Tensor>; N]> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    if is_recording(&inputs) {
+        return record(inputs, result, |_| move |gradient: &Tensor| Ok(backward(gradient)?.into()));
+    }
+    attached(name, inputs, result, move |_, _, gradient| backward(gradient))
+}
+
+/// [`differentiable_by_gradient`] for any number of inputs, where operations are on record: if they are not, there is no result.
+pub(crate) fn differentiable_on_record(
+    inputs: &[&Tensor],
+    result: impl FnOnce() -> Result<Fresh>,
+    backward: impl Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + 'static,
+) -> Result<Option<Tensor>> {
+    is_recording(inputs).then(|| record(inputs.iter().copied(), result()?, |_| backward)).transpose()
+}
+
+/// An operation of candle.
+fn attached<const N: usize>(
     name: &'static str,
     inputs: [&Tensor; N],
     result: Fresh,
@@ -56,8 +116,151 @@ pub(crate) fn differentiable<const N: usize>(
     }
 }
 
+/// The variables that a graph of candle's begins with.
+pub(crate) fn leaves(result: &Tensor) -> Vec<Tensor> {
+    result.sorted_nodes().into_iter().filter(|node| node.is_variable()).cloned().collect()
+}
+
+/// What was computed, in its order, for a backward pass that hands gradients from one operation to the next. candle's sums of
+/// them begin with zeros and are made anew with each addend; here there is a sum only where there are several.
+///
+/// The result of an operation is a variable to candle, at which the graphs of what comes after end. Of candle's own operations
+/// it holds what an operation of ours was handed, with the graph that led to it.
+#[derive(Default)]
+pub(crate) struct Record {
+    pub(crate) pieces: Vec<Piece>,
+    /// The results of `pieces`.
+    made: HashSet<TensorId>,
+    /// The variables from elsewhere.
+    pub(crate) leaves: Vec<Tensor>,
+    /// What makes results again that are not to be kept.
+    recipes: HashMap<TensorId, Rc<Recipe>>,
+}
+
+pub(crate) enum Piece {
+    /// An operation of ours.
+    Operation(Operation),
+    /// What operations of candle led to.
+    Graph(Tensor),
+}
+
+pub(crate) struct Operation {
+    pub(crate) result: TensorId,
+    /// `None` for those without a history.
+    pub(crate) inputs: Vec<Option<TensorId>>,
+    pub(crate) backward: Box<HandBack>,
+}
+
+/// From the gradient of a result to those of the inputs.
+type HandBack = dyn Fn(&Tensor) -> Result<Vec<Option<Tensor>>>;
+
+impl Record {
+    /// Sees to it that `tensor` can be handed a gradient.
+    pub(crate) fn reach(&mut self, tensor: &Tensor) {
+        if self.made.contains(&tensor.id()) {
+            return;
+        }
+        if tensor.is_variable() {
+            return self.begin_at(tensor.clone());
+        }
+        let leaves = leaves(tensor);
+        leaves.into_iter().for_each(|leaf| self.begin_at(leaf));
+        self.made.insert(tensor.id());
+        self.pieces.push(Piece::Graph(tensor.clone()));
+    }
+
+    fn begin_at(&mut self, leaf: Tensor) {
+        if !self.made.contains(&leaf.id()) && self.leaves.iter().all(|known| known.id() != leaf.id()) {
+            self.leaves.push(leaf);
+        }
+    }
+
+    /// Whether a tensor is the result of one of the pieces.
+    pub(crate) fn has_made(&self, tensor: &Tensor) -> bool {
+        self.made.contains(&tensor.id())
+    }
+}
+
+/// An input as it is kept for the backward pass.
+pub(crate) enum Kept {
+    Tensor(Tensor),
+    /// What makes it once more.
+    Recipe(Rc<Recipe>),
+}
+
+type Recipe = dyn Fn() -> Result<Fresh>;
+
+impl Kept {
+    pub(crate) fn of(tensor: &Tensor) -> Self {
+        let recipe = RECORD.with_borrow(|record| record.as_ref()?.recipes.get(&tensor.id()).cloned());
+        recipe.map_or_else(|| Self::Tensor(tensor.clone()), Self::Recipe)
+    }
+
+    pub(crate) fn tensor(&self) -> Result<Tensor> {
+        match self {
+            Self::Tensor(tensor) => Ok(tensor.clone()),
+            Self::Recipe(recipe) => {
+                let Fresh { storage, shape } = recipe()?;
+                // As that on record, it has a history.
+                Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), true))
+            }
+        }
+    }
+}
+
+/// Says how a result on record is made once more, from what is kept anyway and in little time: operations that take it
+/// keep that instead.
+pub(crate) fn make_again(result: &Tensor, recipe: impl Fn() -> Result<Fresh> + 'static) {
+    RECORD.with_borrow_mut(|record| {
+        if let Some(record) = record.as_mut().filter(|record| record.has_made(result)) {
+            record.recipes.insert(result.id(), Rc::new(recipe));
+        }
+    });
+}
+
+/// Runs a piece of a forward pass, and returns with its result what led to it.
+pub(crate) fn recording(run: impl FnOnce() -> Result<Tensor>) -> Result<(Tensor, Record)> {
+    let outer = RECORD.replace(Some(Record::default()));
+    let result = run();
+    let mut record = RECORD.replace(outer).unwrap_or_default();
+    let result = result?;
+    if result.track_op() {
+        record.reach(&result);
+    }
+    Ok((result, record))
+}
+
+fn is_recording(inputs: &[&Tensor]) -> bool {
+    inputs.iter().any(|input| input.track_op()) && RECORD.with_borrow(Option::is_some)
+}
+
+/// Puts an operation on record. `backward` is made of its result.
+fn record<B: Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + 'static>(
+    inputs: impl IntoIterator<Item = impl std::borrow::Borrow<Tensor>>,
+    Fresh { storage, shape }: Fresh,
+    backward: impl FnOnce(&Tensor) -> B,
+) -> Result<Tensor> {
+    let result = Tensor::from_storage(storage, shape, BackpropOp::none(), true);
+    let backward = Box::new(backward(&result));
+    RECORD.with_borrow_mut(|record| {
+        let Some(record) = record else { return };
+        let inputs = inputs.into_iter().map(|input| {
+            let input = input.borrow();
+            input.track_op().then(|| {
+                record.reach(input);
+                input.id()
+            })
+        });
+        let inputs = inputs.collect();
+        record.made.insert(result.id());
+        record.pieces.push(Piece::Operation(Operation { result: result.id(), inputs, backward }));
+    });
+    Ok(result)
+}
+
 thread_local! {
     static COLLECTED: RefCell<Option<Vec<(Tensor, Tensor)>>> = const { RefCell::new(None) };
+    static RECORD: RefCell<Option<Record>> = const { RefCell::new(None) };
 }
 
 /// Runs a backward pass of candle's. What operations of [`differentiable`] have for variables is not handed to candle, which would

@@ -2,7 +2,7 @@
 
 use std::ops::Deref;
 
-use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
+use candle_core::{DType, Result, Shape, Storage, Tensor, WithDType, bail};
 
 use crate::graph::Fresh;
 
@@ -55,15 +55,6 @@ pub(crate) fn written<T: WithDType>(shape: impl Into<Shape>, fill: impl FnOnce(&
     // SAFETY: the capacity was reserved, and `fill` has written it.
     unsafe { values.set_len(len) };
     Fresh::new(Storage::Cpu(T::to_cpu_storage_owned(values)), shape)
-}
-
-/// The numbers of a contiguous `f32` storage, to be changed in place.
-pub(crate) fn slice_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
-    let CpuStorage::F32(values) = storage else { bail!("expected f32 storage") };
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&mut values[start..end]),
-        None => bail!("expected a contiguous tensor of shape {:?}", layout.dims()),
-    }
 }
 
 /// A pointer that several threads write through, each to places no other thread touches.

@@ -42,6 +42,7 @@ mod resize;
 mod scaled;
 mod simd;
 mod softmax;
+mod sum;
 mod tape;
 mod window;
 
@@ -58,11 +59,11 @@ pub use error::KernelError;
 pub use finite::all_finite;
 #[cfg(feature = "emulation")]
 pub use gpu::emulated;
-pub use linear::{gelu_linear, linear, linear_without_bias};
+pub use linear::{gelu_linear, linear, linear_without_bias, stacked_linear};
 pub use mapped::MappedFile;
 pub use norm::{add_layer_norm, layer_norm};
 pub use numbers::tensor_of_bytes;
-pub use optim::{AdamW, Update, adamw_step, round_into};
+pub use optim::{AdamW, Update, adamw_step, joined, round_into, split_into};
 pub use packed::{Epilogue, PackedLinear, PackedWeights};
 pub use patches::{merge_patches, split_patches};
 pub use pool::{Cover, patch_pool};

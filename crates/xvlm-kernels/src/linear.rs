@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use crate::activation::{gelu, gelu_gradient};
 use crate::columns::column_sums;
 use crate::error::{KernelError, check_shape};
-use crate::graph::{Fresh, differentiable};
+use crate::graph::{Fresh, Kept, differentiable, differentiable_on_record};
 use crate::host::{read, written};
 use crate::path::{Path, fused};
 use crate::real::Real;
@@ -28,7 +28,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     }
     let [x, weight, bias] = &[x.contiguous()?, weight.contiguous()?, bias.contiguous()?];
     let y = forward(x, weight, Some(bias), &shape)?;
-    differentiable(OP, [x, weight, bias], y, |[x, weight, bias], _, gradient| {
+    differentiable(OP, [x, weight, bias], y, |[x, weight, bias], gradient| {
         let [dx, dweight] = backward(x, weight, gradient)?;
         Ok([dx, dweight, bias.track_op().then(|| column_sums(gradient)).transpose()?])
     })
@@ -47,7 +47,7 @@ pub fn linear_without_bias(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     }
     let [x, weight] = &[x.contiguous()?, weight.contiguous()?];
     let y = forward(x, weight, None, &shape)?;
-    differentiable(OP, [x, weight], y, |[x, weight], _, gradient| backward(x, weight, gradient))
+    differentiable(OP, [x, weight], y, |[x, weight], gradient| backward(x, weight, gradient))
 }
 
 /// `gelu(x) · wᵀ + b`: the second half of a feed-forward layer, of which nothing is kept for the backward pass but `x`. Sizes as of
@@ -64,12 +64,72 @@ pub fn gelu_linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor>
     }
     let [x, weight, bias] = &[x.contiguous()?, weight.contiguous()?, bias.contiguous()?];
     let y = forward(&gelu(&x.detach())?, weight, Some(bias), &shape)?;
-    differentiable(OP, [x, weight, bias], y, |[x, weight, bias], _, gradient| {
+    differentiable(OP, [x, weight, bias], y, |[x, weight, bias], gradient| {
         let tracks = [x.track_op(), weight.track_op()];
         let [dactive, dweight] = gradients(&gelu(&x.detach())?, weight, gradient, tracks)?;
         let dx = dactive.map(|dactive| gelu_gradient(x, &dactive)).transpose()?;
         Ok([dx, dweight, bias.track_op().then(|| column_sums(gradient)).transpose()?])
     })
+}
+
+/// Layers with one input as one, their outputs side by side: `x [.., K]`, each weight `[N, K]`, each bias `[N]` →
+/// `[.., ΣN]`, as [`linear`] with the weights stacked. On a [`Tape`](crate::Tape) the stack is not kept for the backward pass
+/// but made again, and each parameter's gradient is a part of the stack's.
+///
+/// # Errors
+/// As [`linear`], or if there are not as many biases as weights, or none.
+pub fn stacked_linear(x: &Tensor, weights: &[&Tensor], biases: &[&Tensor]) -> Result<Tensor> {
+    const OP: &str = "stacked_linear";
+    if weights.len() != biases.len() {
+        let (expected, found) = (format!("{}, one for each weight", weights.len()), biases.len().to_string());
+        return Err(KernelError::Value { op: OP, argument: "biases", expected, found }.into());
+    }
+    for (weight, bias) in weights.iter().zip(biases) {
+        check_weight(OP, x, weight)?;
+        check_shape(OP, "bias", bias, &[weight.dim(0)?])?;
+    }
+    let stack = |parts: &[&Tensor]| match parts {
+        [part] => part.contiguous(),
+        _ => Tensor::cat(parts, 0),
+    };
+    let arguments = weights.iter().chain(biases).map(|parameter| ("parameter", *parameter));
+    let arguments: Vec<_> = std::iter::once(("x", x)).chain(arguments).collect();
+    if !matches!(Path::of(OP, &arguments)?, Path::HostF32 | Path::HostBf16) {
+        return linear(x, &stack(weights)?, &stack(biases)?);
+    }
+    let result = || {
+        let detached = |parts: &[&Tensor]| parts.iter().map(|part| part.detach()).collect::<Vec<_>>();
+        let (weights, biases) = (detached(weights), detached(biases));
+        let (weight, bias) = (stack(&weights.iter().collect::<Vec<_>>())?, stack(&biases.iter().collect::<Vec<_>>())?);
+        let shape = check_weight(OP, x, &weight)?;
+        forward(&x.contiguous()?, &weight, Some(&bias), &shape)
+    };
+    let inputs: Vec<&Tensor> =
+        std::iter::once(x).chain(weights.iter().copied()).chain(biases.iter().copied()).collect();
+    let tracks: Vec<bool> = inputs.iter().map(|input| input.track_op()).collect();
+    let (kept, parts) = (Kept::of(&x.contiguous()?), weights.iter().map(|weight| weight.detach()).collect::<Vec<_>>());
+    let backward = move |gradient: &Tensor| {
+        let weight = stack(&parts.iter().collect::<Vec<_>>())?;
+        let (of_weights, of_biases) = tracks[1..].split_at(parts.len());
+        let wanted = |of: &[bool]| of.iter().any(|tracks| *tracks);
+        let [dx, dweight] = gradients(&kept.tensor()?, &weight, gradient, [tracks[0], wanted(of_weights)])?;
+        let dbias = wanted(of_biases).then(|| column_sums(gradient)).transpose()?;
+        let mut found = vec![dx];
+        for (whole, of) in [(dweight, of_weights), (dbias, of_biases)] {
+            let mut start = 0;
+            for (part, tracks) in parts.iter().zip(of) {
+                let outputs = part.dim(0)?;
+                let cut = whole.as_ref().filter(|_| *tracks).map(|whole| whole.narrow(0, start, outputs));
+                found.push(cut.transpose()?);
+                start += outputs;
+            }
+        }
+        Ok(found)
+    };
+    match differentiable_on_record(&inputs, result, backward)? {
+        Some(y) => Ok(y),
+        None => linear(x, &stack(weights)?, &stack(biases)?),
+    }
 }
 
 /// The shape of the result.

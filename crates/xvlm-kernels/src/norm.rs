@@ -7,7 +7,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::error::{KernelError, check_shape};
-use crate::graph::{Fresh, differentiable};
+use crate::graph::{Fresh, differentiable, make_again};
 use crate::host::{read, written};
 use crate::path::{Path, fused};
 use crate::real::Real;
@@ -25,12 +25,16 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
         return composed(x, weight, bias, eps);
     }
     let [x, weight, bias] = &[x.contiguous()?, weight.contiguous()?, bias.contiguous()?];
-    let (y, moments) = forward([x, weight, bias], None, eps as f32)?;
-    differentiable(OP, [x, weight, bias], y, move |[x, weight, bias], _, gradient| {
+    let inputs = [x, weight, bias];
+    let (y, moments) = forward(inputs, None, eps as f32)?;
+    let y = differentiable(OP, inputs, y, move |[x, weight, bias], gradient| {
         let (dx, parameters) = backward([x, weight], None, &moments, gradient)?;
         let parameter = |row: usize, of: &Tensor| of.track_op().then(|| parameters.get(row)).transpose();
         Ok([x.track_op().then_some(dx), parameter(0, weight)?, parameter(1, bias)?])
-    })
+    })?;
+    let inputs = inputs.map(Tensor::clone);
+    make_again(&y, move || Ok(forward(inputs.each_ref(), None, eps as f32)?.0));
+    Ok(y)
 }
 
 /// `layer_norm(x + residual)`, what follows each half of a layer that normalises last, such as BERT's: `x [.., C]`,
@@ -52,7 +56,7 @@ pub fn add_layer_norm(x: &Tensor, residual: &Tensor, weight: &Tensor, bias: &Ten
     // An operation has three inputs: weight and bias are one of them.
     let parameters = &Tensor::stack(&[weight, bias], 0)?;
     let weight = weight.detach();
-    differentiable(OP, [x, residual, parameters], y, move |[x, residual, parameters], _, gradient| {
+    differentiable(OP, [x, residual, parameters], y, move |[x, residual, parameters], gradient| {
         let (dx, dparameters) = backward([x, &weight], Some(residual), &moments, gradient)?;
         let to = |summand: &Tensor| summand.track_op().then(|| dx.clone());
         Ok([to(x), to(residual), parameters.track_op().then_some(dparameters)])

@@ -2,13 +2,15 @@
 
 use std::cell::Cell;
 use std::collections::HashSet;
+use std::marker::PhantomData;
 
-use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor, Var};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor, Var, bail};
 use half::bf16;
 use rayon::prelude::*;
 
-use crate::error::KernelError;
-use crate::host::{read, slice_mut};
+use crate::error::{KernelError, check_shape};
+use crate::host::{read, written};
 use crate::real::Real;
 use crate::simd::{squares, vectorized};
 
@@ -33,6 +35,9 @@ pub struct AdamW {
 pub struct Update<'a> {
     /// What is updated, in place.
     pub parameter: &'a Var,
+    /// Of a parameter of `bf16` on the CPU the lower halves of the numbers ([`split_into`]): the two together are updated
+    /// as `f32`.
+    pub rest: Option<&'a Var>,
     /// The mean of its gradients, updated in place.
     pub first_moment: &'a Var,
     /// The mean of their squares, updated in place.
@@ -50,7 +55,7 @@ pub struct Update<'a> {
 /// One step of all parameters. Returns the norm of all gradients together, before they are scaled; if it is not finite,
 /// nothing was changed.
 ///
-/// Parameters and moments are `f32`; gradients are `f32`, `bf16` or `f16`, and are widened. On the CPU and on a GPU the
+/// Parameters (with their rest) and moments are `f32`; gradients are `f32`, `bf16` or `f16`, and are widened. On the CPU and on a GPU the
 /// gradients are read once for the norm, and parameters, moments and gradients once for the step; both are the same bits from
 /// run to run. Other types go one tensor after the other.
 ///
@@ -63,16 +68,23 @@ pub fn adamw_step(settings: &AdamW, updates: &[Update]) -> Result<f64> {
     let updates: Vec<Update> = updates.iter().filter(|update| update.gradient.elem_count() > 0).copied().collect();
     let gradients = updates.iter().map(gradient).collect::<Result<Vec<_>>>()?;
     let Some(first) = updates.first() else { return Ok(0.0) };
-    let alike =
-        |u: &Update| u.parameter.dtype() == DType::F32 && u.parameter.device().same_device(first.parameter.device());
+    let alike = |u: &Update| {
+        (u.parameter.dtype() == DType::F32 || u.rest.is_some())
+            && u.parameter.device().same_device(first.parameter.device())
+    };
     if updates.iter().all(alike) {
         #[cfg(gpu)]
-        if crate::gpu::runs(first.parameter) {
+        if crate::gpu::runs(first.parameter) && updates.iter().all(|update| update.rest.is_none()) {
             return on_gpu::step(settings, &updates, &gradients);
         }
         if first.parameter.device().is_cpu() {
             return step_on_host(settings, &updates, &gradients);
         }
+    }
+    if let Some(update) = updates.iter().find(|update| update.rest.is_some()) {
+        let found = format!("one beside {:?} on {:?}", update.parameter.dtype(), update.parameter.device().location());
+        let expected = "none, unless all parameters are on the CPU".to_owned();
+        return Err(KernelError::Value { op: OP, argument: "rest", expected, found }.into());
     }
     let squares = gradients.iter().map(sum_of_squares).collect::<Result<Vec<f64>>>()?;
     let norm = squares.iter().sum::<f64>().sqrt();
@@ -109,15 +121,21 @@ fn check(updates: &[Update]) -> Result<()> {
         let parameter = update.parameter;
         let variables =
             [("parameter", parameter), ("first_moment", update.first_moment), ("second_moment", update.second_moment)];
-        for (argument, variable) in variables {
+        for (argument, variable) in variables.into_iter().chain(update.rest.map(|rest| ("rest", rest))) {
             let wrong = |expected: String, found: String| KernelError::Value { op: OP, argument, expected, found };
             if variable.shape() != parameter.shape() {
                 let (expected, found) = (format!("{:?}", parameter.dims()), variable.dims().to_vec());
                 return Err(KernelError::Shape { op: OP, argument, expected, found }.into());
             }
-            if variable.dtype() != parameter.dtype() || !variable.device().same_device(parameter.device()) {
-                let describe = |t: &Tensor| format!("{:?} on {:?}", t.dtype(), t.device().location());
-                return Err(wrong(describe(parameter), describe(variable)).into());
+            let dtype = match (argument, update.rest) {
+                ("parameter", Some(_)) => DType::BF16,
+                ("rest", _) => DType::I16,
+                (_, Some(_)) => DType::F32,
+                _ => parameter.dtype(),
+            };
+            if variable.dtype() != dtype || !variable.device().same_device(parameter.device()) {
+                let describe = |dtype: DType, t: &Tensor| format!("{dtype:?} on {:?}", t.device().location());
+                return Err(wrong(describe(dtype, parameter), describe(variable.dtype(), variable)).into());
             }
             if !variable.is_contiguous() {
                 return Err(wrong("contiguous".into(), format!("{:?}", variable.layout())).into());
@@ -158,7 +176,7 @@ fn gradient(update: &Update) -> Result<Tensor> {
         DType::F16 => crate::gpu::runs(update.parameter),
         _ => false,
     };
-    if known { gradient } else { gradient.to_dtype(update.parameter.dtype())? }.contiguous()
+    if known { gradient } else { gradient.to_dtype(update.first_moment.dtype())? }.contiguous()
 }
 
 /// Numbers that a thread takes at a time; the loops of `cuda/optim.cu` take as many.
@@ -212,9 +230,14 @@ fn update_on_host<T: Real>(settings: &AdamW, scale: f32, update: &Update, gradie
         step_size: step_size as f32,
         keep: keep as f32,
     };
-    change(update.parameter, |parameter| {
-        change(update.first_moment, |first| {
-            change(update.second_moment, |second| {
+    let apply = |update_chunks: &mut dyn FnMut(&mut [f32], &mut [f32])| {
+        change(update.first_moment, |first: &mut [f32]| {
+            change(update.second_moment, |second: &mut [f32]| update_chunks(first, second))
+        })?
+    };
+    match update.rest {
+        None => change(update.parameter, |parameter: &mut [f32]| {
+            apply(&mut |first, second| {
                 let moments = first.par_chunks_mut(CHUNK).zip(second.par_chunks_mut(CHUNK));
                 let chunks = parameter.par_chunks_mut(CHUNK).zip(moments).zip(gradient.par_chunks(CHUNK));
                 chunks.for_each(|((parameter, (first, second)), gradient)| {
@@ -224,9 +247,23 @@ fn update_on_host<T: Real>(settings: &AdamW, scale: f32, update: &Update, gradie
                     );
                 });
             })
-        })?
-    })??;
-    Ok(())
+        })?,
+        Some(rest) => change(update.parameter, |upper: &mut [bf16]| {
+            change(rest, |lower: &mut [i16]| {
+                apply(&mut |first, second| {
+                    let moments = first.par_chunks_mut(CHUNK).zip(second.par_chunks_mut(CHUNK));
+                    let halves = upper.par_chunks_mut(CHUNK).zip(lower.par_chunks_mut(CHUNK));
+                    halves.zip(moments).zip(gradient.par_chunks(CHUNK)).for_each(|((halves, moments), gradient)| {
+                        let ((upper, lower), (first, second)) = (halves, moments);
+                        vectorized(
+                            #[inline(always)]
+                            || rule.apply_to_halves(upper, lower, first, second, gradient),
+                        );
+                    });
+                })
+            })?
+        })?,
+    }
 }
 
 struct Rule {
@@ -249,26 +286,135 @@ impl Rule {
             *p = (*p - step_size * *m / (v.sqrt() + eps)) * keep;
         }
     }
+
+    #[inline(always)]
+    fn apply_to_halves<T: Real>(
+        &self,
+        upper: &mut [bf16],
+        lower: &mut [i16],
+        first: &mut [f32],
+        second: &mut [f32],
+        gradient: &[T],
+    ) {
+        /// Numbers that are put together at a time.
+        const FEW: usize = 512;
+        let mut whole = [0f32; FEW];
+        let halves = upper.chunks_mut(FEW).zip(lower.chunks_mut(FEW));
+        let moments = first.chunks_mut(FEW).zip(second.chunks_mut(FEW));
+        for (((upper, lower), (first, second)), gradient) in halves.zip(moments).zip(gradient.chunks(FEW)) {
+            let whole = &mut whole[..upper.len()];
+            whole.iter_mut().zip(upper.iter().zip(lower.iter())).for_each(|(x, (&up, &low))| *x = join(up, low));
+            self.apply(whole, first, second, gradient);
+            whole.iter().zip(upper.iter_mut().zip(lower)).for_each(|(&x, (up, low))| (*up, *low) = split(x));
+        }
+    }
+}
+
+/// The nearest number of `bf16`, of two the one away from 0, and what is to be added to its bits in the upper half of an
+/// `f32` to have the bits of `x`: nothing is lost.
+#[inline(always)]
+fn split(x: f32) -> (bf16, i16) {
+    let bits = x.to_bits();
+    (bf16::from_bits((bits.wrapping_add(0x8000) >> 16) as u16), bits as i16)
+}
+
+/// The `f32` that [`split`] took apart.
+#[inline(always)]
+fn join(upper: bf16, lower: i16) -> f32 {
+    f32::from_bits((u32::from(upper.to_bits()) << 16).wrapping_add(i32::from(lower).cast_unsigned()))
+}
+
+/// Takes numbers of `f32` apart: sets `parameter` to the nearest numbers of `bf16`, and `rest` (`i16`) to what
+/// [`joined`] needs to find the same bits again. Both are contiguous, on the CPU.
+///
+/// # Errors
+/// If shapes, types or devices are others.
+pub fn split_into(parameter: &Var, rest: &Var, wide: &Tensor) -> Result<()> {
+    check_halves("split_into", parameter, rest)?;
+    check_shape("split_into", "wide", wide, parameter.dims())?;
+    if parameter.elem_count() == 0 {
+        return Ok(());
+    }
+    let wide = wide.detach().contiguous()?;
+    let wide = &*read::<f32>(&wide)?;
+    change(parameter, |upper: &mut [bf16]| {
+        change(rest, |lower: &mut [i16]| {
+            let halves = upper.par_iter_mut().zip(lower).with_min_len(CHUNK);
+            halves.zip(wide).for_each(|((up, low), &x)| (*up, *low) = split(x));
+        })
+    })?
+}
+
+/// The numbers that [`split_into`] took apart, in `f32`.
+///
+/// # Errors
+/// As [`split_into`].
+pub fn joined(parameter: &Tensor, rest: &Tensor) -> Result<Tensor> {
+    check_halves("joined", parameter, rest)?;
+    let (upper, lower) = (parameter.detach(), rest.detach());
+    let (upper, lower) = (&*read::<bf16>(&upper)?, &*read::<i16>(&lower)?);
+    let whole = written(parameter.shape(), |out: &mut [f32]| {
+        let halves = upper.par_iter().zip(lower).with_min_len(CHUNK);
+        out.par_iter_mut().zip(halves).for_each(|(out, (&up, &low))| *out = join(up, low));
+    });
+    Ok(whole.detached())
+}
+
+fn check_halves(op: &'static str, parameter: &Tensor, rest: &Tensor) -> Result<()> {
+    check_shape(op, "rest", rest, parameter.dims())?;
+    for (argument, tensor, dtype) in [("parameter", parameter, DType::BF16), ("rest", rest, DType::I16)] {
+        if tensor.dtype() != dtype || !tensor.device().is_cpu() || !tensor.is_contiguous() {
+            let expected = format!("contiguous {dtype:?} on the CPU");
+            let found = format!("{:?} on {:?}, {:?}", tensor.dtype(), tensor.device().location(), tensor.layout());
+            return Err(KernelError::Value { op, argument, expected, found }.into());
+        }
+    }
+    Ok(())
+}
+
+/// A type of numbers that a step changes.
+trait Changed: Sized {
+    fn values<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [Self]>;
+}
+
+macro_rules! changed {
+    ($($T:ty, $storage:ident;)*) => {$(
+        impl Changed for $T {
+            fn values<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [Self]> {
+                match (storage, layout.contiguous_offsets()) {
+                    (CpuStorage::$storage(values), Some((start, end))) => Ok(&mut values[start..end]),
+                    (storage, _) => bail!("{OP}: expected contiguous {}, found {:?}", stringify!($T), storage.dtype()),
+                }
+            }
+        }
+    )*};
+}
+
+changed! {
+    f32, F32;
+    bf16, BF16;
+    i16, I16;
 }
 
 /// Hands the numbers of a variable on the CPU to `work`, which alone reads and writes them meanwhile.
-fn change<R>(variable: &Var, work: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
-    struct Change<F, R> {
+fn change<T: Changed, R>(variable: &Var, work: impl FnOnce(&mut [T]) -> R) -> Result<R> {
+    struct Change<F, T, R> {
         work: Cell<Option<F>>,
         result: Cell<Option<R>>,
+        of: PhantomData<fn(T)>,
     }
-    impl<R, F: FnOnce(&mut [f32]) -> R> InplaceOp1 for Change<F, R> {
+    impl<T: Changed, R, F: FnOnce(&mut [T]) -> R> InplaceOp1 for Change<F, T, R> {
         fn name(&self) -> &'static str {
             OP
         }
 
         fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
-            let values = slice_mut(storage, layout)?;
+            let values = T::values(storage, layout)?;
             self.result.set(self.work.take().map(|work| work(values)));
             Ok(())
         }
     }
-    let change = Change { work: Cell::new(Some(work)), result: Cell::new(None) };
+    let change = Change { work: Cell::new(Some(work)), result: Cell::new(None), of: PhantomData };
     variable.inplace_op1(&change)?;
     change.result.take().ok_or_else(|| candle_core::Error::Msg(format!("{OP}: a variable is not on the CPU")))
 }
@@ -286,7 +432,7 @@ pub fn round_into(parameter: &Var, master: &Var) -> Result<()> {
 
         fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
             let (CpuStorage::BF16(values), Some((start, end))) = (storage, layout.contiguous_offsets()) else {
-                candle_core::bail!("round_into: expected a contiguous parameter of bf16")
+                bail!("round_into: expected a contiguous parameter of bf16")
             };
             let parts = values[start..end].par_chunks_mut(CHUNK).zip(self.0.par_chunks(CHUNK));
             parts.for_each(|(out, values)| {

@@ -146,7 +146,7 @@ impl PackedLinear {
         }
         if x.track_op() || matches!(epilogue, Epilogue::Add(residual) if residual.track_op()) {
             let (y, layer) = (self.packed(x, Epilogue::Nothing, &shape)?, self.clone());
-            let y = differentiable(OP, [x], y, move |[x], _, gradient| {
+            let y = differentiable(OP, [x], y, move |[x], gradient| {
                 Ok([Some(times_weight(x, &layer.unpacked()?, gradient)?)])
             })?;
             return epilogue.apply(y);

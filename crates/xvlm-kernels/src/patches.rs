@@ -33,7 +33,7 @@ pub fn split_patches(pixels: &Tensor, patch: usize) -> Result<Tensor> {
     let cut = Cut { channels, down, across, patch };
     let y =
         fused!(pixels, T => cut.split::<T>(pixels, &split); candle_core::bail!("{OP}: no kernel of its own on a GPU"))?;
-    differentiable(OP, [pixels], y, move |[pixels], _, gradient| {
+    differentiable(OP, [pixels], y, move |[pixels], gradient| {
         let joined = fused!(pixels, T => {
             cut.join::<T>(gradient, pixels.dims())
         }; candle_core::bail!("{OP}: no kernel of its own on a GPU"))?;
@@ -119,7 +119,7 @@ pub fn merge_patches(x: &Tensor, height: usize, width: usize) -> Result<Tensor> 
     let y = fused!(x, T => map_rows::<T>(x, &merged, width, c, |out, x, merged, token| {
         out[merged].copy_from_slice(&x[token]);
     }); candle_core::bail!("{OP}: no kernel of its own on a GPU"))?;
-    differentiable(OP, [x], y, move |[x], _, gradient| {
+    differentiable(OP, [x], y, move |[x], gradient| {
         let dx = fused!(x, T => map_rows::<T>(gradient, x.dims(), width, c, |out, gradient, merged, token| {
             out[token].copy_from_slice(&gradient[merged]);
         }); candle_core::bail!("{OP}: no kernel of its own on a GPU"))?;

@@ -71,7 +71,7 @@ pub fn patch_pool(patches: &Tensor, index: &[u32], cover: Cover) -> Result<Tenso
     }
     let result = pool(patches, index, &shares)?;
     let index = index.to_vec();
-    differentiable(OP, [patches], result, move |[patches], _, gradient| {
+    differentiable(OP, [patches], result, move |[patches], gradient| {
         let groups = Groups::new(&index, patches.dim(0)?);
         Ok([Some(spread(patches, &groups, &shares, gradient)?.detached())])
     })

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::graph::{Fresh, differentiable};
+use crate::graph::{Fresh, differentiable_by_gradient};
 
 /// `x` itself, of which the gradient is multiplied by `factor` on its way back.
 ///
@@ -17,7 +17,7 @@ pub fn scale_gradient(x: &Tensor, factor: f64) -> Result<Tensor> {
         let (storage, layout) = own.storage_and_layout();
         Fresh::new(storage.try_clone(layout)?, own.shape())
     };
-    differentiable("scale_gradient", [x], copy, move |_, _, gradient| Ok([Some((gradient * factor)?)]))
+    differentiable_by_gradient("scale_gradient", [x], copy, move |gradient| Ok([Some((gradient * factor)?)]))
 }
 
 #[cfg(test)]

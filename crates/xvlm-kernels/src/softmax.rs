@@ -7,7 +7,7 @@ use candle_core::{D, DType, Result, Tensor};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use crate::graph::{Fresh, differentiable};
+use crate::graph::{Fresh, differentiable_by_result};
 use crate::host::{read, written};
 use crate::path::{Path, fused};
 use crate::real::Real;
@@ -61,7 +61,7 @@ fn along<I: Dim>(op: &'static str, kind: Kind, x: &Tensor, dim: I) -> Result<Ten
         Kind::Softmax => map_rows::<Softmax, T, T, T>((x, x)),
         Kind::Logarithm => map_rows::<Logarithm, T, T, f32>((x, x)),
     }; gpu::forward(kind, x))?;
-    differentiable(op, [x], y, move |[x], y, gradient| {
+    differentiable_by_result(op, [x], y, move |[x], y, gradient| {
         let dx: Fresh = fused!(x, T => match kind {
             Kind::Softmax => map_rows::<SoftmaxBackward, T, T, T>((y, gradient)),
             Kind::Logarithm => map_rows::<LogarithmBackward, f32, f32, T>((y, gradient)),

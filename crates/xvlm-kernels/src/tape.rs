@@ -9,10 +9,10 @@ use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor, TensorId, Var};
 
-use crate::graph::{Fresh, collecting, differentiable};
+use crate::graph::{Fresh, Operation, Piece, Record, collecting, differentiable_by_gradient, leaves, recording};
+use crate::sum::{add_in_place, sum};
 
 /// The segments of one forward pass.
 #[derive(Default)]
@@ -25,17 +25,15 @@ pub struct Tape {
 
 struct Segment {
     /// The result as what comes after sees it: a variable, at which the graphs of later segments end.
-    boundary: Var,
+    boundary: TensorId,
+    dtype: DType,
     inside: Inside,
     leaves: Vec<Tensor>,
 }
 
-/// What one piece of the backward pass gives: candle's gradients, and those of variables that it was spared.
-type Found = (GradStore, Vec<(Tensor, Tensor)>);
-
 enum Inside {
-    /// The result with the graph that made it.
-    Kept(Tensor),
+    /// What made the result, and what the result is called in it.
+    Kept(Vec<Piece>, TensorId),
     /// What makes it once more.
     Recomputed(Box<dyn Fn() -> Result<Tensor>>),
 }
@@ -55,21 +53,25 @@ impl Tape {
         if self.is_inside.get() {
             return run();
         }
-        let result = self.compute(&run)?;
-        let leaves = leaves(&result);
-        if leaves.is_empty() {
+        let (result, record) = self.compute(&run)?;
+        if !record.has_made(&result) || record.leaves.is_empty() {
+            // Computed from no variable, or one itself.
             return Ok(result);
         }
-        let boundary = Var::from_tensor(&result)?;
-        let seen = boundary.as_tensor().clone();
-        let inside = if self.recomputes { Inside::Recomputed(Box::new(run)) } else { Inside::Kept(result) };
-        self.segments.borrow_mut().push(Segment { boundary, inside, leaves });
+        // The result of an operation of ours is a variable as it is.
+        let seen = Var::from_tensor(&result)?.as_tensor().clone();
+        let inside = match self.recomputes {
+            true => Inside::Recomputed(Box::new(run)),
+            false => Inside::Kept(record.pieces, result.id()),
+        };
+        let segment = Segment { boundary: seen.id(), dtype: seen.dtype(), inside, leaves: record.leaves };
+        self.segments.borrow_mut().push(segment);
         Ok(seen)
     }
 
-    fn compute(&self, run: &dyn Fn() -> Result<Tensor>) -> Result<Tensor> {
+    fn compute(&self, run: &dyn Fn() -> Result<Tensor>) -> Result<(Tensor, Record)> {
         self.is_inside.set(true);
-        let result = run();
+        let result = recording(run);
         self.is_inside.set(false);
         result
     }
@@ -101,20 +103,16 @@ impl Tape {
         let mut uses = HashMap::<TensorId, usize>::new();
         after.iter().for_each(|leaf| *uses.entry(leaf.id()).or_default() += 1);
         segments.retain(|segment| {
-            let is_used = uses.contains_key(&segment.boundary.id());
+            let is_used = uses.contains_key(&segment.boundary);
             let leaves = segment.leaves.iter().filter(|_| is_used);
             leaves.for_each(|leaf| *uses.entry(leaf.id()).or_default() += 1);
             is_used
         });
-        let boundaries: HashSet<TensorId> = segments.iter().map(|segment| segment.boundary.id()).collect();
-        let mut take = |found: Option<Found>, leaves: Vec<Tensor>, gradients: &mut Gradients| {
-            let (mut found, collected) = found.unzip();
-            for (variable, gradient) in collected.into_iter().flatten() {
-                gradients.add(&variable, gradient)?;
-            }
+        let boundaries: HashSet<TensorId> = segments.iter().map(|segment| segment.boundary).collect();
+        let mut take = |mut found: Sums, leaves: Vec<Tensor>, gradients: &mut Gradients| {
             leaves.into_iter().try_for_each(|leaf| {
-                if let Some(gradient) = found.as_mut().and_then(|found: &mut GradStore| found.remove(&leaf)) {
-                    gradients.add(&leaf, gradient)?;
+                if let Some(sum) = found.0.remove(&leaf.id()) {
+                    gradients.0.add(leaf.id(), sum, Width::F32)?;
                 }
                 let left = uses.entry(leaf.id()).or_insert(1);
                 *left -= 1;
@@ -124,33 +122,32 @@ impl Tape {
                 }
             })
         };
-        let found = collecting(|| loss.backward())?;
-        drop(loss);
-        take(Some(found), after, gradients)?;
-        for Segment { boundary, inside, leaves } in segments {
-            let gradient = gradients.0.remove(&boundary.id());
-            drop(boundary);
-            let found = match gradient {
-                Some(gradient) => {
-                    let result = match inside {
-                        Inside::Kept(result) => result,
-                        Inside::Recomputed(run) => self.compute(&run)?,
-                    };
-                    let seeded = seeded(&result, gradient)?;
-                    Some(collecting(|| seeded.backward())?)
-                }
-                // No gradient comes through what it was used in.
-                None => None,
-            };
+        // What is summed for a parameter is wide; what is on its way to another operation is not.
+        let width = |leaves: &[Tensor]| -> HashMap<TensorId, Width> {
+            let parameters = leaves.iter().filter(|leaf| !boundaries.contains(&leaf.id()));
+            parameters.map(|leaf| (leaf.id(), Width::F32)).collect()
+        };
+        let mut found = Sums::default();
+        found.walk(loss, None, &width(&after))?;
+        take(found, after, gradients)?;
+        for Segment { boundary, dtype, inside, leaves } in segments {
+            let mut found = Sums::default();
+            // If there is none, no gradient comes through what the result was used in.
+            if let Some(sum) = gradients.0.0.remove(&boundary) {
+                let (pieces, result) = match inside {
+                    Inside::Kept(pieces, result) => (pieces, result),
+                    Inside::Recomputed(run) => {
+                        let (result, record) = self.compute(&run)?;
+                        (record.pieces, result.id())
+                    }
+                };
+                found.0.insert(result, sum.narrowed(dtype)?);
+                found.go_back(pieces, &width(&leaves))?;
+            }
             take(found, leaves, gradients)?;
         }
         Ok(())
     }
-}
-
-/// The variables that a graph begins with.
-fn leaves(result: &Tensor) -> Vec<Tensor> {
-    result.sorted_nodes().into_iter().filter(|node| node.is_variable()).cloned().collect()
 }
 
 /// A scalar whose gradient with respect to `result` is the one given; for one backward pass.
@@ -158,39 +155,126 @@ fn seeded(result: &Tensor, gradient: Tensor) -> Result<Tensor> {
     // Not kept beside the one that goes through the graph.
     let gradient = Mutex::new(Some(gradient.to_dtype(result.dtype())?));
     let nothing = Fresh::zero(result)?;
-    differentiable("seeded", [result], nothing, move |_, _, _| {
+    differentiable_by_gradient("seeded", [result], nothing, move |_| {
         Ok([gradient.lock().unwrap_or_else(PoisonError::into_inner).take()])
     })
 }
 
+/// What sums of half types are.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+enum Width {
+    /// Of the type of their addends.
+    #[default]
+    Own,
+    F32,
+}
+
+/// The addends so far of a gradient.
+#[derive(Clone, Debug)]
+struct Sum {
+    total: Tensor,
+    /// Whether nobody else has the memory of the total.
+    is_own: bool,
+}
+
+impl Sum {
+    /// A first addend.
+    fn of(gradient: Tensor) -> Self {
+        Self { total: gradient.detach(), is_own: false }
+    }
+
+    fn plus(self, gradient: &Tensor, width: Width) -> Result<Self> {
+        let dtype = match width {
+            Width::F32 if self.total.dtype() != DType::F64 => DType::F32,
+            _ => self.total.dtype(),
+        };
+        if self.is_own && self.total.dtype() == dtype && add_in_place(&self.total, gradient)? {
+            return Ok(self);
+        }
+        Ok(Self { total: sum(&self.total, gradient, dtype)?, is_own: true })
+    }
+
+    fn narrowed(self, dtype: DType) -> Result<Self> {
+        if self.total.dtype() == dtype { Ok(self) } else { Ok(Self::of(self.total.to_dtype(dtype)?)) }
+    }
+}
+
+#[derive(Clone, Debug, Default)]
+struct Sums(HashMap<TensorId, Sum>);
+
+impl Sums {
+    fn add(&mut self, id: TensorId, sum: Sum, width: Width) -> Result<()> {
+        let sum = match self.0.remove(&id) {
+            Some(before) => before.plus(&sum.total, width)?,
+            None => sum,
+        };
+        self.0.insert(id, sum);
+        Ok(())
+    }
+
+    /// From the last piece to the first, each of which is free when it is done.
+    fn go_back(&mut self, mut pieces: Vec<Piece>, widths: &HashMap<TensorId, Width>) -> Result<()> {
+        while let Some(piece) = pieces.pop() {
+            match piece {
+                Piece::Operation(Operation { result, inputs, backward }) => {
+                    let Some(Sum { total, .. }) = self.0.remove(&result) else { continue };
+                    let found = backward(&total.contiguous()?)?;
+                    for (input, gradient) in inputs.into_iter().zip(found) {
+                        if let (Some(input), Some(gradient)) = (input, gradient) {
+                            self.add(input, Sum::of(gradient), widths.get(&input).copied().unwrap_or_default())?;
+                        }
+                    }
+                }
+                Piece::Graph(result) => {
+                    if let Some(Sum { total, .. }) = self.0.remove(&result.id()) {
+                        self.walk(result, Some(total), widths)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Through a graph of candle's, with the gradient of its result, 1 if none is given.
+    fn walk(&mut self, result: Tensor, gradient: Option<Tensor>, widths: &HashMap<TensorId, Width>) -> Result<()> {
+        let leaves = leaves(&result);
+        let end = match gradient {
+            Some(gradient) => seeded(&result, gradient)?,
+            None => result,
+        };
+        let (mut found, collected) = collecting(|| end.backward())?;
+        drop(end);
+        let of_leaves = leaves.iter().filter_map(|leaf| Some((leaf.id(), found.remove(leaf)?)));
+        let collected = collected.into_iter().map(|(leaf, gradient)| (leaf.id(), gradient));
+        for (leaf, gradient) in collected.chain(of_leaves) {
+            self.add(leaf, Sum::of(gradient), widths.get(&leaf).copied().unwrap_or_default())?;
+        }
+        Ok(())
+    }
+}
+
 /// Gradients by variable.
 #[derive(Clone, Debug, Default)]
-pub struct Gradients(HashMap<TensorId, Tensor>);
+pub struct Gradients(Sums);
 
 impl Gradients {
     /// The gradient with respect to a variable; `None` if nothing depends on it.
     pub fn get(&self, variable: &Tensor) -> Option<&Tensor> {
-        self.0.get(&variable.id())
+        self.0.0.get(&variable.id()).map(|sum| &sum.total)
     }
 
     /// Puts a gradient in the place of what there is.
     pub fn insert(&mut self, variable: &Tensor, gradient: Tensor) {
-        self.0.insert(variable.id(), gradient.detach());
+        self.0.0.insert(variable.id(), Sum::of(gradient));
     }
 
-    /// Adds to the gradient with respect to a variable. Sums of `bf16` or `f16` are `f32`: what is small beside the sum so far
-    /// would be lost.
+    /// Adds to the gradient with respect to a variable, in place where there is a sum already: who has got it sees it change.
+    /// Sums of `bf16` or `f16` are `f32`: what is small beside the sum so far would be lost.
     ///
     /// # Errors
     /// If the shapes differ.
     pub fn add(&mut self, variable: &Tensor, gradient: Tensor) -> Result<()> {
-        let sum = match self.0.remove(&variable.id()) {
-            None => gradient.detach(),
-            Some(before) if before.dtype() == DType::F64 => (before + gradient.detach())?,
-            Some(before) => (before.to_dtype(DType::F32)? + gradient.detach().to_dtype(DType::F32)?)?,
-        };
-        self.0.insert(variable.id(), sum);
-        Ok(())
+        self.0.add(variable.id(), Sum::of(gradient), Width::F32)
     }
 }
 
@@ -249,7 +333,7 @@ mod tests {
         let plain = loss(None, &variables).backward().unwrap();
         for recomputes in [false, true] {
             let gradients = gradients(recomputes, &variables);
-            assert_eq!(gradients.0.len(), variables.len());
+            assert_eq!(gradients.0.0.len(), variables.len());
             for variable in &variables {
                 let (found, expected) = (numbers(gradients.get(variable).unwrap()), plain.get(variable).unwrap());
                 for (i, (found, expected)) in found.iter().zip(numbers(expected)).enumerate() {
@@ -333,6 +417,83 @@ mod tests {
                 assert_eq!(numbers(found), numbers(expected));
             }
         }
+    }
+
+    /// Two blocks with the same parameters, of operations of ours with some of candle's between them, and past both a way from
+    /// the first to the loss.
+    fn blocks(tape: Option<&Rc<Tape>>, [x, weight, bias, norm, scale]: &[Var; 5]) -> Result<Tensor> {
+        let block = |x: &Tensor| {
+            let (x, [weight, bias, norm, scale]) =
+                (x.clone(), [weight, bias, norm, scale].map(|p| p.as_tensor().clone()));
+            let run = move || {
+                let normal = crate::layer_norm(&x, &norm, &bias, 1e-5)?;
+                let both = crate::stacked_linear(&normal, &[&weight, &weight], &[&bias, &bias])?;
+                let (rows, width) = x.dims2()?;
+                // A tensor of candle's that two operations of ours take, and a third that candle made of it.
+                let mixed =
+                    both.reshape((rows, 2, width))?.permute((0, 2, 1))?.contiguous()?.narrow(2, 0, 1)?.squeeze(2)?;
+                let fed = crate::gelu_linear(&mixed, &weight, &bias)?;
+                let scaled = crate::gelu(&mixed.broadcast_mul(&scale)?)?;
+                let sum = crate::add_branch(&crate::add_branch(&x, &fed, None)?, &scaled, Some(&vec![0.5; rows]))?;
+                crate::add_branch(&sum, &crate::quick_gelu(&mixed)?, None)
+            };
+            tape.map_or_else(&run, |tape| tape.segment(run.clone()))
+        };
+        let first = block(x)?;
+        let second = block(&first)?;
+        (crate::gelu(&second)? + first)?.to_dtype(DType::F32)?.sum_all()
+    }
+
+    #[test]
+    fn operations_of_ours_hand_on_what_candle_would() {
+        for (dtype, allowed) in [(DType::F32, 2e-6), (DType::BF16, 3e-2)] {
+            let variable = |seed: usize, rows: usize, columns: usize| {
+                let numbers = variable(seed, rows, columns).as_detached_tensor().to_dtype(dtype).unwrap();
+                let numbers = if rows == 1 { numbers.flatten_all().unwrap() } else { numbers };
+                Var::from_tensor(&numbers).unwrap()
+            };
+            let variables =
+                [variable(1, 6, 8), variable(2, 8, 8), variable(3, 1, 8), variable(4, 1, 8), variable(5, 1, 8)];
+            let plain = blocks(None, &variables).unwrap().backward().unwrap();
+            let of_tape = |recomputes| {
+                let (tape, mut gradients) = (Rc::new(Tape::new(recomputes)), Gradients::default());
+                let mut told = Vec::new();
+                let ready = |variable: &Tensor, _: &Tensor| {
+                    told.push(variable.id());
+                    Ok(())
+                };
+                tape.backward(blocks(Some(&tape), &variables).unwrap(), &mut gradients, ready).unwrap();
+                assert_eq!(told.len(), variables.len());
+                assert_eq!(told.into_iter().collect::<HashSet<_>>(), variables.iter().map(|v| v.id()).collect());
+                let wide = |variable: &Var| numbers(&gradients.get(variable).unwrap().to_dtype(DType::F64).unwrap());
+                variables.each_ref().map(wide)
+            };
+            let (kept, computed_again) = (of_tape(false), of_tape(true));
+            assert_eq!(kept, computed_again, "{dtype:?}");
+            for (found, variable) in kept.iter().zip(&variables) {
+                let wanted = numbers(&plain.get(variable).unwrap().to_dtype(DType::F64).unwrap());
+                let size = wanted.iter().fold(0f64, |size, x| size.max(x.abs()));
+                for (found, wanted) in found.iter().zip(&wanted) {
+                    assert!((found - wanted).abs() <= allowed * size, "{dtype:?}: {found} for {wanted}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_somebody_else_has_is_not_added_to() {
+        let [variable, one] = [0f32, 1.0].map(|x| Var::new(&[x; 3], &Device::Cpu).unwrap());
+        let (mut gradients, given) = (Gradients::default(), one.as_detached_tensor());
+        for (i, wanted) in [1f32, 2.0, 3.0, 4.0].into_iter().enumerate() {
+            gradients.add(&variable, given.clone()).unwrap();
+            assert_eq!(gradients.get(&variable).unwrap().to_vec1::<f32>().unwrap(), [wanted; 3], "{i}");
+            assert_eq!(given.to_vec1::<f32>().unwrap(), [1.0; 3]);
+        }
+        // Its own sum as an addend.
+        let sum = gradients.get(&variable).unwrap().clone();
+        gradients.add(&variable, sum).unwrap();
+        assert_eq!(gradients.get(&variable).unwrap().to_vec1::<f32>().unwrap(), [8.0; 3]);
+        assert!(gradients.add(&variable, Tensor::zeros(2, DType::F32, &Device::Cpu).unwrap()).is_err());
     }
 
     #[test]

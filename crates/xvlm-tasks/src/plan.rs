@@ -69,7 +69,7 @@ pub struct Group {
 pub struct Memory {
     /// The parameters as the model computes with them.
     pub weights: u64,
-    /// Their `f32` masters, if they are of a smaller type.
+    /// Their `f32` masters, if they are of a smaller type. (On the CPU, `bf16` needs half of this: the lower halves of the numbers.)
     pub masters: u64,
     /// A gradient for each trainable parameter: in the type of the model where it comes from one batch, else a sum in `f32`.
     /// (What a model uses twice in a batch has a sum too, which is left out here.)

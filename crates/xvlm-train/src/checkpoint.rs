@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::best::Judge;
 use crate::config::TrainConfig;
 use crate::error::TrainError;
-use crate::files::{Digest, TensorFile, write_file, write_tensors};
+use crate::files::{Digest, Numbers, TensorFile, write_file, write_tensors};
 use crate::optimizer::{Optimizer, Slot};
 use crate::run::sync_folder;
 use crate::train::Tally;
@@ -70,14 +70,17 @@ pub(crate) fn write(
     optimizer: &Optimizer,
 ) -> Result<(), TrainError> {
     let failed = |name: &str| TrainError::io(&folder.join(name));
-    let weights = optimizer.weights().into_iter().map(|(name, weights)| (name.to_owned(), weights.as_tensor()));
+    let weights = optimizer.weights().into_iter().map(|(name, weights)| (name.to_owned(), Numbers::Weights(weights)));
     let steps = optimizer.slots.iter().map(|slot| Tensor::new(slot.steps as i64, &Device::Cpu));
     let steps = steps.collect::<candle_core::Result<Vec<_>>>().map_err(TrainError::tensor("steps"))?;
     let known = optimizer.slots.iter().zip(&steps).flat_map(|(slot, steps)| {
         let tensors = [slot.first_moment.as_tensor(), slot.second_moment.as_tensor(), steps];
-        optimizer_names(slot).into_iter().zip(tensors)
+        optimizer_names(slot).into_iter().zip(tensors.map(Numbers::Tensor))
     });
-    let averages = optimizer.slots.iter().filter_map(|slot| Some((slot.name.to_owned(), slot.average.as_deref()?)));
+    let averages = optimizer.slots.iter().filter_map(|slot| {
+        let average = slot.average.as_deref()?;
+        Some((slot.name.to_owned(), Numbers::Tensor(average)))
+    });
     let mut files = vec![(OPTIMIZER, known.collect::<Vec<_>>()), (WEIGHTS, weights.collect())];
     files.extend(Some((AVERAGES, averages.collect::<Vec<_>>())).filter(|(_, averages)| !averages.is_empty()));
 
@@ -204,7 +207,9 @@ impl Checkpoint {
         let all = optimizer.weights();
         let mut weights = self.tensors(WEIGHTS, all.len())?;
         for (name, variable) in all {
-            weights.restore(name, variable)?;
+            let like = variable.like();
+            let value = weights.get(name, DType::F32, like.dims(), like.device())?;
+            variable.set(&value).map_err(TrainError::tensor(name))?;
         }
         let mut known = self.tensors(OPTIMIZER, 3 * optimizer.slots.len())?;
         let mut averages = self.averages()?;

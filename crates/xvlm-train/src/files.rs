@@ -12,6 +12,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use sha2::{Digest as _, Sha256};
 
 use crate::error::TrainError;
+use crate::optimizer::Weights;
 
 /// What is written at once.
 const CHUNK: usize = 1 << 20;
@@ -90,18 +91,35 @@ pub(crate) fn write_file(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::
     Ok(digested.digest())
 }
 
+/// What is written under a name.
+pub(crate) enum Numbers<'a> {
+    Tensor(&'a Tensor),
+    Weights(Weights<'a>),
+}
+
+impl Numbers<'_> {
+    /// A tensor of the same shape, and whether there are floats or not.
+    fn like(&self) -> &Tensor {
+        match self {
+            Self::Tensor(tensor) => tensor,
+            Self::Weights(weights) => weights.like(),
+        }
+    }
+}
+
 /// Writes a new safetensors file: integers as `i64`, all else as `f32`.
-pub(crate) fn write_tensors(path: &Path, mut tensors: Vec<(String, &Tensor)>) -> io::Result<Digest> {
+pub(crate) fn write_tensors(path: &Path, mut tensors: Vec<(String, Numbers)>) -> io::Result<Digest> {
     // The order of the safetensors library: wide types first, so that all are aligned.
-    let is_float = |tensor: &Tensor| tensor.dtype() != DType::I64;
+    let is_float = |numbers: &Numbers| numbers.like().dtype() != DType::I64;
     tensors.sort_by(|(left_name, left), (right_name, right)| {
         is_float(left).cmp(&is_float(right)).then_with(|| left_name.cmp(right_name))
     });
     let mut end = 0;
     let infos = tensors.iter().map(|(name, tensor)| {
         let (start, dtype) = (end, if is_float(tensor) { Dtype::F32 } else { Dtype::I64 });
-        end += tensor.elem_count() * dtype.bitsize() / 8;
-        (name.clone(), TensorInfo { dtype, shape: tensor.dims().to_vec(), data_offsets: (start, end) })
+        let like = tensor.like();
+        end += like.elem_count() * dtype.bitsize() / 8;
+        (name.clone(), TensorInfo { dtype, shape: like.dims().to_vec(), data_offsets: (start, end) })
     });
     let infos = infos.collect();
     // Readers of the original ecosystem refuse a file that does not say which framework's layout it has.
@@ -119,12 +137,16 @@ pub(crate) fn write_tensors(path: &Path, mut tensors: Vec<(String, &Tensor)>) ->
 }
 
 fn write_numbers<T: WithDType, const N: usize>(
-    tensor: &Tensor,
+    numbers: &Numbers,
     dtype: DType,
     to_bytes: impl Fn(T) -> [u8; N],
     out: &mut dyn Write,
 ) -> io::Result<()> {
-    let numbers = tensor.to_dtype(dtype).and_then(|tensor| tensor.flatten_all()?.to_vec1::<T>());
+    let tensor = match numbers {
+        Numbers::Tensor(tensor) => Ok((*tensor).clone()),
+        Numbers::Weights(weights) => weights.tensor(),
+    };
+    let numbers = tensor.and_then(|tensor| tensor.to_dtype(dtype)?.flatten_all()?.to_vec1::<T>());
     let mut bytes = Vec::with_capacity(CHUNK);
     for numbers in numbers.map_err(io::Error::other)?.chunks(CHUNK / N) {
         bytes.clear();

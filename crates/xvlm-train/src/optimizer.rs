@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use candle_core::{DType, Tensor, Var};
-use xvlm_kernels::{AdamW, Gradients, Update, adamw_step, all_finite, round_into};
+use xvlm_kernels::{AdamW, Gradients, Update, adamw_step, all_finite, joined, round_into, split_into};
 
 use crate::config::{OptimizerConfig, Precision, TrainConfig};
 use crate::error::TrainError;
@@ -24,8 +24,8 @@ pub struct Optimizer<'a> {
 pub(crate) struct Slot<'a> {
     pub(crate) name: &'a str,
     pub(crate) parameter: &'a Var,
-    /// The parameter in `f32`, if it is of another type itself.
-    pub(crate) master: Option<Var>,
+    /// What the parameter lacks to be `f32`, if it is of another type.
+    wide: Wide,
     pub(crate) first_moment: Var,
     pub(crate) second_moment: Var,
     /// The mean of the weights over past steps, if one is kept.
@@ -36,24 +36,90 @@ pub(crate) struct Slot<'a> {
     lr_mult: f64,
 }
 
+/// How a parameter of a half type is trained as `f32`.
+enum Wide {
+    /// It is `f32`.
+    Itself,
+    /// By a copy, which it is rounded from.
+    Master(Var),
+    /// By the lower halves of numbers whose upper halves it has, rounded: half the memory of a copy.
+    Rest(Var),
+}
+
+impl Wide {
+    fn of(parameter: &Var) -> candle_core::Result<Self> {
+        Ok(match parameter.dtype() {
+            DType::F32 => Self::Itself,
+            DType::BF16 if parameter.device().is_cpu() && parameter.is_contiguous() => {
+                Self::Rest(Var::zeros(parameter.shape(), DType::I16, parameter.device())?)
+            }
+            _ => Self::Master(Var::from_tensor(&parameter.as_detached_tensor().to_dtype(DType::F32)?)?),
+        })
+    }
+}
+
+/// Weights as they are trained.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Weights<'a> {
+    Whole(&'a Var),
+    /// Those of [`split_into`].
+    Halves {
+        parameter: &'a Var,
+        rest: &'a Var,
+    },
+}
+
+impl Weights<'_> {
+    /// A variable of the same shape on the same device.
+    pub(crate) fn like(&self) -> &Var {
+        match self {
+            Self::Whole(weights) => weights,
+            Self::Halves { parameter, .. } => parameter,
+        }
+    }
+
+    /// The numbers, at their full precision.
+    pub(crate) fn tensor(&self) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Whole(weights) => Ok(weights.as_detached_tensor()),
+            Self::Halves { parameter, rest } => joined(parameter, rest),
+        }
+    }
+
+    /// Puts others in their place.
+    pub(crate) fn set(&self, weights: &Tensor) -> candle_core::Result<()> {
+        match self {
+            Self::Whole(variable) => variable.set(&weights.to_dtype(variable.dtype())?),
+            Self::Halves { parameter, rest } => split_into(parameter, rest, weights),
+        }
+    }
+}
+
 impl Slot<'_> {
     /// The weights as they are trained: `f32`.
-    pub(crate) fn weights(&self) -> &Var {
-        self.master.as_ref().unwrap_or(self.parameter)
+    pub(crate) fn weights(&self) -> Weights<'_> {
+        match &self.wide {
+            Wide::Itself => Weights::Whole(self.parameter),
+            Wide::Master(master) => Weights::Whole(master),
+            Wide::Rest(rest) => Weights::Halves { parameter: self.parameter, rest },
+        }
     }
 
     /// Brings the mean of the weights after them.
     fn follow(&self, ema_decay: Option<f64>) -> candle_core::Result<()> {
         if let (Some(average), Some(decay)) = (&self.average, ema_decay) {
             let old = (average.as_detached_tensor() * decay)?;
-            average.set(&(old + (self.weights().as_detached_tensor() * (1.0 - decay))?)?)?;
+            average.set(&(old + (self.weights().tensor()? * (1.0 - decay))?)?)?;
         }
         Ok(())
     }
 
     /// Gives the parameter its master's weights, if it has one.
     pub(crate) fn narrow(&self) -> candle_core::Result<()> {
-        self.master.as_ref().map_or(Ok(()), |master| round_into(self.parameter, master))
+        match &self.wide {
+            Wide::Master(master) => round_into(self.parameter, master),
+            Wide::Itself | Wide::Rest(_) => Ok(()),
+        }
     }
 }
 
@@ -89,7 +155,7 @@ impl<'a> Optimizer<'a> {
             slots.push(Slot {
                 name,
                 parameter,
-                master: (parameter.dtype() != DType::F32).then(copy).transpose()?,
+                wide: Wide::of(parameter).map_err(TrainError::tensor(name))?,
                 first_moment: zeros()?,
                 second_moment: zeros()?,
                 average: config.ema_decay.map(|_| copy()).transpose()?,
@@ -138,7 +204,14 @@ impl<'a> Optimizer<'a> {
             self.slots.iter().zip(&known).filter_map(|(slot, gradient)| Some((slot, gradient.as_ref()?)));
         let updates: Vec<Update> = with_gradients
             .map(|(slot, gradient)| Update {
-                parameter: slot.weights(),
+                parameter: match &slot.wide {
+                    Wide::Master(master) => master,
+                    Wide::Itself | Wide::Rest(_) => slot.parameter,
+                },
+                rest: match &slot.wide {
+                    Wide::Rest(rest) => Some(rest),
+                    Wide::Itself | Wide::Master(_) => None,
+                },
                 first_moment: &slot.first_moment,
                 second_moment: &slot.second_moment,
                 gradient,
@@ -170,7 +243,7 @@ impl<'a> Optimizer<'a> {
     }
 
     /// Every parameter's weights as they are trained, frozen ones among them.
-    pub(crate) fn weights(&self) -> Vec<(&str, &Var)> {
+    pub(crate) fn weights(&self) -> Vec<(&str, Weights<'_>)> {
         self.all(Slot::weights)
     }
 
@@ -180,18 +253,18 @@ impl<'a> Optimizer<'a> {
     /// # Errors
     /// [`TrainError::Tensor`] if a tensor operation fails.
     pub fn finished_weights(&self) -> Result<Vec<(String, Tensor)>, TrainError> {
-        let weights = self.all(|slot| slot.average.as_ref().unwrap_or_else(|| slot.weights()));
-        let wide = |(name, weights): (&str, &Var)| {
-            let wide = weights.as_detached_tensor().to_dtype(DType::F32).map_err(TrainError::tensor(name))?;
-            Ok((name.to_owned(), wide))
+        let weights = self.all(|slot| slot.average.as_ref().map_or_else(|| slot.weights(), Weights::Whole));
+        let wide = |(name, weights): (&str, Weights)| {
+            let wide = weights.tensor().and_then(|weights| weights.to_dtype(DType::F32));
+            Ok((name.to_owned(), wide.map_err(TrainError::tensor(name))?))
         };
         weights.into_iter().map(wide).collect()
     }
 
-    fn all<'b>(&'b self, of: impl Fn(&'b Slot<'a>) -> &'b Var) -> Vec<(&'b str, &'b Var)> {
+    fn all<'b>(&'b self, of: impl Fn(&'b Slot<'a>) -> Weights<'b>) -> Vec<(&'b str, Weights<'b>)> {
         let trained: HashMap<&str, &Slot> = self.slots.iter().map(|slot| (slot.name, slot)).collect();
         let weights = |(name, parameter): &'b (String, Var)| {
-            (name.as_str(), trained.get(name.as_str()).map_or(parameter, |slot| of(slot)))
+            (name.as_str(), trained.get(name.as_str()).map_or(Weights::Whole(parameter), |slot| of(slot)))
         };
         self.parameters.iter().map(weights).collect()
     }
@@ -332,7 +405,7 @@ mod tests {
             assert!((number(found) - expected).abs() < 1e-6, "{found} for {expected}");
         }
         assert_eq!(
-            optimizer.weights().iter().map(|(_, w)| number(w)).collect::<Vec<_>>(),
+            optimizer.weights().iter().map(|(_, w)| number(&w.tensor().unwrap())).collect::<Vec<_>>(),
             [0, 1].map(|i: usize| number(&parameters[i].1))
         );
         assert!(averages[1] - number(&parameters[1].1) > 0.01);

@@ -4,7 +4,7 @@ use candle_core::{DType, Result, Tensor};
 
 use crate::gpu::attention::{kernels, scale};
 use crate::gpu::{Arg, Buffer, launch};
-use crate::graph::{Fresh, differentiable};
+use crate::graph::{Fresh, differentiable_by_result};
 
 /// [`super::self_attention`] over a contiguous `qkv` and an `f32` key bias.
 pub(super) fn self_attention(qkv: &Tensor, key_bias: Tensor, heads: usize, causal: bool) -> Result<Tensor> {
@@ -14,7 +14,7 @@ pub(super) fn self_attention(qkv: &Tensor, key_bias: Tensor, heads: usize, causa
     let layout = Layout { rows: b, images: b, queries: t, keys: t, kv_rows: t, q_stride: packed, kv_stride: packed };
     let call = Call { layout, k_at: c, heads, width: c / heads, past };
     let (out, log_sums) = call.forward_remembering(qkv, qkv, None, &key_bias)?;
-    differentiable("self_attention", [qkv], out, move |[qkv], out, gradient| {
+    differentiable_by_result("self_attention", [qkv], out, move |[qkv], out, gradient| {
         let mut d_qkv = Buffer::like(qkv, qkv.shape())?;
         let saved = Saved { key_bias: &key_bias, out, log_sums: &log_sums, gradient };
         let deltas = call.backward_queries(qkv, qkv, None, &saved, &mut d_qkv)?;
@@ -37,7 +37,7 @@ pub(super) fn cross_attention(
     let call = Call { layout, k_at: 0, heads, width: c / heads, past: EVERYWHERE };
     let lookers = Lookers::new(index, images, q)?;
     let (out, log_sums) = call.forward_remembering(q, kv, Some(&lookers.index), &key_bias)?;
-    differentiable("cross_attention", [q, kv], out, move |[q, kv], out, gradient| {
+    differentiable_by_result("cross_attention", [q, kv], out, move |[q, kv], out, gradient| {
         let saved = Saved { key_bias: &key_bias, out, log_sums: &log_sums, gradient };
         let mut dq = Buffer::like(q, q.shape())?;
         let deltas = call.backward_queries(q, kv, Some(&lookers.index), &saved, &mut dq)?;

@@ -23,7 +23,7 @@ pub(super) fn self_attention<T: Instructions>(
     let packed = Packed { dropout, ..Packed::of_self(qkv, heads, causal)? };
     let bias = anchored(key_bias)?;
     let result = packed.forward(&read::<T>(qkv)?, &read::<T>(qkv)?, &bias);
-    differentiable("self_attention", [qkv], result, move |[qkv], _, gradient| {
+    differentiable("self_attention", [qkv], result, move |[qkv], gradient| {
         Ok([Some(packed.backward_self(&read::<T>(qkv)?, &read::<T>(gradient)?, &bias).detached())])
     })
 }
@@ -39,7 +39,7 @@ pub(super) fn cross_attention<T: Instructions>(
     let packed = Packed { dropout, ..Packed::of_cross(q, kv, index, heads)? };
     let bias = anchored(key_bias)?;
     let result = packed.forward(&read::<T>(q)?, &read::<T>(kv)?, &bias);
-    differentiable("cross_attention", [q, kv], result, move |[q, kv], _, gradient| {
+    differentiable("cross_attention", [q, kv], result, move |[q, kv], gradient| {
         let (dq, dkv) = packed.backward_cross(&read::<T>(q)?, &read::<T>(kv)?, &read::<T>(gradient)?, &bias);
         Ok([Some(dq.detached()), Some(dkv.detached())])
     })

@@ -4,7 +4,7 @@ use candle_core::{DType, Result, Tensor};
 
 use super::{BoxFormat, composed, host};
 use crate::error::{KernelError, check_shape};
-use crate::graph::{Fresh, differentiable};
+use crate::graph::{Fresh, differentiable_by_gradient};
 use crate::path::{Path, fused};
 
 /// Generalised IoU (Rezatofighi et al. 2019) of paired boxes `a [N, 4]`, `b [N, 4]` → `[N]`, in [−1, 1].
@@ -165,7 +165,7 @@ fn compared(comparison: Comparison, boxes: [(&'static str, &Tensor); 2]) -> Resu
     let tiles = comparison.tiles([a.track_op(), b.track_op()]);
     let (values, slopes) = forward(&comparison, &tiles, a, b)?;
     let slopes = slopes.detached();
-    differentiable(comparison.op, [a, b], values, move |_, _, gradient| {
+    differentiable_by_gradient(comparison.op, [a, b], values, move |gradient| {
         let by = |side: usize| {
             // Pairs of one box each are a single row.
             let sum = match comparison.pairs {

@@ -7,7 +7,7 @@ use crate::columns::totals_on_gpu;
 use crate::error::KernelError;
 use crate::gpu::attention::{kernels, scale};
 use crate::gpu::{Arg, Buffer, launch};
-use crate::graph::{Fresh, differentiable};
+use crate::graph::{Fresh, differentiable_by_result};
 
 /// The most tokens of a window; AREA of window.cu.
 const AREA: usize = 256;
@@ -29,7 +29,7 @@ pub(super) fn window_attention(qkv: &Tensor, bias: &Tensor, shape: WindowShape) 
     arguments.extend(call.sizes()?);
     launch(kernels.forward, qkv, qkv.dtype(), grid, &mut arguments)?;
     let log_sums = Fresh::from(log_sums).detached();
-    differentiable("window_attention", [qkv, bias], out.into(), move |[qkv, bias], out, gradient| {
+    differentiable_by_result("window_attention", [qkv, bias], out.into(), move |[qkv, bias], out, gradient| {
         let (d_qkv, d_bias) = call.backward(qkv, bias, out, &log_sums, gradient)?;
         Ok([Some(d_qkv), d_bias])
     })

@@ -17,7 +17,7 @@ pub(super) fn window_attention<T: Instructions>(qkv: &Tensor, bias: &Tensor, sha
     let (images, _, packed) = qkv.dims3()?;
     let windows = Windows::new(images, bias.dims()[0], packed / 3, shape);
     let result = windows.forward(&read::<T>(qkv)?, &tables::<T>(bias)?);
-    differentiable("window_attention", [qkv, bias], result, move |[qkv, bias], _, gradient| {
+    differentiable("window_attention", [qkv, bias], result, move |[qkv, bias], gradient| {
         let tables = tables::<T>(bias)?;
         let (dqkv, dbias) = windows.backward(&read::<T>(qkv)?, &tables, &read::<T>(gradient)?);
         Ok([Some(dqkv.detached()), Some(dbias.detached())])

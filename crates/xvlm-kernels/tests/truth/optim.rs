@@ -1,6 +1,6 @@
 use candle_core::{DType, Device, Tensor, Var};
 use proptest::prelude::*;
-use xvlm_kernels::{AdamW, Update, adamw_step, round_into};
+use xvlm_kernels::{AdamW, Update, adamw_step, joined, round_into, split_into};
 
 use crate::check::{Array, At, assert_close};
 use crate::device::Computer;
@@ -19,7 +19,7 @@ impl Slot {
     fn update<'a>(&'a self, gradient: &'a Tensor, i: usize, step: u64) -> Update<'a> {
         let Self([parameter, first_moment, second_moment]) = self;
         let weight_decay = if i.is_multiple_of(2) { 0.1 } else { 0.0 };
-        Update { parameter, first_moment, second_moment, gradient, lr: lr(i), weight_decay, step }
+        Update { parameter, rest: None, first_moment, second_moment, gradient, lr: lr(i), weight_decay, step }
     }
 
     fn arrays(&self) -> [Array; 3] {
@@ -207,4 +207,61 @@ fn a_parameter_is_its_master_rounded() {
     }
     let [a, b] = [2, 3].map(|count| Var::zeros(count, DType::F32, &Device::Cpu).unwrap());
     assert!(round_into(&a, &b).is_err());
+}
+
+/// Numbers of every size, with those that lie in the middle between two of bf16.
+fn numbers_of_all_kinds() -> Tensor {
+    let bits = (0..40_000u32).map(|i| i.wrapping_mul(0x9e37_79b9)).chain((0..200).map(|i| 0x3f80_8000 + (i << 16)));
+    let special = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN, f32::MIN_POSITIVE, 1e-45];
+    let finite = bits.map(f32::from_bits).filter(|x| x.is_finite()).chain(special).collect::<Vec<_>>();
+    let count = finite.len();
+    Tensor::from_vec(finite, count, &Device::Cpu).unwrap()
+}
+
+fn bits_of(x: &Tensor) -> Vec<u32> {
+    x.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+}
+
+#[test]
+fn halves_hold_every_bit_and_the_upper_is_the_nearest() {
+    let wide = numbers_of_all_kinds();
+    let halves = |count: usize| [DType::BF16, DType::I16].map(|dtype| Var::zeros(count, dtype, &Device::Cpu).unwrap());
+    let [upper, lower] = halves(wide.elem_count());
+    split_into(&upper, &lower, &wide).unwrap();
+    assert_eq!(bits_of(&joined(&upper, &lower).unwrap()), bits_of(&wide));
+    let nearest = wide.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
+    let found = upper.to_dtype(DType::F32).unwrap();
+    let all = wide.to_vec1::<f32>().unwrap().into_iter().zip(bits_of(&found)).zip(bits_of(&nearest));
+    for ((x, found), nearest) in all {
+        let is_in_the_middle = x.to_bits() & 0xffff == 0x8000;
+        assert!(found == nearest || is_in_the_middle && found == nearest + (1 << 16), "{x}");
+    }
+    let [upper, lower] = halves(3);
+    assert!(split_into(&upper, &lower, &wide).is_err() && joined(&lower, &upper).is_err());
+    assert!(joined(&upper, &halves(2)[1]).is_err());
+}
+
+#[test]
+fn steps_of_halves_are_those_of_whole_numbers() {
+    let start = Array::random(&[3, 9001], 1);
+    let at = At { computer: &Computer::all()[0], device: Device::Cpu, dtype: DType::F32 };
+    let (whole, of_halves) = (Slot::new(&start, &at), Slot::new(&start, &at));
+    let parameter = Var::zeros(start.shape.as_slice(), DType::BF16, &Device::Cpu).unwrap();
+    let rest = Var::zeros(start.shape.as_slice(), DType::I16, &Device::Cpu).unwrap();
+    split_into(&parameter, &rest, &start.tensor(&at, false)).unwrap();
+    for step in 1..=3 {
+        let gradient = Array::random(&start.shape, step).tensor(&At { dtype: DType::BF16, ..at.clone() }, false);
+        let settings = AdamW { max_norm: Some(1.0), ..SETTINGS };
+        let plain = whole.update(&gradient, 0, step);
+        let norms =
+            [plain, Update { parameter: &parameter, rest: Some(&rest), ..of_halves.update(&gradient, 0, step) }]
+                .map(|update| adamw_step(&settings, &[update]).unwrap());
+        assert_eq!(norms[0], norms[1]);
+        let found = joined(&parameter, &rest).unwrap().flatten_all().unwrap();
+        assert_eq!(bits_of(&found), bits_of(&whole.0[0].flatten_all().unwrap()));
+    }
+    let gradient = start.tensor(&at, false);
+    let wrong = Update { rest: Some(&rest), ..whole.update(&gradient, 0, 1) };
+    let found = adamw_step(&SETTINGS, &[wrong]).unwrap_err().to_string();
+    assert!(found.contains("`parameter`") && found.contains("BF16"), "{found}");
 }

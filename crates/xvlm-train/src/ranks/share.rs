@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use super::{Communicator, Gather, sum};
 use crate::config::TrainConfig;
 use crate::error::TrainError;
-use crate::optimizer::Optimizer;
+use crate::optimizer::{Optimizer, Weights};
 
 /// Checks that all ranks say the same: of each of some things its name, and what this rank says of it.
 ///
@@ -74,14 +74,14 @@ pub(crate) fn share(
         slot.steps = *steps as u64;
     }
 
-    let take = |name: &str, variable: &Var| {
-        let shared = ranks.broadcast(&variable.as_detached_tensor(), 0)?;
-        variable.set(&shared).map_err(TrainError::tensor(name))
+    let take = |name: &str, weights: Weights| {
+        let own = weights.tensor().map_err(TrainError::tensor(name))?;
+        weights.set(&ranks.broadcast(&own, 0)?).map_err(TrainError::tensor(name))
     };
     optimizer.weights().into_iter().try_for_each(|(name, weights)| take(name, weights))?;
     for slot in &optimizer.slots {
         let known = [Some(&slot.first_moment), Some(&slot.second_moment), slot.average.as_ref()];
-        known.into_iter().flatten().try_for_each(|variable| take(slot.name, variable))?;
+        known.into_iter().flatten().try_for_each(|variable| take(slot.name, Weights::Whole(variable)))?;
         slot.narrow().map_err(TrainError::tensor(slot.name))?;
     }
     Ok((numbers[0] as u64, Duration::try_from_secs_f64(numbers[1]).unwrap_or_default()))
