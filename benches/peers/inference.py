@@ -221,8 +221,10 @@ class Prepared:
             raise Unsupported("the search is a loop in Python")
         torch.manual_seed(0)
         module, inputs = build(case)
-        module = module.eval().requires_grad_(False)
+        # Autocast keeps what it has cast of a weight only for weights that could have gradients, outside inference mode.
         self.autocast = precision == "bf16"
+        keeps_casts = kind == "eager" and self.autocast
+        module = module.eval().requires_grad_(keeps_casts)
         if kind == "onnx":
             self.work = onnx_session(module, inputs, threads)
         elif kind == "compile":
@@ -230,7 +232,7 @@ class Prepared:
             self.work = lambda: compiled(*inputs)
         else:
             self.work = lambda: module(*inputs)
-        self.no_gradients = torch.no_grad if kind == "compile" else torch.inference_mode
+        self.no_gradients = torch.no_grad if keeps_casts or kind == "compile" else torch.inference_mode
         self.run()
 
     def run(self):

@@ -361,18 +361,34 @@ impl<T: Native> Whole<'_, T> {
                     }
                 }
             }
-            for i in columns.start / COLUMNS..columns.end.div_ceil(COLUMNS) {
+            let panels = columns.start / COLUMNS..columns.end.div_ceil(COLUMNS);
+            // The part of a panel that this depth needs.
+            let part_of = |i: usize, start: usize| {
                 let panel = panel(n, slab.len().div_ceil(numbers::<T>()), i);
                 let below = (start - slab.start) / numbers::<T>() * panel.width;
+                // SAFETY: a part of the slab.
+                (unsafe { self.panels.start().add(panel.start + below).cast_const() }, panel)
+            };
+            for i in panels.clone() {
+                let (b, panel) = part_of(i, start);
+                let next = match i + 1 {
+                    next if next < panels.end => part_of(next, start).0,
+                    _ if start + depths < slab.end => part_of(panels.start, start + depths).0,
+                    _ => b,
+                };
                 for j in 0..tiles {
                     let tile = tile(j);
                     let (row, column) = (rows.start + tile.start, i * COLUMNS);
+                    // The tiles that come first ask the memory for the next part, a line of it for each word.
+                    let ahead = if j * LANES < panel.width { next.wrapping_add(j * words * LANES) } else { b };
                     // SAFETY: the tile lies in this block.
                     unsafe {
                         let place = Place {
                             words,
                             a: scratch.add(tile.start * words),
-                            b: self.panels.start().add(panel.start + below),
+                            b,
+                            ahead,
+                            ahead_step: if ahead == b { 0 } else { LANES },
                             sums: self.sums.start().wrapping_add(row * n + column),
                             out: self.out.start().add(row * n + column),
                             finish: &self.finish,

@@ -25,6 +25,9 @@ pub(crate) struct Place<'a, T: Native> {
     pub(super) a: *const u32,
     /// `[words, columns]`, the columns padded to vectors.
     pub(super) b: *const u32,
+    /// What to ask the memory for meanwhile, and how many words to go on with each word of `b`.
+    pub(super) ahead: *const u32,
+    pub(super) ahead_step: usize,
     /// Sums so far, unless this is the first part of `k`, and to be, unless it is the last.
     pub(super) sums: *mut f32,
     /// The result, after the last part of `k`.
@@ -219,8 +222,10 @@ impl<T: Steps<Out: Lanes>> Place<'_, T> {
                     }
                 }
             }
-            let (mut a, mut row) = (self.a, self.b);
+            let (mut a, mut row, mut ahead) = (self.a, self.b, self.ahead);
             for _ in 0..self.words {
+                _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
+                ahead = ahead.wrapping_add(self.ahead_step);
                 let mut b = [_mm512_setzero_si512(); V];
                 for (v, b) in b.iter_mut().enumerate() {
                     *b = _mm512_loadu_si512(row.add(v * LANES).cast());
