@@ -59,7 +59,7 @@ pub(crate) fn measure(rounds: usize) -> Outcome<StartUp> {
 fn ask(program: &Path, folder: &Path, picture: &Path) -> Outcome<f64> {
     let start = Instant::now();
     let mut command = Command::new(program);
-    command.args(["ground", "--json", "--text", PHRASE, "--model"]).arg(folder).arg(picture);
+    command.args(["ground", "--json", "--text", PHRASE, "--model"]).arg(folder).arg("--image").arg(picture);
     served::succeed(&mut command)?;
     Ok(start.elapsed().as_secs_f64())
 }
