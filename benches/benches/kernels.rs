@@ -2,7 +2,10 @@
 //! the least it could cost on this machine.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use xvlm::kernels::{self, AdamW, BoxFormat, Cover, Dropout, Dropped, KeyValueCache, Update, WindowShape};
+use xvlm::kernels::{
+    self, AdamW, BoxFormat, Cover, Dropout, Dropped, Epilogue, KeyValueCache, PackedLinear, PackedWeights, Update,
+    WindowBias, WindowShape,
+};
 use xvlm_benches::{Case, Comparison, Floor, device, plain, random_at};
 
 /// Tokens of the first and the last stage of Swin-B, of the texts, and of the image they look at.
@@ -58,6 +61,23 @@ impl Bench<'_> {
             let ours = || kernels::gelu_linear(&x, &weight, &bias);
             let plain = || plain::linear(&x.gelu_erf()?, &weight, &bias);
             self.case(&format!("gelu + linear {m}x{k}x{n}"), floors, ours, plain)?;
+        }
+        Ok(())
+    }
+
+    /// Layers for inference, whose weights get no gradients; those of bytes beside plain ones of `f32`, and so are their floors.
+    fn packed_linear(&mut self) -> Result<()> {
+        let kinds = [("packed linear", PackedWeights::AsGiven), ("packed linear of bytes", PackedWeights::Int8)];
+        let kinds = if self.dtype == DType::F32 { &kinds[..] } else { &kinds[..1] };
+        for (m, k, n) in [(FIRST, 128, 512), (LAST, 1024, 4096)] {
+            let (x, weight, bias) = (self.random(&[1, m, k])?, self.random(&[n, k])?, self.random(&[n])?);
+            let (weight, bias) = (weight.detach(), bias.detach());
+            let floors = [2, 4].map(|products| Floor::Flops(products * m * k * n));
+            for (kind, weights) in kinds {
+                let layer = PackedLinear::new(&weight, Some(&bias), *weights)?;
+                let ours = || layer.forward(&x, Epilogue::Nothing);
+                self.case(&format!("{kind} {m}x{k}x{n}"), floors, ours, || plain::linear(&x, &weight, &bias))?;
+            }
         }
         Ok(())
     }
@@ -160,6 +180,10 @@ impl Bench<'_> {
                 let name = format!("window attention {side}x{side} window {window} shift {shift}");
                 let ours = || kernels::window_attention(&qkv, &bias, shape);
                 self.case(&name, products, ours, || plain::window_attention(&qkv, &bias, shape, mask.as_ref()))?;
+                let (given, laid_out) = (bias.detach(), WindowBias::new(&bias)?);
+                let name = format!("{name}, bias laid out");
+                let ours = || kernels::window_attention_with(&qkv, &laid_out, shape);
+                self.case(&name, products, ours, || plain::window_attention(&qkv, &given, shape, mask.as_ref()))?;
             }
         }
         Ok(())
@@ -273,6 +297,7 @@ impl Bench<'_> {
 
     fn all(&mut self) -> Result<()> {
         self.linear()?;
+        self.packed_linear()?;
         if self.dtype != DType::F32 {
             self.widened_linear()?;
         }
@@ -305,6 +330,36 @@ fn optimizer(comparison: &mut Comparison, device: &Device) -> Result<()> {
         bytes,
         &|| kernels::adamw_step(&settings, &updates).map(drop),
         &|| plain::adamw(&settings, &updates),
+    )?;
+    if !device.is_cpu() {
+        return Ok(());
+    }
+    // Parameters of bf16 with the rest of their numbers, beside ones that are rounded from f32.
+    let zeros = |dtype| Var::zeros((4096, 1024), dtype, device);
+    let halves = tensors
+        .iter()
+        .map(|[wide, .., gradient]| {
+            let (parameter, rest) = (zeros(DType::BF16)?, zeros(DType::I16)?);
+            kernels::split_into(&parameter, &rest, wide)?;
+            Ok((parameter, rest, gradient.to_dtype(DType::BF16)?))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let by_halves: Vec<Update> = updates
+        .iter()
+        .zip(&halves)
+        .map(|(update, (parameter, rest, gradient))| Update { parameter, rest: Some(rest), gradient, ..*update })
+        .collect();
+    let rounded = || {
+        plain::adamw(&settings, &updates)?;
+        let mut pairs = updates.iter().zip(&halves);
+        pairs.try_for_each(|(update, (parameter, ..))| parameter.set(&update.parameter.to_dtype(DType::BF16)?))
+    };
+    comparison.measure_step(
+        "adamw by halves 16x4096x1024",
+        // Gradients twice, both halves and both moments in and out.
+        Floor::Bytes((2 * 2 + 2 * (2 + 2) + 2 * (4 + 4)) * MATRICES * 4096 * 1024),
+        &|| kernels::adamw_step(&settings, &by_halves).map(drop),
+        &rounded,
     )
 }
 

@@ -6,7 +6,7 @@ use xvlm_kernels::{self as kernels, KeyValueCache};
 
 use crate::bert::{Bert, Concepts};
 use crate::config::TextModel;
-use crate::layers::{HIDDEN, hide};
+use crate::layers::{HIDDEN, Linear, hide};
 use crate::pass::Pass;
 
 /// Texts that are being written about concepts, with keys and values of their tokens so far. For inference: nothing here has
@@ -24,6 +24,8 @@ pub struct Decoding<'a> {
 /// What one layer keeps.
 #[derive(Debug)]
 struct LayerState {
+    /// What computes queries, keys and values of the tokens.
+    qkv: Linear,
     own: KeyValueCache,
     /// Keys and values of the concepts `[N, 1+L, 2·H]`, in fusion layers.
     concepts: Option<Tensor>,
@@ -45,6 +47,7 @@ impl<'a> Decoding<'a> {
         let (texts, like) = (concepts.index.len(), concepts.tokens);
         let state = |layer: &crate::bert::Layer| {
             Ok(LayerState {
+                qkv: layer.attention.qkv.for_inference()?,
                 own: KeyValueCache::new(texts, longest, width, like.dtype(), like.device())?,
                 concepts: layer.cross.as_ref().map(|cross| cross.read(concepts.tokens)).transpose()?,
             })
@@ -101,7 +104,7 @@ impl<'a> Decoding<'a> {
         let places = kernels::embedding(&self.bert.positions, &tensor(places)?, None)?;
         let mut x = self.bert.embed(&tensor(ids)?, &places, &pass)?;
         for (layer, state) in self.bert.layers.iter().zip(&mut self.layers) {
-            let qkv = layer.attention.qkv.forward(&x)?;
+            let qkv = state.qkv.forward(&x)?;
             let attended = kernels::cached_attention(&qkv, &mut state.own, &bias, config.num_attention_heads)?;
             x = layer.attention.output.forward(&attended, &x, &pass)?;
             if let (Some(cross), Some(kv)) = (&layer.cross, &state.concepts) {

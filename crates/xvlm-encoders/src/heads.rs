@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, TensorId};
 use candle_nn::{Init, VarBuilder};
 use xvlm_kernels::{self as kernels, Epilogue, PackedLinear, PackedWeights};
 
@@ -49,8 +49,17 @@ pub struct MlmHead {
     dense: Linear,
     norm: LayerNorm,
     bias: Tensor,
-    /// For inference: what word embeddings and bias are to be laid out in, and they themselves once they have been asked for.
-    packed: Option<(PackedWeights, OnceLock<PackedLinear>)>,
+    /// For inference: what word embeddings and bias are to be laid out in.
+    packed: Option<Packed>,
+}
+
+#[derive(Clone, Debug)]
+struct Packed {
+    weights: PackedWeights,
+    /// The word embeddings.
+    words: TensorId,
+    /// They themselves, once they have been asked for.
+    layer: OnceLock<PackedLinear>,
 }
 
 impl MlmHead {
@@ -81,21 +90,24 @@ impl MlmHead {
     /// On a wrong shape.
     pub fn forward(&self, x: &Tensor, words: &Tensor) -> Result<Tensor> {
         let x = self.norm.forward(&self.dense.forward_active(x, Activation::Gelu)?)?;
-        let Some((weights, packed)) = &self.packed else { return kernels::linear(&x, words, &self.bias) };
-        let packed = match packed.get() {
-            Some(packed) => packed,
+        let Some(Packed { weights, layer, .. }) = self.packed.as_ref().filter(|packed| packed.words == words.id())
+        else {
+            return kernels::linear(&x, words, &self.bias);
+        };
+        let layer = match layer.get() {
+            Some(layer) => layer,
             None => {
                 let new = PackedLinear::new(words, Some(&self.bias), *weights)?;
-                packed.get_or_init(|| new)
+                layer.get_or_init(|| new)
             }
         };
-        packed.forward(&x, Epilogue::Nothing)
+        layer.forward(&x, Epilogue::Nothing)
     }
 
-    /// Has word embeddings and bias laid out for inference when they are first asked for, as many tasks never do; what is not of
-    /// them is among [`Self::linears`]. The embeddings are to be the same from then on.
-    pub(crate) fn pack(&mut self, weights: PackedWeights) {
-        self.packed = Some((weights, OnceLock::new()));
+    /// Has these word embeddings and the bias laid out for inference when they are first asked for, as many tasks never do, unless
+    /// that was said before; what is not of them is among [`Self::linears`]. With other embeddings it computes as before.
+    pub(crate) fn pack(&mut self, weights: PackedWeights, words: &Tensor) {
+        self.packed.get_or_insert_with(|| Packed { weights, words: words.id(), layer: OnceLock::new() });
     }
 
     pub(crate) fn linears(&mut self) -> [&mut Linear; 1] {

@@ -21,7 +21,7 @@ enum Weights {
 
 #[derive(Clone, Debug)]
 struct Part {
-    /// Where the weight is from: its name among the parameters.
+    /// Where the weight is from: its name among the parameters, or their names.
     name: String,
     /// `[output, input]`.
     weight: Tensor,
@@ -74,6 +74,14 @@ impl Linear {
         Self(Weights::Parts(parts.collect()))
     }
 
+    /// The same in one piece and without gradients, for many passes of inference.
+    pub(crate) fn for_inference(&self) -> Result<Self> {
+        let Weights::Parts(parts) = &self.0 else { return Ok(self.clone()) };
+        let (weight, bias) = whole(parts)?;
+        let name = parts.iter().map(|part| part.name.as_str()).collect::<Vec<_>>().join(", ");
+        Ok(Self(Weights::Parts(vec![Part { name, weight: weight.detach(), bias: bias.detach() }])))
+    }
+
     /// `x [.., input]` → `[.., output]`.
     ///
     /// # Errors
@@ -84,8 +92,7 @@ impl Linear {
             Weights::Parts(parts) => match parts.as_slice() {
                 [Part { weight, bias, .. }] => kernels::linear(x, weight, bias),
                 parts => {
-                    let weights: Vec<_> = parts.iter().map(|part| &part.weight).collect();
-                    let biases: Vec<_> = parts.iter().map(|part| &part.bias).collect();
+                    let (weights, biases) = weights_and_biases(parts);
                     kernels::stacked_linear(x, &weights, &biases)
                 }
             },
@@ -114,7 +121,7 @@ impl Linear {
     }
 
     /// Lays out the weights for inference, those that `source` has instead of the layer's own.
-    pub(crate) fn pack(&mut self, weights: PackedWeights, source: Weigh) -> Result<()> {
+    pub(crate) fn pack(&mut self, weights: PackedWeights, source: WeightSource) -> Result<()> {
         if let Weights::Parts(parts) = &mut self.0 {
             for Part { name, weight, .. } in parts.iter_mut() {
                 let Some(given) = source(name)? else { continue };
@@ -140,16 +147,19 @@ impl Linear {
 }
 
 /// Weights by name, for layers that are built without theirs.
-pub(crate) type Weigh<'a> = &'a (dyn Fn(&str) -> Result<Option<Tensor>> + Sync);
+pub(crate) type WeightSource<'a> = &'a (dyn Fn(&str) -> Result<Option<Tensor>> + Sync);
 
 /// Weight and bias of all parts together.
 fn whole(parts: &[Part]) -> Result<(Tensor, Tensor)> {
     if let [Part { weight, bias, .. }] = parts {
         return Ok((weight.clone(), bias.clone()));
     }
-    let weights: Vec<_> = parts.iter().map(|part| &part.weight).collect();
-    let biases: Vec<_> = parts.iter().map(|part| &part.bias).collect();
+    let (weights, biases) = weights_and_biases(parts);
     Ok((Tensor::cat(&weights, 0)?, Tensor::cat(&biases, 0)?))
+}
+
+fn weights_and_biases(parts: &[Part]) -> (Vec<&Tensor>, Vec<&Tensor>) {
+    parts.iter().map(|Part { weight, bias, .. }| (weight, bias)).unzip()
 }
 
 /// Layer normalisation over the last dimension.

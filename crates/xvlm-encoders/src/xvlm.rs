@@ -82,10 +82,11 @@ impl Xvlm {
     /// Lays out all weights for inference: of linear layers in the order in which the CPU multiplies by them
     /// ([`PackedWeights`] says of which type), of window attention with its biases looked up. Their plain form is
     /// dropped; what comes in has gradients as before, the weights have none. Results differ from those of the plain form by roundings
-    /// of `bf16`, and by those of [`PackedWeights::Int8`].
+    /// of `bf16`, and by those of [`PackedWeights::Int8`]. A model that is packed stays as it is.
     ///
     /// # Errors
-    /// If weights other than `f32` are to be bytes.
+    /// If weights other than `f32` are to be bytes, or of more inputs than [`PackedWeights::Int8`] allows. The model is of no
+    /// use then: some of its layers are packed and others are not.
     pub fn pack(&mut self, weights: PackedWeights) -> Result<()> {
         self.pack_with(weights, |_| Ok(None))
     }
@@ -104,11 +105,11 @@ impl Xvlm {
         if let Vision::Swin(swin) = &mut self.vision {
             swin.gather()?;
         }
-        if let Some(head) = &mut self.mlm_head {
-            head.pack(weights);
+        if let (Some(head), Some(text)) = (&mut self.mlm_head, &self.text) {
+            head.pack(weights, text.words());
         }
-        if let Some(Decoder { head, .. }) = &mut self.decoder {
-            head.pack(weights);
+        if let Some(Decoder { bert, head }) = &mut self.decoder {
+            head.pack(weights, bert.words());
         }
         let linears: Vec<&mut Linear> = self.linears().collect();
         linears.into_par_iter().try_for_each(|linear| linear.pack(weights, &source))

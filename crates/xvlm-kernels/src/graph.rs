@@ -8,6 +8,7 @@ use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
+use std::thread::LocalKey;
 
 use candle_core::op::BackpropOp;
 use candle_core::{
@@ -88,13 +89,13 @@ pub(crate) fn differentiable_by_gradient<const N: usize>(
     attached(name, inputs, result, move |_, _, gradient| backward(gradient))
 }
 
-/// [`differentiable_by_gradient`] for any number of inputs, where operations are on record: if they are not, there is no result.
+/// [`differentiable_by_gradient`] for any number of inputs, of operations that [are on record](is_recording).
 pub(crate) fn differentiable_on_record(
     inputs: &[&Tensor],
-    result: impl FnOnce() -> Result<Fresh>,
+    result: Fresh,
     backward: impl Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + 'static,
-) -> Result<Option<Tensor>> {
-    is_recording(inputs).then(|| record(inputs.iter().copied(), result()?, |_| backward)).transpose()
+) -> Result<Tensor> {
+    record(inputs.iter().copied(), result, |_| backward)
 }
 
 /// An operation of candle.
@@ -220,9 +221,7 @@ pub(crate) fn make_again(result: &Tensor, recipe: impl Fn() -> Result<Fresh> + '
 
 /// Runs a piece of a forward pass, and returns with its result what led to it.
 pub(crate) fn recording(run: impl FnOnce() -> Result<Tensor>) -> Result<(Tensor, Record)> {
-    let outer = RECORD.replace(Some(Record::default()));
-    let result = run();
-    let mut record = RECORD.replace(outer).unwrap_or_default();
+    let (result, mut record) = with_own(&RECORD, run);
     let result = result?;
     if result.track_op() {
         record.reach(&result);
@@ -230,7 +229,8 @@ pub(crate) fn recording(run: impl FnOnce() -> Result<Tensor>) -> Result<(Tensor,
     Ok((result, record))
 }
 
-fn is_recording(inputs: &[&Tensor]) -> bool {
+/// Whether an operation on these inputs is put on record.
+pub(crate) fn is_recording(inputs: &[&Tensor]) -> bool {
     inputs.iter().any(|input| input.track_op()) && RECORD.with_borrow(Option::is_some)
 }
 
@@ -267,10 +267,22 @@ thread_local! {
 /// fill as many zeros and add it to them, but returned: each variable with a gradient, in the order in which they came, of
 /// which a variable may have several, beside those that candle has for it.
 pub(crate) fn collecting<R>(run: impl FnOnce() -> Result<R>) -> Result<(R, Vec<(Tensor, Tensor)>)> {
-    let outer = COLLECTED.replace(Some(Vec::new()));
-    let result = run();
-    let collected = COLLECTED.replace(outer).unwrap_or_default();
+    let (result, collected) = with_own(&COLLECTED, run);
     Ok((result?, collected))
+}
+
+/// Runs `run` with a value of its own in a place of this thread, and returns what became of that. In the place is then what
+/// was there before, after a panic too.
+fn with_own<T: Default + 'static, R>(place: &'static LocalKey<RefCell<Option<T>>>, run: impl FnOnce() -> R) -> (R, T) {
+    struct Outer<T: 'static>(&'static LocalKey<RefCell<Option<T>>>, Option<T>);
+    impl<T: 'static> Drop for Outer<T> {
+        fn drop(&mut self) {
+            self.0.set(self.1.take());
+        }
+    }
+    let _outer = Outer(place, place.replace(Some(T::default())));
+    let result = run();
+    (result, place.take().unwrap_or_default())
 }
 
 type Backward = dyn Fn(&[&Tensor], &Tensor, &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync;

@@ -57,14 +57,21 @@ pub(crate) fn written<T: WithDType>(shape: impl Into<Shape>, fill: impl FnOnce(&
     Fresh::new(Storage::Cpu(T::to_cpu_storage_owned(values)), shape)
 }
 
-/// A pointer that several threads write through, each to places no other thread touches.
+/// What tells the memory of a tensor from that of others.
+pub(crate) fn memory(tensor: &Tensor) -> usize {
+    std::ptr::from_ref(&*tensor.storage_and_layout().0).addr()
+}
+
+/// A pointer that several threads write through, each to places no other thread touches; or that all read through, to places
+/// that nobody writes meanwhile.
 #[derive(Clone, Copy)]
 pub(crate) struct Disjoint<T>(*mut T);
 
-// SAFETY: every user writes to disjoint ranges, as the safety section of `slice_mut` demands.
+// SAFETY: whoever goes through the pointer promises that no thread writes what another one reads or writes meanwhile, as the
+// safety section of `slice_mut` demands.
 unsafe impl<T: Send> Send for Disjoint<T> {}
 // SAFETY: as above.
-unsafe impl<T: Send> Sync for Disjoint<T> {}
+unsafe impl<T: Send + Sync> Sync for Disjoint<T> {}
 
 impl<T> Disjoint<T> {
     pub(crate) fn new(values: &mut [T]) -> Self {

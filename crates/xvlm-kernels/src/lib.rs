@@ -7,8 +7,10 @@
 //! - on NVIDIA GPUs (feature `cuda`), our own kernels over `f32`, `bf16` or `f16`, likewise with arithmetic in `f32`;
 //! - for every other type and device, candle's own differentiable operations.
 //!
-//! None of them ever drops a gradient, but for [`cached_attention`] and [`window_attention_with`], which have none and say so; and each gives the same bits in every run on one machine: sums have one order, which
-//! the number of threads does not change.
+//! None of them drops a gradient but where its documentation says so: [`cached_attention`] has none at all; and there is none
+//! for the weights of a [`PackedLinear`] and a [`WindowBias`], which are for inference, for the biases of keys in attention,
+//! the cover of [`patch_pool`] and the padding of an [`embedding`]. Each gives the same bits in every run on one machine: sums
+//! have one order, which the number of threads does not change.
 //!
 //! Errors are [`candle_core::Error`]s; a wrong shape is a [`KernelError`] wrapped in one.
 

@@ -7,11 +7,11 @@ use rayon::prelude::*;
 use crate::activation::{gelu, gelu_gradient};
 use crate::columns::column_sums;
 use crate::error::{KernelError, check_shape};
-use crate::graph::{Fresh, Kept, differentiable, differentiable_on_record};
+use crate::graph::{Fresh, Kept, differentiable, differentiable_on_record, is_recording};
 use crate::host::{read, written};
 use crate::path::{Path, fused};
 use crate::real::Real;
-use crate::simd::native::{Factor, Finish, Multiplier, Native, Product as Packed, Second};
+use crate::simd::native::{Factor, Finish, Multiplier, Native, Product as NativeProduct, Second};
 use crate::simd::{Matrix, all_threads, multiply, vectorized};
 
 /// `x · wᵀ + b`: `x [.., K]`, `weight [N, K]`, `bias [N]` → `[.., N]`. Sums are f32 for half types.
@@ -92,22 +92,19 @@ pub fn stacked_linear(x: &Tensor, weights: &[&Tensor], biases: &[&Tensor]) -> Re
         [part] => part.contiguous(),
         _ => Tensor::cat(parts, 0),
     };
-    let arguments = weights.iter().chain(biases).map(|parameter| ("parameter", *parameter));
-    let arguments: Vec<_> = std::iter::once(("x", x)).chain(arguments).collect();
-    if !matches!(Path::of(OP, &arguments)?, Path::HostF32 | Path::HostBf16) {
+    let parameters = weights.iter().map(|weight| ("weight", *weight)).chain(biases.iter().map(|bias| ("bias", *bias)));
+    let arguments: Vec<_> = std::iter::once(("x", x)).chain(parameters).collect();
+    let path = Path::of(OP, &arguments)?;
+    let inputs: Vec<&Tensor> = arguments.into_iter().map(|(_, input)| input).collect();
+    if !(matches!(path, Path::HostF32 | Path::HostBf16) && is_recording(&inputs)) {
         return linear(x, &stack(weights)?, &stack(biases)?);
     }
-    let result = || {
-        let detached = |parts: &[&Tensor]| parts.iter().map(|part| part.detach()).collect::<Vec<_>>();
-        let (weights, biases) = (detached(weights), detached(biases));
-        let (weight, bias) = (stack(&weights.iter().collect::<Vec<_>>())?, stack(&biases.iter().collect::<Vec<_>>())?);
-        let shape = check_weight(OP, x, &weight)?;
-        forward(&x.contiguous()?, &weight, Some(&bias), &shape)
-    };
-    let inputs: Vec<&Tensor> =
-        std::iter::once(x).chain(weights.iter().copied()).chain(biases.iter().copied()).collect();
+    let detached = |parts: &[&Tensor]| parts.iter().map(|part| part.detach()).collect::<Vec<_>>();
+    let (parts, biases) = (detached(weights), detached(biases));
+    let (weight, bias) = (stack(&parts.iter().collect::<Vec<_>>())?, stack(&biases.iter().collect::<Vec<_>>())?);
+    let result = forward(&x.contiguous()?, &weight, Some(&bias), &check_weight(OP, x, &weight)?)?;
     let tracks: Vec<bool> = inputs.iter().map(|input| input.track_op()).collect();
-    let (kept, parts) = (Kept::of(&x.contiguous()?), weights.iter().map(|weight| weight.detach()).collect::<Vec<_>>());
+    let kept = Kept::of(&x.contiguous()?);
     let backward = move |gradient: &Tensor| {
         let weight = stack(&parts.iter().collect::<Vec<_>>())?;
         let (of_weights, of_biases) = tracks[1..].split_at(parts.len());
@@ -126,10 +123,7 @@ pub fn stacked_linear(x: &Tensor, weights: &[&Tensor], biases: &[&Tensor]) -> Re
         }
         Ok(found)
     };
-    match differentiable_on_record(&inputs, result, backward)? {
-        Some(y) => Ok(y),
-        None => linear(x, &stack(weights)?, &stack(biases)?),
-    }
+    differentiable_on_record(&inputs, result, backward)
 }
 
 /// The shape of the result.
@@ -220,7 +214,7 @@ fn outputs<T: Product>(sizes: Sizes, out: &mut [T], x: &[T], weight: &[T], bias:
     let Some(multiplier) = Multiplier::find() else { return T::outputs(sizes, out, x, weight, bias) };
     let (size, a, b) =
         ((sizes.rows, sizes.outputs, sizes.inputs), Factor::Along(x), Second::Plain(Factor::Along(weight)));
-    multiplier.multiply(Packed { size, a, b, finish: Finish::bias(bias), out });
+    multiplier.multiply(NativeProduct { size, a, b, finish: Finish::bias(bias), out });
 }
 
 /// `out = gradient · w`
@@ -228,7 +222,7 @@ fn inputs<T: Product>(sizes: Sizes, out: &mut [T], gradient: &[T], weight: &[T])
     let Some(multiplier) = Multiplier::find() else { return T::inputs(sizes, out, gradient, weight) };
     let (size, a, b) =
         ((sizes.rows, sizes.inputs, sizes.outputs), Factor::Along(gradient), Second::Plain(Factor::Across(weight)));
-    multiplier.multiply(Packed { size, a, b, finish: Finish::bias(None), out });
+    multiplier.multiply(NativeProduct { size, a, b, finish: Finish::bias(None), out });
 }
 
 /// `out = gradientᵀ · x`
@@ -236,7 +230,7 @@ fn weights<T: Product>(sizes: Sizes, out: &mut [T], gradient: &[T], x: &[T]) {
     let Some(multiplier) = Multiplier::find() else { return T::weights(sizes, out, gradient, x) };
     let (size, a, b) =
         ((sizes.outputs, sizes.inputs, sizes.rows), Factor::Across(gradient), Second::Plain(Factor::Across(x)));
-    multiplier.multiply(Packed { size, a, b, finish: Finish::bias(None), out });
+    multiplier.multiply(NativeProduct { size, a, b, finish: Finish::bias(None), out });
 }
 
 /// The three products of a linear layer, over row-major matrices, where the CPU has no instructions for them: those of `bf16`

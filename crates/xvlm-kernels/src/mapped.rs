@@ -13,7 +13,7 @@ use memmap2::Mmap;
 ///
 /// The file must not be written to while it is mapped; replacing it by renaming another, as this workspace writes files, is no
 /// writing to it. If another program does write, what is read here may be of either content, and [`Self::is_unchanged`] says
-/// afterwards that it happened; a part that is cut off while it is being read ends the process (`SIGBUS`), as it does in
+/// afterwards that it happened, as far as length and time tell; a part that is cut off while it is being read ends the process (`SIGBUS`), as it does in
 /// every program that maps files.
 #[derive(Debug)]
 pub struct MappedFile {
@@ -36,8 +36,9 @@ impl MappedFile {
     pub fn open(path: &Path) -> io::Result<Self> {
         let mut file = File::open(path)?;
         let stamp = stamp(&file)?;
-        // SAFETY: the mapping is private, and read as bytes, of which every value is valid. Rust's own rule that shared bytes do
-        // not change is left to whoever else may write the file, as the documentation of this type says.
+        // SAFETY: the mapping is never written through, and read as bytes, of which every value is valid. It is shared with
+        // the file: that its bytes do not change, as Rust demands, is the caller's promise, which the documentation of this type
+        // asks for.
         let bytes = match unsafe { Mmap::map(&file) } {
             Ok(map) => Bytes::Mapped(map),
             Err(_) => {
@@ -49,12 +50,16 @@ impl MappedFile {
         Ok(Self { file, bytes, stamp })
     }
 
-    /// Whether the file has the length and the time of its last change that it was opened with.
+    /// Whether the file has the length and the time of its last change that it was opened with. What was read instead of
+    /// mapped does not change.
     ///
     /// # Errors
     /// If the system does not tell.
     pub fn is_unchanged(&self) -> io::Result<bool> {
-        Ok(stamp(&self.file)? == self.stamp)
+        match self.bytes {
+            Bytes::Mapped(_) => Ok(stamp(&self.file)? == self.stamp),
+            Bytes::Read(_) => Ok(true),
+        }
     }
 }
 
@@ -100,5 +105,25 @@ mod tests {
         fs::remove_file(&path).unwrap();
         assert!(MappedFile::open(&path).is_err());
         assert!(MappedFile::open(&std::env::temp_dir()).is_err());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_pipe_is_read_and_does_not_change_afterwards() {
+        let path = std::env::temp_dir().join(format!("xvlm-pipe-{}", std::process::id()));
+        let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+        // SAFETY: a string that ends with a zero.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        let writer = std::thread::spawn({
+            let path = path.clone();
+            move || fs::write(path, b"numbers").unwrap()
+        });
+        let read = MappedFile::open(&path).unwrap();
+        writer.join().unwrap();
+        assert_eq!(&*read, b"numbers");
+        let pipe = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        pipe.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        assert!(read.is_unchanged().unwrap());
+        fs::remove_file(&path).unwrap();
     }
 }

@@ -10,7 +10,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use crate::error::{KernelError, check_shape};
-use crate::host::{read, written};
+use crate::host::{memory, read, written};
 use crate::real::Real;
 use crate::simd::{squares, vectorized};
 
@@ -60,18 +60,16 @@ pub struct Update<'a> {
 /// run to run. Other types go one tensor after the other.
 ///
 /// # Errors
-/// If the tensors of an update differ in shape, type or device, a variable is not contiguous, or one is in two places. Nothing
-/// was changed then.
+/// If the tensors of an update differ in shape, type or device, a variable is not contiguous, one is in two places, or a
+/// parameter beside one with a rest is not `f32`, or `bf16` with a rest, on the CPU. Nothing was changed then.
 pub fn adamw_step(settings: &AdamW, updates: &[Update]) -> Result<f64> {
     check(updates)?;
     // candle changes nothing in place that has no numbers.
     let updates: Vec<Update> = updates.iter().filter(|update| update.gradient.elem_count() > 0).copied().collect();
     let gradients = updates.iter().map(gradient).collect::<Result<Vec<_>>>()?;
     let Some(first) = updates.first() else { return Ok(0.0) };
-    let alike = |u: &Update| {
-        (u.parameter.dtype() == DType::F32 || u.rest.is_some())
-            && u.parameter.device().same_device(first.parameter.device())
-    };
+    let is_f32 = |u: &Update| u.parameter.dtype() == DType::F32 || u.rest.is_some();
+    let alike = |u: &Update| is_f32(u) && u.parameter.device().same_device(first.parameter.device());
     if updates.iter().all(alike) {
         #[cfg(gpu)]
         if crate::gpu::runs(first.parameter) && updates.iter().all(|update| update.rest.is_none()) {
@@ -81,10 +79,12 @@ pub fn adamw_step(settings: &AdamW, updates: &[Update]) -> Result<f64> {
             return step_on_host(settings, &updates, &gradients);
         }
     }
-    if let Some(update) = updates.iter().find(|update| update.rest.is_some()) {
-        let found = format!("one beside {:?} on {:?}", update.parameter.dtype(), update.parameter.device().location());
-        let expected = "none, unless all parameters are on the CPU".to_owned();
-        return Err(KernelError::Value { op: OP, argument: "rest", expected, found }.into());
+    let has_rests = updates.iter().any(|update| update.rest.is_some());
+    if let Some(other) = updates.iter().find(|u| has_rests && !(is_f32(u) && u.parameter.device().is_cpu())) {
+        let expected = "F32, or BF16 with a rest, on the CPU, where one has a rest".to_owned();
+        let (dtype, at) = (other.parameter.dtype(), other.parameter.device().location());
+        let found = format!("{dtype:?} of shape {:?} on {at:?}", other.parameter.dims());
+        return Err(KernelError::Value { op: OP, argument: "parameter", expected, found }.into());
     }
     let squares = gradients.iter().map(sum_of_squares).collect::<Result<Vec<f64>>>()?;
     let norm = squares.iter().sum::<f64>().sqrt();
@@ -140,7 +140,7 @@ fn check(updates: &[Update]) -> Result<()> {
             if !variable.is_contiguous() {
                 return Err(wrong("contiguous".into(), format!("{:?}", variable.layout())).into());
             }
-            if !changed.insert(storage(variable)) {
+            if !changed.insert(memory(variable)) {
                 return Err(wrong("a variable of its own".into(), "one that is updated already".into()).into());
             }
         }
@@ -155,16 +155,11 @@ fn check(updates: &[Update]) -> Result<()> {
             return Err(KernelError::Value { op: OP, argument, expected, found }.into());
         }
     }
-    if let Some(i) = updates.iter().position(|update| changed.contains(&storage(update.gradient))) {
+    if let Some(i) = updates.iter().position(|update| changed.contains(&memory(update.gradient))) {
         let (expected, found) = ("apart from the variables".into(), format!("one that update {i} changes"));
         return Err(KernelError::Value { op: OP, argument: "gradient", expected, found }.into());
     }
     Ok(())
-}
-
-/// What tells the memory of a tensor from that of others.
-fn storage(tensor: &Tensor) -> usize {
-    std::ptr::from_ref(&*tensor.storage_and_layout().0).addr()
 }
 
 /// The gradient of an update as the loops read it: contiguous, of a type they know.
@@ -311,11 +306,15 @@ impl Rule {
 }
 
 /// The nearest number of `bf16`, of two the one away from 0, and what is to be added to its bits in the upper half of an
-/// `f32` to have the bits of `x`: nothing is lost.
+/// `f32` to have the bits of `x`: nothing is lost, but of a NaN, which is one in both types, the lower bits. Without a
+/// branch, so that loops over it are vectorized.
 #[inline(always)]
 fn split(x: f32) -> (bf16, i16) {
     let bits = x.to_bits();
-    (bf16::from_bits((bits.wrapping_add(0x8000) >> 16) as u16), bits as i16)
+    let (nearest, rest) = (bits.wrapping_add(0x8000) >> 16, bits as i16);
+    let quiet = (bits >> 16) | 0x40;
+    let (upper, lower) = if x.is_nan() { (quiet, 0) } else { (nearest, rest) };
+    (bf16::from_bits(upper as u16), lower)
 }
 
 /// The `f32` that [`split`] took apart.
@@ -325,7 +324,7 @@ fn join(upper: bf16, lower: i16) -> f32 {
 }
 
 /// Takes numbers of `f32` apart: sets `parameter` to the nearest numbers of `bf16`, and `rest` (`i16`) to what
-/// [`joined`] needs to find the same bits again. Both are contiguous, on the CPU.
+/// [`joined`] needs to find the same bits again; a NaN becomes a NaN in both. Both are contiguous, on the CPU.
 ///
 /// # Errors
 /// If shapes, types or devices are others.

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -23,9 +23,10 @@ use crate::simd::vectorized;
 pub enum PackedWeights {
     /// The type they are given in.
     AsGiven,
-    /// Bytes, a scale for each output: `w ≈ scale · q`, q in −127..=127. Each row of what goes in is rounded to 256 steps
-    /// between its least and its greatest number, or 0. Of `f32` layers alone. Where the CPU has no instructions for products
-    /// of bytes (AVX-512 VNNI), the weights alone are rounded, and kept in `f32`.
+    /// Bytes, a scale for each output: `w ≈ scale · q`, q in −127..=127. Each row of what goes in is rounded to 255 steps
+    /// (256 values) from its least to its greatest number, or 0. Of `f32` layers alone, of at most 66 311 inputs: the sum of as
+    /// many products of bytes, 255 · 127 at most, is an `i32`. Where the CPU has no instructions for products of bytes
+    /// (AVX-512 VNNI), the weights alone are rounded, and kept in `f32`.
     Int8,
 }
 
@@ -55,6 +56,9 @@ pub struct PackedLinear {
     bias: Option<Tensor>,
 }
 
+/// The most inputs of a layer of bytes: sums of more products of an unsigned and a signed byte may not be an `i32`.
+const MOST_INPUTS: usize = (i32::MAX / (u8::MAX as i32 * i8::MAX as i32)) as usize;
+
 enum Layout {
     F32(Panels<f32>),
     Bf16(Panels<bf16>),
@@ -67,8 +71,8 @@ impl PackedLinear {
     /// Lays out `weight [N, K]`, with a bias `[N]` or none.
     ///
     /// # Errors
-    /// If one of `K` and `N` is 0, the bias is not `[N]` of the type and on the device of the weight, or weights other than `f32` are
-    /// to be bytes.
+    /// If one of `K` and `N` is 0, the bias is not `[N]` of the type and on the device of the weight, or weights other than `f32`
+    /// or with `K` above 66 311 are to be bytes.
     pub fn new(weight: &Tensor, bias: Option<&Tensor>, weights: PackedWeights) -> Result<Self> {
         const OP: &str = "packed_linear";
         let (outputs, inputs) = weight.dims2()?;
@@ -84,6 +88,10 @@ impl PackedLinear {
         if weights == PackedWeights::Int8 && dtype != DType::F32 {
             let (expected, found) = ("F32, to be rounded to bytes".into(), format!("{dtype:?}"));
             return Err(KernelError::Value { op: OP, argument: "weight", expected, found }.into());
+        }
+        if weights == PackedWeights::Int8 && inputs > MOST_INPUTS {
+            let (expected, found) = (format!("[N, K], K at most {MOST_INPUTS} for bytes"), weight.dims());
+            return Err(KernelError::Value { op: OP, argument: "weight", expected, found: format!("{found:?}") }.into());
         }
         let weight = &weight.detach().contiguous()?;
         let layout = match (Path::for_tensor(weight), weights) {
@@ -124,12 +132,13 @@ impl PackedLinear {
             return Err(KernelError::Shape { op: OP, argument: "x", expected, found }.into());
         }
         shape.push(self.outputs);
-        let like = self.bias.as_ref().or(match &*self.layout {
-            Layout::Plain(weight) => Some(weight),
-            _ => None,
-        });
-        if x.dtype() != self.dtype || like.is_some_and(|like| !like.device().same_device(x.device())) {
-            let (expected, found) = (format!("{:?}", self.dtype), format!("{:?}", x.dtype()));
+        let device = match &*self.layout {
+            Layout::Plain(weight) => weight.device(),
+            _ => &Device::Cpu,
+        };
+        if x.dtype() != self.dtype || !device.same_device(x.device()) {
+            let describe = |dtype: DType, device: &Device| format!("{dtype:?} on {:?}", device.location());
+            let (expected, found) = (describe(self.dtype, device), describe(x.dtype(), x.device()));
             return Err(KernelError::Value { op: OP, argument: "x", expected, found }.into());
         }
         if let Epilogue::Add(residual) = epilogue {
@@ -197,7 +206,7 @@ impl PackedLinear {
     /// The weights `[N, K]`, of the type of `x`.
     fn unpacked(&self) -> Result<Tensor> {
         let shape = (self.outputs, self.inputs);
-        let device = &candle_core::Device::Cpu;
+        let device = &Device::Cpu;
         match &*self.layout {
             Layout::F32(panels) => Tensor::from_vec(panels.unpacked(), shape, device),
             Layout::Bf16(panels) => Tensor::from_vec(panels.unpacked(), shape, device),
@@ -265,8 +274,8 @@ struct Rounded {
 }
 
 impl Rounded {
-    /// To the nearest of 255 steps between a row's greatest number and its negative. A row with a number that is not finite has
-    /// a scale of NaN.
+    /// In 254 steps (255 values) from the negative of a row's greatest number to the number itself. A row with a number that
+    /// is not finite has a scale of NaN.
     fn of(weight: &[f32], inputs: usize) -> Self {
         let mut bytes = vec![0; weight.len()];
         let rows = bytes.par_chunks_exact_mut(inputs).zip(weight.par_chunks_exact(inputs));
@@ -274,8 +283,8 @@ impl Rounded {
             vectorized(
                 #[inline(always)]
                 || {
-                    let Range { least, greatest } = Range::of(row);
-                    let scale = greatest.max(-least) / 127.0 + 0.0 * (greatest - least);
+                    let Bounds { least, greatest } = Bounds::of(row);
+                    let scale = greatest.max(-least) / 127.0;
                     // A row of zeros has any scale.
                     let (scale, steps) = if scale == 0.0 { (1.0, 0.0) } else { (scale, 1.0 / scale) };
                     for (byte, &w) in bytes.iter_mut().zip(row) {
@@ -298,7 +307,7 @@ impl Rounded {
 /// Rows that a thread rounds at a time.
 const ROWS: usize = 16;
 /// Numbers that are compared side by side.
-const LANES: usize = 64;
+const ABREAST: usize = 64;
 
 /// Rows as unsigned bytes (in signed ones), with scale and zero of each. A row with a number that is not finite has a scale of
 /// NaN.
@@ -319,7 +328,7 @@ fn quantised(x: &[f32], width: usize) -> (Vec<i8>, Vec<(f32, i32)>) {
 
 #[inline(always)]
 fn quantise(x: &[f32], bytes: &mut [i8]) -> (f32, i32) {
-    let Range { least, greatest } = Range::of(x);
+    let Bounds { least, greatest } = Bounds::of(x);
     let scale = (greatest - least) / 255.0;
     let steps = if scale > 0.0 { 1.0 / scale } else { 0.0 };
     let zero = (-least * steps).round_ties_even();
@@ -330,20 +339,20 @@ fn quantise(x: &[f32], bytes: &mut [i8]) -> (f32, i32) {
 }
 
 /// The least and the greatest of some numbers and 0; NaN if one of them is not finite.
-struct Range {
+struct Bounds {
     least: f32,
     greatest: f32,
 }
 
-impl Range {
+impl Bounds {
     #[inline(always)]
     fn of(x: &[f32]) -> Self {
-        let (mut least, mut greatest, mut nothing) = ([0f32; LANES], [0f32; LANES], [0f32; LANES]);
-        let (blocks, rest) = x.as_chunks::<LANES>();
-        let mut last = [0f32; LANES];
+        let (mut least, mut greatest, mut nothing) = ([0f32; ABREAST], [0f32; ABREAST], [0f32; ABREAST]);
+        let (blocks, rest) = x.as_chunks::<ABREAST>();
+        let mut last = [0f32; ABREAST];
         last[..rest.len()].copy_from_slice(rest);
         for x in blocks.iter().chain([&last]) {
-            for i in 0..LANES {
+            for i in 0..ABREAST {
                 least[i] = if x[i] < least[i] { x[i] } else { least[i] };
                 greatest[i] = if x[i] > greatest[i] { x[i] } else { greatest[i] };
                 nothing[i] += 0.0 * x[i];
@@ -357,7 +366,6 @@ impl Range {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
     use proptest::prelude::*;
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
@@ -482,6 +490,20 @@ mod tests {
             .map(|(a, b)| (a - b).abs() / (1.0 + b.abs()))
             .fold(0f32, f32::max);
         assert!(off < 1e-6, "{off}");
+    }
+
+    #[test]
+    fn the_longest_sums_of_bytes_do_not_wrap() {
+        let row = |x: f32, count: usize| Tensor::full(x, (1, count), &Device::Cpu).unwrap();
+        for sign in [1.0, -1.0] {
+            let packed = PackedLinear::new(&row(sign * 127.0, MOST_INPUTS), None, PackedWeights::Int8).unwrap();
+            let found = numbers(&packed.forward(&row(255.0, MOST_INPUTS), Epilogue::Nothing).unwrap())[0];
+            let wanted = sign * 255.0 * 127.0 * MOST_INPUTS as f32;
+            assert!((found / wanted - 1.0).abs() < 0.01, "{found} for {wanted}");
+        }
+        let error = PackedLinear::new(&row(1.0, MOST_INPUTS + 1), None, PackedWeights::Int8).unwrap_err().to_string();
+        assert!(error.contains("K at most 66311") && error.contains("66312"), "{error}");
+        assert!(PackedLinear::new(&row(1.0, MOST_INPUTS + 1), None, PackedWeights::AsGiven).is_ok());
     }
 
     #[test]

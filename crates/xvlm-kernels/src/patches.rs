@@ -3,12 +3,13 @@
 use std::ops::Range;
 
 use candle_core::{Result, Tensor};
+use half::bf16;
 use rayon::prelude::*;
 
 use crate::error::{KernelError, check_shape};
-use crate::graph::{Fresh, differentiable};
+use crate::graph::{Fresh, differentiable_by_gradient};
 use crate::host::{read, written};
-use crate::path::{Path, fused};
+use crate::path::Path;
 use crate::real::Real;
 
 /// Pixels `[N, C, H, W]` → `[N, H/patch · W/patch, C · patch²]`: the patches row by row, each as `[C, patch, patch]`, which a
@@ -24,26 +25,21 @@ pub fn split_patches(pixels: &Tensor, patch: usize) -> Result<Tensor> {
         return Err(KernelError::Value { op: OP, argument: "patch", expected, found }.into());
     }
     let (down, across) = (height / patch, width / patch);
-    let split = [n, down * across, channels * patch * patch];
-    if !matches!(Path::for_tensor(pixels), Path::HostF32 | Path::HostBf16) {
-        let parts = pixels.reshape((n, channels, down, patch, across, patch))?;
-        return parts.permute([0, 2, 4, 1, 3, 5])?.contiguous()?.reshape(&split);
+    let cut = Cut { n, channels, down, across, patch };
+    match Path::for_tensor(pixels) {
+        Path::HostF32 => cut.split::<f32>(OP, &pixels.contiguous()?),
+        Path::HostBf16 => cut.split::<bf16>(OP, &pixels.contiguous()?),
+        _ => {
+            let parts = pixels.reshape((n, channels, down, patch, across, patch))?;
+            parts.permute([0, 2, 4, 1, 3, 5])?.contiguous()?.reshape((n, down * across, channels * patch * patch))
+        }
     }
-    let pixels = &pixels.contiguous()?;
-    let cut = Cut { channels, down, across, patch };
-    let y =
-        fused!(pixels, T => cut.split::<T>(pixels, &split); candle_core::bail!("{OP}: no kernel of its own on a GPU"))?;
-    differentiable(OP, [pixels], y, move |[pixels], gradient| {
-        let joined = fused!(pixels, T => {
-            cut.join::<T>(gradient, pixels.dims())
-        }; candle_core::bail!("{OP}: no kernel of its own on a GPU"))?;
-        Ok([Some(joined.detached())])
-    })
 }
 
 /// How images are cut into patches.
 #[derive(Clone, Copy)]
 struct Cut {
+    n: usize,
     channels: usize,
     down: usize,
     across: usize,
@@ -67,22 +63,30 @@ impl Cut {
         self.across * self.patch * self.patch
     }
 
-    fn split<T: Real>(self, pixels: &Tensor, shape: &[usize]) -> Result<Fresh> {
-        let pixels = &*read::<T>(pixels)?;
-        Ok(written(shape, |out: &mut [T]| {
-            out.par_chunks_mut(self.row().max(1)).enumerate().for_each(|(row, out)| {
-                for channel in 0..self.channels {
-                    let band = (row / self.down * self.channels + channel) * self.down + row % self.down;
-                    let lines = pixels[band * self.band()..][..self.band()].chunks_exact(self.patch);
-                    for (i, from) in lines.enumerate() {
-                        out[self.place(i % self.across, channel, i / self.across)].copy_from_slice(from);
+    fn split<T: Real>(self, op: &'static str, pixels: &Tensor) -> Result<Tensor> {
+        let shape = (self.n, self.down * self.across, self.channels * self.patch * self.patch);
+        let split = {
+            let values = &*read::<T>(pixels)?;
+            written(shape, |out: &mut [T]| {
+                out.par_chunks_mut(self.row().max(1)).enumerate().for_each(|(row, out)| {
+                    for channel in 0..self.channels {
+                        let band = (row / self.down * self.channels + channel) * self.down + row % self.down;
+                        let lines = values[band * self.band()..][..self.band()].chunks_exact(self.patch);
+                        for (i, from) in lines.enumerate() {
+                            out[self.place(i % self.across, channel, i / self.across)].copy_from_slice(from);
+                        }
                     }
-                }
-            });
-        }))
+                });
+            })
+        };
+        differentiable_by_gradient(op, [pixels], split, move |gradient| {
+            Ok([Some(self.join::<T>(gradient)?.detached())])
+        })
     }
 
-    fn join<T: Real>(self, patches: &Tensor, shape: &[usize]) -> Result<Fresh> {
+    /// The images of these patches.
+    fn join<T: Real>(self, patches: &Tensor) -> Result<Fresh> {
+        let shape = (self.n, self.channels, self.down * self.patch, self.across * self.patch);
         let patches = &*read::<T>(patches)?;
         Ok(written(shape, |out: &mut [T]| {
             out.par_chunks_mut(self.band().max(1)).enumerate().for_each(|(band, out)| {
@@ -110,19 +114,24 @@ pub fn merge_patches(x: &Tensor, height: usize, width: usize) -> Result<Tensor> 
         let (expected, found) = ("a grid of even sides".into(), format!("{height} × {width}"));
         return Err(KernelError::Value { op: OP, argument: "grid", expected, found }.into());
     }
-    let merged = [n, height / 2 * (width / 2), 4 * c];
-    if !matches!(Path::for_tensor(x), Path::HostF32 | Path::HostBf16) {
-        let parts = x.reshape((n, height / 2, 2, width / 2, 2, c))?;
-        return parts.permute([0, 1, 3, 4, 2, 5])?.contiguous()?.reshape(&merged);
+    match Path::for_tensor(x) {
+        Path::HostF32 => merged::<f32>(OP, &x.contiguous()?, height, width),
+        Path::HostBf16 => merged::<bf16>(OP, &x.contiguous()?, height, width),
+        _ => {
+            let parts = x.reshape((n, height / 2, 2, width / 2, 2, c))?;
+            parts.permute([0, 1, 3, 4, 2, 5])?.contiguous()?.reshape((n, height / 2 * (width / 2), 4 * c))
+        }
     }
-    let x = &x.contiguous()?;
-    let y = fused!(x, T => map_rows::<T>(x, &merged, width, c, |out, x, merged, token| {
-        out[merged].copy_from_slice(&x[token]);
-    }); candle_core::bail!("{OP}: no kernel of its own on a GPU"))?;
-    differentiable(OP, [x], y, move |[x], gradient| {
-        let dx = fused!(x, T => map_rows::<T>(gradient, x.dims(), width, c, |out, gradient, merged, token| {
+}
+
+fn merged<T: Real>(op: &'static str, x: &Tensor, height: usize, width: usize) -> Result<Tensor> {
+    let (n, tokens, c) = x.dims3()?;
+    let shape = [n, height / 2 * (width / 2), 4 * c];
+    let y = map_rows::<T>(x, shape, width, c, |out, x, merged, token| out[merged].copy_from_slice(&x[token]))?;
+    differentiable_by_gradient(op, [x], y, move |gradient| {
+        let dx = map_rows::<T>(gradient, [n, tokens, c], width, c, |out, gradient, merged, token| {
             out[token].copy_from_slice(&gradient[merged]);
-        }); candle_core::bail!("{OP}: no kernel of its own on a GPU"))?;
+        })?;
         Ok([Some(dx.detached())])
     })
 }
@@ -131,14 +140,14 @@ pub fn merge_patches(x: &Tensor, height: usize, width: usize) -> Result<Tensor> 
 /// and of `from`, and with the places in them of the token after merging and before.
 fn map_rows<T: Real>(
     from: &Tensor,
-    shape: &[usize],
+    shape: [usize; 3],
     width: usize,
     c: usize,
     copy: impl Fn(&mut [T], &[T], Range<usize>, Range<usize>) + Sync,
 ) -> Result<Fresh> {
     let from = &*read::<T>(from)?;
     let rows = (2 * width * c).max(1);
-    Ok(written(shape, |out: &mut [T]| {
+    Ok(written(&shape, |out: &mut [T]| {
         out.par_chunks_mut(rows).zip(from.par_chunks(rows)).for_each(|(out, from)| {
             for merged in 0..2 * width {
                 let (right, lower) = (merged / 2 % 2, merged % 2);

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::boxes::patch_rectangle_mask;
 use crate::error::{KernelError, check_shape};
-use crate::graph::{Fresh, differentiable};
+use crate::graph::{Fresh, differentiable_by_gradient};
 use crate::host::{cast, read, written};
 use crate::path::{Path, fused};
 use crate::real::Real;
@@ -27,7 +27,8 @@ pub enum Cover<'a> {
 /// patches of its image.
 ///
 /// `patches [N, L, C]`; region `b` lies in image `index[b]`. Returns `[B, 1 + L, C]`. A region that covers nothing, which
-/// only a mask can tell, has a mean of zeros. Neither masks nor boxes get a gradient. The gradient of a patch is summed over the regions in their order.
+/// only a mask can tell, has a mean of zeros. Neither masks nor boxes get a gradient. The gradient of a patch is summed over
+/// the regions in their order.
 ///
 /// # Errors
 /// On a wrong shape, an index that is not below `N`, boxes that are not `f32` or a grid that is not square, or a cover on
@@ -71,9 +72,8 @@ pub fn patch_pool(patches: &Tensor, index: &[u32], cover: Cover) -> Result<Tenso
     }
     let result = pool(patches, index, &shares)?;
     let index = index.to_vec();
-    differentiable(OP, [patches], result, move |[patches], gradient| {
-        let groups = Groups::new(&index, patches.dim(0)?);
-        Ok([Some(spread(patches, &groups, &shares, gradient)?.detached())])
+    differentiable_by_gradient(OP, [patches], result, move |gradient| {
+        Ok([Some(spread(&Groups::new(&index, n), &shares, gradient)?.detached())])
     })
 }
 
@@ -145,18 +145,18 @@ fn pool_on_host<T: Real>(patches: &Tensor, index: &[u32], shares: &Tensor) -> Re
 }
 
 /// The gradient of the patches.
-fn spread(patches: &Tensor, groups: &Groups, shares: &Tensor, gradient: &Tensor) -> Result<Fresh> {
+fn spread(groups: &Groups, shares: &Tensor, gradient: &Tensor) -> Result<Fresh> {
     fused!(
-        patches,
-        T => spread_on_host::<T>(patches, groups, shares, gradient);
-        on_gpu::spread(patches, groups, shares, gradient)
+        gradient,
+        T => spread_on_host::<T>(groups, shares, gradient);
+        on_gpu::spread(groups, shares, gradient)
     )
 }
 
-fn spread_on_host<T: Real>(patches: &Tensor, groups: &Groups, shares: &Tensor, gradient: &Tensor) -> Result<Fresh> {
+fn spread_on_host<T: Real>(groups: &Groups, shares: &Tensor, gradient: &Tensor) -> Result<Fresh> {
     /// Patches a thread takes at a time.
     const ROWS: usize = 16;
-    let (n, l, c) = patches.dims3()?;
+    let (n, l, c) = groups.patches(gradient)?;
     let (gradients, shares) = (&*read::<T>(gradient)?, &*read::<f32>(shares)?);
     // Token `token` of what a region was made into.
     let token = |region: u32, token: usize| &gradients[(region as usize * (1 + l) + token) * c..][..c];
@@ -201,6 +201,12 @@ impl Groups {
         regions.sort_by_key(|&region| index[region as usize]);
         let before = |image: usize| regions.partition_point(|&region| (index[region as usize] as usize) < image) as u32;
         Self { starts: (0..=images).map(before).collect(), regions }
+    }
+
+    /// The sizes of the patches that a result `[B, 1 + L, C]` was made of: `N`, `L` and `C`.
+    fn patches(&self, result: &Tensor) -> Result<(usize, usize, usize)> {
+        let (_, tokens, c) = result.dims3()?;
+        Ok((self.starts.len() - 1, tokens - 1, c))
     }
 
     fn of(&self, image: usize) -> &[u32] {
@@ -251,10 +257,10 @@ mod on_gpu {
         Ok(out.into())
     }
 
-    pub(super) fn spread(patches: &Tensor, groups: &Groups, shares: &Tensor, gradient: &Tensor) -> Result<Fresh> {
-        let (n, l, c) = patches.dims3()?;
-        let (starts, regions) = (upload(&groups.starts, patches)?, upload(&groups.regions, patches)?);
-        let mut out = Buffer::like(patches, (n, l, c))?;
+    pub(super) fn spread(groups: &Groups, shares: &Tensor, gradient: &Tensor) -> Result<Fresh> {
+        let (n, l, c) = groups.patches(gradient)?;
+        let (starts, regions) = (upload(&groups.starts, gradient)?, upload(&groups.regions, gradient)?);
+        let mut out = Buffer::like(gradient, (n, l, c))?;
         let arguments = &mut [
             Arg::In(gradient),
             Arg::In(&starts),
@@ -264,7 +270,8 @@ mod on_gpu {
             Arg::size(l)?,
             Arg::size(c)?,
         ];
-        launch(kernel("pool_backward"), patches, patches.dtype(), grid(n * l.div_ceil(ROWS), patches, c), arguments)?;
+        let grid = grid(n * l.div_ceil(ROWS), gradient, c);
+        launch(kernel("pool_backward"), gradient, gradient.dtype(), grid, arguments)?;
         Ok(out.into())
     }
 }

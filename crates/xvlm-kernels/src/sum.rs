@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Tensor, bail};
 use half::bf16;
 use rayon::prelude::*;
 
-use crate::host::{read, written};
+use crate::host::{memory, read, written};
 use crate::real::Real;
 use crate::simd::vectorized;
 
@@ -48,10 +48,9 @@ fn on_host<A: Real, B: Real, Out: Real>(a: &Tensor, b: &Tensor) -> Result<Tensor
 
 /// Adds `b` to the numbers of `a`, whoever has them, and says whether there are loops for it.
 pub(crate) fn add_in_place(a: &Tensor, b: &Tensor) -> Result<bool> {
-    let storage = |tensor: &Tensor| std::ptr::from_ref(&*tensor.storage_and_layout().0).addr();
     let are_on_host = a.device().is_cpu() && b.device().is_cpu();
     let fit = a.shape() == b.shape() && a.is_contiguous() && a.elem_count() > 0;
-    if !are_on_host || !fit || storage(a) == storage(b) {
+    if !are_on_host || !fit || memory(a) == memory(b) {
         return Ok(false);
     }
     let b = &b.contiguous()?;

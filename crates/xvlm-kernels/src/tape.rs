@@ -4,6 +4,9 @@
 //! A [`Tape`] cuts the graph into segments, a transformer block each: the backward pass goes from segment to segment, frees
 //! each when it is done, says which parameters have their whole gradient by then, and can leave the inside of a segment out
 //! of memory and compute it again when it is needed (activation recomputation, Chen et al. 2016).
+//!
+//! Inside a segment the operations of this crate are put on record, each with what its backward pass needs, and hand their
+//! gradients to one another; candle has only the graphs of its own operations between them.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
@@ -45,7 +48,8 @@ impl Tape {
     }
 
     /// Runs a piece of a forward pass, and returns its result without the graph that led to it. `run` must compute the same
-    /// bits each time it is called.
+    /// bits each time it is called. A tensor that leaves it by another way than its result has no history, or an incomplete one:
+    /// no gradient goes through the operations of this crate that led to it.
     ///
     /// # Errors
     /// What `run` says.
@@ -70,10 +74,16 @@ impl Tape {
     }
 
     fn compute(&self, run: &dyn Fn() -> Result<Tensor>) -> Result<(Tensor, Record)> {
+        /// Leaves the segment, after a panic too.
+        struct Leave<'a>(&'a Cell<bool>);
+        impl Drop for Leave<'_> {
+            fn drop(&mut self) {
+                self.0.set(false);
+            }
+        }
         self.is_inside.set(true);
-        let result = recording(run);
-        self.is_inside.set(false);
-        result
+        let _leave = Leave(&self.is_inside);
+        recording(run)
     }
 
     /// The variables that `loss` was computed from, whether through segments of this tape or past them: no other gets a
@@ -122,7 +132,8 @@ impl Tape {
                 }
             })
         };
-        // What is summed for a parameter is wide; what is on its way to another operation is not.
+        // What is summed for a parameter is wide; what is on its way to another operation is not, unless several segments
+        // have addends of it.
         let width = |leaves: &[Tensor]| -> HashMap<TensorId, Width> {
             let parameters = leaves.iter().filter(|leaf| !boundaries.contains(&leaf.id()));
             parameters.map(|leaf| (leaf.id(), Width::F32)).collect()
@@ -170,7 +181,7 @@ enum Width {
 }
 
 /// The addends so far of a gradient.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Sum {
     total: Tensor,
     /// Whether nobody else has the memory of the total.
@@ -199,7 +210,7 @@ impl Sum {
     }
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 struct Sums(HashMap<TensorId, Sum>);
 
 impl Sums {
@@ -254,7 +265,7 @@ impl Sums {
 }
 
 /// Gradients by variable.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Gradients(Sums);
 
 impl Gradients {
@@ -511,6 +522,21 @@ mod tests {
         let whole = x.as_tensor().clone();
         tape.segment(move || whole.tanh()).unwrap();
         assert_eq!(tape.segments.borrow().len(), 1);
+    }
+
+    #[test]
+    fn a_panic_leaves_the_tape_as_it_was() {
+        for recomputes in [false, true] {
+            let (tape, x) = (Rc::new(Tape::new(recomputes)), variable(1, 2, 2));
+            let run = || tape.segment(|| panic!("inside a segment"));
+            assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err());
+            // Nothing is on record outside.
+            let one = Var::new(&[1f32], &Device::Cpu).unwrap();
+            assert!(crate::gelu(&one).unwrap().sum_all().unwrap().backward().unwrap().get(&one).is_some());
+            let whole = x.as_tensor().clone();
+            tape.segment(move || whole.tanh()).unwrap();
+            assert_eq!(tape.segments.borrow().len(), 1);
+        }
     }
 
     #[test]

@@ -98,7 +98,7 @@ pub(crate) enum Numbers<'a> {
 }
 
 impl Numbers<'_> {
-    /// A tensor of the same shape, and whether there are floats or not.
+    /// A tensor of the same shape, of `i64` where the numbers are, and of floats where they are.
     fn like(&self) -> &Tensor {
         match self {
             Self::Tensor(tensor) => tensor,

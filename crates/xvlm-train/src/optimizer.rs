@@ -86,7 +86,7 @@ impl Weights<'_> {
         }
     }
 
-    /// Puts others in their place.
+    /// Puts others in their place. Where these are the master of a parameter, that one follows by [`Slot::narrow`].
     pub(crate) fn set(&self, weights: &Tensor) -> candle_core::Result<()> {
         match self {
             Self::Whole(variable) => variable.set(&weights.to_dtype(variable.dtype())?),

@@ -1,4 +1,5 @@
-//! Attention of one head over one sequence or window, on the CPU.
+//! Attention of one head over one sequence or window, on the CPU: forward by AVX-512 where that knows how (`native`), with
+//! dropout and elsewhere as here, as are all gradients.
 //!
 //! The rows of a head are copied, widened, into a scratch that stays in a core's cache, and the products run there. Queries
 //! are taken a tile at a time, and the scores of a tile are stored key by key (see [`super::softmax`]).

@@ -74,8 +74,11 @@ impl Dropped<'_> {
 /// `qkv [B, T, 3·C]` holds queries, keys and values side by side, each with its heads side by side; `key_bias [B, T]` is
 /// added to the scores of every query (0 keeps a key, a large negative number hides it; if all keys of a sequence are hidden,
 /// all are seen alike); with `causal` a position sees itself and what is before it, and nothing else. Returns `[B, T, C]`:
-/// softmax(q·kᵀ / √width + bias) · v of each head (Vaswani et al. 2017, §3.2). The bias gets no gradient. On a CPU that has
-/// instructions for bf16, a probability of that type is rounded (2⁻⁹ of it) before it weighs a value; without them it stays f32.
+/// softmax(q·kᵀ / √width + bias) · v of each head (Vaswani et al. 2017, §3.2). The bias gets no gradient.
+///
+/// On a CPU that has instructions for bf16, a probability of that type is rounded (2⁻⁹ of it) before it weighs a value, here as
+/// in [`cross_attention`], [`cached_attention`] and [`window_attention`](crate::window_attention). It stays f32
+/// without such instructions, with dropout, in heads of odd width, and, but for windows, where there is a single query.
 ///
 /// # Errors
 /// On a wrong shape, if `C` is not a multiple of `heads`, or, on a GPU, if a head has more than 128 numbers.
@@ -109,7 +112,8 @@ pub fn self_attention(
     }
 }
 
-/// Multi-head cross-attention in which several texts may look at one image.
+/// Multi-head cross-attention in which several texts may look at one image. Probabilities of bf16 are as in
+/// [`self_attention`].
 ///
 /// `q [P, T, C]`; `kv [N, L, 2·C]` holds keys and values side by side; row `p` of `q` looks at row `index[p]` of `kv`
 /// through `key_bias [P, L]`, which gets no gradient. Returns `[P, T, C]`.

@@ -10,7 +10,8 @@
 //! nearest (2⁻⁸ of it). The instructions for `bf16` take denormal numbers (below 2⁻¹²⁶) for 0, on their way in and out.
 //!
 //! Bytes are the third type: with AVX-512 VNNI, one `vpdpbusd` multiplies 64 pairs of an unsigned and a signed byte and adds
-//! them four by four to sixteen whole numbers, which are exact. What they stand for, [`Scales`] say.
+//! them four by four to sixteen whole numbers, which are exact up to a `k` of 66 311 (2³¹ / (255 · 127)) and wrap beyond. What
+//! they stand for, [`Scales`] say.
 //!
 //! A factor that is used often, such as a weight, is packed once ([`Panels`]). What is done with a sum before it is written
 //! ([`Finish`]) is done while it is in the nearest cache.

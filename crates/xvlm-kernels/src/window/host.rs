@@ -1,5 +1,7 @@
 //! Window attention on the CPU. The rows of a window are read and written where they lie in the image.
 
+use std::sync::Arc;
+
 use candle_core::{Result, Tensor};
 use pulp::Arch;
 use rayon::prelude::*;
@@ -24,15 +26,21 @@ pub(super) fn window_attention<T: Instructions>(qkv: &Tensor, bias: &Tensor, sha
     })
 }
 
-/// The same with biases that [`tables`] made, for inference.
+/// The same with biases that [`tables`] made, which have no gradient.
 pub(super) fn prepared<T: Instructions>(
     qkv: &Tensor,
-    tables: &[f32],
+    tables: &Arc<[f32]>,
     heads: usize,
     shape: WindowShape,
-) -> Result<Fresh> {
+) -> Result<Tensor> {
     let (images, _, packed) = qkv.dims3()?;
-    Ok(Windows::new(images, heads, packed / 3, shape).forward(&read::<T>(qkv)?, tables))
+    let windows = Windows::new(images, heads, packed / 3, shape);
+    let result = windows.forward(&read::<T>(qkv)?, tables);
+    let tables = Arc::clone(tables);
+    differentiable("window_attention_with", [qkv], result, move |[qkv], gradient| {
+        let (dqkv, _) = windows.backward(&read::<T>(qkv)?, &tables, &read::<T>(gradient)?);
+        Ok([Some(dqkv.detached())])
+    })
 }
 
 /// Biases `[heads, area, area]` key by key: `[heads, area, stride]`.

@@ -130,11 +130,16 @@ impl WindowBias {
     /// Of `bias [heads, window², window²]`, as for [`window_attention`]. Later changes of the tensor may not show.
     ///
     /// # Errors
-    /// If `bias` has not three dimensions, of which the last two are equal.
+    /// If `bias` has not three dimensions above 0, of which the last two are equal.
     pub fn new(bias: &Tensor) -> Result<Self> {
+        const OP: &str = "WindowBias::new";
         let (heads, area, _) = bias.dims3()?;
         let shape = [heads, area, area];
-        check_shape("WindowBias::new", "bias", bias, &shape)?;
+        check_shape(OP, "bias", bias, &shape)?;
+        if bias.elem_count() == 0 {
+            let (expected, found) = ("[heads, window², window²], all above 0".into(), bias.dims().to_vec());
+            return Err(KernelError::Shape { op: OP, argument: "bias", expected, found }.into());
+        }
         let bias = bias.detach().contiguous()?;
         let tables = match Path::for_tensor(&bias) {
             Path::HostF32 => host::tables::<f32>(&bias)?,
@@ -145,28 +150,25 @@ impl WindowBias {
     }
 }
 
-/// [`window_attention`] with a bias that was laid out before. For inference only: the result has no history, and nothing gets a
-/// gradient.
+/// [`window_attention`] with a bias that was laid out before, which gets no gradient.
 ///
 /// # Errors
-/// As [`window_attention`].
+/// As [`window_attention`], or if the bias was laid out for another device or type.
 pub fn window_attention_with(qkv: &Tensor, bias: &WindowBias, shape: WindowShape) -> Result<Tensor> {
-    let qkv = &qkv.detach().contiguous()?;
     let (tables, of_bias) = match &bias.0 {
-        Layout::Plain(bias) => return window_attention(qkv, &bias.detach(), shape),
+        Layout::Plain(bias) => return window_attention(qkv, bias, shape),
         Layout::Tables { tables, shape } => (tables, shape),
     };
     check(qkv, of_bias, shape)?;
-    let result = match Path::for_tensor(qkv) {
-        Path::HostF32 => host::prepared::<f32>(qkv, tables, of_bias[0], shape)?,
-        Path::HostBf16 => host::prepared::<bf16>(qkv, tables, of_bias[0], shape)?,
+    match Path::for_tensor(qkv) {
+        Path::HostF32 => host::prepared::<f32>(&qkv.contiguous()?, tables, of_bias[0], shape),
+        Path::HostBf16 => host::prepared::<bf16>(&qkv.contiguous()?, tables, of_bias[0], shape),
         _ => {
             let found = format!("{:?} on {:?}", qkv.dtype(), qkv.device().location());
-            let expected = "f32 or bf16 on the CPU, as the bias".into();
-            return Err(KernelError::Value { op: OP, argument: "qkv", expected, found }.into());
+            let expected = "f32 or bf16 on the CPU, where the bias was laid out".into();
+            Err(KernelError::Value { op: OP, argument: "qkv", expected, found }.into())
         }
-    };
-    Ok(result.detached())
+    }
 }
 
 /// Fails unless the shapes fit, that of the bias among them.

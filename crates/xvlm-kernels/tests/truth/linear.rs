@@ -39,6 +39,29 @@ fn compare_gelu(shape: &[usize], n: usize, seed: u64) {
     );
 }
 
+/// Three layers of different widths.
+fn compare_stacked(shape: &[usize], n: usize, seed: u64) {
+    let k = *shape.last().unwrap();
+    let widths = [n, 1, n + 2];
+    let part = |i: usize| {
+        let seed = seed ^ (1 + i as u64);
+        (Array::random(&[widths[i], k], seed << 8), Array::random(&[widths[i]], seed << 16))
+    };
+    let [(a, of_a), (b, of_b), (c, of_c)] = [0, 1, 2].map(part);
+    check(
+        [Array::random(shape, seed), a, b, c, of_a, of_b, of_c],
+        |[x, weights @ .., of_a, of_b, of_c]| {
+            let stack = |shape: &[usize], parts: [&Array; 3]| {
+                Array::new(shape, parts.iter().flat_map(|part| part.values.iter().copied()).collect())
+            };
+            let outputs: usize = widths.iter().sum();
+            let weight = stack(&[outputs, k], weights.each_ref());
+            plain(x, &weight, Some(&stack(&[outputs], [of_a, of_b, of_c])))
+        },
+        |_, [x, a, b, c, of_a, of_b, of_c]| kernels::stacked_linear(x, &[a, b, c], &[of_a, of_b, of_c]),
+    );
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(10))]
 
@@ -46,6 +69,7 @@ proptest! {
     fn linears(batch in 0usize..4, rows in 1usize..6, k in 1usize..70, n in 1usize..70, seed: u64) {
         compare(&[batch, rows, k], n, seed);
         compare_gelu(&[batch, rows, k], n, seed);
+        compare_stacked(&[batch, rows, k], n, seed);
     }
 }
 
@@ -74,4 +98,8 @@ fn wrong_shapes_are_named() {
     named(kernels::linear(&x, &weight, &zeros(&[3])), &["linear: `bias`", "[4]", "[3]"]);
     named(kernels::linear(&x, &weight, &zeros(&[4]).to_dtype(DType::BF16).unwrap()), &["linear: `bias`", "BF16"]);
     named(kernels::linear_without_bias(&x, &zeros(&[4, 5])), &["linear_without_bias: `weight`", "[4, 3]", "[4, 5]"]);
+    let bias = &zeros(&[4]);
+    named(kernels::stacked_linear(&x, &[&weight], &[bias, bias]), &["stacked_linear: `biases`", "1, one for", "2"]);
+    named(kernels::stacked_linear(&x, &[&weight; 2], &[bias, &zeros(&[3])]), &["stacked_linear: `bias`", "[4]", "[3]"]);
+    assert!(kernels::stacked_linear(&x, &[], &[]).is_err());
 }

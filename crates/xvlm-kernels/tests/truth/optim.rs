@@ -236,6 +236,17 @@ fn halves_hold_every_bit_and_the_upper_is_the_nearest() {
         let is_in_the_middle = x.to_bits() & 0xffff == 0x8000;
         assert!(found == nearest || is_in_the_middle && found == nearest + (1 << 16), "{x}");
     }
+    // In both types, of every pattern.
+    let bits = [0x7f80_0001, 0x7f80_8000, 0x7fc0_0000, 0x7fff_7fff, 0x7fff_8000, 0x7fff_ffff];
+    let patterns: Vec<f32> =
+        bits.into_iter().flat_map(|bits: u32| [bits, bits | 1 << 31]).map(f32::from_bits).collect();
+    let [upper, lower] = halves(patterns.len());
+    let not_numbers = Tensor::from_vec(patterns.clone(), patterns.len(), &Device::Cpu).unwrap();
+    split_into(&upper, &lower, &not_numbers).unwrap();
+    for found in [upper.to_dtype(DType::F32).unwrap(), joined(&upper, &lower).unwrap()] {
+        let found = found.to_vec1::<f32>().unwrap();
+        assert!(found.iter().zip(&patterns).all(|(x, of)| x.is_nan() && x.is_sign_negative() == of.is_sign_negative()));
+    }
     let [upper, lower] = halves(3);
     assert!(split_into(&upper, &lower, &wide).is_err() && joined(&lower, &upper).is_err());
     assert!(joined(&upper, &halves(2)[1]).is_err());
@@ -264,4 +275,9 @@ fn steps_of_halves_are_those_of_whole_numbers() {
     let wrong = Update { rest: Some(&rest), ..whole.update(&gradient, 0, 1) };
     let found = adamw_step(&SETTINGS, &[wrong]).unwrap_err().to_string();
     assert!(found.contains("`parameter`") && found.contains("BF16"), "{found}");
+    let wide = Slot::new(&Array::random(&[5], 1), &At { dtype: DType::F64, ..at });
+    let (right, of_wide) = (Update { parameter: &parameter, ..wrong }, Array::random(&[5], 2));
+    let of_wide = Tensor::from_vec(of_wide.values, 5, &Device::Cpu).unwrap();
+    let found = adamw_step(&SETTINGS, &[right, wide.update(&of_wide, 0, 1)]).unwrap_err().to_string();
+    assert!(found.contains("`parameter`") && found.contains("F64 of shape [5]"), "{found}");
 }

@@ -51,15 +51,26 @@ fn check_window([n, heads, width]: [usize; 3], shape: WindowShape, scale: f64, s
     let qkv = Array::random(&[n, shape.height * shape.width, 3 * heads * width], seed).map(|x| x * scale);
     let bias = Array::random(&[heads, area, area], seed ^ 1);
     check(
-        [qkv, bias],
+        [qkv.clone(), bias.clone()],
         |[qkv, bias]| plain(qkv, bias, shape),
         |_, [qkv, bias]| {
             let result = kernels::window_attention(qkv, bias, shape)?;
             let prepared = kernels::window_attention_with(qkv, &kernels::WindowBias::new(bias)?, shape)?;
             assert_eq!(Array::from(&prepared).values, Array::from(&result).values);
-            assert!(!prepared.track_op());
             Ok(result)
         },
+    );
+    check_prepared(&qkv, &bias, shape);
+}
+
+/// With a bias that was laid out before, which gets no gradient.
+fn check_prepared(qkv: &Array, bias: &Array, shape: WindowShape) {
+    // Of numbers that all types hold.
+    let bias = bias.map(|x| (64.0 * x).round() / 64.0);
+    check(
+        [qkv.clone()],
+        |[qkv]| plain(qkv, &bias, shape),
+        |at, [qkv]| kernels::window_attention_with(qkv, &kernels::WindowBias::new(&bias.tensor(at, false))?, shape),
     );
 }
 
@@ -101,6 +112,10 @@ fn wrong_shapes_are_named() {
     assert!(found.contains("heads"), "{found}");
     let found = kernels::WindowBias::new(&zeros(&[1, 4, 5])).unwrap_err().to_string();
     assert!(found.contains("`bias`") && found.contains("[1, 4, 4]"), "{found}");
+    for empty in [[2, 0, 0], [0, 4, 4]] {
+        let found = kernels::WindowBias::new(&zeros(&empty)).unwrap_err().to_string();
+        assert!(found.contains("`bias`") && found.contains("above 0"), "{found}");
+    }
     let bias = kernels::WindowBias::new(&zeros(&[1, 4, 4])).unwrap();
     let shape = WindowShape { height: 4, width: 4, window: 4, shift: 0 };
     let found = kernels::window_attention_with(&zeros(&[1, 16, 6]), &bias, shape).unwrap_err().to_string();

@@ -152,6 +152,7 @@ impl<T: Native> Multiplier<T> {
         let Product { size: (m, n, k), a, b, finish, out } = product;
         let a = Source::of(a, m, k);
         check((m, n), &finish, out);
+        assert!(finish.scales.is_some() == (size_of::<T>() == 1), "scales for bytes, and for nothing else");
         if m == 0 || n == 0 {
             return;
         }
