@@ -19,7 +19,7 @@ use xvlm::tasks::fill::Completing;
 use xvlm::tasks::grounding::WeakScores;
 use xvlm::tasks::{Counter, Model, PretrainConfig, Session, Sweep, fill, grounding, nlvr, pretrain, retrieval, vqa};
 use xvlm::train::{LossCurve, Warmup, loss_curves, read_metrics};
-use xvlm::{Bundled, Picture, Predictor};
+use xvlm::{Bundled, Picture, Precision, Predictor};
 
 use crate::ModelArgs;
 use crate::eval::{
@@ -78,6 +78,7 @@ pub(crate) struct Demo {
 #[derive(Serialize)]
 pub(crate) struct Scores {
     pub(crate) model: String,
+    pub(crate) precision: Precision,
     pub(crate) scenes: u32,
     pub(crate) unseen_scenes: u32,
     pub(crate) seed: u64,
@@ -124,6 +125,7 @@ impl Demo {
         let unseen = Stage::run("phrases, unseen", |at| boxes(predictor.model(), &data_unseen, at))?;
         let scores = Scores {
             model,
+            precision: self.model.precision,
             scenes: self.scenes,
             unseen_scenes,
             seed: self.seed,

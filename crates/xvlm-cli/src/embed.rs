@@ -9,11 +9,11 @@ use serde_json::json;
 use xvlm::tasks::Sweep;
 use xvlm::tasks::embed::{self, Format, Kind, Numbers, Options, Pictures, Summary};
 
-use crate::ModelArgs;
 use crate::output::{self, CliError, table};
 use crate::progress::Stage;
 use crate::ranks::{self, RanksArgs};
 use crate::signals;
+use crate::{ModelArgs, weights};
 
 /// Which pictures.
 #[derive(Args)]
@@ -148,7 +148,7 @@ impl Embed {
                 let mut sweep = Sweep {
                     folder: None,
                     resume: self.resume,
-                    about: json!({"weights": predictor.model().fingerprint(), "precision": predictor.model().precision()}),
+                    about: json!({"weights": weights(predictor.model())}),
                     stop,
                     ranks: Arc::clone(&ranks),
                     max_bad_fraction: 0.0,

@@ -16,7 +16,7 @@ use crate::predict::percent;
 use crate::progress::Stage;
 use crate::ranks::{self, RanksArgs};
 use crate::signals;
-use crate::{ModelArgs, share};
+use crate::{ModelArgs, share, weights};
 
 /// Fill in the blanks of a phrase about a picture, or grade what somebody else filled in
 ///
@@ -165,8 +165,7 @@ impl Fill {
             let stop = signals::asked_to_stop()?;
             Stage::run("exercises", |counter| {
                 let (folder, resume, max_bad_fraction) = (Some(out.to_owned()), self.resume, self.max_bad_fraction);
-                let model = predictor.model();
-                let about = json!({"weights": model.fingerprint(), "precision": model.precision(), "file": file});
+                let about = json!({"weights": weights(predictor.model()), "file": file});
                 let ranks = Arc::clone(&ranks);
                 let mut sweep = Sweep { folder, resume, about, stop, ranks, max_bad_fraction, counter };
                 let done = fill::grade_all(predictor.model(), exercises, self.search(), self.accept, &mut sweep);

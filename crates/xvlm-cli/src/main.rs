@@ -35,6 +35,7 @@ use std::process::ExitCode;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
+use xvlm::tasks::Model;
 use xvlm::{Bundled, Compute, Device, Precision, Predictor};
 
 use crate::output::CliError;
@@ -102,8 +103,8 @@ struct ModelArgs {
     /// one for the rest]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// Numbers to compute with: f32; bf16, half the memory and faster, within a hundredth of the same answers; or int8, weights of 8
-    /// bits, on the CPU
+    /// Numbers to compute with: f32; bf16, half the memory and faster; or int8, weights of 8 bits, on the CPU. Answers of the
+    /// latter two differ slightly
     #[arg(long, value_name = "NUMBERS", default_value_t)]
     precision: Precision,
     #[command(flatten)]
@@ -158,6 +159,14 @@ impl ModelArgs {
     /// What reports call the model.
     fn name(&self) -> String {
         self.model.as_ref().map_or_else(|| "built in".to_owned(), |dir| dir.display().to_string())
+    }
+}
+
+/// What tells the answers of a model from those of others: its weights and, unless it is f32, the precision.
+fn weights(model: &Model) -> String {
+    match model.precision() {
+        Precision::F32 => model.fingerprint().to_owned(),
+        narrow => format!("{} in {narrow}", model.fingerprint()),
     }
 }
 

@@ -105,7 +105,7 @@ fn all<T>(items: &[T], html: impl Fn(&T) -> String) -> String {
 impl Report<'_> {
     /// The page.
     pub(crate) fn html(&self) -> String {
-        let Scores { model, scenes, unseen_scenes, seed, .. } = self.scores;
+        let Scores { model, precision, scenes, unseen_scenes, seed, .. } = self.scores;
         let mut page = format!(
             "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n\
              <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
@@ -117,8 +117,8 @@ impl Report<'_> {
         let _ = write!(
             page,
             "<h1>X-VLM, on pictures it has never seen</h1>\n\
-             <p class=\"soft\">Model: {}. {scenes} held-out scenes and {unseen_scenes} with colour–shape pairs that are \
-             absent from training, seed {seed}. All answers took {seconds:.0} s. The pictures below are the first of \
+             <p class=\"soft\">Model: {}, in {precision}. {scenes} held-out scenes and {unseen_scenes} with \
+             colour–shape pairs that are absent from training, seed {seed}. All answers took {seconds:.0} s. The pictures below are the first of \
              each set, not the best.</p>\n",
             escape(model),
         );

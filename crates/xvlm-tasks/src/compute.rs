@@ -17,8 +17,7 @@ pub enum Precision {
     /// 32 bits: what the scores of the documentation are measured with.
     #[default]
     F32,
-    /// Weights and activations of 16 bits, with sums of 32: half the memory, and about twice as fast where processors have
-    /// instructions for it.
+    /// Weights and activations of 16 bits, with sums of 32: half the memory, and faster where processors have instructions for it.
     Bf16,
     /// Weights of linear layers of 8 bits, a scale a row; activations are rounded to 8 bits for each product, everything else is of
     /// 32 bits. On CPUs only.

@@ -123,7 +123,7 @@ impl Model {
         let file = format!("{}/{CONFIG}", files.name);
         let config = parse_config(&file, files.config.as_bytes())?;
         let tokenizer = || TextTokenizer::from_bytes(&format!("{}/tokenizer.json", files.name), &files.tokenizer);
-        let (tokenizer, xvlm) = rayon::join(tokenizer, || build(&config.model, &files.weights, &files.name, &compute));
+        let (tokenizer, xvlm) = rayon::join(tokenizer, || build(&config.model, &files.weights, &compute));
         let (tokenizer, xvlm, Compute { device, precision }) = (tokenizer?, xvlm?, compute);
         check_texts(&config.model, config.max_tokens, &tokenizer).map_err(|message| ConfigProblem { file, message })?;
         let first = |name: &str| Ok((name.to_owned(), files.weights.first_numbers(name, FINGERPRINTED)?));
@@ -132,7 +132,7 @@ impl Model {
         Ok(Self { config, xvlm, tokenizer, device, precision, fingerprint: fingerprint(numbers) })
     }
 
-    /// A model with these weights, in f32, which it shares with whoever trains them.
+    /// A model with these weights, in f32. Those that are of f32 already it shares with whoever trains them; others are copied.
     ///
     /// # Errors
     /// If a parameter is missing or has another shape.
@@ -326,10 +326,10 @@ impl Model {
     }
 }
 
-/// A network with the weights of a file that errors call `name`, laid out for inference. Linear layers are built without
-/// theirs, which are then read and laid out one by one, by all threads: that is most of the time that opening a model takes,
-/// and it is spent on memory, which is touched as seldom as can be.
-fn build(config: &XvlmConfig, stored: &StoredTensors, name: &str, compute: &Compute) -> Result<Xvlm, TaskError> {
+/// A network with the weights of a file, laid out for inference. Linear layers are built without theirs, which are then read and
+/// laid out one by one, by all threads: that is most of the time that opening a model takes, and it is spent on memory, which is
+/// touched as seldom as can be.
+fn build(config: &XvlmConfig, stored: &StoredTensors, compute: &Compute) -> Result<Xvlm, TaskError> {
     let mut linear = BTreeSet::new();
     let blueprint = Blueprint::of(|vb| {
         linear.extend(Xvlm::new(config, vb)?.linear_weights());
@@ -337,7 +337,7 @@ fn build(config: &XvlmConfig, stored: &StoredTensors, name: &str, compute: &Comp
     })?;
     let expected = blueprint.shapes();
     let targets = expected.iter().map(|(name, shape)| (name.as_str(), shape.as_slice()));
-    xvlm_weights::compare(name, &stored.shapes(), targets, &LoadRules::default())?;
+    xvlm_weights::compare(stored.name(), &stored.shapes(), targets, &LoadRules::default())?;
     let Compute { device, precision } = compute;
     let tensor = |(name, shape): (&String, &Vec<usize>)| -> Result<(String, Tensor), TaskError> {
         // Scalars, such as a temperature, are few, and each counts.

@@ -178,7 +178,7 @@ pub fn plan(
     if let Some(dir) = &config.init_from {
         let files = ModelFolder::open(dir)?;
         let shapes = shapes.iter().map(|(name, shape)| (name.as_str(), shape.as_slice()));
-        xvlm_weights::compare(&files.name, &files.weights.shapes(), shapes, &LoadRules::default())?;
+        xvlm_weights::compare(files.weights.name(), &files.weights.shapes(), shapes, &LoadRules::default())?;
     }
     let parameters = count(&config, &shapes);
     let work = Work { config: &config, is_trained: trained(&config, &shapes) };

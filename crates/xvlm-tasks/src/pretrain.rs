@@ -314,7 +314,8 @@ pub fn run(
         .with_itc_gradient(config.itc_gradient);
     if let Some(dir) = &config.init_from {
         let files = ModelFolder::open(dir)?;
-        xvlm_weights::assign(&files.name, &files.tensors()?, &pretraining.parameters, &LoadRules::default())?;
+        let (name, tensors) = (files.weights.name(), files.tensors()?);
+        xvlm_weights::assign(name, &tensors, &pretraining.parameters, &LoadRules::default())?;
     }
     let run = RunFolder::new(out)?;
     let batches = |start| -> std::result::Result<Box<dyn Batches<Batch>>, BoxError> {

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use xvlm_data::annotations::Reason;
@@ -9,11 +10,11 @@ use xvlm_data::{Picture, TextTokenizer, scenes};
 use xvlm_encoders::XvlmConfig;
 use xvlm_tasks::finetune::{BboxTask, FinetuneTask, WeakGroundingTask};
 use xvlm_tasks::grounding::{
-    BoxOptions, Evaluation, Layers, TestSet, WeakEvaluation, WeakOptions, evaluate, evaluate_weakly, ground, heat_maps,
-    write_results,
+    BoxOptions, Evaluation, Layers, TestSet, WeakEvaluation, WeakOptions, evaluate, evaluate_weakly, ground, heat,
+    heat_maps, write_results,
 };
 use xvlm_tasks::pretrain::Pretraining;
-use xvlm_tasks::{FinetuneConfig, ImageTokens, Model, ModelConfig, Sweep, TaskError};
+use xvlm_tasks::{Compute, FinetuneConfig, ImageTokens, Model, ModelConfig, Precision, Sweep, TaskError, Texts};
 use xvlm_train::Trainable;
 use xvlm_weights::StoredType;
 
@@ -21,6 +22,10 @@ const CPU: candle_core::Device = candle_core::Device::Cpu;
 
 /// An untrained model for pre-training, which has every head; its layers 1 and 2 have cross attention.
 fn model() -> Model {
+    model_in(Precision::F32)
+}
+
+fn model_in(precision: Precision) -> Model {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = TextTokenizer::from_vocabulary(&scenes::vocabulary()).unwrap();
     let sizes: XvlmConfig = serde_json::from_value(json!({
@@ -38,7 +43,7 @@ fn model() -> Model {
     let pretraining = Pretraining::new(&sizes, 7, &CPU).unwrap();
     let weights = pretraining.parameters().iter().map(|(name, var)| (name.clone(), var.as_detached_tensor()));
     Model::write(dir.path(), &ModelConfig::of(sizes), weights, &tokenizer, StoredType::F32).unwrap();
-    Model::open(dir.path(), &CPU).unwrap()
+    Model::open(dir.path(), Compute::on(&CPU).with(precision)).unwrap()
 }
 
 fn picture(width: u32, height: u32, seed: u32) -> Picture {
@@ -112,6 +117,22 @@ fn weakly(model: &Model, set: TestSet, max_bad_fraction: f64) -> Result<WeakEval
     let mut counter = |_, _| {};
     let mut sweep = Sweep { max_bad_fraction, ..Sweep::new(&mut counter) };
     evaluate_weakly(model, set.items, &options, &mut sweep)
+}
+
+#[test]
+fn what_leaves_a_bf16_model_is_f32() {
+    let model = model_in(Precision::Bf16);
+    let images = model.encode(&[picture(40, 30, 1)]).unwrap();
+    assert_eq!(images.tensor().dtype(), DType::BF16);
+    let texts = Texts {
+        ids: Tensor::new(&[[2u32, 5, 6]], &CPU).unwrap(),
+        mask: Tensor::ones((1, 3), DType::F32, &CPU).unwrap(),
+    };
+    let heat = heat(model.xvlm(), &images, &texts, &[0], 2).unwrap();
+    for tensor in [&heat.attention, &heat.gradient, &heat.match_logits, &heat.map] {
+        assert_eq!(tensor.dtype(), DType::F32);
+    }
+    assert_eq!(heat.attention.dims(), heat.gradient.dims());
 }
 
 #[test]

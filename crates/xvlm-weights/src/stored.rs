@@ -91,6 +91,11 @@ impl StoredTensors {
         Ok(Self { name: name.to_owned(), entries })
     }
 
+    /// What errors call it: the path of its file, or the name given.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Shapes by name.
     pub fn shapes(&self) -> BTreeMap<&str, &[usize]> {
         self.entries.iter().map(|(name, entry)| (name.as_str(), entry.shape.as_slice())).collect()

@@ -66,6 +66,7 @@ fn a_folder_is_read_as_it_was_written() -> Outcome {
     assert_eq!(names(&temp.path().join("deep/er"))?, ["model"]);
     let files = ModelFolder::open(&dir)?;
     assert_eq!(files.name, dir.display().to_string());
+    assert_eq!(files.weights.name(), dir.join("model.safetensors").display().to_string());
     assert_eq!(files.config, CONFIG);
     assert_eq!(*files.tokenizer, *b"tokenizer");
     let (expected, found) = (tensors()?, files.tensors()?);
@@ -81,7 +82,7 @@ fn a_folder_is_read_as_it_was_written() -> Outcome {
 fn a_model_compiled_in_is_the_same_model() -> Outcome {
     let files =
         ModelFiles::from_bytes("built in", CONFIG.as_bytes(), bytes(StoredType::F32)?, b"tokenizer".as_slice())?;
-    assert_eq!(files.name, "built in");
+    assert_eq!((files.name.as_str(), files.weights.name()), ("built in", "built in/model.safetensors"));
     assert_eq!(values(&files.tensors()?["a.bias"])?, [0.25, 1e-3, 3.]);
     let error = ModelFiles::from_bytes("built in", b"nothing", b"".as_slice(), b"".as_slice()).unwrap_err().to_string();
     assert!(error.starts_with("built in/config.json: expected a JSON object"), "{error}");

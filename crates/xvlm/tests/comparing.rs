@@ -11,7 +11,10 @@ use xvlm::tasks::Sweep;
 use xvlm::tasks::embed::{Format, Kind, Numbers, Options, Pictures, embed};
 use xvlm::tasks::fill::{self, ACCEPT};
 use xvlm::tasks::retrieval::{self, Evaluation};
-use xvlm::{Completing, Device, Exercise, Index, Picture, PixelBox, Predictor, Query, SearchOptions};
+use xvlm::{
+    Bundled, Completing, Compute, Device, Exercise, Index, Picture, PixelBox, Precision, Predictor, Query,
+    SearchOptions,
+};
 
 fn bundled() -> Predictor {
     Predictor::bundled(&Device::Cpu).unwrap()
@@ -145,13 +148,20 @@ fn embeddings_are_filed_and_searched() {
     assert_eq!(found.problems.len(), 1);
     assert!(found.hits[5].probability.is_none() && items[0].image.ends_with(&found.hits[5].row.id), "{found:?}");
 
-    // Embeddings of another model are of no use.
+    // Bytes change an embedding more than half precision does; an index that does not say what made it is of f32.
     let about = plain.join("index.json");
     let mut content: serde_json::Value = serde_json::from_slice(&std::fs::read(&about).unwrap()).unwrap();
+    assert_eq!(content.as_object_mut().unwrap().remove("precision"), Some("f32".into()));
+    std::fs::write(&about, content.to_string()).unwrap();
+    let compute = Compute::on(&Device::Cpu).with(Precision::Int8);
+    let bytes = Predictor::bundled_for(Bundled::General, compute).unwrap();
+    bytes.search(&Index::open(&plain).unwrap(), &queries[1..], SearchOptions::default()).unwrap();
+
+    // Embeddings of another model are of no use.
     content["probe"].as_array_mut().unwrap().reverse();
     std::fs::write(&about, content.to_string()).unwrap();
     let error = predictor.search(&Index::open(&plain).unwrap(), &queries, options).unwrap_err().to_string();
-    assert!(error.contains("found those of another"), "{error}");
+    assert!(error.contains("that searches (in f32), found those of another (in f32)"), "{error}");
 }
 
 #[test]

@@ -29,7 +29,7 @@ use crate::output::{self, CliError, Rows, table};
 use crate::progress::Stage;
 use crate::ranks::RanksArgs;
 use crate::signals;
-use crate::{ModelArgs, share};
+use crate::{ModelArgs, share, weights};
 
 /// Score a model on annotated pictures
 ///
@@ -172,8 +172,7 @@ impl Common {
             let stop = signals::asked_to_stop()?;
             Stage::run(stage, |counter| {
                 let (folder, resume, max_bad_fraction) = (self.out.clone(), self.resume, self.max_bad_fraction);
-                let model = predictor.model();
-                let about = json!({"weights": model.fingerprint(), "precision": model.precision(), "data": data});
+                let about = json!({"weights": weights(predictor.model()), "data": data});
                 let ranks = Arc::clone(&ranks);
                 let mut sweep = Sweep { folder, resume, about, stop, ranks, max_bad_fraction, counter };
                 work(predictor.model(), &mut sweep).map_err(CliError::from)
@@ -198,6 +197,7 @@ impl Common {
         let report = Report { task, model: self.model.name(), precision: self.model.precision, data, scores, left_out };
         output::print(self.json, &report, |report| {
             let mut rows = rows(&report.scores);
+            rows.push(("computed in".to_owned(), Some(report.precision.to_string())));
             if !report.left_out.is_empty() {
                 rows.push(count("left out", report.left_out.len()));
             }

@@ -212,7 +212,9 @@ fn demo_writes_a_page_and_the_scores() {
     ] {
         assert!(scores[task][key].is_number(), "{task}: {scores}");
     }
+    assert_eq!(scores["precision"], "f32");
     let page = fs::read_to_string(dir.join("demo/report.html")).unwrap();
+    assert!(page.contains("Model: model, in f32."));
     assert_eq!(page.matches("<article").count(), 3 + 2);
     assert!(!page.contains("NaN") && !page.contains("src=\"http") && !page.contains("href=\"http"));
 
@@ -487,7 +489,7 @@ fn bad_models_are_refused() {
         let config = serde_json::from_value(sizes(8)).unwrap();
         Pretraining::new(&config, 0, &Device::Cpu).unwrap().parameters()[0].clone()
     };
-    refused(dir, &ask("lacking"), &["lacking", &name]);
+    refused(dir, &ask("lacking"), &["lacking/model.safetensors", &name]);
     refused(dir, "demo --model lacking --scenes 2 --out demo", &["lacking", &name]);
     assert!(!dir.join("demo").exists());
 

@@ -18,7 +18,7 @@ fn every_command_computes_in_every_precision() {
     for precision in ["bf16", "int8"] {
         let numbers = format!("--precision {precision}");
         let found = json(dir, &format!("ground {image} {numbers} --text a~red~star"));
-        // A hundredth of a picture of 192 pixels, and of a probability.
+        // A hundredth of a picture of 192 pixels, and 0.02 of a probability.
         for (found, wide) in edges(&found).into_iter().zip(edges(&wide)) {
             assert!((found - wide).abs() < 1.92, "{precision}: {found} {wide}");
         }
@@ -38,14 +38,28 @@ fn every_command_computes_in_every_precision() {
         ] {
             json(dir, &command);
         }
+        for task in [
+            format!("grounding --model model --out {precision}"),
+            "grounding --model model --weak".to_owned(),
+            "retrieval --model model".to_owned(),
+            "fill --model model".to_owned(),
+            "captioning --model model --max-tokens 4".to_owned(),
+            "vqa --model model".to_owned(),
+            "nlvr".to_owned(),
+        ] {
+            let scores = json(dir, &format!("eval {task} {numbers} --data data"));
+            assert_eq!(scores["precision"], precision, "{task}");
+        }
         // An index of one precision is searched in another.
         json(dir, &format!("search --model model --index embedded-{precision} --text a~star"));
-        let scores = json(dir, &format!("eval grounding --model model {numbers} --data data --out {precision}"));
-        assert_eq!(scores["precision"], precision);
     }
     // Answers of different numbers are not mixed.
-    refused(dir, "eval grounding --model model --data data --out bf16 --resume", &["bf16"]);
-    json(dir, "eval grounding --model model --data data --out bf16 --resume --precision bf16");
+    let eval = "eval grounding --model model --data data";
+    refused(dir, &format!("{eval} --out bf16 --resume"), &["about.weights", " in bf16\""]);
+    json(dir, &format!("{eval} --out bf16 --resume --precision bf16"));
+    text(dir, &format!("{eval} --out f32"));
+    refused(dir, &format!("{eval} --out f32 --resume --precision int8"), &["about.weights", " in int8\""]);
+    assert!(text(dir, &format!("{eval} --precision int8")).contains("int8"));
 
     let output = xvlm(dir, &format!("ground {image} --text a~star --precision f16"));
     assert_eq!(output.status.code(), Some(2));

@@ -11,6 +11,7 @@ use xvlm_data::{DataError, Picture};
 use super::parts::{self, Format, Kind, Numbers, Row, Rows};
 use super::pictures::Pictures;
 use super::{Options, Summary, embed_some};
+use crate::compute::Precision;
 use crate::error::{ConfigProblem, TaskError};
 use crate::generate::Source;
 use crate::matching;
@@ -36,6 +37,9 @@ struct About {
     upright: bool,
     /// The model's embedding of [`PROBE`].
     probe: Vec<f32>,
+    /// What the model computed with: `f32` where it is not said.
+    #[serde(default)]
+    precision: Precision,
     images: u64,
     regions: u64,
     texts: u64,
@@ -46,10 +50,18 @@ struct About {
 /// Embeddings in memory, to be searched.
 pub struct Index {
     name: String,
-    probe: Option<Vec<f32>>,
+    /// What made the embeddings, if that was in another process.
+    maker: Option<Maker>,
     /// Whether pictures were turned as their EXIF orientation says.
     upright: bool,
     kinds: BTreeMap<Kind, (Vec<Row>, Tensor)>,
+}
+
+/// What tells the model that made embeddings.
+struct Maker {
+    /// Its embedding of [`PROBE`].
+    probe: Vec<f32>,
+    precision: Precision,
 }
 
 /// What is searched for.
@@ -114,6 +126,7 @@ pub(super) fn write_about(
         width: probe.len(),
         upright,
         probe,
+        precision: model.precision(),
         images: summary.images,
         regions: summary.regions,
         texts: summary.texts,
@@ -153,7 +166,8 @@ impl Index {
             all.rows.extend(rows.rows);
             all.embeddings.extend(rows.embeddings);
         }
-        Self::of_rows(dir.display().to_string(), Some(about.probe), about.upright, all, about.width)
+        let maker = Maker { probe: about.probe, precision: about.precision };
+        Self::of_rows(dir.display().to_string(), Some(maker), about.upright, all, about.width)
     }
 
     /// Embeds pictures to search in them, without a file; and what could not be embedded.
@@ -185,13 +199,7 @@ impl Index {
         Ok((Self::of_rows("pictures".to_owned(), None, pictures.upright(), rows, width)?, summary.left_out))
     }
 
-    fn of_rows(
-        name: String,
-        probe: Option<Vec<f32>>,
-        upright: bool,
-        rows: Rows,
-        width: usize,
-    ) -> Result<Self, TaskError> {
+    fn of_rows(name: String, maker: Option<Maker>, upright: bool, rows: Rows, width: usize) -> Result<Self, TaskError> {
         if rows.rows.is_empty() {
             return Err(TaskError::Empty { what: format!("{name}: embeddings") });
         }
@@ -206,7 +214,7 @@ impl Index {
             let shape = (rows.len(), width);
             kinds.insert(kind, (rows, Tensor::from_vec(embeddings, shape, &Device::Cpu)?));
         }
-        Ok(Self { name, probe, upright, kinds })
+        Ok(Self { name, maker, upright, kinds })
     }
 
     /// How many embeddings of a kind there are.
@@ -264,20 +272,29 @@ impl Index {
         Ok(found)
     }
 
-    /// Refuses a model other than the one that made the embeddings.
+    /// Refuses a model other than the one that made the embeddings, in whatever precision.
     fn check(&self, model: &Model) -> Result<(), TaskError> {
-        // Half precision, or another machine, changes an embedding by far less.
-        const SAME: f32 = 0.999;
-        let Some(expected) = &self.probe else { return Ok(()) };
+        let Some(maker) = &self.maker else { return Ok(()) };
         let found = probe(model)?;
-        let cosine: f32 = expected.iter().zip(&found).map(|(a, b)| a * b).sum();
-        match expected.len() == found.len() && cosine > SAME {
-            true => Ok(()),
-            false => {
-                let message = "expected embeddings of the model that searches, found those of another".to_owned();
-                Err(ConfigProblem { file: self.name.clone(), message }.into())
-            }
+        let cosine: f32 = maker.probe.iter().zip(&found).map(|(a, b)| a * b).sum();
+        let (searching, made) = (model.precision(), maker.precision);
+        if maker.probe.len() == found.len() && cosine > least_cosine(searching, made) {
+            return Ok(());
         }
+        let message = format!(
+            "expected embeddings of the model that searches (in {searching}), found those of another (in {made})"
+        );
+        Err(ConfigProblem { file: self.name.clone(), message }.into())
+    }
+}
+
+/// The cosine that is exceeded by two embeddings of one text by one model.
+fn least_cosine(a: Precision, b: Precision) -> f32 {
+    match [a, b].contains(&Precision::Int8) {
+        // Weights and activations of 8 bits turn an embedding by up to 0.1 (a cosine of 0.995), in other directions on another CPU.
+        true => 0.98,
+        // Half precision, or another machine, turns it by far less than 0.045.
+        false => 0.999,
     }
 }
 

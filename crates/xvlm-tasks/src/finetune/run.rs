@@ -120,7 +120,7 @@ fn open_model(
     if !fresh.is_empty() {
         progress.warning(&format!("random, since {} has none: {}", start.name, fresh.join(", ")));
     }
-    xvlm_weights::assign(&start.name, &weights.tensors, &named, &LoadRules::default())?;
+    xvlm_weights::assign(start.weights.name(), &weights.tensors, &named, &LoadRules::default())?;
     Ok(Finetuning::new(model, named, config))
 }
 

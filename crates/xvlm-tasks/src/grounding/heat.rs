@@ -15,7 +15,7 @@ use crate::model::{ImageTokens, Model, Texts};
 /// The tasks whose models match texts with images.
 pub(super) const MADE_FOR: &[Task] = &[Task::Pretrain, Task::Retrieval];
 
-/// Which patches of each image a text is about, and what that was concluded from.
+/// Which patches of each image a text is about, and what that was concluded from: `f32`, whatever the model computes with.
 #[derive(Clone, Debug)]
 pub struct Heat {
     /// Attention probabilities of a fusion layer `[B, heads, T, 1+L]`.
@@ -72,9 +72,9 @@ fn heat_of(
     let Some(gradient) = gradients.get(&attention).cloned() else {
         candle_core::bail!("layer {layer}: expected the match to depend on its attention, found that it does not");
     };
-    let attention = attention.as_detached_tensor();
+    let (attention, gradient) = (attention.as_detached_tensor().to_dtype(DType::F32)?, gradient.to_dtype(DType::F32)?);
     let (b, _, t, tokens) = attention.dims4()?;
-    let patches = |x: &Tensor| x.narrow(3, 1, tokens - 1)?.to_dtype(DType::F32);
+    let patches = |x: &Tensor| x.narrow(3, 1, tokens - 1);
     let influence = (patches(&attention)? * patches(&gradient)?.relu()?)?;
     let side = model.config().vision_config.grid();
     let words = mask.reshape((b, 1, t, 1))?;

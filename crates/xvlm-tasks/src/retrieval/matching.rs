@@ -21,6 +21,7 @@ pub(super) fn match_images(
     wanted: &[&[u32]],
     options: Options,
 ) -> candle_core::Result<Vec<Vec<f32>>> {
+    let dtype = images.tensor().dtype();
     let images = Source::images(images)?;
     let matching = |states: &States, wanted: &[&[u32]]| -> candle_core::Result<Vec<Vec<f32>>> {
         let logits = match_with(model, &images, states, wanted)?;
@@ -32,7 +33,7 @@ pub(super) fn match_images(
     let mut needed: Vec<u32> = wanted.concat();
     needed.sort_unstable();
     needed.dedup();
-    let room = tokens_within(model, options.memory_mib).max(1);
+    let room = tokens_within(model, dtype, options.memory_mib).max(1);
     let mut logits: Vec<Vec<f32>> = wanted.iter().map(|texts| vec![0.0; texts.len()]).collect();
     let mut rest = needed.as_slice();
     while !rest.is_empty() {

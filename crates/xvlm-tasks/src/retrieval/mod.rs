@@ -279,7 +279,7 @@ pub fn evaluate(
     }
     let rows: Vec<Vec<f32>> = embedded.given.into_iter().flatten().map(|Packed(row)| row).collect();
     let image_embeddings = Tensor::new(rows, model.device())?;
-    let (text_embeddings, states) = encode_texts(model.xvlm(), &set.tokens, options)?;
+    let (text_embeddings, states) = encode_texts(model.xvlm(), &set.tokens, model.precision().dtype(), options)?;
     let texts_of_image = propose(&image_embeddings, &text_embeddings, options.k_test)?;
     let images_of_text = propose(&text_embeddings, &image_embeddings, options.k_test)?;
 
@@ -380,7 +380,7 @@ pub struct Scores {
 pub fn score(model: &Xvlm, images: &ImageTokens, texts: &[Vec<u32>], k_test: usize) -> candle_core::Result<Scores> {
     let options = Options { memory_mib: usize::MAX >> 20, ..Options::new(k_test) };
     let image_embeddings = model.project_image(images.tensor())?;
-    let (text_embeddings, states) = encode_texts(model, texts, options)?;
+    let (text_embeddings, states) = encode_texts(model, texts, images.tensor().dtype(), options)?;
     let texts_of_image = propose(&image_embeddings, &text_embeddings, k_test)?;
     let images_of_text = propose(&text_embeddings, &image_embeddings, k_test)?;
     let wanted = both_ways(&texts_of_image, &images_of_text, texts);

@@ -1,6 +1,6 @@
 //! Encoded texts.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use xvlm_encoders::{Attention, Pass, Xvlm};
 
 use super::Options;
@@ -85,15 +85,16 @@ pub(super) fn encode(model: &Xvlm, tokens: &[Vec<u32>], texts: &[u32], batch: us
     Ok(States { flat: Tensor::cat(&parts, 0)?, starts, lengths })
 }
 
-/// Embeddings of all texts `[M, E]`, and their states if there is room for them.
+/// Embeddings of all texts `[M, E]`, and their states, which are of type `dtype`, if there is room for them.
 pub(super) fn encode_texts(
     model: &Xvlm,
     tokens: &[Vec<u32>],
+    dtype: DType,
     options: Options,
 ) -> candle_core::Result<(Tensor, Option<States>)> {
     let all: Vec<u32> = (0..tokens.len() as u32).collect();
     let whole: usize = tokens.iter().map(Vec::len).sum();
-    if whole <= tokens_within(model, options.memory_mib) {
+    if whole <= tokens_within(model, dtype, options.memory_mib) {
         let states = encode(model, tokens, &all, options.batch_size_text)?;
         return Ok((states.embeddings(model)?, Some(states)));
     }
@@ -109,8 +110,8 @@ pub(super) fn encode_texts(
     Ok((rows.index_select(&Tensor::new(place, rows.device())?, 0)?, None))
 }
 
-/// Tokens whose states fit into some memory.
-pub(super) fn tokens_within(model: &Xvlm, mebibytes: usize) -> usize {
-    let bytes = model.config().text_config.hidden_size * size_of::<f32>();
+/// Tokens whose states, of type `dtype`, fit into some memory.
+pub(super) fn tokens_within(model: &Xvlm, dtype: DType, mebibytes: usize) -> usize {
+    let bytes = model.config().text_config.hidden_size * dtype.size_in_bytes();
     (mebibytes << 20) / bytes
 }
