@@ -215,7 +215,7 @@ def onnx_session(module, inputs, threads):
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
-    # Its threads wait busily within a run, but not after it: others are measured then.
+    # Its threads would go on waiting for work in the time of the others.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.onnx")

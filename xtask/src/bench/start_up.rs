@@ -73,7 +73,7 @@ fn many_phrases() -> Vec<String> {
 fn ask(program: &Path, folder: &Path, picture: &Path) -> Outcome<f64> {
     let start = Instant::now();
     let mut command = Command::new(program);
-    command.args(["ground", "--json", "--text", PHRASE, "--model"]).arg(folder).arg(picture);
+    command.args(["ground", "--json", "--text", PHRASE, "--model"]).arg(folder).arg("--image").arg(picture);
     served::succeed(&mut command)?;
     Ok(start.elapsed().as_secs_f64())
 }
