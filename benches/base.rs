@@ -1,13 +1,12 @@
-//! The base model with drawn weights, and what a case does with it.
+//! Models with drawn weights, and what a case does with it.
 
 use candle_core::{DType, Device, Result, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
 use xvlm::encoders::{Attention, Concepts, Pass, Xvlm, XvlmConfig};
-use xvlm::kernels::PackedWeights;
-use xvlm::{Search, tasks::TextSearch};
+use xvlm::{Precision, Search, tasks::search_texts};
 
-use crate::cases::{BEAMS, Case, NEW_TOKENS, PROMPT, Work};
+use crate::cases::{BEAMS, Case, NEW_TOKENS, Work};
 
 /// A case that is ready to run.
 pub struct Prepared {
@@ -20,28 +19,28 @@ pub struct Prepared {
     tokens: Tensor,
 }
 
-/// The base model, with drawn weights of a float type, laid out for inference.
+/// A model with drawn weights, laid out for inference.
 ///
 /// # Errors
 /// If it cannot be made.
-pub fn model(resolution: usize, dtype: DType, weights: PackedWeights, device: &Device) -> Result<Xvlm> {
-    let vb = VarBuilder::from_backend(Box::new(Drawn), dtype, device.clone());
-    let mut model = Xvlm::new(&XvlmConfig::base(resolution), vb)?;
-    model.pack(weights)?;
+pub fn model(config: &XvlmConfig, precision: Precision, device: &Device) -> Result<Xvlm> {
+    let vb = VarBuilder::from_backend(Box::new(Drawn), precision.dtype(), device.clone());
+    let mut model = Xvlm::new(config, vb)?;
+    model.pack(precision.packed())?;
     Ok(model)
 }
 
 impl Prepared {
-    /// Draws the inputs of a case, for a model of a float type.
+    /// Draws the inputs of a case, for a model that computes in a precision.
     ///
     /// # Errors
     /// If they cannot be made.
-    pub fn new(case: &Case, dtype: DType, device: &Device) -> Result<Self> {
+    pub fn new(case: &Case, precision: Precision, device: &Device) -> Result<Self> {
         let Case { resolution, images, texts, tokens, .. } = *case;
         let config = XvlmConfig::base(resolution);
         let (vision, text) = (config.vision_config.width(), config.text_config.hidden_size);
         let seen = 1 + (resolution / config.vision_config.stride()).pow(2);
-        let drawn = |shape: Vec<usize>| numbers(&shape.into(), 1.0, 11)?.to_dtype(dtype)?.to_device(device);
+        let drawn = |shape: Vec<usize>| numbers(&shape.into(), 1.0, 11)?.to_dtype(precision.dtype())?.to_device(device);
         let is_fusion = case.work == Work::Fusion;
         let id = |i: usize| 1000 + (i * 7919 % 29_000) as u32;
         Ok(Self {
@@ -90,22 +89,14 @@ impl Prepared {
         let end = 102;
         let tokens = model.encode_image(&self.pixels, &Pass::inference())?;
         let mask = Tensor::ones((1, tokens.dim(1)?), DType::F32, tokens.device())?;
-        let mut decoding =
-            model.begin_texts(&Concepts { tokens: &tokens, index: &[0], mask: &mask }, PROMPT + NEW_TOKENS)?;
-        let mut new = self.ids.to_vec2::<u32>()?;
-        let mut texts = TextSearch::new(new.clone(), search, end);
-        while !texts.is_over() {
-            let states = decoding.extend(&new)?;
-            let logits = model.next_token_logits(&states)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-            texts.advance(logits.iter().map(Vec::as_slice));
-            decoding.select(&texts.parents().collect::<Vec<_>>())?;
-            new = texts.live().map(|(_, ids)| ids[ids.len() - 1..].to_vec()).collect();
-        }
-        let scores: Vec<f32> = texts.finish().iter().map(|text| text.score).collect();
+        let concepts = Concepts { tokens: &tokens, index: &[0], mask: &mask };
+        let texts = search_texts(model, &concepts, &self.ids.to_vec2()?, search, end, None)?;
+        let scores: Vec<f32> = texts.iter().map(|text| text.score).collect();
         Tensor::new(scores, self.ids.device())
     }
 
-    /// Some numbers of the result of the case, evenly spread over it.
+    /// Some numbers of the result of the case, evenly spread over it. Those of boxes are told as they were before the sigmoid, which
+    /// would make differences smaller than they are.
     ///
     /// # Errors
     /// As [`Self::run`].
@@ -113,7 +104,9 @@ impl Prepared {
         const MOST: usize = 4096;
         let output = self.run(model)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         let every = output.len().div_ceil(MOST).max(1);
-        Ok(output.into_iter().step_by(every).collect())
+        let logit = |share: f32| (share / (1.0 - share)).ln();
+        let number = |output: f32| if self.case.work == Work::Grounding { logit(output) } else { output };
+        Ok(output.into_iter().step_by(every).map(number).collect())
     }
 }
 

@@ -14,7 +14,8 @@ pub enum Work {
     Text,
     /// Texts, each with an image of its own, to states.
     Fusion,
-    /// One image and texts about it to boxes.
+    /// One image and texts about it to boxes: without what `xvlm ground` does beyond them, pooling each box's region and matching
+    /// it with its text.
     Grounding,
     /// One image to a caption, by a beam search.
     Caption,
@@ -64,13 +65,25 @@ pub const CASES: [Case; 13] = [
     Case::new("vision-384-8", "vision encoder 384, batch 8", Work::Vision, 384, [8, 0, 0]),
     Case::new("text", "text encoder, 8 × 40 tokens", Work::Text, 384, [0, 8, 40]),
     Case::new("fusion", "fusion 384, 8 × 40 tokens", Work::Fusion, 384, [8, 8, 40]),
-    Case::new("ground", "grounding 384, one text of 40 tokens", Work::Grounding, 384, [1, 1, 40]),
-    Case::new("ground-phrase", "grounding 384, one phrase of 10 tokens", Work::Grounding, 384, [1, 1, PHRASE]),
-    Case::new("ground-32-phrases", "grounding 384, 32 phrases of 10 tokens", Work::Grounding, 384, [1, 32, PHRASE]),
+    Case::new("ground", "grounding 384 (boxes only), one text of 40 tokens", Work::Grounding, 384, [1, 1, 40]),
+    Case::new(
+        "ground-phrase",
+        "grounding 384 (boxes only), one phrase of 10 tokens",
+        Work::Grounding,
+        384,
+        [1, 1, PHRASE],
+    ),
+    Case::new(
+        "ground-32-phrases",
+        "grounding 384 (boxes only), 32 phrases of 10 tokens",
+        Work::Grounding,
+        384,
+        [1, 32, PHRASE],
+    ),
     Case::new("caption", "caption 384, beam 3, 20 tokens", Work::Caption, 384, [1, 1, PROMPT]),
     Case::new(
         "caption-cached",
-        "the same, the peer's image keys computed once",
+        "caption 384, the peer's image keys computed once",
         Work::CaptionCached,
         384,
         [1, 1, PROMPT],

@@ -1,8 +1,8 @@
 //! The base model in use, with drawn weights: the cases of `cargo xtask bench --peers`.
 
-use candle_core::DType;
 use criterion::Criterion;
-use xvlm::kernels::PackedWeights;
+use xvlm::Precision;
+use xvlm::encoders::XvlmConfig;
 use xvlm_benches::base::{Prepared, model};
 use xvlm_benches::cases::{CASES, Work};
 use xvlm_benches::{criterion, device};
@@ -16,17 +16,17 @@ fn inference(criterion: &mut Criterion) -> candle_core::Result<()> {
     group.sample_size(SAMPLES);
     let mut built = None;
     for case in CASES.iter().filter(|case| case.is_inference() && case.work != Work::CaptionCached) {
-        for dtype in [DType::F32, DType::BF16] {
-            group.bench_function(format!("{} {}", case.name, dtype.as_str()), |bencher| {
+        for precision in [Precision::F32, Precision::Bf16] {
+            group.bench_function(format!("{} {}", case.name, precision), |bencher| {
                 // Built only when it is to be measured.
                 let is_built =
-                    |&&(resolution, of, _): &&(usize, DType, _)| resolution == case.resolution && of == dtype;
+                    |&&(resolution, of, _): &&(usize, Precision, _)| resolution == case.resolution && of == precision;
                 if built.as_ref().filter(is_built).is_none() {
                     built = None;
-                    let model = model(case.resolution, dtype, PackedWeights::AsGiven, &device).expect("a model");
-                    built = Some((case.resolution, dtype, model));
+                    let model = model(&XvlmConfig::base(case.resolution), precision, &device).expect("a model");
+                    built = Some((case.resolution, precision, model));
                 }
-                let prepared = Prepared::new(case, dtype, &device).expect("inputs");
+                let prepared = Prepared::new(case, precision, &device).expect("inputs");
                 let (_, _, model) = built.as_ref().expect("it has been built");
                 bencher.iter(|| {
                     let output = prepared.run(model).expect("a result");

@@ -1,4 +1,4 @@
-//! The built-in model as it is used and as it is trained, and the vision encoder of the base model.
+//! The built-in model as it is used and as it is trained, and vision encoders other than the base model's.
 
 use std::error::Error;
 use std::rc::Rc;
@@ -10,12 +10,13 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use xvlm::data::scenes::{self, Scene, Split, SynthOptions};
 use xvlm::data::{BatchBuilder, Dataset, ImageCache, TextTokenizer, read_jsonl};
-use xvlm::encoders::{Parameters, Pass, VisionConfig, VitConfig, Xvlm, XvlmConfig};
+use xvlm::encoders::{Pass, VisionConfig, VitConfig, XvlmConfig};
 use xvlm::tasks::PretrainConfig;
 use xvlm::tasks::pretrain::{Batch, Pretraining};
 use xvlm::train::ranks::{Alone, Communicator};
 use xvlm::train::{Gradients, Optimizer, Step, Trainable};
-use xvlm::{Device, Picture, Predictor};
+use xvlm::{Device, Picture, Precision, Predictor};
+use xvlm_benches::base::model;
 use xvlm_benches::{criterion, device, random_at};
 
 type Done = Result<(), Box<dyn Error>>;
@@ -96,12 +97,11 @@ fn training(criterion: &mut Criterion) -> Done {
     Ok(())
 }
 
-fn base(criterion: &mut Criterion) -> Done {
+fn vits(criterion: &mut Criterion) -> Done {
     let device = device();
     let vits = [("CLIP's ViT", VitConfig::clip_base(224)), ("DeiT", VitConfig::deit_base(224))];
-    let vits = vits.map(|(name, vit)| (name, XvlmConfig::with_vision(VisionConfig::Vit(vit))));
-    for (name, config) in [("base model, vision encoder", XvlmConfig::base(224))].into_iter().chain(vits) {
-        let model = Xvlm::new(&config, Parameters::zeros().builder(DType::F32, &device))?;
+    for (name, vit) in vits {
+        let model = model(&XvlmConfig::with_vision(VisionConfig::Vit(vit)), Precision::F32, &device)?;
         for images in [1, 8] {
             let pixels = random_at(&[images, 3, 224, 224], DType::F32, &device)?;
             criterion.bench_function(&format!("{name} 224, batch {images}"), |bencher| {
@@ -115,7 +115,7 @@ fn base(criterion: &mut Criterion) -> Done {
 fn main() {
     xvlm::kernels::process::run(|| {
         let mut criterion = criterion();
-        for group in [inference, training, base] {
+        for group in [inference, training, vits] {
             group(&mut criterion).expect("inputs of a measurement");
         }
         criterion.final_summary();

@@ -18,17 +18,19 @@ A CASE is {"work": "vision", "resolution": 224, "images": 1, "texts": 0, "tokens
     vision      images → patch tokens
     text        texts → states
     fusion      texts, each with an image of its own → states
-    grounding   images → tokens, texts → states; each text fused with the one image → boxes
+    grounding   images → tokens, texts → states; each text fused with the one image → boxes. For each text, fusion computes the
+                keys and values of the image again, as the original does.
     caption     one image → tokens; a beam search of three beams for twenty tokens after a prompt of four. The original calls
                 `generate` of transformers 4.12, which keeps keys and values of the tokens, but computes those of the image, three
                 times over, for each token.
     caption-cached
                 the same, with the image's keys and values computed once: the best that one can do in a few lines.
 
-A mode that cannot do a case answers {"unsupported": why}.
+A mode that cannot compile or export a case answers {"unsupported": why}; any other error ends it.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -196,6 +198,16 @@ class Unsupported(Exception):
     pass
 
 
+@contextlib.contextmanager
+def compiling():
+    """What a compiler or an exporter cannot do is a result, not the end; other errors are."""
+    try:
+        yield
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise Unsupported(f"{type(error).__name__}: {first}") from error
+
+
 def onnx_session(module, inputs, threads):
     import onnxruntime
 
@@ -228,14 +240,17 @@ class Prepared:
         keeps_casts = kind == "eager" and self.autocast
         module = module.eval().requires_grad_(keeps_casts)
         if kind == "onnx":
-            self.work = onnx_session(module, inputs, threads)
+            with compiling():
+                self.work = onnx_session(module, inputs, threads)
         elif kind == "compile":
             compiled = torch.compile(module, dynamic=False)
             self.work = lambda: compiled(*inputs)
         else:
             self.work = lambda: module(*inputs)
         self.no_gradients = torch.no_grad if keeps_casts or kind == "compile" else torch.inference_mode
-        self.run()
+        # Code is compiled when it is first run.
+        with compiling() if kind == "compile" else contextlib.nullcontext():
+            self.run()
 
     def run(self):
         with self.no_gradients(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
@@ -275,9 +290,6 @@ def serve(arguments, out):
                 answer({"prepared": time.perf_counter() - start})
         except Unsupported as why:
             answer({"unsupported": str(why)})
-        except Exception as error:  # What a compiler or an exporter cannot do is a result, not the end.
-            first = (str(error).splitlines() or [""])[0]
-            answer({"unsupported": f"{type(error).__name__}: {first}"})
 
 
 def profile(arguments, out):

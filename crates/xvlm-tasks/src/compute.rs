@@ -38,7 +38,7 @@ impl Precision {
     }
 
     /// What the weights of its layers are kept in.
-    pub(crate) fn packed(self) -> PackedWeights {
+    pub fn packed(self) -> PackedWeights {
         match self {
             Self::F32 | Self::Bf16 => PackedWeights::AsGiven,
             Self::Int8 => PackedWeights::Int8,
@@ -46,7 +46,7 @@ impl Precision {
     }
 
     /// The type of activations, and of parameters before their layers are packed. Scalars are `f32`.
-    pub(crate) fn dtype(self) -> DType {
+    pub fn dtype(self) -> DType {
         match self {
             Self::F32 | Self::Int8 => DType::F32,
             Self::Bf16 => DType::BF16,

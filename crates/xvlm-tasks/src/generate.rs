@@ -87,7 +87,7 @@ pub fn writing_loss(
 }
 
 /// How tokens are drawn, and with what generator.
-pub(crate) type Draw<'a> = (Sampling, &'a mut ChaCha8Rng);
+pub type Draw<'a> = (Sampling, &'a mut ChaCha8Rng);
 
 /// Continues each row of token ids about its source.
 pub(crate) fn write(
@@ -125,7 +125,11 @@ pub(crate) fn write_rows(
 }
 
 /// Searches for the texts that continue prompts about what they look at, or draws them; `end` is the token that ends a text.
-pub(crate) fn search_texts(
+/// Tokens of prompts and texts together must not be more than the model has positions for.
+///
+/// # Errors
+/// If a tensor operation fails, or the model cannot write.
+pub fn search_texts(
     model: &Xvlm,
     looks: &Concepts,
     prompts: &[Vec<u32>],

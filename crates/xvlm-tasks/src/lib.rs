@@ -40,7 +40,7 @@ pub use compute::{Compute, Precision};
 pub use config::{ItcGradient, Objective, PretrainConfig, RegionStream};
 pub use error::{ConfigProblem, SweepProblem, TaskError};
 pub use finetune::FinetuneConfig;
-pub use generate::{LABEL_SMOOTHING, Source, Written, writing_loss};
+pub use generate::{Draw, LABEL_SMOOTHING, Source, Written, search_texts, writing_loss};
 pub use model::{ImageTokens, Model, ModelConfig, Texts};
 pub use search::{Sampling, Search, Sequence, TextSearch};
 pub use session::Session;

@@ -5,12 +5,13 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use serde::Serialize;
+use xvlm::Precision;
 use xvlm::encoders::cost::Load;
 use xvlm::encoders::{Pass, XvlmConfig};
 
-use super::Outcome;
 use super::chart::{Chart, Series};
-use super::sides::Precision;
+use super::{Outcome, served};
+use xvlm_benches::base;
 
 /// Sides of images, in pixels: windows of 7 to 24 tokens.
 const SIZES: [usize; 7] = [224, 288, 384, 480, 576, 672, 768];
@@ -48,7 +49,7 @@ impl Point {
 pub(crate) fn run(rounds: usize) -> Outcome<Cost> {
     let mut points = Vec::new();
     for size in SIZES {
-        let model = Precision::F32.model(size, &Device::Cpu)?;
+        let model = base::model(&XvlmConfig::base(size), Precision::F32, &Device::Cpu)?;
         for batch in BATCHES.into_iter().filter(|batch| batch * size * size <= MOST_PIXELS) {
             let pixels = Tensor::rand(-1f32, 1.0, (batch, 3, size, size), &Device::Cpu)?;
             let mut seconds = f64::INFINITY;
@@ -64,10 +65,10 @@ pub(crate) fn run(rounds: usize) -> Outcome<Cost> {
             points.push(Point { size, batch, seconds, flops });
         }
     }
-    let mut rates: Vec<f64> = points.iter().map(Point::per_flop).collect();
-    rates.sort_by(f64::total_cmp);
-    let per_flop = rates[rates.len() / 2];
-    Ok(Cost { most: rates[rates.len() - 1] / per_flop, least: rates[0] / per_flop, per_flop, points })
+    let per_flop = served::median(points.iter().map(Point::per_flop).collect());
+    let over = || points.iter().map(|point| point.per_flop() / per_flop);
+    let (least, most) = over().fold((f64::INFINITY, 0.0f64), |(least, most), over| (least.min(over), most.max(over)));
+    Ok(Cost { points, per_flop, most, least })
 }
 
 pub(crate) fn markdown(cost: &Cost) -> Result<String, std::fmt::Error> {

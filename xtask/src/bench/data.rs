@@ -27,7 +27,7 @@ use crate::Done;
 #[derive(Args)]
 pub(crate) struct BenchData {
     /// Folder for the peer's Python environment and the shards
-    #[arg(long = "peers-dir", alias = "peers", value_name = "DIR", default_value = "target/peers")]
+    #[arg(long = "peers-dir", value_name = "DIR", default_value = "target/peers")]
     peers: PathBuf,
     /// Measure without the peer
     #[arg(long)]

@@ -5,9 +5,8 @@ use std::time::Instant;
 use candle_core::{Device, Result, Tensor};
 use pulp::{Arch, Simd, WithSimd};
 use serde::Serialize;
+use xvlm::Precision;
 use xvlm::kernels::{Epilogue, PackedLinear};
-
-use super::sides::Precision;
 
 /// Floating-point operations a second, of all threads together.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -29,6 +28,16 @@ impl Peaks {
             linear_bf16: linear(Precision::Bf16)?,
             linear_int8: linear(Precision::Int8)?,
         })
+    }
+
+    /// The larger of each.
+    pub(crate) fn max(self, other: Self) -> Self {
+        Self {
+            fused_multiply_adds_f32: self.fused_multiply_adds_f32.max(other.fused_multiply_adds_f32),
+            linear_f32: self.linear_f32.max(other.linear_f32),
+            linear_bf16: self.linear_bf16.max(other.linear_bf16),
+            linear_int8: self.linear_int8.max(other.linear_int8),
+        }
     }
 
     /// What a precision is measured against: f32 the instruction; the others, whose instructions differ from CPU to CPU, the
@@ -60,7 +69,7 @@ fn linear(precision: Precision) -> Result<f64> {
     const OUTPUTS: usize = 4096;
     let drawn = |shape: &[usize]| Tensor::rand(-1f32, 1.0, shape, &Device::Cpu)?.to_dtype(precision.dtype());
     let (x, weight, bias) = (drawn(&[1, ROWS, INPUTS])?, drawn(&[OUTPUTS, INPUTS])?, drawn(&[OUTPUTS])?);
-    let layer = PackedLinear::new(&weight, Some(&bias), precision.weights())?;
+    let layer = PackedLinear::new(&weight, Some(&bias), precision.packed())?;
     let flops = (2 * ROWS * INPUTS * OUTPUTS) as f64;
     best(flops, || layer.forward(&x, Epilogue::Nothing).map(drop))
 }

@@ -5,12 +5,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::process::{Command, Stdio};
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Output, Stdio};
 
 use serde::Serialize;
+use xvlm::Precision;
 
 use super::served;
-use super::sides::{Precision, Side};
+use super::sides::Side;
 use super::train::{self, BenchTrain};
 use super::{Bench, Outcome};
 use xvlm_benches::cases::{Case, Work};
@@ -36,7 +38,7 @@ pub(crate) fn run(bench: &Bench, cases: &[&'static Case]) -> Outcome<Vec<Profile
     };
     let cases: Vec<&Case> = cases.iter().copied().filter(|case| is_profiled(case)).collect();
     if cases.is_empty() {
-        return Err("--profile: expected a case of inference or training, found none".into());
+        return Err("--profile: expected a case of inference, or of training in f32 or bf16, found none".into());
     }
     let mut profiles = Vec::new();
     if cases.iter().any(|case| case.is_inference()) {
@@ -70,23 +72,36 @@ fn record(process: u32, rounds: usize, mut run: impl FnMut() -> Outcome<f64>) ->
     let recording = tempfile::NamedTempFile::new()?;
     let mut command = Command::new("perf");
     command.args(["record", "--quiet", "-F", RATE, "-e", "cpu-clock:u", "-p", &process.to_string(), "-o"]);
-    // It records until this command ends, which is when its input does.
-    command.arg(recording.path()).args(["--", "cat"]).stdin(Stdio::piped()).stdout(Stdio::null());
+    // It begins this command when it has begun to record, and ends with it, which is when the input ends.
+    command.arg(recording.path()).args(["--", "sh", "-c", "echo; exec cat"]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut perf = command.spawn().map_err(|error| format!("perf (of Linux's tools; package linux-perf): {error}"))?;
-    let seconds = (0..rounds).map(|_| run()).collect::<Outcome<Vec<_>>>()?;
+    let mut output = perf.stdout.take().map(BufReader::new).ok_or("perf: its pipes are closed")?;
+    // Nothing is read if perf ends: its status tells.
+    let records = output.read_line(&mut String::new())? > 0;
+    let seconds = (0..if records { rounds } else { 0 }).map(|_| run()).collect::<Outcome<Vec<_>>>();
     drop(perf.stdin.take());
-    let status = perf.wait()?;
-    if !status.success() {
-        return Err(format!("{command:?}: {status}").into());
-    }
+    succeeded(&command, &perf.wait_with_output()?)?;
+    let seconds = seconds?;
     let mut command = Command::new("perf");
     command.args(["report", "--stdio", "--no-children", "-F", "overhead,symbol", "-i"]).arg(recording.path());
-    let told = command.stderr(Stdio::null()).output()?;
+    let told = command.output()?;
+    succeeded(&command, &told)?;
     let operations = by_operation(&String::from_utf8_lossy(&told.stdout));
     if operations.is_empty() {
-        return Err(format!("{command:?}: expected samples, found none ({})", told.status).into());
+        let stderr = String::from_utf8_lossy(&told.stderr);
+        return Err(format!("{command:?}: expected samples, found none: {}", stderr.trim()).into());
     }
     Ok((served::median(seconds), operations))
+}
+
+/// Refuses a command that failed, with what it complained of.
+fn succeeded(command: &Command, output: &Output) -> Outcome<()> {
+    if output.status.success() {
+        return Ok(());
+    }
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    Err(format!("{command:?}: {}: {}", output.status, stderr.trim()).into())
 }
 
 /// Shares of operations, from lines such as `  12.34%  [.] xvlm_kernels::norm::layer_norm`.

@@ -2,8 +2,10 @@
 
 use std::fmt::Write;
 
+use xvlm::Precision;
+
 use super::compare::{Comparison, Row, Timing};
-use super::sides::{Peer, Precision};
+use super::sides::Peer;
 
 /// The columns of peers: a peer's name, and its mode in each precision.
 const COLUMNS: [(&str, &[Peer]); 3] = [
@@ -41,9 +43,19 @@ pub(crate) fn markdown(comparison: &Comparison) -> Result<String, std::fmt::Erro
     for row in rows {
         let peers: String = COLUMNS.iter().map(|(_, modes)| cells(row, modes)).collect();
         let share = row.share_of_peak.map(|share| format!("{:.0} %", 100.0 * share)).unwrap_or_default();
-        let deviation = row.deviation.map(|deviation| format!("{deviation:.1e}")).unwrap_or_default();
-        let (title, precision) = (row.title, row.precision.name());
+        let mark = if row.is_off() { " (!)" } else { "" };
+        let deviation = row.deviation.map(|deviation| format!("{deviation:.1e}{mark}")).unwrap_or_default();
+        let (title, precision) = (row.title, row.precision);
         writeln!(out, "| {title} | {precision} | {} |{peers} {share} | {deviation} |", seconds(&row.ours))?;
+    }
+    for row in rows.iter().filter(|row| row.is_off()) {
+        let (title, precision, bound) = (row.title, row.precision, row.deviation_bound.unwrap_or_default());
+        writeln!(out, "\n(!) {title}, {precision}: expected a deviation of at most {bound}.")?;
+    }
+    let missing = rows.iter().flat_map(|row| row.unsupported.iter().map(move |(peer, why)| (row.title, peer, why)));
+    for (number, (title, peer, why)) in missing.enumerate() {
+        let head = if number == 0 { "\nNot done:\n\n" } else { "" };
+        writeln!(out, "{head}- {peer}, {title}: {why}")?;
     }
     for peer in Peer::ALL {
         if let Some((ratio, row)) = least(rows, peer) {
@@ -55,7 +67,10 @@ pub(crate) fn markdown(comparison: &Comparison) -> Result<String, std::fmt::Erro
     }
     for precision in Precision::ALL {
         if let Some(ratio) = many_phrases(rows, precision) {
-            writeln!(out, "\n32 phrases about one image take {ratio:.2} × one phrase ({}).", precision.name())?;
+            writeln!(
+                out,
+                "\nBoxes of 32 phrases about one image take {ratio:.2} × those of one phrase ({precision})."
+            )?;
         }
     }
     if let Some(start_up) = start_up {
@@ -66,6 +81,8 @@ pub(crate) fn markdown(comparison: &Comparison) -> Result<String, std::fmt::Erro
              ratio {:.2}.",
             start_up.ratio
         )?;
+        let many = start_up.many_phrases.median;
+        writeln!(out, "\nThe same work with 32 phrases: {many:.3} s, {:.2} × one phrase.", many / work)?;
     }
     Ok(out)
 }
@@ -96,7 +113,7 @@ fn memory(row: &Row) -> String {
         let peer = gigabytes(peer);
         format!(", the peer {peer:.2} GB, ratio {:.2}", ours / peer)
     });
-    format!("Peak memory, {}, {}: {ours:.2} GB{}.", row.title, row.precision.name(), beside.unwrap_or_default())
+    format!("Peak memory, {}, {}: {ours:.2} GB{}.", row.title, row.precision, beside.unwrap_or_default())
 }
 
 /// What 32 phrases cost over what one does.

@@ -6,13 +6,12 @@ use std::time::Instant;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
-use xvlm::Device;
-use xvlm::encoders::Xvlm;
+use xvlm::encoders::{Xvlm, XvlmConfig};
+use xvlm::{Device, Precision};
 
 use super::Outcome;
-use super::sides::Precision;
 use crate::Done;
-use xvlm_benches::base::Prepared;
+use xvlm_benches::base::{self, Prepared};
 use xvlm_benches::cases::Case;
 
 #[derive(Deserialize)]
@@ -41,7 +40,10 @@ pub(crate) fn run(precision: Precision) -> Done {
     let mut ours = Ours { precision, device: Device::Cpu, model: None, prepared: None };
     println!("{}", json!({ "ready": precision.name() }));
     for line in std::io::stdin().lock().lines() {
-        println!("{}", ours.answer(serde_json::from_str(&line?)?)?);
+        let line = line?;
+        let question = serde_json::from_str(&line)
+            .map_err(|error| format!("expected a question in JSON, found {line:?}: {error}"))?;
+        println!("{}", ours.answer(question)?);
     }
     Ok(())
 }
@@ -53,10 +55,10 @@ impl Ours {
                 let case = Case::of_name(&case.name)?;
                 if self.model.as_ref().is_none_or(|(resolution, _)| *resolution != case.resolution) {
                     self.model = None;
-                    let model = self.precision.model(case.resolution, &self.device)?;
+                    let model = base::model(&XvlmConfig::base(case.resolution), self.precision, &self.device)?;
                     self.model = Some((case.resolution, model));
                 }
-                self.prepared = Some(Prepared::new(case, self.precision.dtype(), &self.device)?);
+                self.prepared = Some(Prepared::new(case, self.precision, &self.device)?);
                 self.with(|model, case| case.run(model).map(drop))?;
                 Ok(json!({}))
             }

@@ -12,7 +12,7 @@ use crate::Done;
 
 /// A process that waits for questions on its stdin; it ends with this.
 pub(crate) struct Served {
-    name: &'static str,
+    pub(crate) name: String,
     child: Child,
     questions: ChildStdin,
     answers: BufReader<ChildStdout>,
@@ -20,18 +20,19 @@ pub(crate) struct Served {
 
 impl Served {
     /// Starts it, and waits for the line by which it says that it is ready.
-    pub(crate) fn start(name: &'static str, command: Command) -> Outcome<(Self, Value)> {
+    pub(crate) fn start(name: &str, command: Command) -> Outcome<(Self, Value)> {
         let mut served = Self::spawn(name, command)?;
         let ready = served.answer()?;
         Ok((served, ready))
     }
 
     /// Starts it; its first [`Self::answer`] says that it is ready.
-    pub(crate) fn spawn(name: &'static str, mut command: Command) -> Outcome<Self> {
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    pub(crate) fn spawn(name: &str, mut command: Command) -> Outcome<Self> {
+        let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let mut child = spawned.map_err(|error| format!("{name}: {}: {error}", command.get_program().display()))?;
         let (questions, answers) = (child.stdin.take(), child.stdout.take());
         let (questions, answers) = questions.zip(answers).ok_or_else(|| format!("{name}: its pipes are closed"))?;
-        Ok(Self { name, child, questions, answers: BufReader::new(answers) })
+        Ok(Self { name: name.to_owned(), child, questions, answers: BufReader::new(answers) })
     }
 
     /// Of the process.
@@ -47,16 +48,18 @@ impl Served {
 
     /// Asks without waiting: [`Self::answer`] has to come before the next question.
     pub(crate) fn tell(&mut self, question: &str) -> Outcome<()> {
-        Ok(writeln!(self.questions, "{question}")?)
+        writeln!(self.questions, "{question}").map_err(|error| format!("{}: {question}: {error}", self.name).into())
     }
 
     /// The next line that it says.
     pub(crate) fn answer(&mut self) -> Outcome<Value> {
         let mut line = String::new();
-        if self.answers.read_line(&mut line)? == 0 {
+        let read = self.answers.read_line(&mut line).map_err(|error| format!("{}: its answer: {error}", self.name))?;
+        if read == 0 {
             return Err(format!("{} ended: {}", self.name, self.child.wait()?).into());
         }
-        let answer: Value = serde_json::from_str(&line)?;
+        let answer: Value = serde_json::from_str(&line)
+            .map_err(|error| format!("{}: expected an answer in JSON, found {line:?}: {error}", self.name))?;
         match answer.get("error") {
             Some(error) => Err(format!("{}: {error}", self.name).into()),
             None => Ok(answer),
@@ -111,8 +114,39 @@ pub(crate) fn cpu_time() -> Outcome<Duration> {
     Ok(Duration::from_secs(ticks.into()) / TICKS)
 }
 
-/// The median of numbers, of which there is at least one.
+/// The median of numbers, of which there is at least one: of an even count the mean of the two in the middle.
 pub(crate) fn median(mut numbers: Vec<f64>) -> f64 {
     numbers.sort_by(f64::total_cmp);
-    numbers[numbers.len() / 2]
+    let middle = numbers.len() / 2;
+    if numbers.len() % 2 == 1 { numbers[middle] } else { (numbers[middle - 1] + numbers[middle]) / 2.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians_of_odd_and_even_counts() {
+        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), 2.5);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn errors_name_the_side_and_what_it_said() {
+        let mut command = Command::new("sh");
+        let (mut side, _) = Served::start("the peer", {
+            command.args(["-c", "echo '{}'; read -r question; echo Warning; exit 3"]);
+            command
+        })
+        .unwrap();
+        let error = side.ask("run").unwrap_err().to_string();
+        assert!(error.starts_with("the peer: ") && error.contains("Warning"), "{error}");
+        let error = side.answer().unwrap_err().to_string();
+        assert!(error.starts_with("the peer ended") && error.contains('3'), "{error}");
+        let Err(error) = Served::spawn("the peer", Command::new("no such program")) else {
+            panic!("expected an error")
+        };
+        assert!(error.to_string().starts_with("the peer: no such program: "), "{error}");
+    }
 }

@@ -3,69 +3,14 @@
 use std::path::Path;
 use std::process::Command;
 
-use candle_core::{DType, Device};
 use clap::ValueEnum;
 use serde::Serialize;
 use serde_json::{Value, json};
-use xvlm::encoders::Xvlm;
-use xvlm::kernels::PackedWeights;
+use xvlm::Precision;
 
 use super::Outcome;
 use super::served::{self, Served};
-use xvlm_benches::base;
 use xvlm_benches::cases::Case;
-
-/// What our side computes in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Precision {
-    F32,
-    Bf16,
-    /// Weights of 8 bits, everything else f32.
-    Int8,
-}
-
-impl Precision {
-    pub(crate) const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::Int8];
-
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-            Self::Int8 => "int8",
-        }
-    }
-
-    /// Of activations.
-    pub(crate) fn dtype(self) -> DType {
-        match self {
-            Self::F32 | Self::Int8 => DType::F32,
-            Self::Bf16 => DType::BF16,
-        }
-    }
-
-    /// Of layers.
-    pub(crate) fn weights(self) -> PackedWeights {
-        match self {
-            Self::F32 | Self::Bf16 => PackedWeights::AsGiven,
-            Self::Int8 => PackedWeights::Int8,
-        }
-    }
-
-    /// The base model, with its weights as they are used.
-    pub(crate) fn model(self, resolution: usize, device: &Device) -> candle_core::Result<Xvlm> {
-        base::model(resolution, self.dtype(), self.weights(), device)
-    }
-
-    /// The peers that compute in it too.
-    pub(crate) fn peers(self) -> &'static [Peer] {
-        match self {
-            Self::F32 => &[Peer::EagerF32, Peer::CompileF32, Peer::OnnxF32],
-            Self::Bf16 => &[Peer::EagerBf16, Peer::CompileBf16],
-            Self::Int8 => &[],
-        }
-    }
-}
 
 /// A way of running the same in Python.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -92,6 +37,15 @@ impl Peer {
             Self::OnnxF32 => "onnx-f32",
         }
     }
+
+    /// Those that compute in what our side does.
+    pub(crate) fn of(precision: Precision) -> &'static [Self] {
+        match precision {
+            Precision::F32 => &[Self::EagerF32, Self::CompileF32, Self::OnnxF32],
+            Precision::Bf16 => &[Self::EagerBf16, Self::CompileBf16],
+            Precision::Int8 => &[],
+        }
+    }
 }
 
 /// Who computes.
@@ -105,13 +59,16 @@ pub(crate) enum Who {
 pub(crate) struct Side {
     pub(crate) who: Who,
     served: Served,
+    /// Why it takes part no more.
+    failed: Option<String>,
 }
 
 impl Side {
     pub(crate) fn ours(precision: Precision) -> Outcome<Self> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["bench", "--serve", precision.name()]);
-        Ok(Self { who: Who::Ours(precision), served: Served::spawn("our side", command)? })
+        let served = Served::spawn(&format!("our side ({precision})"), command)?;
+        Ok(Self { who: Who::Ours(precision), served, failed: None })
     }
 
     pub(crate) fn peer(peer: Peer, folder: &Path) -> Outcome<Self> {
@@ -120,7 +77,7 @@ impl Side {
         command.args(["--threads", &std::thread::available_parallelism()?.to_string()]);
         // What the compiler made for the same shapes stays for the next run.
         command.env("TORCHINDUCTOR_CACHE_DIR", std::path::absolute(folder)?.join("inductor"));
-        Ok(Self { who: Who::Peer(peer), served: Served::spawn(peer.mode(), command)? })
+        Ok(Self { who: Who::Peer(peer), served: Served::spawn(peer.mode(), command)?, failed: None })
     }
 
     /// Waits until it has started; the versions of a peer's parts.
@@ -132,8 +89,25 @@ impl Side {
         self.served.id()
     }
 
+    /// What it has done. A peer's failure ends only its own part, from then on: this is why.
+    pub(crate) fn settle<T>(&mut self, done: Outcome<T>) -> Outcome<Result<T, String>> {
+        match (done, self.who) {
+            (Ok(done), _) => Ok(Ok(done)),
+            (Err(error), Who::Ours(_)) => Err(error),
+            (Err(error), Who::Peer(_)) => Ok(Err(self.failed.insert(error.to_string()).clone())),
+        }
+    }
+
+    /// Whether it takes part no more.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.failed.is_some()
+    }
+
     /// Asks it to make a case ready and to do it once: [`Self::prepared`] waits for that.
     pub(crate) fn prepare(&mut self, case: &Case) -> Outcome<()> {
+        if let Some(why) = &self.failed {
+            return Err(why.clone().into());
+        }
         self.served.tell(&json!({ "prepare": case }).to_string())
     }
 
@@ -154,7 +128,8 @@ impl Side {
     /// Seconds that the case takes.
     pub(crate) fn run(&mut self) -> Outcome<f64> {
         let answer = self.served.ask(r#""run""#)?;
-        Ok(answer["seconds"].as_f64().ok_or_else(|| format!("seconds: expected a number, found {answer}"))?)
+        let seconds = answer["seconds"].as_f64();
+        Ok(seconds.ok_or_else(|| format!("{}: seconds: expected a number, found {answer}", self.served.name))?)
     }
 
     /// Some of the numbers that the case comes to; of our sides only.

@@ -28,6 +28,8 @@ pub(crate) struct StartUp {
     pub(crate) work: Timing,
     /// Of the medians.
     pub(crate) ratio: f64,
+    /// The same as `work` with 32 phrases about the picture.
+    pub(crate) many_phrases: Timing,
 }
 
 pub(crate) fn measure(rounds: usize) -> Outcome<StartUp> {
@@ -38,21 +40,33 @@ pub(crate) fn measure(rounds: usize) -> Outcome<StartUp> {
     let program = std::env::current_exe()?.with_file_name("xvlm").with_extension(std::env::consts::EXE_EXTENSION);
     let picture = root().join("benches/photo.jpg");
     let predictor = Predictor::from_folder(&folder, &Device::Cpu)?;
-    let ground = || -> Outcome<f64> {
+    let ground = |phrases: &[&str]| -> Outcome<f64> {
         let start = Instant::now();
-        predictor.open(&picture)?.ground(&[PHRASE])?;
+        predictor.open(&picture)?.ground(phrases)?;
         Ok(start.elapsed().as_secs_f64())
     };
+    let many = many_phrases();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
     ask(&program, &folder, &picture)?;
-    ground()?;
-    let (mut process, mut work) = (Vec::new(), Vec::new());
+    ground(&[PHRASE])?;
+    ground(&many)?;
+    let (mut process, mut work, mut many_phrases) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..rounds {
         process.push(ask(&program, &folder, &picture)?);
-        work.push(ground()?);
+        work.push(ground(&[PHRASE])?);
+        many_phrases.push(ground(&many)?);
     }
-    let (process, work) = (Timing::of(process), Timing::of(work));
+    let (process, work, many_phrases) = (Timing::of(process), Timing::of(work), Timing::of(many_phrases));
     let ratio = process.median / work.median;
-    Ok(StartUp { process, work, ratio })
+    Ok(StartUp { process, work, ratio, many_phrases })
+}
+
+/// 32 phrases, each as long as [`PHRASE`].
+fn many_phrases() -> Vec<String> {
+    let colours = ["red", "green", "blue", "yellow", "orange", "purple", "black", "white"];
+    let shapes = ["circle", "square", "triangle", "star"];
+    let phrase = |(colour, shape): (&str, &str)| PHRASE.replacen("red circle", &format!("{colour} {shape}"), 1);
+    colours.into_iter().flat_map(|colour| shapes.map(|shape| phrase((colour, shape)))).collect()
 }
 
 /// Seconds of a process that answers.
@@ -67,16 +81,47 @@ fn ask(program: &Path, folder: &Path, picture: &Path) -> Outcome<f64> {
 /// A folder of the base model with random weights; it stays for the next time.
 fn folder() -> Outcome<PathBuf> {
     let folder = target()?.join("bench").join(format!("base-{RESOLUTION}"));
-    if folder.join("config.json").is_file() {
+    let config = ModelConfig::of(XvlmConfig::base(RESOLUTION));
+    let tokenizer = tokenizer(config.model.text_config.vocab_size)?;
+    let holds = |file: &str, content: &[u8]| std::fs::read(folder.join(file)).is_ok_and(|found| found == content);
+    if holds("config.json", config.to_json()?.as_bytes()) && holds("tokenizer.json", &tokenizer.to_bytes()) {
         return Ok(folder);
     }
-    let config = ModelConfig::of(XvlmConfig::base(RESOLUTION));
     let blueprint = Blueprint::of(|vb| Xvlm::new(&config.model, vb))?;
     let drawn = blueprint.shapes().into_keys().filter_map(|name| Some((name.clone(), blueprint.draw(&name, 0)?)));
-    let tokenizer = TextTokenizer::from_vocabulary(&scenes::vocabulary())?;
     if let Some(parent) = folder.parent() {
         std::fs::create_dir_all(parent)?;
     }
     Model::write(&folder, &config, drawn, &tokenizer, StoredType::F32)?;
     Ok(folder)
+}
+
+/// A tokenizer of so many words as BERT's has: those of the phrases, and others that occur nowhere.
+fn tokenizer(words: usize) -> Outcome<TextTokenizer> {
+    let mut vocabulary = scenes::vocabulary();
+    let missing = words.saturating_sub(TextTokenizer::from_vocabulary(&vocabulary)?.vocab_size());
+    vocabulary.extend((0..missing).map(|number| format!("word{number}")));
+    Ok(TextTokenizer::from_vocabulary(&vocabulary)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tokenizer_is_as_large_as_the_model_says() {
+        let words = XvlmConfig::base(RESOLUTION).text_config.vocab_size;
+        assert_eq!(tokenizer(words).unwrap().vocab_size(), words);
+    }
+
+    #[test]
+    fn phrases_are_different_and_equally_long() {
+        let tokenizer = tokenizer(30_522).unwrap();
+        let length = |text: &str| tokenizer.token_ids(text).len();
+        let mut phrases = many_phrases();
+        assert!(phrases.iter().all(|phrase| length(phrase) == length(PHRASE)));
+        phrases.sort();
+        phrases.dedup();
+        assert_eq!(phrases.len(), 32);
+    }
 }

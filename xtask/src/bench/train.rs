@@ -16,6 +16,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use xvlm::Precision;
 use xvlm::data::{CaptionTensors, RegionTensors, TextTensors};
 use xvlm::encoders::XvlmConfig;
 use xvlm::kernels::{Gradients, Tape};
@@ -23,8 +24,8 @@ use xvlm::tasks::pretrain::{Batch, Pretraining};
 use xvlm::train::ranks::{Alone, Communicator};
 use xvlm::train::{self, Optimizer, TrainConfig, Trainable};
 
+use super::Outcome;
 use super::served::{self, Served};
-use super::{Outcome, sides};
 use crate::Done;
 
 /// Side of the pictures, in pixels and in patches of the last stage.
@@ -40,7 +41,7 @@ const MASKS: usize = 8;
 #[derive(Args)]
 pub(crate) struct BenchTrain {
     /// Folder for the peer's Python environment
-    #[arg(long = "peers-dir", alias = "peers", value_name = "DIR", default_value = "target/peers")]
+    #[arg(long = "peers-dir", value_name = "DIR", default_value = "target/peers")]
     peers: PathBuf,
     /// Measure without the peer
     #[arg(long)]
@@ -67,7 +68,7 @@ struct Step {
     #[arg(long, value_enum, default_value_t = Stream::ImageText)]
     stream: Stream,
     /// What is computed in; parameters for optimizing are f32
-    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    #[arg(long, value_name = "f32|bf16", value_parser = trainable, default_value_t = Precision::F32)]
     precision: Precision,
     /// Keep of each block only its result, here; the peer keeps everything
     #[arg(long)]
@@ -81,11 +82,18 @@ enum Stream {
     Region,
 }
 
-#[derive(Clone, Copy, PartialEq, ValueEnum, Serialize)]
-#[serde(rename_all = "kebab-case")]
-enum Precision {
-    F32,
-    Bf16,
+/// A precision that there is training in.
+fn trainable(text: &str) -> Result<Precision, String> {
+    let precision = text.parse()?;
+    for_training(precision).map(|_| precision)
+}
+
+fn for_training(precision: Precision) -> Result<train::Precision, String> {
+    match precision {
+        Precision::F32 => Ok(train::Precision::F32),
+        Precision::Bf16 => Ok(train::Precision::Bf16),
+        Precision::Int8 => Err("precision of training: expected f32 or bf16, found int8".to_owned()),
+    }
 }
 
 /// The name that the command line has for a value.
@@ -103,8 +111,8 @@ pub(crate) struct Timed {
     pub(crate) peak_memory: u64,
 }
 
-/// The peer's steps, and the versions of its parts.
-type OfPeer = (Vec<Timed>, Value);
+/// The peer's steps, and the versions of its parts; or why there are none.
+type OfPeer = Result<(Vec<Timed>, Value), String>;
 
 #[derive(Serialize)]
 struct Side {
@@ -143,6 +151,7 @@ impl BenchTrain {
             return serve(&self.step, self.batch);
         }
         let (of_ours, of_peer) = self.measure()?;
+        let of_peer = of_peer.transpose()?;
         let report = Report {
             step: self.step,
             batch: self.batch,
@@ -165,12 +174,8 @@ impl BenchTrain {
         alone: bool,
         steps: usize,
         batch: usize,
-        precision: sides::Precision,
+        precision: Precision,
     ) -> Self {
-        let precision = match precision {
-            sides::Precision::Bf16 => Precision::Bf16,
-            _ => Precision::F32,
-        };
         let step = Step { stream: Stream::ImageText, precision, recompute: false };
         Self { peers, alone, steps, batch, step, json: false, serve: false }
     }
@@ -180,16 +185,23 @@ impl BenchTrain {
         if self.steps == 0 || self.batch < 2 {
             return Err("--steps: expected at least 1, --batch: at least 2, for there to be negatives".into());
         }
-        let mut peer = if self.alone { None } else { Some(self.start_peer()?) };
+        let mut peer = (!self.alone).then(|| self.start_peer().map_err(|error| error.to_string()));
         let (mut ours, _) = self.start_ours()?;
         let (mut of_ours, mut of_peer) = (Vec::new(), Vec::new());
-        for _ in 0..self.steps {
-            of_ours.push(step(&mut ours)?);
-            if let Some((peer, _)) = &mut peer {
-                of_peer.push(step(peer)?);
+        for round in 0..self.steps {
+            // Each is first in every other round.
+            for is_ours in [round % 2 == 0, round % 2 == 1] {
+                if is_ours {
+                    of_ours.push(step(&mut ours)?);
+                } else if let Some(Ok((side, _))) = &mut peer {
+                    match step(side) {
+                        Ok(timed) => of_peer.push(timed),
+                        Err(error) => peer = Some(Err(error.to_string())),
+                    }
+                }
             }
         }
-        Ok((of_ours, peer.map(|(_, mut ready)| (of_peer, ready["versions"].take()))))
+        Ok((of_ours, peer.map(|peer| peer.map(|(_, mut ready)| (of_peer, ready["versions"].take())))))
     }
 
     /// Our side, ready for a first step.
@@ -215,7 +227,7 @@ impl BenchTrain {
     fn pass_on(&self, command: &mut Command) {
         let Step { stream, precision, .. } = self.step;
         let batch = self.batch.to_string();
-        command.args(["--stream", &name(stream), "--precision", &name(precision), "--batch", &batch]);
+        command.args(["--stream", &name(stream), "--precision", precision.name(), "--batch", &batch]);
     }
 }
 
@@ -227,10 +239,7 @@ pub(crate) fn step(side: &mut Served) -> Outcome<Timed> {
 /// Our side.
 fn serve(step: &Step, batch: usize) -> Done {
     let device = Device::Cpu;
-    let precision = match step.precision {
-        Precision::F32 => train::Precision::F32,
-        Precision::Bf16 => train::Precision::Bf16,
-    };
+    let precision = for_training(step.precision)?;
     let config = TrainConfig { precision, recompute: step.recompute, clip: Some(1.0), ..TrainConfig::default() };
     let pretraining = Pretraining::to_train(&XvlmConfig::base(RESOLUTION), &config, &device)?;
     let mut optimizer = Optimizer::new(pretraining.parameters(), &config)?;
@@ -312,7 +321,7 @@ fn draw(stream: Stream, images: usize, device: &Device) -> Outcome<Batch> {
 
 fn print(report: &Report) {
     let Report { step, batch, steps, versions, ours, peer } = report;
-    let (stream, precision) = (name(step.stream), name(step.precision));
+    let (stream, precision) = (name(step.stream), step.precision);
     let kept = if step.recompute { "blocks computed again" } else { "everything kept" };
     println!("{stream}, {precision}, batch {batch}, {kept} on our side; medians of {steps} steps, taken in turn");
     if let Some(versions) = versions {
