@@ -344,9 +344,11 @@ mod processes {
     #[test]
     fn one_rank_ends_all() {
         let dir = TempDir::new().unwrap();
+        // What `mpirun` says of it is now and then lost on its way.
         let (said, succeeded) = mpirun("processes::rank_that_aborts", dir.path());
-        assert!(!succeeded && said.contains("MPI_ABORT"), "{said}");
-        assert!(!dir.path().join("late").exists());
+        assert!(!succeeded, "{said}");
+        assert!(dir.path().join("aborts").exists(), "{said}");
+        assert!(!dir.path().join("late").exists(), "{said}");
     }
 
     #[test]
@@ -355,6 +357,7 @@ mod processes {
         let folder = std::path::PathBuf::from(std::env::var_os(FOLDER).unwrap());
         let ranks = Mpi::start().unwrap();
         if ranks.rank() == 1 {
+            std::fs::write(folder.join("aborts"), "").unwrap();
             ranks.abort(7);
         }
         // Nobody answers.
