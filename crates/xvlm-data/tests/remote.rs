@@ -444,7 +444,14 @@ fn a_resumed_run_does_not_fetch_what_comes_before() {
     let expected = drawn(&first, 0..240);
     drop(first);
     // What is fetched ahead may still be under way.
-    std::thread::sleep(Duration::from_millis(300));
+    let requests = || server.state.lock().unwrap().log.len();
+    loop {
+        let before = requests();
+        std::thread::sleep(Duration::from_millis(300));
+        if requests() == before {
+            break;
+        }
+    }
     server.state.lock().unwrap().log.clear();
     let resumed = order(index_dir);
     assert_eq!(resumed.len(), Some(120));
