@@ -35,7 +35,7 @@ pub use candle_core::Device;
 #[cfg(feature = "hub")]
 pub use hub::Hub;
 pub use predictor::{
-    Answer, Grounding, Heated, Judgement, LikelyAnswer, Match, PixelBox, Predictor, Proposal, RankedAnswers, View,
+    Answer, Grounding, Heated, Judgement, LikelyAnswer, Match, PixelBox, Predictor, Proposal, RankedAnswers, View, Views,
 };
 pub use xvlm_data::Picture;
 pub use xvlm_tasks::captioning::Writing;
