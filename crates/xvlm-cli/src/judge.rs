@@ -8,7 +8,7 @@ use xvlm::{Bundled, Judgement, Picture};
 
 use crate::ModelArgs;
 use crate::output::{self, CliError, table};
-use crate::predict::{percent, worded};
+use crate::look::{percent, worded};
 
 /// Say how likely statements are to be true of two pictures
 ///

@@ -1,5 +1,6 @@
 //! `xvlm eval captioning`.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -129,10 +130,8 @@ impl Captioning {
             }
         })?;
         let Some(done) = done else { return Ok(()) };
-        let result_file = self.common.out.as_ref().map(|out| out.join("captions.json"));
-        if let Some(file) = &result_file {
-            captioning::write_results(file, &done.items, &done.answers)?;
-        }
+        let write = |out: &mut dyn Write| captioning::write_results(&done.items, &done.answers, out);
+        let result_file = self.common.sweep.write("captions.json", write)?;
         for id in done.wordless.iter().take(8) {
             say(&format!("without a word: image {id}"));
         }

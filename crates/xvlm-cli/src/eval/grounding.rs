@@ -90,8 +90,8 @@ impl Grounding {
             .common
             .evaluate("pictures of phrases", &name, |model, sweep| evaluate(model, items, &options, sweep))?;
         let Some(done) = done else { return Ok(()) };
-        let file =
-            self.write(|path| write_results(path, &done.items, done.boxes(&options).map(|bbox| (bbox, None))))?;
+        let found = done.boxes(&options).map(|bbox| (bbox, None));
+        let file = self.common.sweep.write("grounding.json", |out| write_results(&done.items, found, out))?;
         self.print(&name, done.scores, (report, file), &done.left_out, |scores| {
             [grounding_rows(&scores.all), split_rows(scores)].concat()
         })
@@ -123,15 +123,8 @@ impl Grounding {
         let Some(done) = done else { return Ok(()) };
         // A box that there is not is wrong.
         let found = done.answers.iter().map(|answer| (answer.bbox.unwrap_or_default(), Some(answer.point)));
-        let file = self.write(|path| write_results(path, &done.items, found))?;
+        let file = self.common.sweep.write("grounding.json", |out| write_results(&done.items, found, out))?;
         self.print(&name, done.scores, (report, file), &done.left_out, weak_rows)
-    }
-
-    /// Writes the file of results, if there is a folder for it.
-    fn write(&self, write: impl FnOnce(&Path) -> Result<(), TaskError>) -> Result<Option<PathBuf>, CliError> {
-        let file = self.common.out.as_ref().map(|out| out.join("grounding.json"));
-        file.as_deref().map(write).transpose()?;
-        Ok(file)
     }
 
     /// The phrases of a folder.

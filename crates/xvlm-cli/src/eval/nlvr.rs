@@ -16,7 +16,7 @@ use crate::output::{CliError, Rows};
 
 /// Statements about two pictures judged rightly, and sentences judged rightly of all their pairs, in percent
 ///
-/// With --out, judgements are also written as the official evaluation of NLVR2 reads them (nlvr_result.csv).
+/// With --out, judgements are also written as the official evaluation of NLVR2 reads them (nlvr.csv).
 #[derive(Args)]
 pub(crate) struct Nlvr {
     #[command(flatten)]
@@ -56,7 +56,7 @@ impl Nlvr {
             nlvr::evaluate(model, items, &options, sweep)
         })?;
         let Some(done) = done else { return Ok(()) };
-        let result_file = self.common.write("nlvr_result.csv", |out| nlvr::write_results(&done, out))?;
+        let result_file = self.common.sweep.write("nlvr.csv", |out| nlvr::write_results(&done, out))?;
         let report = Report { scores: done.scores, bias: done.bias, aside: Aside { result_file, skipped } };
         self.common.print("nlvr", &name, report, &done.left_out, report_rows)
     }

@@ -1,6 +1,6 @@
 //! Annotations of evaluations, and what is left out of them.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::Serialize;
 use xvlm::data::DataError;
@@ -57,18 +57,5 @@ impl Common {
         }
         name_left_out(&loaded.report);
         Ok(loaded)
-    }
-
-    /// Writes a result file into the folder for answers, if there is one.
-    pub(super) fn write(
-        &self,
-        name: &str,
-        write: impl FnOnce(&mut Vec<u8>) -> std::io::Result<()>,
-    ) -> Result<Option<PathBuf>, CliError> {
-        let Some(path) = self.out.as_deref().map(|folder: &Path| folder.join(name)) else { return Ok(None) };
-        let mut content = Vec::new();
-        write(&mut content).map_err(CliError::io(&path))?;
-        output::write(&path, &content)?;
-        Ok(Some(path))
     }
 }

@@ -1,7 +1,5 @@
 //! `xvlm eval retrieval`.
 
-use std::io::Write;
-
 use clap::Args;
 use serde::Serialize;
 use xvlm::data::annotations::{Reading, RetrievalItem};
@@ -70,8 +68,7 @@ impl Retrieval {
             .common
             .evaluate("pictures", &name, |model, sweep| retrieval::evaluate(model, &items, options, sweep))?;
         let Some(done) = done else { return Ok(()) };
-        let results = serde_json::to_string(&done.results())?;
-        let result_file = self.common.write("retrieval.json", |out| out.write_all(results.as_bytes()))?;
+        let result_file = self.common.sweep.write_json("retrieval.json", &done.results())?;
         let (images, texts) = (done.images.len(), done.texts.len());
         let report = Report { scores: done.scores, images, texts, aside: Aside { result_file, skipped } };
         self.common.print("retrieval", &name, report, &done.left_out, |report| {

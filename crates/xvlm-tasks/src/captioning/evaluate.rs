@@ -1,6 +1,7 @@
 //! How well a model describes a data set.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::Path;
 
 use rayon::prelude::*;
@@ -11,7 +12,6 @@ use xvlm_data::scenes::{CaptionCheck, check_caption, read_scenes};
 use xvlm_data::{DataError, Picture};
 use xvlm_metrics::captions::cider::cider;
 use xvlm_metrics::captions::{bleu, ptb, rouge_l};
-use xvlm_weights::write_file_atomically;
 
 use super::{Writing, caption};
 use crate::error::{ConfigProblem, TaskError};
@@ -254,9 +254,8 @@ pub fn evaluate_scenes(
 ///
 /// # Errors
 /// If the file cannot be written.
-pub fn write_results(path: &Path, items: &[CaptionItem], answers: &[Written]) -> Result<(), TaskError> {
+pub fn write_results(items: &[CaptionItem], answers: &[Written], out: &mut dyn Write) -> std::io::Result<()> {
     let results = items.iter().zip(answers);
     let results = results.map(|(item, written)| json!({"image_id": json_id(&item.id), "caption": written.text}));
-    let results = Value::Array(results.collect()).to_string();
-    Ok(write_file_atomically(path, |out| out.write_all(results.as_bytes()))?)
+    write!(out, "{}", Value::Array(results.collect()))
 }

@@ -1,5 +1,6 @@
 //! What grounding is evaluated on, and the file of results.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -155,10 +156,10 @@ fn find_references(data: &Path) -> Result<PathBuf, TaskError> {
 /// # Errors
 /// If the file cannot be written.
 pub fn write_results(
-    path: &Path,
     items: &[GroundingItem],
     found: impl IntoIterator<Item = ([f32; 4], Option<[f32; 2]>)>,
-) -> Result<(), TaskError> {
+    out: &mut dyn Write,
+) -> std::io::Result<()> {
     #[derive(Serialize)]
     struct Entry {
         ref_id: Value,
@@ -166,13 +167,12 @@ pub fn write_results(
         #[serde(skip_serializing_if = "Option::is_none")]
         point: Option<[f32; 2]>,
     }
-    let mut text = String::from("[");
+    write!(out, "[")?;
     for (i, (item, (bbox, point))) in items.iter().zip(found).enumerate() {
         let entry = json!(Entry { ref_id: json_id(&item.ref_id), bbox, point });
-        text += &format!("{}{entry}", if i == 0 { "\n" } else { ",\n" });
+        write!(out, "{}{entry}", if i == 0 { "\n" } else { ",\n" })?;
     }
-    text += "\n]\n";
-    Ok(xvlm_weights::write_file_atomically(path, |out| out.write_all(text.as_bytes()))?)
+    writeln!(out, "\n]")
 }
 
 #[cfg(test)]
