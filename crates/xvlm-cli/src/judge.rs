@@ -7,8 +7,8 @@ use serde::Serialize;
 use xvlm::{Bundled, Judgement, Picture};
 
 use crate::ModelArgs;
-use crate::output::{self, CliError, table};
 use crate::look::{percent, worded};
+use crate::output::{self, CliError, table};
 
 /// Say how likely statements are to be true of two pictures
 ///

@@ -71,7 +71,8 @@ impl Match {
         };
         let found = self.look.ask(Bundled::General, &images, |asking| {
             let predictor = asking.predictor;
-            let question = Question { name: "matches", options: sweep::options(&json!({ "texts": texts, "boxes": boxes }))? };
+            let question =
+                Question { name: "matches", options: sweep::options(&json!({ "texts": texts, "boxes": boxes }))? };
             asking.of_each(question, check, |_, pictures| {
                 if boxes.is_empty() {
                     let named = |matches: Vec<xvlm::Match>| {

@@ -400,7 +400,10 @@ fn check_heading(path: &Path, expected: &Heading, line: &[u8]) -> Result<(), Tas
     let difference = difference.filter_map(|(field, now)| xvlm_train::difference(field, &before[field.as_str()], now));
     match difference.into_iter().next() {
         Some((field, ..)) if field == "digest" => {
-            problem("expected answers about the items that are asked about now, found some about others".to_owned())
+            let (now, before) = (expected.units, found.units);
+            problem(format!(
+                "items: expected answers about the {now} that are asked about now, found some about {before} others"
+            ))
         }
         Some((field, before, now)) => problem(format!("{field}: expected {now}, as asked now, found {before}")),
         None => Ok(()),
@@ -529,7 +532,7 @@ mod tests {
         answer(false, &[1, 2]).unwrap();
         let error = answer(true, &[1, 3]).unwrap_err().to_string();
         assert!(
-            error.ends_with("expected answers about the items that are asked about now, found some about others"),
+            error.ends_with("items: expected answers about the 2 that are asked about now, found some about 2 others"),
             "{error}"
         );
     }

@@ -146,8 +146,9 @@ fn refcoco_is_scored_by_split() {
     assert_eq!((done.scores.all.count, done.scores.splits["testA"]), (2, done.scores.all));
     assert_eq!(done.items.iter().map(|item| item.text.as_str()).collect::<Vec<_>>(), ["the man", "man on the left"]);
 
-    let (found, mut written) = (done.boxes(&BoxOptions::default()).map(|bbox| (bbox, None)), Vec::new());
-    write_results(&done.items, found, &mut written).unwrap();
+    let mut written = Vec::new();
+    let options = BoxOptions::default();
+    write_results(&done.items, done.boxes(&options).map(|bbox| (bbox, None)), &mut written).unwrap();
     let written: Value = serde_json::from_slice(&written).unwrap();
     assert_eq!((written.as_array().unwrap().len(), &written[1]["ref_id"]), (2, &json!(12)));
     let written: [f32; 4] = serde_json::from_value(written[1]["bbox"].clone()).unwrap();

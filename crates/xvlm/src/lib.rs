@@ -35,7 +35,8 @@ pub use candle_core::Device;
 #[cfg(feature = "hub")]
 pub use hub::Hub;
 pub use predictor::{
-    Answer, Grounding, Heated, Judgement, LikelyAnswer, Match, PixelBox, Predictor, Proposal, RankedAnswers, View, Views,
+    Answer, Grounding, Heated, Judgement, LikelyAnswer, Match, PixelBox, Predictor, Proposal, RankedAnswers, View,
+    Views,
 };
 pub use xvlm_data::Picture;
 pub use xvlm_tasks::captioning::Writing;

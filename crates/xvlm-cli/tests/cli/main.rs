@@ -11,6 +11,7 @@ mod questions;
 mod ranks;
 mod score;
 mod searching;
+mod sets;
 
 use std::fs;
 use std::path::Path;
