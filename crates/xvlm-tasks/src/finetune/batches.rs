@@ -48,7 +48,7 @@ pub(super) struct TaskData {
 
 impl TaskData {
     /// Opens the training files of a task, for process `rank` of `ranks`; what is learnt of shards that are fetched is kept in
-    /// the folder `run`. What is broken is told, and refused if it is too much.
+    /// the folder `run`, if there is one. What is broken is told, and refused if it is too much.
     ///
     /// # Errors
     /// If a file cannot be read, has nothing to train on, or too much of it is broken.
@@ -56,7 +56,7 @@ impl TaskData {
         config: &FinetuneConfig,
         tokenizer: &Arc<TextTokenizer>,
         (rank, ranks): (usize, usize),
-        run: &Path,
+        run: Option<&Path>,
         progress: &mut dyn Progress,
     ) -> Result<Self, TaskError> {
         let vision = &config.model.vision_config;
@@ -127,6 +127,14 @@ impl TaskData {
         }
     }
 
+    /// The first batch of a run.
+    ///
+    /// # Errors
+    /// If too much is broken.
+    pub(super) fn first(&self) -> Result<Batch, TaskError> {
+        Ok((self.build)(0)?()?)
+    }
+
     /// What was drawn so far.
     pub(super) fn drawn(&self) -> Drawn {
         (self.drawn)()
@@ -163,7 +171,7 @@ struct Opening<'a> {
     rank: usize,
     ranks: usize,
     resolution: usize,
-    run: &'a Path,
+    run: Option<&'a Path>,
     progress: &'a mut dyn Progress,
 }
 
@@ -263,7 +271,7 @@ impl Opening<'_> {
     ) -> Result<BatchBuilder, TaskError> {
         let config = BatchConfig { resolution: self.resolution, final_stride, ..config.clone() };
         let mut reading = shards.dataset.clone();
-        reading.index_dir = reading.index_dir.or_else(|| Some(self.run.join("indices")));
+        reading.index_dir = reading.index_dir.or_else(|| Some(self.run?.join("indices")));
         let limit = config.max_bad_fraction;
         let dataset: Arc<Dataset> =
             open_dataset(shards.field, shards.sources, &reading, need, limit, &mut *self.progress)?;
