@@ -131,6 +131,35 @@ fn run(config: &FinetuneConfig, out: &Path, resume: bool) -> Result<(Summary, Ve
     Ok((summary, told.0))
 }
 
+#[test]
+fn a_plan_tells_what_a_run_will_be() {
+    for kind in FinetuneKind::ALL {
+        let config = config(kind, quick(6));
+        let (plan, first) = finetune::plan(&config, None, 2, false, &mut Silent).unwrap();
+        assert_eq!((plan.task, plan.schedule.iterations, plan.schedule.ranks), (kind.name(), 6, 2));
+        let (parameters, memory, data) = (&plan.parameters, &plan.memory, &plan.data);
+        assert_eq!((memory.weights, memory.moments), (4 * parameters.total, 8 * parameters.trainable), "{plan:?}");
+        assert_eq!((memory.masters, memory.reduction), (0, memory.moments));
+        let passes = (6 * data.items_per_step) as f64 / data.items as f64;
+        assert!(data.epochs == passes && !data.validated, "{data:?}");
+        let pictures = first.pictures.len();
+        assert_eq!((first.side, first.pixels.len()), (32, pictures * 3 * 32 * 32), "{}", kind.name());
+        assert_eq!(memory.pixels, 4 * first.pixels.len() as u64);
+        let said = || first.pictures.iter().flatten();
+        assert!(first.pictures.iter().all(|said| !said.is_empty() && said.iter().all(|said| said.text.contains(' '))));
+        let has_boxes = matches!(kind, FinetuneKind::Bbox | FinetuneKind::BboxPretrain);
+        assert_eq!(said().any(|said| said.bounds.is_some()), has_boxes, "{}", kind.name());
+    }
+    // What the run would refuse, the plan refuses.
+    let mut config = config(FinetuneKind::Vqa, quick(6));
+    config.init_from = Some(in_world("none"));
+    let error = finetune::plan(&config, None, 1, false, &mut Silent).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("none/config.json"), "{error}");
+    config.init_from = None;
+    let error = finetune::plan(&config, None, 1, false, &mut Silent).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("init_from: expected the folder of a model to start from"), "{error}");
+}
+
 /// Steps that are long enough to learn a few pictures by heart.
 fn quick(iterations: u64) -> Value {
     json!({

@@ -360,6 +360,39 @@ fn a_dry_run_tells_what_a_run_will_be() {
 }
 
 #[test]
+fn a_dry_run_tells_what_fine_tuning_will_be() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    text(dir, "synth --out data --scenes 4 --seed 5");
+    let before = names(dir);
+    let plan = "finetune nlvr --preset scenes-nlvr2 --built-in --set task.train_file=[data/nlvr.json] \
+                --set task.image_root=data --set data.batch_size=3 --set train.iterations=8 --dry-run";
+    let told = text(dir, plan);
+    for part in ["Parameters", "beside activations", "Data of nlvr", "First batch: 6 pictures", "left, ", "[CLS]"] {
+        assert!(told.contains(part), "{part} in {told}");
+    }
+    assert_eq!(names(dir), before, "nothing is left behind");
+    let told = json(dir, &format!("{plan} --processes 2 --out plan"));
+    assert_eq!(names(&dir.join("plan")), ["first-batch.png"]);
+    assert_eq!(
+        (&told["task"], &told["schedule"]["ranks"], &told["data"]["items_per_step"]),
+        (&json!("nlvr"), &json!(2), &json!(6))
+    );
+    assert_eq!(told["first_batch"].as_array().unwrap().len(), 6);
+    assert!(
+        told["fresh"].as_array().unwrap().iter().any(|name| name.as_str().unwrap().contains("cls_head")),
+        "{}",
+        told["fresh"]
+    );
+    refused(dir, &plan.replace("data/nlvr.json", "none.json"), &["none.json"]);
+    refused(dir, &plan.replace("--built-in", ""), &["init_from: expected the folder of a model to start from"]);
+    fs::write(dir.join("data/nlvr.json"), "[]").unwrap();
+    refused(dir, plan, &["data/nlvr.json: task.train_file: expected at least one item, found none"]);
+    fs::write(dir.join("data/nlvr.json"), "[{").unwrap();
+    refused(dir, plan, &["data/nlvr.json: expected JSON, found "]);
+}
+
+#[test]
 fn losses_can_be_drawn() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
@@ -575,6 +608,8 @@ fn wrong_usage_has_its_own_exit_code() {
         "pretrain --out run --config a.yaml --preset scenes",
         "pretrain --out run --preset scenes --print-config",
         "pretrain --preset scenes --dry-run --ranks alone",
+        "finetune nlvr --preset scenes-nlvr2 --dry-run --resume",
+        "finetune nlvr --preset scenes-nlvr2 --processes 2",
         "eval nlvr",
         "judge --images a.png --text it",
         "synth --out data --scenes 0 --seed 1",
