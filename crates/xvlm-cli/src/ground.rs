@@ -70,11 +70,11 @@ struct Pointed {
 impl Ground {
     pub(crate) fn run(self) -> Result<(), CliError> {
         let (texts, images) = (worded(&self.texts)?, self.look.images()?);
-        if let (Some(path), 2..) = (&self.draw, images.len()) {
-            if path.is_file() || path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png")) {
-                let (expected, found) = ("a folder, since there are several pictures", path.display().to_string());
-                return Err(CliError::Option { option: "--draw", expected, found });
-            }
+        if let (Some(path), 2..) = (&self.draw, images.len())
+            && (path.is_file() || path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png")))
+        {
+            let (expected, found) = ("a folder, since there are several pictures", path.display().to_string());
+            return Err(CliError::Option { option: "--draw", expected, found });
         }
         if self.heat { self.heat(&texts, &images) } else { self.boxes(&texts, &images) }
     }

@@ -206,14 +206,14 @@ impl Asking<'_, '_> {
             }
             let found = if pictures.is_empty() { Vec::new() } else { ask(&numbers, pictures)? };
             let mut found = found.into_iter();
-            let about = |(size, (_, image)): (Result<(u32, u32), DataError>, &&(usize, &PathBuf))| {
-                let (width, height) = match size {
-                    Ok(size) => size,
-                    Err(error) => return Some(Err(error)),
-                };
-                found.next().map(|results| Ok(About { image: (*image).clone(), width, height, results }))
-            };
-            Ok(sizes.into_iter().zip(units).filter_map(about).collect())
+            let mut answers = Vec::with_capacity(units.len());
+            for (size, (_, image)) in sizes.into_iter().zip(units) {
+                answers.push(size.map(|(width, height)| {
+                    let results = found.next().unwrap_or_default();
+                    About { image: (*image).clone(), width, height, results }
+                }));
+            }
+            Ok(answers)
         })?;
         let Answers { given, left_out } = answers;
         Ok(Found { name, about: given.into_iter().flatten().collect(), left_out })

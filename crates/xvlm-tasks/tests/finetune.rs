@@ -1,5 +1,7 @@
 //! Fine-tuning, from a tiny pre-trained model to a model folder of each task.
 
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
@@ -12,6 +14,8 @@ use xvlm_tasks::{FinetuneConfig, Model, PretrainConfig, Session, TaskError, pret
 use xvlm_train::{Progress, Silent, Summary, read_metrics};
 use xvlm_weights::ModelFolder;
 
+use common::tiny_model;
+
 /// A world, and in `pretrained` a tiny model that knows nothing about it.
 static WORLD: LazyLock<TempDir> = LazyLock::new(|| {
     let dir = TempDir::new().unwrap();
@@ -19,7 +23,7 @@ static WORLD: LazyLock<TempDir> = LazyLock::new(|| {
     scenes::write(&dir.path().join("world"), &options, &mut |_| ()).unwrap();
     let config = json!({
         "train_file": [dir.path().join("world/pretrain.jsonl")],
-        "model": model(),
+        "model": tiny_model(0),
         "regions": { "iter_perc": 0.0 },
         "data": { "batch_size": 4 },
         "train": { "iterations": 1, "tensorboard": false },
@@ -28,20 +32,6 @@ static WORLD: LazyLock<TempDir> = LazyLock::new(|| {
     pretrain::run(&config, &dir.path().join("pretrained"), &Session::alone(false), &Device::Cpu, &mut Silent).unwrap();
     dir
 });
-
-fn model() -> Value {
-    json!({
-        "vision_config": {
-            "kind": "swin",
-            "image_res": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4,
-        },
-        "text_config": {
-            "vocab_size": 0, "hidden_size": 16, "num_hidden_layers": 2, "fusion_layer": 1,
-            "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 48,
-        },
-        "embed_dim": 16,
-    })
-}
 
 fn in_world(file: &str) -> PathBuf {
     WORLD.path().join("world").join(file)
@@ -108,7 +98,7 @@ fn config(kind: FinetuneKind, train: Value) -> FinetuneConfig {
     let config = json!({
         "task": task(kind),
         "init_from": WORLD.path().join("pretrained/model"),
-        "model": model(),
+        "model": tiny_model(0),
         "data": data,
         "train": train,
     });

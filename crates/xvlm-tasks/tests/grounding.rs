@@ -167,7 +167,12 @@ fn refcoco_is_scored_by_split() {
     values[0].1 = paths(dir.path()).remove(0).1;
     values[1].1 = dir.path().join("images").display().to_string();
     let error = TestSet::of_boxes(&bbox(&values), 0.0).unwrap_err().to_string();
-    assert!(error.contains("images: expected one of refs(unc).p, refs(umd).p, refs(google).p, here or in"), "{error}");
+    assert!(
+        error.contains(
+            "images: task.refcoco_data: expected one of refs(unc).p, refs(umd).p, refs(google).p, here or in"
+        ),
+        "{error}"
+    );
 }
 
 #[test]
@@ -197,7 +202,10 @@ fn proposals_come_from_the_detector_by_image() {
     values.pop();
     values.push(file("other.json"));
     let error = TestSet::of_weak(&weak("grounding-weak", &values), 0.0).unwrap_err().to_string();
-    assert!(error.contains("other.json: expected boxes for the images that are asked about, found none"), "{error}");
+    assert!(
+        error.contains("other.json: image_id: expected boxes for the images that are asked about, found none"),
+        "{error}"
+    );
 }
 
 /// VLUE's form, where the file has it all.
