@@ -136,7 +136,9 @@ fn a_plan_tells_what_a_run_will_be() {
         assert_eq!((first.side, first.pixels.len()), (32, pictures * 3 * 32 * 32), "{}", kind.name());
         assert_eq!(memory.pixels, 4 * first.pixels.len() as u64);
         let said = || first.pictures.iter().flatten();
-        assert!(first.pictures.iter().all(|said| !said.is_empty() && said.iter().all(|said| said.text.contains(' '))));
+        // A batch of regions has no room for the texts of its last pictures.
+        let is_told = first.pictures.iter().all(|said| !said.is_empty()) || kind == FinetuneKind::BboxPretrain;
+        assert!(is_told && said().all(|said| said.text.contains(' ')), "{}: {:?}", kind.name(), first.pictures);
         let has_boxes = matches!(kind, FinetuneKind::Bbox | FinetuneKind::BboxPretrain);
         assert_eq!(said().any(|said| said.bounds.is_some()), has_boxes, "{}", kind.name());
     }

@@ -389,7 +389,7 @@ fn a_dry_run_tells_what_fine_tuning_will_be() {
     fs::write(dir.join("data/nlvr.json"), "[]").unwrap();
     refused(dir, plan, &["data/nlvr.json: task.train_file: expected at least one item, found none"]);
     fs::write(dir.join("data/nlvr.json"), "[{").unwrap();
-    refused(dir, plan, &["data/nlvr.json: expected JSON, found "]);
+    refused(dir, plan, &["data/nlvr.json: byte 2: expected JSON"]);
 }
 
 #[test]
