@@ -103,14 +103,12 @@ impl Captioning {
                 OfItems::Test(Test::of(config).ok_or_else(|| self.data.other_task(&config.task))?)
             }
         };
-        let loaded = self.common.read(|strict| match &of_items {
-            OfItems::Folder(folder) => {
-                Reading { strict, ..Reading::default() }.captions(&[folder.join("captions.json")])
-            }
-            OfItems::Test(test) => {
-                Reading { images: Some(test.images.to_owned()), strict, ..Reading::default() }.captions(test.files)
-            }
-        })?;
+        let (files, images) = match &of_items {
+            OfItems::Folder(folder) => (&[folder.join("captions.json")][..], None),
+            OfItems::Test(test) => (test.files, Some(test.images.to_owned())),
+        };
+        let reading = Reading { images, ..Reading::default() };
+        let loaded = self.common.read(files, |strict| Reading { strict, ..reading }.captions(files))?;
         let (items, skipped) = (loaded.items, loaded.report);
         if items.is_empty() {
             return Err(TaskError::Empty { what: name }.into());

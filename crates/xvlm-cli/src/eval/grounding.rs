@@ -6,12 +6,12 @@ use clap::Args;
 use serde::Serialize;
 use xvlm::data::annotations::{Reading, Report};
 use xvlm::metrics::boxes::BoxScores;
+use xvlm::tasks::FinetuneConfig;
 use xvlm::tasks::finetune::{FinetuneKind, FinetuneTask};
 use xvlm::tasks::grounding::{
     BoxOptions, GroundingScores, Layers, TestSet, WeakOptions, WeakScores, evaluate, evaluate_weakly, write_results,
 };
 use xvlm::tasks::sweep::LeftOut;
-use xvlm::tasks::{FinetuneConfig, TaskError};
 
 use super::reading::{Aside, name_left_out};
 use super::{Common, DataArgs, Source, count, percent};
@@ -129,12 +129,9 @@ impl Grounding {
 
     /// The phrases of a folder.
     fn folder(&self, folder: &Path) -> Result<TestSet, CliError> {
-        let file = folder.join("grounding.json");
-        let loaded = self.common.read(|strict| Reading { strict, ..Reading::default() }.grounding(&[&file]))?;
-        match loaded.items.is_empty() {
-            true => Err(TaskError::Empty { what: file.display().to_string() }.into()),
-            false => Ok(TestSet { items: loaded.items, report: loaded.report }),
-        }
+        let files = [folder.join("grounding.json")];
+        let loaded = self.common.read(&files, |strict| Reading { strict, ..Reading::default() }.grounding(&files))?;
+        Ok(TestSet { items: loaded.items, report: loaded.report })
     }
 
     fn print<T: Serialize>(

@@ -60,7 +60,7 @@ impl Retrieval {
         let k_test = self.k_test.map_or(options.k_test, |k_test| k_test as usize);
         let options = Options { k_test, memory_mib: self.text_memory as usize, ..options };
         let reading = Reading { images, splits: self.split.clone(), ..Reading::default() };
-        let loaded = self.common.read(|strict| Reading { strict, ..reading }.retrieval(&files))?;
+        let loaded = self.common.read(&files, |strict| Reading { strict, ..reading }.retrieval(&files))?;
         let told = loaded.items.iter().filter_map(|item| item.split.as_deref());
         check_splits(&self.split, told, &loaded.report)?;
         let (items, skipped, name): (Vec<RetrievalItem>, _, String) = (loaded.items, loaded.report, self.data.name());

@@ -54,16 +54,16 @@ struct Report {
 impl Vqa {
     pub(super) fn run(self) -> Result<(), CliError> {
         let source = self.data.open(FinetuneKind::Vqa)?;
-        let (task, file) = match &source {
+        let (task, files) = match &source {
             Source::Config(config) => match &config.task {
-                FinetuneTask::Vqa(task) => (Some(task), PathBuf::new()),
+                FinetuneTask::Vqa(task) => (Some(task), task.test_file.clone()),
                 other => return Err(self.data.other_task(other)),
             },
-            Source::Folder(folder) => (None, folder.join("vqa.json")),
+            Source::Folder(folder) => (None, vec![folder.join("vqa.json")]),
         };
-        let loaded = self.common.read(|strict| match task {
+        let loaded = self.common.read(&files, |strict| match task {
             Some(task) => vqa::test_items(task, strict),
-            None => Reading { strict, ..Reading::default() }.vqa(&[file]),
+            None => Reading { strict, ..Reading::default() }.vqa(&files),
         })?;
         let (items, skipped) = (loaded.items, loaded.report);
         if self.common.sweep.out.is_none() && !items.is_empty() && items.iter().all(|item| item.answers.is_empty()) {

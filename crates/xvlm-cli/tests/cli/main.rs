@@ -349,6 +349,19 @@ fn bad_data_and_configurations_are_refused() {
     fs::remove_file(dir.join("data/images/000001.png")).unwrap();
     refused(dir, "eval fill --model model --data data", &["data/images/000001.png"]);
 
+    for (task, file) in [
+        ("grounding", "grounding"),
+        ("retrieval", "retrieval"),
+        ("fill", "fill"),
+        ("captioning", "captions"),
+        ("vqa", "vqa"),
+        ("nlvr", "nlvr"),
+    ] {
+        fs::write(dir.join(format!("data/{file}.json")), "[]").unwrap();
+        let expected = format!("data/{file}.json: expected at least one item, found none");
+        refused(dir, &format!("eval {task} --data data"), &[&expected]);
+    }
+
     fs::write(dir.join("unknown.yaml"), "train_file: []\nmodell: {}\n").unwrap();
     for (arguments, expected) in [
         ("--config none.yaml", vec!["none.yaml"]),
