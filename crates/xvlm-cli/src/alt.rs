@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
@@ -15,7 +16,7 @@ use xvlm::{Picture, Predictor, Written};
 use crate::caption::WritingArgs;
 use crate::output::{self, CliError, say};
 use crate::progress::Stage;
-use crate::{ModelArgs, share};
+use crate::{ModelArgs, share, signals};
 
 /// Write alternative texts: descriptions of pictures for those who do not see them
 #[derive(Args)]
@@ -69,9 +70,16 @@ impl DescribeArgs {
         Describer::new(Phrasing { sentence: !self.plain, prefix, suffix }, self.min_confidence)
     }
 
-    fn describe(&self, predictor: &Predictor) -> impl FnMut(&[Picture]) -> Result<Vec<Written>, xvlm::Error> {
-        let writing = self.writing.of(predictor.writing());
-        move |pictures| predictor.captions(pictures, &writing)
+    /// What describes pictures, until it is asked to stop.
+    fn describe(
+        &self,
+        predictor: &Predictor,
+    ) -> Result<impl FnMut(&[Picture]) -> Result<Vec<Written>, CliError>, CliError> {
+        let (writing, stop) = (self.writing.of(predictor.writing()), signals::asked_to_stop()?);
+        Ok(move |pictures: &[Picture]| match stop.load(Ordering::Relaxed) {
+            true => Err(CliError::Stopped),
+            false => Ok(predictor.captions(pictures, &writing)?),
+        })
     }
 }
 
@@ -80,6 +88,9 @@ impl DescribeArgs {
 /// An image without alt gets one; an empty alt says that the image is decoration, and is left as it is, like every other byte of
 /// the file. Comments, scripts, templates and code are left alone. Images on other machines (http, https) are counted, not looked
 /// at. If an image is missing or broken, the exit code tells.
+///
+/// With --in-place, files are written while the work goes on: after an interruption, the same command goes on, as images that have a
+/// description by now are left alone.
 #[derive(Args)]
 #[command(group = clap::ArgGroup::new("where").required(true).args(["in_place", "out", "dry_run"]))]
 struct Documents {
@@ -145,33 +156,39 @@ impl Documents {
     fn run(self) -> Result<(), CliError> {
         let files = self.files()?;
         let mut describer = self.describe.describer();
-        let mut opened: Vec<Result<(Document, Vec<u8>), String>> = Vec::new();
+        let (mut opened, mut contents): (Vec<Result<Document, String>>, Vec<Vec<u8>>) = Default::default();
         for file in &files {
             let read = fs::read(&file.path).map_err(|error| error.to_string()).and_then(|content| {
                 let document = Document::read(file.format, content.clone()).map_err(|problem| problem.to_string())?;
-                Ok((document, content))
+                contents.push(content);
+                Ok(document)
             });
             opened.push(read);
         }
         let predictor = self.describe.model.open()?;
-        let mut describe = self.describe.describe(&predictor);
+        let mut describe = self.describe.describe(&predictor)?;
         let choice = Choice { decorative: self.decorative, given: self.replace };
-        let pages: Vec<Page> = files
-            .iter()
-            .zip(&opened)
-            .filter_map(|(file, read)| {
-                let (document, _) = read.as_ref().ok()?;
-                Some(Page { path: &file.path, document, root: file.root.as_deref() })
-            })
-            .collect();
-        let filled = Stage::run("images", |at| fill_in(&pages, choice, &mut describer, &mut describe, at))?;
+        let readable = files.iter().zip(&opened).filter_map(|(file, read)| Some((file, read.as_ref().ok()?)));
+        let readable: Vec<(&File, &Document)> = readable.collect();
+        let pages = readable.iter().map(|&(file, document)| {
+            let (path, root) = (file.path.as_path(), file.root.as_deref());
+            Page { path, document, root }
+        });
+        let pages: Vec<Page> = pages.collect();
+        let mut write = |number: usize, edited: &Edited, is_done: bool| {
+            let content: &mut Vec<u8> = &mut contents[number];
+            if self.write(readable[number].0, content, edited, is_done)? {
+                content.clone_from(&edited.content);
+            }
+            Ok(())
+        };
+        let filled = Stage::run("images", |at| fill_in(&pages, choice, &mut describer, &mut describe, &mut write, at))?;
         let mut filled = filled.into_iter();
         let mut documents = Vec::new();
         for (file, read) in files.iter().zip(&opened) {
             let filled = read.as_ref().map(|read| (read, filled.next().unwrap_or_default()));
             documents.push(match filled {
-                Ok(((document, content), (reports, edited))) => {
-                    self.write(file, content, &edited)?;
+                Ok((document, (reports, edited))) => {
                     let with = |alt| document.images().iter().filter(|image| image.alt == alt).count();
                     Done {
                         document: &file.path,
@@ -277,19 +294,21 @@ impl Documents {
         Ok(files)
     }
 
-    fn write(&self, file: &File, before: &[u8], edited: &Edited) -> Result<(), CliError> {
-        if self.dry_run {
-            return Ok(());
+    /// Writes a document with the descriptions so far, which may not be all; whether it stands in the place of `before` now.
+    fn write(&self, file: &File, before: &[u8], edited: &Edited, is_done: bool) -> Result<bool, CliError> {
+        if self.dry_run || (self.out.is_some() && !is_done) {
+            return Ok(false);
         }
         if let Some(out) = &self.out {
             let is_one = self.paths.len() == 1 && self.paths[0] == file.path;
             let path = if is_one { out.clone() } else { out.join(&file.inside) };
             let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
             folder.map_or(Ok(()), |folder| fs::create_dir_all(folder).map_err(CliError::io(folder)))?;
-            return output::write(&path, &edited.content);
+            output::write(&path, &edited.content)?;
+            return Ok(false);
         }
         if edited.changes.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         // A link stays one, and the file keeps who may read it.
         let path = fs::canonicalize(&file.path).map_err(CliError::io(&file.path))?;
@@ -299,7 +318,8 @@ impl Documents {
         }
         let permissions = fs::metadata(&path).map_err(CliError::io(&path))?.permissions();
         output::write(&path, &edited.content)?;
-        fs::set_permissions(&path, permissions).map_err(CliError::io(&path))
+        fs::set_permissions(&path, permissions).map_err(CliError::io(&path))?;
+        Ok(true)
     }
 }
 
@@ -332,7 +352,8 @@ struct Pictures {
     /// Write the list to this file instead of printing it; with --json it is printed too
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// Write each description into a file beside its picture, named after it with .txt at the end
+    /// Write each description into a file beside its picture, named after it with .txt at the end, while the work goes on: after an
+    /// interruption, the same command goes on
     #[arg(long)]
     sidecar: bool,
     /// Replace files that are beside the pictures
@@ -381,17 +402,23 @@ impl Pictures {
         }
         let mut describer = self.describe.describer();
         let predictor = self.describe.model.open()?;
-        let mut describe = self.describe.describe(&predictor);
-        let outcomes = Stage::run("pictures", |at| describer.describe_files(&files, &mut describe, at))?;
-        let entries: Vec<Entry> =
-            files.into_iter().zip(outcomes).map(|(picture, outcome)| Entry { picture, outcome }).collect();
-        if self.sidecar {
-            for entry in &entries {
-                if let Some(text) = entry.outcome.text() {
-                    output::write(&sidecar(&entry.picture), format!("{text}\n").as_bytes())?;
+        let mut describe = self.describe.describe(&predictor)?;
+        let entries = Stage::run("pictures", |at| {
+            let mut entries = Vec::with_capacity(files.len());
+            for some in files.chunks(PORTION) {
+                let before = entries.len();
+                let mut counter = |done, _| at(before + done, files.len());
+                for (picture, outcome) in
+                    some.iter().zip(describer.describe_files(some, &mut describe, &mut counter)?)
+                {
+                    if let (true, Some(text)) = (self.sidecar, outcome.text()) {
+                        output::write(&sidecar(picture), format!("{text}\n").as_bytes())?;
+                    }
+                    entries.push(Entry { picture: picture.clone(), outcome });
                 }
             }
-        }
+            Ok::<_, CliError>(entries)
+        })?;
         let list = match (self.format, self.describe.json) {
             (Form::Json, _) | (_, true) => serde_json::to_string_pretty(&entries)? + "\n",
             (Form::Text, _) => {
@@ -412,6 +439,9 @@ impl Pictures {
         }
     }
 }
+
+/// Pictures after which the files beside them are written: what an interruption costs at most.
+const PORTION: usize = 32;
 
 /// The file beside a picture.
 fn sidecar(picture: &Path) -> PathBuf {

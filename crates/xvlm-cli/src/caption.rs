@@ -1,14 +1,13 @@
 //! `xvlm caption`: what is to be seen in pictures; and how pictures are described, for other commands that do.
 
-use std::path::PathBuf;
-
 use clap::Args;
-use rayon::prelude::*;
 use serde::Serialize;
-use xvlm::{Picture, Sampling, Writing, Written};
+use serde_json::json;
+use xvlm::{Bundled, Sampling, Writing, Written};
 
-use crate::ModelArgs;
-use crate::output::{self, CliError};
+use crate::look::{About, Look, Question, any};
+use crate::output::CliError;
+use crate::sweep;
 
 /// How captions are written. What is left out is as the model's configuration says.
 #[derive(Args)]
@@ -57,10 +56,7 @@ impl WritingArgs {
 #[derive(Args)]
 pub(crate) struct Caption {
     #[command(flatten)]
-    model: ModelArgs,
-    /// Picture (JPEG, PNG, WebP or GIF); several may be given
-    #[arg(long = "image", value_name = "FILE", required = true, num_args = 1..)]
-    images: Vec<PathBuf>,
+    look: Look,
     #[command(flatten)]
     writing: WritingArgs,
     /// Draw each word by its probability instead of searching for the likeliest text
@@ -81,52 +77,39 @@ pub(crate) struct Caption {
     /// Seed of what is drawn: the same seed, the same captions of the picture at a place, whatever the others are
     #[arg(long, value_name = "S", default_value_t = 0, requires = "sample")]
     seed: u64,
-    /// Print the result as JSON: a list with an object for each picture
-    #[arg(long)]
-    json: bool,
 }
 
-#[derive(Serialize)]
-struct About<'a> {
-    image: &'a PathBuf,
-    width: u32,
-    height: u32,
-    results: Vec<Written>,
+/// What captions are drawn by.
+#[derive(Clone, Copy, Serialize)]
+struct Draw {
+    sampling: Sampling,
+    samples: u16,
+    seed: u64,
 }
 
 impl Caption {
-    /// Pictures that are in memory at a time.
-    const BATCH: usize = 32;
-
     pub(crate) fn run(self) -> Result<(), CliError> {
-        let predictor = self.model.open()?;
-        let writing = self.writing.of(predictor.writing());
         let sampling = Sampling { temperature: self.temperature, top_k: self.top_k as usize, top_p: self.top_p };
-        let mut found = Vec::with_capacity(self.images.len());
-        for images in self.images.chunks(Self::BATCH) {
-            let pictures =
-                images.par_iter().map(|image| Picture::open_upright(image)).collect::<Result<Vec<_>, _>>()?;
-            let written = match self.sample {
-                true => predictor.sample_captions(
-                    &pictures,
-                    &writing,
-                    sampling,
-                    self.samples.into(),
-                    self.seed,
-                    found.len() as u64,
-                )?,
-                false => predictor.captions(&pictures, &writing)?.into_iter().map(|written| vec![written]).collect(),
-            };
-            found.extend(images.iter().zip(&pictures).zip(written).map(|((image, picture), results)| About {
-                image,
-                width: picture.width(),
-                height: picture.height(),
-                results,
-            }));
-        }
-        output::print(self.json, &found, |found| {
-            let line = |about: &About| {
-                let name = if found.len() > 1 { format!("{}: ", about.image.display()) } else { String::new() };
+        let draw = self.sample.then_some(Draw { sampling, samples: self.samples, seed: self.seed });
+        let images = self.look.images()?;
+        let found = self.look.ask(Bundled::General, &images, |asking| {
+            let predictor = asking.predictor;
+            let writing = self.writing.of(predictor.writing());
+            let options = sweep::options(&json!({ "writing": writing, "draw": draw }))?;
+            asking.of_each(Question { name: "captions", options }, any, |numbers, pictures| match draw {
+                Some(Draw { sampling, samples, seed }) => {
+                    let number = |at: usize| numbers[at] as u64;
+                    predictor.sample_captions(&pictures, &writing, sampling, samples.into(), seed, number)
+                }
+                None => {
+                    let captions = predictor.captions(&pictures, &writing)?;
+                    Ok(captions.into_iter().map(|written| vec![written]).collect())
+                }
+            })
+        })?;
+        self.look.tell_as(found, |found| {
+            let line = |about: &About<Written>| {
+                let name = if found.len() > 1 { format!("{}: ", about.image().display()) } else { String::new() };
                 about.results.iter().map(|written| format!("{name}{}\n", written.text)).collect::<String>()
             };
             found.iter().map(line).collect()

@@ -1,20 +1,35 @@
-//! `xvlm pretrain --dry-run`: what a run is going to be.
+//! `xvlm pretrain --dry-run` and `xvlm finetune --dry-run`: what a run is going to be.
 
 use std::path::{Path, PathBuf};
 
+use clap::Args;
 use serde::Serialize;
 use xvlm::data::{TextBatch, TextTokenizer};
 use xvlm::encoders::cost::Part;
-use xvlm::tasks::PretrainConfig;
+use xvlm::tasks::finetune::{self, FinetunePlan, FirstBatch, TrainingItems, TrainingState};
 use xvlm::tasks::plan::{self, FirstBatches, Memory, ParameterCounts, Plan, Schedule, Stream};
+use xvlm::tasks::{FinetuneConfig, PretrainConfig};
 
-use crate::data::inspect::{self, Sample};
+use crate::data::inspect::{self, Sample, Shown};
 use crate::output::{self, CliError, Rows};
 use crate::progress::Training;
+use xvlm::weights::ModelFiles;
 
 /// Most pictures of a stream that are drawn, and most whose texts are printed for people.
 const DRAWN: usize = 36;
 const PRINTED: usize = 4;
+
+/// Whether a run is only to be told of.
+#[derive(Args)]
+pub(crate) struct DryRunArgs {
+    /// Print what the run is going to be (parameters, memory, data, schedule, first batches; of pre-training FLOPs too), draw the first
+    /// batches into first-batch.png if there is an --out, and stop
+    #[arg(long, conflicts_with_all = ["resume", "ranks", "print_config"])]
+    pub(crate) dry_run: bool,
+    /// Number of processes that a --dry-run is about
+    #[arg(long, value_name = "N", requires = "dry_run", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) processes: Option<u16>,
+}
 
 #[derive(Serialize)]
 struct Report<'a> {
@@ -102,6 +117,79 @@ fn text(report: &Report) -> String {
             inspect::list(shown),
         );
     }
+    if let Some(path) = &report.picture {
+        text += &format!("Drawn in {}\n", path.display());
+    }
+    text
+}
+
+#[derive(Serialize)]
+struct FinetuneReport<'a> {
+    #[serde(flatten)]
+    plan: &'a FinetunePlan,
+    /// All memory of the device but that of activations, in bytes.
+    memory_device: u64,
+    first_batch: Vec<Sample>,
+    /// The pictures of the first batch, if they were to be drawn.
+    picture: Option<PathBuf>,
+}
+
+/// The same for a run of fine-tuning, from the model `start` if the configuration names none.
+pub(crate) fn finetuning(
+    config: &FinetuneConfig,
+    start: Option<&ModelFiles>,
+    ranks: usize,
+    on_gpu: bool,
+    out: Option<&Path>,
+    json: bool,
+) -> Result<(), CliError> {
+    let (plan, first) = finetune::plan(config, start, ranks, on_gpu, &mut Training::new())?;
+    let FirstBatch { pixels, side, pictures } = first;
+    let shown = |said: finetune::Said| Shown::new(said.text, said.bounds.map(|bounds| inspect::edges(bounds, side)));
+    let texts = pictures.into_iter().map(|said| said.into_iter().map(shown).collect());
+    let first_batch = inspect::of_pixels(&pixels, side, texts);
+    let picture = out.map(|out| out.join("first-batch.png"));
+    if let (Some(out), Some(path)) = (out, &picture) {
+        std::fs::create_dir_all(out).map_err(CliError::io(out))?;
+        let drawn: Vec<&Sample> = first_batch.iter().take(DRAWN).collect();
+        output::write(path, &inspect::sheet(&drawn, side as u32).to_png()?)?;
+    }
+    let report = FinetuneReport { memory_device: plan.memory.sum(), plan: &plan, first_batch, picture };
+    output::print(json, &report, finetuning_text)
+}
+
+fn finetuning_text(report: &FinetuneReport) -> String {
+    let FinetunePlan { task, parameters, fresh, memory, data, schedule } = report.plan;
+    let mut rows = Rows::new();
+    of_parameters(&mut rows, parameters);
+    row(&mut rows, "tensors that start from random numbers", fresh.len().to_string());
+    let TrainingState { weights, masters, gradients, reduction, moments, ema, pixels } = *memory;
+    heading(&mut rows, "Memory of a process on the device, beside activations");
+    for (name, bytes) in [
+        ("weights", weights),
+        ("f32 masters, beyond the weights", masters),
+        ("means of weights", ema),
+        ("gradients on their way, about", reduction),
+        ("gradients", gradients),
+        ("moments", moments),
+        ("pixels of a step", pixels),
+        ("together", memory.sum()),
+    ] {
+        if bytes > 0 {
+            row(&mut rows, name, size(bytes));
+        }
+    }
+    let TrainingItems { items, items_per_step, epochs, validated } = *data;
+    heading(&mut rows, &format!("Data of {task}"));
+    row(&mut rows, "items of an epoch", thousands(items));
+    row(&mut rows, "effective batch, items", thousands(items_per_step));
+    row(&mut rows, "epochs", format!("{epochs:.2}"));
+    row(&mut rows, "checkpoints are validated", if validated { "yes" } else { "no" });
+    of_schedule(&mut rows, schedule);
+    let shown = &report.first_batch[..PRINTED.min(report.first_batch.len())];
+    let mut text = output::table(&rows);
+    text +=
+        &format!("First batch: {} pictures, the first of them:\n{}\n", report.first_batch.len(), inspect::list(shown));
     if let Some(path) = &report.picture {
         text += &format!("Drawn in {}\n", path.display());
     }

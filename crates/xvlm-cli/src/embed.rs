@@ -1,19 +1,15 @@
 //! `xvlm embed`: embeddings of many pictures, to files.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
-use serde_json::json;
-use xvlm::tasks::Sweep;
+use xvlm::Bundled;
 use xvlm::tasks::embed::{self, Format, Kind, Numbers, Options, Pictures, Summary};
 
+use crate::ModelArgs;
 use crate::output::{self, CliError, table};
-use crate::progress::Stage;
-use crate::ranks::{self, RanksArgs};
-use crate::signals;
-use crate::{ModelArgs, weights};
+use crate::sweep::{SweepArgs, Swept};
 
 /// Which pictures.
 #[derive(Args)]
@@ -60,6 +56,8 @@ impl PictureArgs {
 /// opens. Embeddings have unit length: their products are cosines. Pictures, boxes and texts that are broken are named.
 #[derive(Args)]
 #[command(mut_group("PictureArgs", |group| group.required(true)))]
+#[command(mut_arg("out", |arg| arg.required(true).help("Folder to write")))]
+#[command(mut_arg("resume", |arg| arg.help("Go on from the embeddings in --out")))]
 pub(crate) struct Embed {
     #[command(flatten)]
     model: ModelArgs,
@@ -77,14 +75,8 @@ pub(crate) struct Embed {
     /// Store numbers in two bytes
     #[arg(long)]
     f16: bool,
-    /// Folder to write
-    #[arg(long, value_name = "DIR")]
-    out: PathBuf,
-    /// Go on from the embeddings in --out
-    #[arg(long)]
-    resume: bool,
     #[command(flatten)]
-    ranks: RanksArgs,
+    sweep: SweepArgs,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
@@ -129,40 +121,26 @@ struct Report<'a> {
 
 impl Embed {
     pub(crate) fn run(self) -> Result<(), CliError> {
-        let ranks = self.ranks.connect(&self.model.device)?;
-        let embed = || {
-            let pictures = self.pictures.open(self.image_root.as_deref())?;
-            let predictor = self.model.open()?;
-            let options = Options {
-                images: self.kinds.contains(&What::Image),
-                regions: self.kinds.contains(&What::Region),
-                texts: self.kinds.contains(&What::Text),
-                format: match self.format {
-                    Form::Parquet => Format::Parquet,
-                    Form::Safetensors => Format::Safetensors,
-                },
-                numbers: if self.f16 { Numbers::F16 } else { Numbers::F32 },
-            };
-            let stop = signals::asked_to_stop()?;
-            Stage::run("files", |counter| {
-                let mut sweep = Sweep {
-                    folder: None,
-                    resume: self.resume,
-                    about: json!({"weights": weights(predictor.model())}),
-                    stop,
-                    ranks: Arc::clone(&ranks),
-                    max_bad_fraction: 0.0,
-                    counter,
-                };
-                embed::embed(predictor.model(), &pictures, &options, &self.out, &mut sweep).map_err(CliError::from)
-            })
+        let options = Options {
+            images: self.kinds.contains(&What::Image),
+            regions: self.kinds.contains(&What::Region),
+            texts: self.kinds.contains(&What::Text),
+            format: match self.format {
+                Form::Parquet => Format::Parquet,
+                Form::Safetensors => Format::Safetensors,
+            },
+            numbers: if self.f16 { Numbers::F16 } else { Numbers::F32 },
         };
-        let summary = ranks::or_abort(&*ranks, embed())?;
-        if ranks.rank() > 0 {
-            return Ok(());
-        }
+        let out = self.sweep.out.as_deref().unwrap_or(Path::new(""));
+        let (model, built_in) = (&self.model, Bundled::General);
+        let swept = Swept { units: "files", model, built_in, from: None, max_bad_fraction: 0.0 };
+        let summary = self.sweep.run(swept, |predictor, sweep| {
+            let pictures = self.pictures.open(self.image_root.as_deref())?;
+            Ok(embed::embed(predictor.model(), &pictures, &options, out, sweep)?)
+        })?;
+        let Some(summary) = summary else { return Ok(()) };
         summary.left_out.iter().take(8).for_each(|problem| output::say(&format!("left out: {problem}")));
-        output::print(self.json, &Report { out: &self.out, summary: &summary }, |Report { summary, .. }| {
+        output::print(self.json, &Report { out, summary: &summary }, |Report { summary, .. }| {
             let count = |name: &str, count: u64| (name.to_owned(), Some(count.to_string()));
             table(&[
                 count("pictures", summary.images),

@@ -1,22 +1,18 @@
 //! `xvlm fill`: blanks, filled in and graded.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use clap::Args;
-use serde::Serialize;
+use clap::{ArgGroup, Args};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
-use xvlm::tasks::Sweep;
 use xvlm::tasks::fill::{self, ACCEPT, Graded, LONGER};
 use xvlm::tasks::sweep::LeftOut;
-use xvlm::{Completing, Completion, Exercise, Grade, Picture, View};
+use xvlm::{Bundled, Completing, Completion, Exercise, Grade};
 
+use crate::look::{Look, Question, any, percent};
 use crate::output::{self, CliError, Rows, table};
-use crate::predict::percent;
-use crate::progress::Stage;
-use crate::ranks::{self, RanksArgs};
-use crate::signals;
-use crate::{ModelArgs, share, weights};
+use crate::share;
+use crate::sweep::{self, Swept};
 
 /// Fill in the blanks of a phrase about a picture, or grade what somebody else filled in
 ///
@@ -24,12 +20,14 @@ use crate::{ModelArgs, share, weights};
 /// with their probabilities. With --answer, one for each blank, prints how likely each answer is, its place among all
 /// completions, whether it is accepted, and what is likelier. With --file, grades a whole file of exercises.
 #[derive(Args)]
+#[command(mut_group("Which", |group| group.required(false)))]
+#[command(group = ArgGroup::new("what").required(true).args(["files", "folder", "list", "file"]))]
+#[command(mut_arg("max_bad_fraction", |arg| {
+    arg.help("Share of broken pictures or exercises that may be left out; they are counted and named [default: 0, with --file 1]")
+}))]
 pub(crate) struct Fill {
     #[command(flatten)]
-    model: ModelArgs,
-    /// Picture (JPEG, PNG, WebP or GIF); several may be given
-    #[arg(long = "image", value_name = "FILE", num_args = 1.., required_unless_present = "file")]
-    images: Vec<PathBuf>,
+    look: Look,
     /// Phrase with blanks, such as "a ___ circle"; repeatable
     #[arg(long = "text", value_name = "TEXT", required_unless_present = "file")]
     texts: Vec<String>,
@@ -38,20 +36,11 @@ pub(crate) struct Fill {
     answers: Vec<String>,
     /// Exercises to grade: JSON lines {"id", "image", "text", "answer"}, or a .csv file with these columns; several answers
     /// are a list, or in a table separated by |
-    #[arg(long, value_name = "FILE", requires = "out", conflicts_with_all = ["images", "texts"])]
+    #[arg(long, value_name = "FILE", requires = "out", conflicts_with = "texts")]
     file: Option<PathBuf>,
     /// What paths of images in --file are relative to [default: the folder of the file]
     #[arg(long, value_name = "DIR", requires = "file")]
     image_root: Option<PathBuf>,
-    /// Folder for the grades of --file, which are written as they come; graded.jsonl has them all
-    #[arg(long, value_name = "DIR", requires = "file")]
-    out: Option<PathBuf>,
-    /// Go on from the grades in --out
-    #[arg(long, requires = "file")]
-    resume: bool,
-    /// Share of exercises of --file that may be left out because they are broken; they are counted and named
-    #[arg(long, value_name = "SHARE", default_value_t = 1.0, requires = "file", value_parser = share::<f64>)]
-    max_bad_fraction: f64,
     /// Number of completions to propose
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     top: u16,
@@ -67,30 +56,16 @@ pub(crate) struct Fill {
     /// An answer is accepted if it is at least this share as likely as the likeliest completion (0 to 1)
     #[arg(long, value_name = "SHARE", default_value_t = ACCEPT, value_parser = share::<f32>)]
     accept: f32,
-    #[command(flatten)]
-    ranks: RanksArgs,
-    /// Print the result as JSON
-    #[arg(long)]
-    json: bool,
 }
 
-/// What was found out about one picture.
-#[derive(Serialize)]
-struct About {
-    image: PathBuf,
-    width: u32,
-    height: u32,
-    results: Vec<Filled>,
-}
-
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 struct Filled {
     text: String,
     #[serde(flatten)]
     found: Found,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum Found {
     Completions { completions: Vec<Completion> },
@@ -100,7 +75,7 @@ enum Found {
 /// How a file of exercises was graded.
 #[derive(Serialize)]
 struct Report<'a> {
-    graded: PathBuf,
+    result_file: Option<PathBuf>,
     exercises: usize,
     accepted: usize,
     left_out: &'a [LeftOut],
@@ -108,36 +83,40 @@ struct Report<'a> {
 
 impl Fill {
     pub(crate) fn run(self) -> Result<(), CliError> {
-        if let (Some(file), Some(out)) = (&self.file, &self.out) {
-            return self.grade_file(file, out);
+        if let Some(file) = &self.file {
+            return self.grade_file(file);
         }
         if !self.answers.is_empty() && self.texts.len() != 1 {
             let found = format!("{} of them", self.texts.len());
             return Err(CliError::Option { option: "--text", expected: "one, since there is --answer", found });
         }
-        let predictor = self.model.open()?;
-        let about = |image: &PathBuf| {
-            let picture = Picture::open_upright(image)?;
-            let view = predictor.look(&picture)?;
-            let results = self.texts.iter().map(|text| self.ask(&view, text)).collect::<Result<_, xvlm::Error>>()?;
-            Ok(About { image: image.clone(), width: picture.width(), height: picture.height(), results })
-        };
-        let found = self.images.iter().map(about).collect::<Result<Vec<_>, CliError>>()?;
-        output::print(self.json, &found, |found| {
-            let mut rows = Rows::new();
-            for about in found {
-                if found.len() > 1 {
-                    rows.push((about.image.display().to_string(), None));
-                }
-                for Filled { text, found } in &about.results {
-                    rows.push((text.clone(), None));
-                    rows.extend(match found {
-                        Found::Completions { completions } => completed(completions),
-                        Found::Grade(grade) => graded(grade),
-                    });
-                }
-            }
-            table(&rows)
+        let images = self.look.images()?;
+        let (texts, search) = (self.texts.iter().map(String::as_str).collect::<Vec<_>>(), self.search());
+        let exercise = Exercise { text: self.texts.concat(), answers: self.answers.clone() };
+        let found = self.look.ask(Bundled::General, &images, |asking| {
+            let predictor = asking.predictor;
+            let options = json!({ "texts": texts, "answers": self.answers, "search": search, "accept": self.accept });
+            let question = Question { name: "completions", options: sweep::options(&options)? };
+            asking.of_each(question, any, |_, pictures| {
+                let views = predictor.look_at(&pictures)?;
+                let found: Vec<Vec<Found>> = if self.answers.is_empty() {
+                    let completions = |completions| Found::Completions { completions };
+                    let of = |found: Vec<_>| found.into_iter().map(completions).collect();
+                    views.fill(&texts, search)?.into_iter().map(of).collect()
+                } else {
+                    let grades = views.grade(&exercise, search, self.accept)?;
+                    grades.into_iter().map(|grade| vec![Found::Grade(grade)]).collect()
+                };
+                let named = |(text, found): (&&str, Found)| Filled { text: (*text).to_owned(), found };
+                Ok(found.into_iter().map(|found| texts.iter().zip(found).map(named).collect()).collect())
+            })
+        })?;
+        self.look.tell(found, |_, Filled { text, found }| {
+            let rows = match found {
+                Found::Completions { completions } => completed(completions),
+                Found::Grade(grade) => graded(grade),
+            };
+            [vec![(text.clone(), None)], rows].concat()
         })
     }
 
@@ -147,50 +126,33 @@ impl Fill {
         Completing { top: self.top.into(), words, pieces, longer: self.longer, ..Completing::default() }
     }
 
-    fn ask(&self, view: &View, text: &str) -> Result<Filled, xvlm::Error> {
-        let found = if self.answers.is_empty() {
-            Found::Completions { completions: view.fill_with(text, self.search())? }
-        } else {
-            let exercise = Exercise { text: text.to_owned(), answers: self.answers.clone() };
-            Found::Grade(view.grade(&exercise, self.search(), self.accept)?)
+    fn grade_file(&self, file: &Path) -> Result<(), CliError> {
+        let swept = Swept {
+            units: "exercises",
+            model: &self.look.model,
+            built_in: Bundled::General,
+            from: Some(("file", file.display().to_string())),
+            max_bad_fraction: self.look.max_bad_fraction.unwrap_or(1.0),
         };
-        Ok(Filled { text: text.to_owned(), found })
-    }
-
-    fn grade_file(&self, file: &Path, out: &Path) -> Result<(), CliError> {
-        let ranks = self.ranks.connect(&self.model.device)?;
-        let grade = || {
+        let done = self.look.sweep.run(swept, |predictor, sweep| {
             let exercises = fill::read_exercises(file, self.image_root.as_deref())?;
-            let predictor = self.model.open()?;
-            let stop = signals::asked_to_stop()?;
-            Stage::run("exercises", |counter| {
-                let (folder, resume, max_bad_fraction) = (Some(out.to_owned()), self.resume, self.max_bad_fraction);
-                let about = json!({"weights": weights(predictor.model()), "file": file});
-                let ranks = Arc::clone(&ranks);
-                let mut sweep = Sweep { folder, resume, about, stop, ranks, max_bad_fraction, counter };
-                let done = fill::grade_all(predictor.model(), exercises, self.search(), self.accept, &mut sweep);
-                done.map_err(CliError::from)
-            })
-        };
-        let (grades, left_out) = ranks::or_abort(&*ranks, grade())?;
-        if ranks.rank() > 0 {
-            return Ok(());
-        }
+            Ok(fill::grade_all(predictor.model(), exercises, self.search(), self.accept, sweep)?)
+        })?;
+        let Some((grades, left_out)) = done else { return Ok(()) };
         for LeftOut { item, problem } in left_out.iter().take(8) {
             output::say(&format!("left out: exercise {}: {problem}", item + 1));
         }
-        let path = out.join("graded.jsonl");
-        let lines = grades.iter().map(|graded| Ok(serde_json::to_string(graded)? + "\n"));
-        output::write(&path, lines.collect::<Result<String, serde_json::Error>>()?.as_bytes())?;
+        let result_file = self.look.sweep.write_json("grades.json", &grades)?;
         let accepted = grades.iter().filter(|graded: &&Graded| graded.grade.accepted).count();
-        let report = Report { graded: path, exercises: grades.len(), accepted, left_out: &left_out };
-        output::print(self.json, &report, |report| {
-            table(&[
+        let report = Report { result_file, exercises: grades.len(), accepted, left_out: &left_out };
+        output::print(self.look.json, &report, |report| {
+            let mut rows = vec![
                 ("graded".to_owned(), Some(report.exercises.to_string())),
                 ("accepted".to_owned(), Some(report.accepted.to_string())),
                 ("left out".to_owned(), Some(report.left_out.len().to_string())),
-                ("grades".to_owned(), Some(report.graded.display().to_string())),
-            ])
+            ];
+            rows.extend(report.result_file.iter().map(|file| (format!("result file: {}", file.display()), None)));
+            table(&rows)
         })?;
         match grades.is_empty() {
             true => Err(CliError::Broken { what: "exercises", count: left_out.len() }),

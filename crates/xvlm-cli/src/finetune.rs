@@ -5,6 +5,7 @@ use xvlm::Bundled;
 use xvlm::tasks::FinetuneConfig;
 use xvlm::tasks::finetune::{self, FinetuneKind};
 
+use crate::dry_run::{self, DryRunArgs};
 use crate::output::{self, CliError};
 use crate::progress::Training;
 use crate::run::RunArgs;
@@ -24,11 +25,13 @@ pub(crate) struct Finetune {
     /// Start from the built-in model, if the configuration names none
     #[arg(long)]
     built_in: bool,
+    #[command(flatten)]
+    dry: DryRunArgs,
 }
 
 impl Finetune {
     pub(crate) fn run(self) -> Result<(), CliError> {
-        let Self { task, run, built_in } = self;
+        let Self { task, run, built_in, dry: DryRunArgs { dry_run, processes } } = self;
         if let Some(name) = run.printed_preset() {
             return output::print_text(FinetuneConfig::preset_text(name)?);
         }
@@ -44,6 +47,10 @@ impl Finetune {
             return output::print_text(&config.to_yaml()?);
         }
         let start = built_in.then(|| Bundled::General.files()).transpose()?;
+        if dry_run {
+            let (ranks, on_gpu) = (processes.unwrap_or(1).into(), run.device.is_gpu()?);
+            return dry_run::finetuning(&config, start.as_ref(), ranks, on_gpu, run.out.as_deref(), run.json);
+        }
         let keeps_best = config.train.as_ref().is_some_and(|train| train.keep_best);
         run.train(keeps_best, |out, session, device| {
             finetune::run(&config, start.as_ref(), out, session, device, &mut Training::new())

@@ -4,13 +4,15 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use xvlm::data::DataError;
 use xvlm::data::annotations::read_proposals;
-use xvlm::{Heated, Layers, Picture, PixelBox, Proposal};
+use xvlm::{Bundled, Heated, Layers, Picture, PixelBox, Proposal};
 
 use crate::draw;
-use crate::output::{self, CliError, Rows};
-use crate::predict::{Look, edges, percent, worded};
+use crate::look::{Look, Question, any, edges, percent, worded};
+use crate::output::{CliError, Rows};
 
 /// Panels of one row of a drawing.
 const COLUMNS: usize = 4;
@@ -51,7 +53,7 @@ pub(crate) struct Ground {
 }
 
 /// What is told about a phrase with `--heat`.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 struct Pointed {
     text: String,
     #[serde(rename = "box")]
@@ -61,67 +63,82 @@ struct Pointed {
     #[serde(skip_serializing_if = "Option::is_none")]
     heat: Option<Vec<Vec<f32>>>,
     /// The best first.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     proposals: Vec<Proposal>,
 }
 
 impl Ground {
     pub(crate) fn run(self) -> Result<(), CliError> {
-        let texts = worded(&self.texts)?;
-        if let (Some(path), 2..) = (&self.draw, self.look.images.len())
+        let (texts, images) = (worded(&self.texts)?, self.look.images()?);
+        if let (Some(path), 2..) = (&self.draw, images.len())
             && (path.is_file() || path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png")))
         {
             let (expected, found) = ("a folder, since there are several pictures", path.display().to_string());
             return Err(CliError::Option { option: "--draw", expected, found });
         }
-        if self.heat { self.heat(&texts) } else { self.boxes(&texts) }
+        if self.heat { self.heat(&texts, &images) } else { self.boxes(&texts, &images) }
     }
 
-    fn boxes(&self, texts: &[&str]) -> Result<(), CliError> {
-        let drawings = self.drawings();
-        let found = self.look.ask(|i, mut picture, view| {
-            let found = view.ground(texts)?;
-            if let Some(path) = drawings.get(i) {
-                let boxes: Vec<PixelBox> = found.iter().map(|found| found.bounds).collect();
-                draw::number_boxes(&mut picture, &boxes);
-                self.write(path, &picture)?;
-            }
-            Ok(found)
-        })?;
-        self.look.print(&found, |i, found| row(i, &found.text, &found.bounds, found.probability))
-    }
-
-    fn heat(&self, texts: &[&str]) -> Result<(), CliError> {
-        let proposals = self.proposals.as_deref().map(|file| proposals(file, &self.look.images)).transpose()?;
-        let layers = self.layer.map_or(Layers::All, Layers::One);
-        let drawings = self.drawings();
-        let found = self.look.ask(|i, picture, view| {
-            let mut heated = view.heat(texts, layers)?;
-            let mut ranked = vec![Vec::new(); heated.len()];
-            if let Some(boxes) = proposals.as_ref().map(|proposals| &proposals[i]) {
-                for (heated, ranked) in heated.iter_mut().zip(&mut ranked) {
-                    *ranked = heated.rank(boxes);
-                    heated.bounds = ranked[0].bounds;
+    fn boxes(&self, texts: &[&str], images: &[PathBuf]) -> Result<(), CliError> {
+        let drawings = self.drawings(images);
+        let found = self.look.ask(Bundled::General, images, |asking| {
+            let predictor = asking.predictor;
+            let question = Question { name: "grounding", options: json!({ "texts": texts, "draw": self.draw }) };
+            asking.of_each(question, any, |numbers, pictures| {
+                let found = predictor.look_at(&pictures)?.ground(texts)?;
+                for ((mut picture, found), &number) in pictures.into_iter().zip(&found).zip(numbers) {
+                    let Some(path) = drawings.get(number) else { break };
+                    let boxes: Vec<PixelBox> = found.iter().map(|found| found.bounds).collect();
+                    draw::number_boxes(&mut picture, &boxes);
+                    write(path, images.len() > 1, &picture)?;
                 }
-            }
-            if let Some(path) = drawings.get(i) {
-                let panels = heated.iter().enumerate().map(|(i, heated)| panel(&picture, i, heated));
-                let panels = panels.collect::<Result<Vec<_>, _>>()?;
-                self.write(path, &draw::tiles(&panels, COLUMNS).unwrap_or(picture))?;
-            }
-            let told = heated.into_iter().zip(ranked).map(|(heated, proposals)| {
-                let Heated { text, bounds, point, probability, map, .. } = heated;
-                let heat = self.grid.then(|| map.values.chunks(map.side).map(<[f32]>::to_vec).collect());
-                Pointed { text, bounds, point, probability, heat, proposals }
-            });
-            Ok(told.collect())
+                Ok(found)
+            })
         })?;
-        self.look.print(&found, |i, told| row(i, &told.text, &told.bounds, Some(told.probability)))
+        self.look.tell(found, |i, found| row(i, &found.text, &found.bounds, found.probability))
+    }
+
+    fn heat(&self, texts: &[&str], images: &[PathBuf]) -> Result<(), CliError> {
+        let proposals = self.proposals.as_deref().map(|file| proposals(file, images)).transpose()?;
+        let layers = self.layer.map_or(Layers::All, Layers::One);
+        let drawings = self.drawings(images);
+        let tell = |(heated, proposals): (Heated, Vec<Proposal>)| {
+            let Heated { text, bounds, point, probability, map, .. } = heated;
+            let heat = self.grid.then(|| map.values.chunks(map.side).map(<[f32]>::to_vec).collect());
+            Pointed { text, bounds, point, probability, heat, proposals }
+        };
+        let found = self.look.ask(Bundled::General, images, |asking| {
+            let predictor = asking.predictor;
+            let options = json!({
+                "texts": texts, "draw": self.draw, "layers": layers, "grid": self.grid, "proposals": proposals,
+            });
+            asking.of_each(Question { name: "heat", options }, any, |numbers, pictures| {
+                let heated = predictor.look_at(&pictures)?.heat(texts, layers)?;
+                let mut all = Vec::with_capacity(heated.len());
+                for ((picture, mut heated), &number) in pictures.into_iter().zip(heated).zip(numbers) {
+                    let mut ranked = vec![Vec::new(); heated.len()];
+                    if let Some(boxes) = proposals.as_ref().map(|proposals| &proposals[number]) {
+                        for (heated, ranked) in heated.iter_mut().zip(&mut ranked) {
+                            *ranked = heated.rank(boxes);
+                            heated.bounds = ranked[0].bounds;
+                        }
+                    }
+                    if let Some(path) = drawings.get(number) {
+                        let panels = heated.iter().enumerate().map(|(i, heated)| panel(&picture, i, heated));
+                        let panels = panels.collect::<Result<Vec<_>, _>>()?;
+                        write(path, images.len() > 1, &draw::tiles(&panels, COLUMNS).unwrap_or(picture))?;
+                    }
+                    all.push(heated.into_iter().zip(ranked).map(tell).collect());
+                }
+                Ok(all)
+            })
+        })?;
+        self.look.tell(found, |i, told| row(i, &told.text, &told.bounds, Some(told.probability)))
     }
 
     /// Where the drawing of each picture goes; nowhere without `--draw`.
-    fn drawings(&self) -> Vec<PathBuf> {
-        match (&self.draw, self.look.images.as_slice()) {
+    fn drawings(&self, images: &[PathBuf]) -> Vec<PathBuf> {
+        match (&self.draw, images) {
             (None, _) => Vec::new(),
             (Some(path), [_]) => vec![path.clone()],
             (Some(folder), several) => {
@@ -129,14 +146,15 @@ impl Ground {
             }
         }
     }
+}
 
-    /// Writes a drawing; of several, into the folder.
-    fn write(&self, path: &Path, drawing: &Picture) -> Result<(), CliError> {
-        if let (Some(folder), 2..) = (&self.draw, self.look.images.len()) {
-            std::fs::create_dir_all(folder).map_err(CliError::io(folder))?;
-        }
-        output::write(path, &drawing.to_png()?)
+/// Writes a drawing; one of several, into the folder they have.
+fn write(path: &Path, is_one_of_several: bool, drawing: &Picture) -> Result<(), xvlm::Error> {
+    if let (true, Some(folder)) = (is_one_of_several, path.parent()) {
+        std::fs::create_dir_all(folder).map_err(|source| DataError::Io { path: folder.to_owned(), source })?;
     }
+    let png = drawing.to_png()?;
+    Ok(xvlm::weights::write_file_atomically(path, |out| out.write_all(&png))?)
 }
 
 fn row(i: usize, text: &str, bounds: &PixelBox, probability: Option<f32>) -> Rows {

@@ -7,8 +7,8 @@ use serde::Serialize;
 use xvlm::{Bundled, Judgement, Picture};
 
 use crate::ModelArgs;
+use crate::look::{percent, worded};
 use crate::output::{self, CliError, table};
-use crate::predict::{percent, worded};
 
 /// Say how likely statements are to be true of two pictures
 ///

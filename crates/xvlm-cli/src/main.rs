@@ -1,9 +1,10 @@
 //! `xvlm`: X-VLM on the command line.
 //!
 //! One module a command. Results go to stdout, as text or (`--json`) as one JSON document; all else goes to stderr.
-//! Of a question about a picture nothing is printed, and no file appears, before it has been answered.
+//! Of questions about pictures nothing is printed before all have been answered; what is known before is kept in `--out`.
 
 mod alt;
+mod answer;
 mod caption;
 mod data;
 mod demo;
@@ -15,10 +16,10 @@ mod fill;
 mod finetune;
 mod ground;
 mod judge;
+mod look;
 mod matching;
 mod output;
 mod plot;
-mod predict;
 mod presets;
 mod pretrain;
 mod progress;
@@ -28,6 +29,7 @@ mod run;
 mod score;
 mod search;
 mod signals;
+mod sweep;
 mod synth;
 
 use std::path::PathBuf;
@@ -35,7 +37,6 @@ use std::process::ExitCode;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
-use xvlm::tasks::Model;
 use xvlm::{Bundled, Compute, Device, Precision, Predictor};
 
 use crate::output::CliError;
@@ -54,7 +55,7 @@ enum Command {
     Ground(ground::Ground),
     Caption(caption::Caption),
     Alt(alt::Alt),
-    Answer(predict::Answer),
+    Answer(answer::Answer),
     Match(matching::Match),
     Fill(fill::Fill),
     Judge(judge::Judge),
@@ -124,6 +125,13 @@ impl DeviceArgs {
         Ok(xvlm::device(&self.device)?)
     }
 
+    /// Whether it is a GPU, which need not be there.
+    fn is_gpu(&self) -> Result<bool, CliError> {
+        let is_number = |rest: &str| rest.strip_prefix(':').is_some_and(|number| number.parse::<usize>().is_ok());
+        let is_gpu = self.device.strip_prefix("cuda").is_some_and(|rest| rest.is_empty() || is_number(rest));
+        Ok(is_gpu || self.open()?.is_cuda())
+    }
+
     /// The same for one of several processes: `cuda` is a GPU of its own.
     fn open_for_rank(&self) -> Result<Device, CliError> {
         match xvlm::train::ranks::local_rank().map_err(xvlm::Error::from)? {
@@ -159,14 +167,6 @@ impl ModelArgs {
     /// What reports call the model.
     fn name(&self) -> String {
         self.model.as_ref().map_or_else(|| "built in".to_owned(), |dir| dir.display().to_string())
-    }
-}
-
-/// What tells the answers of a model from those of others: its weights and, unless it is f32, the precision.
-fn weights(model: &Model) -> String {
-    match model.precision() {
-        Precision::F32 => model.fingerprint().to_owned(),
-        narrow => format!("{} in {narrow}", model.fingerprint()),
     }
 }
 

@@ -1,17 +1,17 @@
 //! `xvlm match`: how well texts tell pictures and regions of them.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use clap::Args;
-use serde::Serialize;
-use xvlm::{Picture, PixelBox};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use xvlm::data::DataError;
+use xvlm::data::transform::clip_box;
+use xvlm::{Bundled, Picture, PixelBox};
 
-use crate::ModelArgs;
-use crate::output::{self, CliError, Rows, table};
-use crate::predict::{edges, percent, worded};
-
-/// Pictures that are opened at a time.
-const AT_ONCE: usize = 32;
+use crate::look::{Look, Question, edges, percent, worded};
+use crate::output::CliError;
+use crate::sweep;
 
 /// Say how well texts tell a picture, or regions of it
 ///
@@ -20,19 +20,13 @@ const AT_ONCE: usize = 32;
 #[derive(Args)]
 pub(crate) struct Match {
     #[command(flatten)]
-    model: ModelArgs,
-    /// Picture (JPEG, PNG, WebP or GIF); several may be given
-    #[arg(long = "image", value_name = "FILE", required = true, num_args = 1..)]
-    images: Vec<PathBuf>,
+    look: Look,
     /// Text, such as "a red circle above a blue star"; repeatable
     #[arg(long = "text", value_name = "TEXT", required = true)]
     texts: Vec<String>,
     /// Box in pixels of each picture: its left, upper, right and lower edge; repeatable
     #[arg(long = "box", value_name = "XMIN,YMIN,XMAX,YMAX", value_parser = parse_box)]
     boxes: Vec<PixelBox>,
-    /// Print the result as JSON: a list with an object for each picture
-    #[arg(long)]
-    json: bool,
 }
 
 /// A box as it is written on the command line.
@@ -51,18 +45,9 @@ fn parse_box(text: &str) -> Result<PixelBox, String> {
     }
 }
 
-/// What was found out about one picture.
-#[derive(Serialize)]
-struct About {
-    image: PathBuf,
-    width: u32,
-    height: u32,
-    results: Vec<Matched>,
-}
-
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 struct Matched {
-    #[serde(rename = "box", skip_serializing_if = "Option::is_none")]
+    #[serde(default, rename = "box", skip_serializing_if = "Option::is_none")]
     bounds: Option<PixelBox>,
     #[serde(flatten)]
     matched: xvlm::Match,
@@ -70,46 +55,45 @@ struct Matched {
 
 impl Match {
     pub(crate) fn run(self) -> Result<(), CliError> {
-        let texts = worded(&self.texts)?;
-        let predictor = self.model.open()?;
-        let mut found = Vec::with_capacity(self.images.len());
-        for images in self.images.chunks(AT_ONCE) {
-            let pictures = images.iter().map(|image| Picture::open_upright(image)).collect::<Result<Vec<_>, _>>()?;
-            let results: Vec<Vec<Matched>> = if self.boxes.is_empty() {
-                let whole = |matches: Vec<xvlm::Match>| {
-                    matches.into_iter().map(|matched| Matched { bounds: None, matched }).collect()
-                };
-                predictor.match_images(&pictures, &texts)?.into_iter().map(whole).collect()
-            } else {
-                let regions = |picture: &Picture| -> Result<Vec<Matched>, CliError> {
-                    let matches = predictor.match_regions(picture, &self.boxes, &texts)?;
-                    let boxed = self.boxes.iter().zip(matches).flat_map(|(&bounds, matches)| {
+        let (texts, images, boxes) = (worded(&self.texts)?, self.look.images()?, &self.boxes);
+        let check = |image: &Path, picture: &Picture| {
+            let (width, height) = (picture.width(), picture.height());
+            match boxes.iter().position(|bounds| clip_box(bounds.sides(), width, height).is_none()) {
+                Some(i) => Err(DataError::BoxOutside {
+                    origin: image.display().to_string(),
+                    field: format!("box {i}"),
+                    bbox: boxes[i].sides(),
+                    width,
+                    height,
+                }),
+                None => Ok(()),
+            }
+        };
+        let found = self.look.ask(Bundled::General, &images, |asking| {
+            let predictor = asking.predictor;
+            let question =
+                Question { name: "matches", options: sweep::options(&json!({ "texts": texts, "boxes": boxes }))? };
+            asking.of_each(question, check, |_, pictures| {
+                if boxes.is_empty() {
+                    let named = |matches: Vec<xvlm::Match>| {
+                        matches.into_iter().map(|matched| Matched { bounds: None, matched }).collect()
+                    };
+                    return Ok(predictor.match_images(&pictures, &texts)?.into_iter().map(named).collect());
+                }
+                let boxed = |matches: Vec<Vec<xvlm::Match>>| {
+                    let of_boxes = boxes.iter().zip(matches).flat_map(|(&bounds, matches)| {
                         matches.into_iter().map(move |matched| Matched { bounds: Some(bounds), matched })
                     });
-                    Ok(boxed.collect())
+                    of_boxes.collect()
                 };
-                pictures.iter().map(regions).collect::<Result<_, _>>()?
-            };
-            let about = |((image, picture), results): ((&PathBuf, &Picture), Vec<Matched>)| {
-                let (width, height) = (picture.width(), picture.height());
-                About { image: image.clone(), width, height, results }
-            };
-            found.extend(images.iter().zip(&pictures).zip(results).map(about));
-        }
-        output::print(self.json, &found, |found| {
-            let mut rows = Rows::new();
-            for about in found {
-                if found.len() > 1 {
-                    rows.push((about.image.display().to_string(), None));
-                }
-                rows.extend(about.results.iter().map(|Matched { bounds, matched }| {
-                    let bounds = bounds.as_ref().map(|bounds| edges(bounds) + "  ");
-                    let name = format!("{}{}", bounds.unwrap_or_default(), matched.text);
-                    let probability = percent(matched.probability);
-                    (name, Some(format!("{probability:>7}  cosine {:6.3}", matched.similarity)))
-                }));
-            }
-            table(&rows)
+                Ok(predictor.match_regions_of(&pictures, boxes, &texts)?.into_iter().map(boxed).collect())
+            })
+        })?;
+        self.look.tell(found, |_, Matched { bounds, matched }| {
+            let bounds = bounds.as_ref().map(|bounds| edges(bounds) + "  ");
+            let name = format!("{}{}", bounds.unwrap_or_default(), matched.text);
+            let probability = percent(matched.probability);
+            vec![(name, Some(format!("{probability:>7}  cosine {:6.3}", matched.similarity)))]
         })
     }
 }

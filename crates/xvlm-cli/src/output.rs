@@ -29,6 +29,9 @@ pub(crate) enum CliError {
     /// Some of what was asked for could not be had; the result has named it.
     #[error("{what}: {count} broken or missing")]
     Broken { what: &'static str, count: usize },
+    /// It was asked to stop.
+    #[error("stopped before the end; what was written by then stays")]
+    Stopped,
     /// The result could not be written as JSON.
     #[error("result: {0}")]
     Json(#[from] serde_json::Error),

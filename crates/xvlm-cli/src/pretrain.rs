@@ -3,7 +3,7 @@
 use clap::Args;
 use xvlm::tasks::{PretrainConfig, pretrain};
 
-use crate::dry_run;
+use crate::dry_run::{self, DryRunArgs};
 use crate::output::{self, CliError};
 use crate::progress::Training;
 use crate::run::RunArgs;
@@ -20,18 +20,13 @@ use crate::run::RunArgs;
 pub(crate) struct Pretrain {
     #[command(flatten)]
     run: RunArgs,
-    /// Print what the run is going to be (parameters, memory, FLOPs, data, schedule, first batches), draw the first batches
-    /// into first-batch.png if there is an --out, and stop
-    #[arg(long, conflicts_with_all = ["resume", "ranks", "print_config"])]
-    dry_run: bool,
-    /// Number of processes that a --dry-run is about
-    #[arg(long, value_name = "N", requires = "dry_run", value_parser = clap::value_parser!(u16).range(1..))]
-    processes: Option<u16>,
+    #[command(flatten)]
+    dry: DryRunArgs,
 }
 
 impl Pretrain {
     pub(crate) fn run(self) -> Result<(), CliError> {
-        let Self { run, dry_run, processes } = self;
+        let Self { run, dry: DryRunArgs { dry_run, processes } } = self;
         if let Some(name) = run.printed_preset() {
             return output::print_text(PretrainConfig::preset_text(name)?);
         }

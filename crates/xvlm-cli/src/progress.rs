@@ -61,7 +61,8 @@ impl Stage {
         if let Some(bar) = &stage.bar {
             bar.finish_and_clear();
         }
-        if result.is_ok() {
+        // One is quickly done, and its answer follows.
+        if result.is_ok() && stage.items != 1 {
             let seconds = stage.started.elapsed().as_secs_f64();
             say(&format!("{}: {} in {seconds:.1} s", stage.name, stage.items));
         }

@@ -9,8 +9,8 @@ use xvlm::{Index, Picture, PixelBox, Query, SearchOptions};
 
 use crate::ModelArgs;
 use crate::embed::{PictureArgs, What};
+use crate::look::{edges, percent, worded};
 use crate::output::{self, CliError, Rows, table};
-use crate::predict::{edges, percent, worded};
 use crate::progress::Stage;
 
 /// Find pictures that a text tells, or that look like a picture

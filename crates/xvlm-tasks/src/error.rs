@@ -1,8 +1,8 @@
 //! What can go wrong in a task.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use xvlm_data::DataError;
+use xvlm_data::{DataError, Place};
 use xvlm_encoders::Task;
 use xvlm_metrics::MetricsError;
 use xvlm_train::TrainError;
@@ -99,6 +99,18 @@ pub enum TaskError {
 
 fn names(tasks: &[Task]) -> String {
     tasks.iter().map(|task| task.name()).collect::<Vec<_>>().join(" or ")
+}
+
+/// A data file in which something else stands than should.
+pub(crate) fn wrong_data(
+    path: impl AsRef<Path>,
+    place: Place,
+    field: &str,
+    expected: impl Into<String>,
+    found: impl Into<String>,
+) -> TaskError {
+    let (path, field) = (path.as_ref().into(), field.to_owned());
+    DataError::Field { path, place, field, expected: expected.into(), found: found.into() }.into()
 }
 
 /// A configuration that cannot be read or understood.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde::Serialize;
 use xvlm_data::{BatchBuilder, BatchConfig, CaptionBatch, RegionBatch};
 use xvlm_encoders::cost::{Cost, Load, Part};
-use xvlm_encoders::{Blueprint, Xvlm};
+use xvlm_encoders::{Blueprint, Xvlm, XvlmConfig};
 use xvlm_train::{Precision, Progress, TrainConfig, Warmup};
 use xvlm_weights::{LoadRules, ModelFolder};
 
@@ -180,7 +180,7 @@ pub fn plan(
         let shapes = shapes.iter().map(|(name, shape)| (name.as_str(), shape.as_slice()));
         xvlm_weights::compare(files.weights.name(), &files.weights.shapes(), shapes, &LoadRules::default())?;
     }
-    let parameters = count(&config, &shapes);
+    let parameters = count(&config.train, &config.model, &shapes);
     let work = Work { config: &config, is_trained: trained(&config, &shapes) };
     let has_regions = config.regions.iter_perc > 0.0;
     let captions = builder.captions(0)?;
@@ -233,8 +233,8 @@ pub fn plan(
 }
 
 /// Counts the parameters of these shapes.
-fn count(config: &PretrainConfig, shapes: &BTreeMap<String, Vec<usize>>) -> ParameterCounts {
-    let optimizer = &config.train.optimizer;
+pub(crate) fn count(train: &TrainConfig, model: &XvlmConfig, shapes: &BTreeMap<String, Vec<usize>>) -> ParameterCounts {
+    let optimizer = &train.optimizer;
     let mut counts = ParameterCounts {
         total: 0,
         trainable: 0,
@@ -245,7 +245,7 @@ fn count(config: &PretrainConfig, shapes: &BTreeMap<String, Vec<usize>>) -> Para
     for (name, shape) in shapes {
         let number = shape.iter().product::<usize>() as u64;
         counts.total += number;
-        let part = Part::of_parameter(&config.model, name);
+        let part = Part::of_parameter(model, name);
         counts.parts.iter_mut().filter(|(other, _)| *other == part).for_each(|(_, sum)| *sum += number);
         if optimizer.freezes(name) {
             counts.frozen += number;
@@ -334,7 +334,7 @@ impl Work<'_> {
     }
 }
 
-fn schedule(config: &TrainConfig, ranks: usize) -> Schedule {
+pub(crate) fn schedule(config: &TrainConfig, ranks: usize) -> Schedule {
     let warmup = match config.schedule.warmup {
         Warmup::Iterations(iterations) => iterations,
         Warmup::Fraction(share) => (config.iterations as f64 * share) as u64,
@@ -460,7 +460,7 @@ mod tests {
             flops_per_step: flops,
             flops_of_first_batch: flops,
         };
-        (work.memory(&count(&config, &shapes), &[stream], ranks), flops)
+        (work.memory(&count(&config.train, &config.model, &shapes), &[stream], ranks), flops)
     }
 
     #[test]

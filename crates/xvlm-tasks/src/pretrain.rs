@@ -10,7 +10,7 @@ use candle_core::{Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use xvlm_data::{
-    BatchBuilder, CaptionBatch, CaptionTensors, DataError, Dataset, DatasetConfig, ImageCache, Loader, Need,
+    BatchBuilder, CaptionBatch, CaptionTensors, DataError, Dataset, DatasetConfig, ImageCache, Loader, Need, Place,
     RegionBatch, RegionTensors, SourceConfig, StorageOptions, TextTokenizer, scenes,
 };
 use xvlm_encoders::{Parameters, Pass, Regions, Xvlm, XvlmConfig};
@@ -23,7 +23,7 @@ use xvlm_weights::{LoadRules, ModelFolder};
 
 use crate::align::{Alignment, BoxTargets, Named, Negatives};
 use crate::config::{ItcGradient, Objective, PretrainConfig};
-use crate::error::{ConfigProblem, TaskError};
+use crate::error::{ConfigProblem, TaskError, wrong_data};
 use crate::finite::first_not_finite;
 use crate::generate::{LABEL_SMOOTHING, Source, writing_loss};
 use crate::model::{ModelConfig, check_texts};
@@ -436,10 +436,10 @@ fn check_count(sources: &[SourceConfig], dataset: &Dataset, need: Need) -> std::
     if dataset.count(need) != Some(0) {
         return Ok(());
     }
-    let message = match need {
-        Need::Elems => "elems: expected a record with elems, or regions.iter_perc 0, found none",
-        _ => "caption: expected a record with a caption, found none",
+    let (field, expected) = match need {
+        Need::Elems => ("elems", "a record with elems, or regions.iter_perc 0"),
+        _ => ("caption", "a record with a caption"),
     };
-    let file = sources.iter().flat_map(|source| &source.files).map(String::as_str).collect::<Vec<_>>().join(", ");
-    Err(ConfigProblem { file, message: message.to_owned() }.into())
+    let files = sources.iter().flat_map(|source| &source.files).map(String::as_str).collect::<Vec<_>>().join(", ");
+    Err(wrong_data(files, Place::Whole, field, expected, "none"))
 }

@@ -2,11 +2,11 @@
 //!
 //! With a folder, answers are written to `NAME.jsonl` (in several processes `NAME.1.jsonl`, …) as they come: a line that says
 //! what is asked of what, then a line a unit of work. A sweep that is resumed reads them, whatever the number of processes was,
-//! and asks for the rest.
+//! and asks for the rest. A line that was cut short, wherever in it, counts as not written, and is taken away.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -98,6 +98,15 @@ struct Heading {
     digest: String,
 }
 
+/// What is there of an interrupted sweep.
+#[derive(Default)]
+struct Kept {
+    /// The answers, by unit.
+    lines: BTreeMap<usize, Line>,
+    /// Bytes of this process's file that are whole lines.
+    whole: u64,
+}
+
 /// What became of a unit.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Line {
@@ -140,8 +149,8 @@ impl<'a> Sweep<'a> {
             digest: digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
         };
         ranks::compare(&*self.ranks, [("work", json!(heading).to_string())])?;
-        let mut lines = self.read(&heading)?;
-        let mut file = self.open(&heading)?;
+        let Kept { mut lines, whole } = self.read(&heading)?;
+        let mut file = self.open(&heading, whole)?;
         // What one process has read, all know.
         share(&self.ranks, &mut lines)?;
         let pending: Vec<usize> = (0..units.len()).filter(|unit| !lines.contains_key(unit)).collect();
@@ -291,47 +300,64 @@ impl<'a> Sweep<'a> {
         Ok(files)
     }
 
+    /// The file that this process writes its answers to.
+    fn own_file(&self, work: &str) -> Option<PathBuf> {
+        let name = match self.ranks.rank() {
+            0 => format!("{work}.jsonl"),
+            rank => format!("{work}.{rank}.jsonl"),
+        };
+        Some(self.folder.as_ref()?.join(name))
+    }
+
     /// The answers that are there.
-    fn read(&self, heading: &Heading) -> Result<BTreeMap<usize, Line>, TaskError> {
-        let mut lines = BTreeMap::new();
+    fn read(&self, heading: &Heading) -> Result<Kept, TaskError> {
+        let (own, expected) = (self.own_file(&heading.work), json!(heading).to_string());
+        let mut kept = Kept::default();
         for path in self.files(&heading.work)? {
             if !self.resume {
                 let message = "expected no answers, found some: resume the work, or choose another folder".to_owned();
                 return Err(SweepProblem::Answers { path, message }.into());
             }
-            let file = BufReader::new(File::open(&path).map_err(|source| io(&path, source))?);
-            for (number, line) in file.lines().enumerate() {
-                let line = line.map_err(|source| io(&path, source))?;
-                if number == 0 {
-                    check_heading(&path, heading, &line)?;
-                } else if let Ok(line) = serde_json::from_str::<Line>(&line)
+            let mut file = BufReader::new(File::open(&path).map_err(|source| io(&path, source))?);
+            let (mut line, mut whole) = (Vec::new(), 0);
+            while file.read_until(b'\n', &mut line).map_err(|source| io(&path, source))? > 0 {
+                let is_whole = line.ends_with(b"\n");
+                if whole == 0 {
+                    // Of what asks the same, the beginning may be all that was written.
+                    if is_whole || !expected.as_bytes().starts_with(&line) {
+                        check_heading(&path, heading, &line)?;
+                    }
+                } else if is_whole
+                    && let Ok(line) = serde_json::from_slice::<Line>(&line)
                     && line.unit < heading.units
                     && line.answer.is_some()
                 {
-                    // What an interruption cut short is asked for again, and so is what was broken: it may be mended by now.
-                    lines.insert(line.unit, line);
+                    // What was broken is asked for again: it may be mended by now.
+                    kept.lines.insert(line.unit, line);
                 }
+                if is_whole {
+                    whole += line.len() as u64;
+                }
+                line.clear();
+            }
+            if own.as_ref() == Some(&path) {
+                kept.whole = whole;
             }
         }
-        Ok(lines)
+        Ok(kept)
     }
 
-    /// The file that this process writes its answers to.
-    fn open(&self, heading: &Heading) -> Result<Option<(PathBuf, File)>, TaskError> {
-        let Some(folder) = &self.folder else { return Ok(None) };
+    /// The file that this process writes its answers to, after the `whole` bytes that are lines.
+    fn open(&self, heading: &Heading, whole: u64) -> Result<Option<(PathBuf, File)>, TaskError> {
+        let (Some(folder), Some(path)) = (&self.folder, self.own_file(&heading.work)) else { return Ok(None) };
         std::fs::create_dir_all(folder).map_err(|source| io(folder, source))?;
         // No process looks for answers after another has begun to write.
         self.ranks.barrier()?;
-        let path = folder.join(match self.ranks.rank() {
-            0 => format!("{}.jsonl", heading.work),
-            rank => format!("{}.{rank}.jsonl", heading.work),
-        });
         let open = || {
-            let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path)?;
-            match file.seek(SeekFrom::End(0))? {
-                0 => writeln!(file, "{}", json!(heading))?,
-                // After a line that was cut short, a new one.
-                _ => writeln!(file)?,
+            let mut file = OpenOptions::new().append(true).create(true).open(&path)?;
+            file.set_len(whole)?;
+            if whole == 0 {
+                writeln!(file, "{}", json!(heading))?;
             }
             Ok(file)
         };
@@ -363,9 +389,9 @@ fn io(path: &Path, source: std::io::Error) -> TaskError {
 }
 
 /// Refuses answers to something else.
-fn check_heading(path: &Path, expected: &Heading, line: &str) -> Result<(), TaskError> {
+fn check_heading(path: &Path, expected: &Heading, line: &[u8]) -> Result<(), TaskError> {
     let problem = |message: String| Err(SweepProblem::Answers { path: path.to_owned(), message }.into());
-    let found: Heading = match serde_json::from_str(line) {
+    let found: Heading = match serde_json::from_slice(line) {
         Ok(found) => found,
         Err(error) => return problem(format!("line 1: expected what was asked, found {error}")),
     };
@@ -374,7 +400,10 @@ fn check_heading(path: &Path, expected: &Heading, line: &str) -> Result<(), Task
     let difference = difference.filter_map(|(field, now)| xvlm_train::difference(field, &before[field.as_str()], now));
     match difference.into_iter().next() {
         Some((field, ..)) if field == "digest" => {
-            problem("expected answers about the items that are asked about now, found some about others".to_owned())
+            let (now, before) = (expected.units, found.units);
+            problem(format!(
+                "items: expected answers about the {now} that are asked about now, found some about {before} others"
+            ))
         }
         Some((field, before, now)) => problem(format!("{field}: expected {now}, as asked now, found {before}")),
         None => Ok(()),
@@ -447,6 +476,31 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_was_cut_anywhere_becomes_the_same_again() {
+        const NAMES: [&str; 3] = ["é", "ü", "ß"];
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("answers.jsonl");
+        let go = |resume, about: &str| {
+            let (folder, mut counter) = (Some(folder.path().to_owned()), |_, _| {});
+            let mut sweep = Sweep { folder, resume, about: json!(about), ..Sweep::new(&mut counter) };
+            let ask = |units: &[&&str]| Ok(units.iter().map(|unit| Ok(format!("{unit}!"))).collect());
+            sweep.run(&work(), &NAMES, |name| (*name).to_owned(), ask).map(|answers: Answers<String>| answers.given)
+        };
+        let expected = go(false, "ä").unwrap();
+        let whole = std::fs::read(&file).unwrap();
+        for length in 0..whole.len() {
+            std::fs::write(&file, &whole[..length]).unwrap();
+            assert_eq!(go(true, "ä").unwrap(), expected, "{length}");
+            assert_eq!(std::fs::read(&file).unwrap(), whole, "{length}");
+        }
+        // Of something else, a piece of the first line is refused too.
+        std::fs::write(&file, "[1, 2").unwrap();
+        let error = go(true, "ä").unwrap_err().to_string();
+        assert!(error.contains("answers.jsonl: line 1: expected what was asked"), "{error}");
+        assert_eq!(std::fs::read(&file).unwrap(), b"[1, 2");
+    }
+
+    #[test]
     fn what_was_broken_may_be_mended() {
         let folder = tempfile::tempdir().unwrap();
         let answer = |resume, is_whole| {
@@ -478,7 +532,7 @@ mod tests {
         answer(false, &[1, 2]).unwrap();
         let error = answer(true, &[1, 3]).unwrap_err().to_string();
         assert!(
-            error.ends_with("expected answers about the items that are asked about now, found some about others"),
+            error.ends_with("items: expected answers about the 2 that are asked about now, found some about 2 others"),
             "{error}"
         );
     }

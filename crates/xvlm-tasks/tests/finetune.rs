@@ -1,5 +1,7 @@
 //! Fine-tuning, from a tiny pre-trained model to a model folder of each task.
 
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
@@ -12,6 +14,8 @@ use xvlm_tasks::{FinetuneConfig, Model, PretrainConfig, Session, TaskError, pret
 use xvlm_train::{Progress, Silent, Summary, read_metrics};
 use xvlm_weights::ModelFolder;
 
+use common::tiny_model;
+
 /// A world, and in `pretrained` a tiny model that knows nothing about it.
 static WORLD: LazyLock<TempDir> = LazyLock::new(|| {
     let dir = TempDir::new().unwrap();
@@ -19,7 +23,7 @@ static WORLD: LazyLock<TempDir> = LazyLock::new(|| {
     scenes::write(&dir.path().join("world"), &options, &mut |_| ()).unwrap();
     let config = json!({
         "train_file": [dir.path().join("world/pretrain.jsonl")],
-        "model": model(),
+        "model": tiny_model(0),
         "regions": { "iter_perc": 0.0 },
         "data": { "batch_size": 4 },
         "train": { "iterations": 1, "tensorboard": false },
@@ -28,20 +32,6 @@ static WORLD: LazyLock<TempDir> = LazyLock::new(|| {
     pretrain::run(&config, &dir.path().join("pretrained"), &Session::alone(false), &Device::Cpu, &mut Silent).unwrap();
     dir
 });
-
-fn model() -> Value {
-    json!({
-        "vision_config": {
-            "kind": "swin",
-            "image_res": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4,
-        },
-        "text_config": {
-            "vocab_size": 0, "hidden_size": 16, "num_hidden_layers": 2, "fusion_layer": 1,
-            "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 48,
-        },
-        "embed_dim": 16,
-    })
-}
 
 fn in_world(file: &str) -> PathBuf {
     WORLD.path().join("world").join(file)
@@ -108,7 +98,7 @@ fn config(kind: FinetuneKind, train: Value) -> FinetuneConfig {
     let config = json!({
         "task": task(kind),
         "init_from": WORLD.path().join("pretrained/model"),
-        "model": model(),
+        "model": tiny_model(0),
         "data": data,
         "train": train,
     });
@@ -129,6 +119,37 @@ fn run(config: &FinetuneConfig, out: &Path, resume: bool) -> Result<(Summary, Ve
     let mut told = Told::default();
     let summary = finetune::run(config, None, out, &Session::alone(resume), &Device::Cpu, &mut told)?;
     Ok((summary, told.0))
+}
+
+#[test]
+fn a_plan_tells_what_a_run_will_be() {
+    for kind in FinetuneKind::ALL {
+        let config = config(kind, quick(6));
+        let (plan, first) = finetune::plan(&config, None, 2, false, &mut Silent).unwrap();
+        assert_eq!((plan.task, plan.schedule.iterations, plan.schedule.ranks), (kind.name(), 6, 2));
+        let (parameters, memory, data) = (&plan.parameters, &plan.memory, &plan.data);
+        assert_eq!((memory.weights, memory.moments), (4 * parameters.total, 8 * parameters.trainable), "{plan:?}");
+        assert_eq!((memory.masters, memory.reduction), (0, memory.moments));
+        let passes = (6 * data.items_per_step) as f64 / data.items as f64;
+        assert!(data.epochs == passes && !data.validated, "{data:?}");
+        let pictures = first.pictures.len();
+        assert_eq!((first.side, first.pixels.len()), (32, pictures * 3 * 32 * 32), "{}", kind.name());
+        assert_eq!(memory.pixels, 4 * first.pixels.len() as u64);
+        let said = || first.pictures.iter().flatten();
+        // A batch of regions has no room for the texts of its last pictures.
+        let is_told = first.pictures.iter().all(|said| !said.is_empty()) || kind == FinetuneKind::BboxPretrain;
+        assert!(is_told && said().all(|said| said.text.contains(' ')), "{}: {:?}", kind.name(), first.pictures);
+        let has_boxes = matches!(kind, FinetuneKind::Bbox | FinetuneKind::BboxPretrain);
+        assert_eq!(said().any(|said| said.bounds.is_some()), has_boxes, "{}", kind.name());
+    }
+    // What the run would refuse, the plan refuses.
+    let mut config = config(FinetuneKind::Vqa, quick(6));
+    config.init_from = Some(in_world("none"));
+    let error = finetune::plan(&config, None, 1, false, &mut Silent).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("none/config.json"), "{error}");
+    config.init_from = None;
+    let error = finetune::plan(&config, None, 1, false, &mut Silent).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("init_from: expected the folder of a model to start from"), "{error}");
 }
 
 /// Steps that are long enough to learn a few pictures by heart.

@@ -146,9 +146,10 @@ fn refcoco_is_scored_by_split() {
     assert_eq!((done.scores.all.count, done.scores.splits["testA"]), (2, done.scores.all));
     assert_eq!(done.items.iter().map(|item| item.text.as_str()).collect::<Vec<_>>(), ["the man", "man on the left"]);
 
-    let path = dir.path().join("grounding.json");
-    write_results(&path, &done.items, done.boxes(&BoxOptions::default()).map(|bbox| (bbox, None))).unwrap();
-    let written: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let mut written = Vec::new();
+    let options = BoxOptions::default();
+    write_results(&done.items, done.boxes(&options).map(|bbox| (bbox, None)), &mut written).unwrap();
+    let written: Value = serde_json::from_slice(&written).unwrap();
     assert_eq!((written.as_array().unwrap().len(), &written[1]["ref_id"]), (2, &json!(12)));
     let written: [f32; 4] = serde_json::from_value(written[1]["bbox"].clone()).unwrap();
     assert_eq!(written, done.answers[1].pixels(100, 80));
@@ -166,7 +167,12 @@ fn refcoco_is_scored_by_split() {
     values[0].1 = paths(dir.path()).remove(0).1;
     values[1].1 = dir.path().join("images").display().to_string();
     let error = TestSet::of_boxes(&bbox(&values), 0.0).unwrap_err().to_string();
-    assert!(error.contains("images: expected one of refs(unc).p, refs(umd).p, refs(google).p, here or in"), "{error}");
+    assert!(
+        error.contains(
+            "images: task.refcoco_data: expected one of refs(unc).p, refs(umd).p, refs(google).p, here or in"
+        ),
+        "{error}"
+    );
 }
 
 #[test]
@@ -196,7 +202,10 @@ fn proposals_come_from_the_detector_by_image() {
     values.pop();
     values.push(file("other.json"));
     let error = TestSet::of_weak(&weak("grounding-weak", &values), 0.0).unwrap_err().to_string();
-    assert!(error.contains("other.json: expected boxes for the images that are asked about, found none"), "{error}");
+    assert!(
+        error.contains("other.json: image_id: expected boxes for the images that are asked about, found none"),
+        "{error}"
+    );
 }
 
 /// VLUE's form, where the file has it all.

@@ -1,6 +1,8 @@
 //! What stops a run is named: numbers that are not finite, in a picture, in a weight or on the way to the losses; workers that
 //! die; a configuration that is not the one it began with.
 
+mod common;
+
 use std::fs;
 use std::sync::Arc;
 
@@ -26,17 +28,7 @@ fn world(train: Value) -> (TempDir, PretrainConfig) {
     scenes::write(&dir.path().join("world"), &options, &mut |_| ()).unwrap();
     let config = json!({
         "train_file": [dir.path().join("world/pretrain.jsonl")],
-        "model": {
-            "vision_config": {
-                "kind": "swin",
-                "image_res": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4,
-            },
-            "text_config": {
-                "vocab_size": 0, "hidden_size": 16, "num_hidden_layers": 2, "fusion_layer": 1,
-                "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 48,
-            },
-            "embed_dim": 16,
-        },
+        "model": common::tiny_model(0),
         "regions": { "iter_perc": 1.0 },
         "data": { "batch_size": 12, "max_images": 3 },
         "train": train,

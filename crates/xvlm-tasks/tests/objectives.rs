@@ -1,5 +1,7 @@
 //! Which losses a pre-training step has, and that together they reach every parameter.
 
+mod common;
+
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -30,18 +32,8 @@ fn world_with(config: BatchConfig) -> (Pretraining, [Batch; 2]) {
     scenes::write(&out, &options, &mut |_| ()).unwrap();
     let records = Arc::new(Dataset::from_records(read_jsonl(out.join("pretrain.jsonl")).unwrap()));
     let tokenizer = Arc::new(TextTokenizer::from_vocabulary(&scenes::vocabulary()).unwrap());
-    let model = json!({
-        "vision_config": {
-            "kind": "swin",
-            "image_res": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4,
-            "ape": true,
-        },
-        "text_config": {
-            "vocab_size": tokenizer.vocab_size(), "hidden_size": 16, "num_hidden_layers": 2, "fusion_layer": 1,
-            "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 48,
-        },
-        "embed_dim": 16,
-    });
+    let mut model = common::tiny_model(tokenizer.vocab_size());
+    model["vision_config"]["ape"] = json!(true);
     let config = BatchConfig {
         resolution: 32,
         final_stride: 8,

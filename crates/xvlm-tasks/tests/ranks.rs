@@ -1,5 +1,7 @@
 //! Two ranks learn what one process learns from the batches of both: as threads, and (feature `mpi`) as processes.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -151,18 +153,8 @@ fn joined_regions(parts: Vec<RegionBatch>) -> RegionBatch {
 fn learn(world: &Path, out: &Path, ranks: Arc<dyn Communicator>, itc_gradient: ItcGradient) -> Vec<(String, Tensor)> {
     let records = Arc::new(Dataset::from_records(read_jsonl(world.join("pretrain.jsonl")).unwrap()));
     let tokenizer = Arc::new(TextTokenizer::from_vocabulary(&scenes::vocabulary()).unwrap());
-    let model = json!({
-        "vision_config": {
-            "kind": "swin",
-            "image_res": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4,
-            "ape": true,
-        },
-        "text_config": {
-            "vocab_size": tokenizer.vocab_size(), "hidden_size": 16, "num_hidden_layers": 2, "fusion_layer": 1,
-            "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 48,
-        },
-        "embed_dim": 16,
-    });
+    let mut model = common::tiny_model(tokenizer.vocab_size());
+    model["vision_config"]["ape"] = json!(true);
     let data = BatchConfig {
         resolution: 32,
         final_stride: 8,

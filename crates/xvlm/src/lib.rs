@@ -36,6 +36,7 @@ pub use candle_core::Device;
 pub use hub::Hub;
 pub use predictor::{
     Answer, Grounding, Heated, Judgement, LikelyAnswer, Match, PixelBox, Predictor, Proposal, RankedAnswers, View,
+    Views,
 };
 pub use xvlm_data::Picture;
 pub use xvlm_tasks::captioning::Writing;

@@ -4,7 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
-use xvlm::alt::{Alt, Choice, Describer, Document, Format, Outcome, Page, Phrasing, Report, fill_in, is_picture};
+use xvlm::alt::{
+    Alt, Choice, Describer, Document, Edited, Format, Outcome, Page, Phrasing, Report, fill_in, is_picture,
+};
 use xvlm::{Picture, Written};
 
 /// A document with a description of each image that has none: `D1`, `D2`, …
@@ -287,8 +289,15 @@ fn documents_are_filled_in() {
     };
     let mut describer = Describer::new(Phrasing::default(), 0.5);
     let mut at = (0, 0);
-    let filled = fill_in(&documents, Choice::default(), &mut describer, &mut ask, &mut |done, of| at = (done, of));
-    let filled = filled.unwrap();
+    let mut filed = Vec::new();
+    let mut file = |number, edited: &Edited, is_done| {
+        filed.push((number, edited.clone(), is_done));
+        Ok(())
+    };
+    let choice = Choice::default();
+    let filled =
+        fill_in(&documents, choice, &mut describer, &mut ask, &mut file, &mut |done, of| at = (done, of)).unwrap();
+    assert_eq!(filed, [(0, filled[0].1.clone(), true), (1, filled[1].1.clone(), true)]);
     // Pictures 1 to 4; equal ones once.
     assert_eq!((asked, describer.pictures(), at), (4, 4, (12, 12)));
     let (reports, edited) = &filled[0];
@@ -427,4 +436,45 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn what_is_interrupted_goes_on_from_what_was_filed() {
+    let dir = tempfile::tempdir().unwrap();
+    let picture = |width: u32| {
+        let png = Picture::from_rgb(width, 2, vec![0; 6 * width as usize]).unwrap().to_png().unwrap();
+        fs::write(dir.path().join(format!("{width}.png")), png).unwrap();
+        format!("<img src={width}.png>\n")
+    };
+    // A page of more images than are described at a time, and two that come after it.
+    let pages = [1..50, 50..52, 52..52].map(|widths| widths.map(picture).collect::<String>());
+    let run = |contents: &mut [String], fails_after: usize, asked: &mut usize| {
+        let read = |content: &String| Document::read(Format::Html, content.clone().into_bytes()).unwrap();
+        let documents: Vec<Document> = contents.iter().map(read).collect();
+        let path = dir.path().join("page.html");
+        let pages = documents.iter().map(|document| Page { path: &path, document, root: None });
+        let mut describe = |pictures: &[Picture]| match *asked >= fails_after {
+            true => Err("stopped"),
+            false => {
+                *asked += pictures.len();
+                let text = |picture: &Picture| format!("a picture {} wide", picture.width());
+                Ok(pictures.iter().map(|picture| Written { text: text(picture), score: 0.0 }).collect())
+            }
+        };
+        let mut file = |number: usize, edited: &Edited, _| {
+            contents[number] = String::from_utf8(edited.content.clone()).unwrap();
+            Ok(())
+        };
+        let (pages, mut describer) = (pages.collect::<Vec<_>>(), Describer::new(Phrasing::default(), 0.0));
+        let choice = Choice::default();
+        fill_in(&pages, choice, &mut describer, &mut describe, &mut file, &mut |_, _| {}).map(|_| ())
+    };
+    let (mut whole, mut parts) = (pages.clone(), pages);
+    run(&mut whole, usize::MAX, &mut 0).unwrap();
+    let mut asked = 0;
+    assert_eq!(run(&mut parts, 40, &mut asked), Err("stopped"));
+    assert_eq!((asked, parts[0].matches("alt=").count(), parts[1].matches("alt=").count()), (40, 32, 0));
+    asked = 0;
+    run(&mut parts, usize::MAX, &mut asked).unwrap();
+    assert_eq!((asked, &parts), (51 - 32, &whole));
 }

@@ -144,7 +144,7 @@ fn it_describes_several_pictures_in_several_ways() {
     let alone = predictor.look(&pictures[2]).unwrap().caption_as(&writing).unwrap();
     assert_eq!(alone.text, captions[2].text);
 
-    let drawn = predictor.sample_captions(&pictures, &writing, Sampling::default(), 4, 9, 0).unwrap();
+    let drawn = predictor.sample_captions(&pictures, &writing, Sampling::default(), 4, 9, |at| at as u64).unwrap();
     let texts: BTreeSet<&str> = drawn[0].iter().map(|written| written.text.as_str()).collect();
     assert!(drawn.iter().all(|texts| texts.len() == 4) && texts.len() > 1, "{drawn:?}");
     let one = predictor.look(&pictures[0]).unwrap().sample_captions(&writing, Sampling::default(), 4, 9).unwrap();

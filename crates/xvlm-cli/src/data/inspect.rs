@@ -76,6 +76,13 @@ pub(crate) struct Shown {
     bounds: Option<[f32; 4]>,
 }
 
+impl Shown {
+    /// A text, and its box in pixels.
+    pub(crate) fn new(text: String, bounds: Option<[f32; 4]>) -> Self {
+        Self { text, masked: None, bounds }
+    }
+}
+
 impl Inspect {
     pub(crate) fn run(self) -> Result<(), CliError> {
         let config = match &self.config {
@@ -121,7 +128,7 @@ pub(crate) fn of_captions(batch: CaptionBatch, side: usize) -> Vec<Sample> {
     let pictures = pictures(&batch.pixels, side);
     let rows = batch.origins.into_iter().zip(batch.text.texts).zip(pictures);
     let sample = |((record, text), picture)| {
-        let texts = vec![Shown { text, masked: None, bounds: None }];
+        let texts = vec![Shown::new(text, None)];
         Sample { record, texts, picture }
     };
     rows.map(sample).collect()
@@ -134,12 +141,23 @@ pub(crate) fn of_regions(batch: RegionBatch, side: usize) -> Vec<Sample> {
     let mut samples: Vec<Sample> =
         rows.map(|(record, picture)| Sample { record, texts: Vec::new(), picture }).collect();
     for (row, text) in batch.text.texts.into_iter().enumerate() {
-        let [cx, cy, w, h] = batch.boxes[row].map(|share| share * side as f32);
-        let bounds = [cx - w / 2.0, cy - h / 2.0, cx + w / 2.0, cy + h / 2.0];
-        let bounds = (!batch.is_image[row]).then_some(bounds);
-        samples[batch.image_index[row] as usize].texts.push(Shown { text, masked: None, bounds });
+        let bounds = (!batch.is_image[row]).then_some(edges(batch.boxes[row], side));
+        samples[batch.image_index[row] as usize].texts.push(Shown::new(text, bounds));
     }
     samples
+}
+
+/// Pictures of normalised pixels `[N, 3, side, side]`, with the texts of each.
+pub(crate) fn of_pixels(pixels: &[f32], side: usize, texts: impl Iterator<Item = Vec<Shown>>) -> Vec<Sample> {
+    let numbered = pictures(pixels, side).zip(texts).enumerate();
+    let sample = |(i, (picture, texts))| Sample { record: format!("picture {i}"), texts, picture };
+    numbered.map(sample).collect()
+}
+
+/// A box `(cx, cy, w, h)` in fractions as its edges in pixels.
+pub(crate) fn edges(bounds: [f32; 4], side: usize) -> [f32; 4] {
+    let [cx, cy, w, h] = bounds.map(|share| share * side as f32);
+    [cx - w / 2.0, cy - h / 2.0, cx + w / 2.0, cy + h / 2.0]
 }
 
 /// The texts of pictures, which are numbered as they stand on the sheet.

@@ -1,5 +1,6 @@
 //! `xvlm eval captioning`.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -102,14 +103,12 @@ impl Captioning {
                 OfItems::Test(Test::of(config).ok_or_else(|| self.data.other_task(&config.task))?)
             }
         };
-        let loaded = self.common.read(|strict| match &of_items {
-            OfItems::Folder(folder) => {
-                Reading { strict, ..Reading::default() }.captions(&[folder.join("captions.json")])
-            }
-            OfItems::Test(test) => {
-                Reading { images: Some(test.images.to_owned()), strict, ..Reading::default() }.captions(test.files)
-            }
-        })?;
+        let (files, images) = match &of_items {
+            OfItems::Folder(folder) => (&[folder.join("captions.json")][..], None),
+            OfItems::Test(test) => (test.files, Some(test.images.to_owned())),
+        };
+        let reading = Reading { images, ..Reading::default() };
+        let loaded = self.common.read(files, |strict| Reading { strict, ..reading }.captions(files))?;
         let (items, skipped) = (loaded.items, loaded.report);
         if items.is_empty() {
             return Err(TaskError::Empty { what: name }.into());
@@ -129,10 +128,8 @@ impl Captioning {
             }
         })?;
         let Some(done) = done else { return Ok(()) };
-        let result_file = self.common.out.as_ref().map(|out| out.join("captions.json"));
-        if let Some(file) = &result_file {
-            captioning::write_results(file, &done.items, &done.answers)?;
-        }
+        let write = |out: &mut dyn Write| captioning::write_results(&done.items, &done.answers, out);
+        let result_file = self.common.sweep.write("captions.json", write)?;
         for id in done.wordless.iter().take(8) {
             say(&format!("without a word: image {id}"));
         }

@@ -42,8 +42,8 @@ impl Fill {
         let name = self.data.display().to_string();
         let words = usize::from(self.words);
         let search = Completing { words, pieces: words + 2, longer: self.longer, ..Completing::default() };
-        let file = self.data.join("fill.json");
-        let loaded = self.common.read(|strict| Reading { strict, ..Reading::default() }.fill(&[file]))?;
+        let files = [self.data.join("fill.json")];
+        let loaded = self.common.read(&files, |strict| Reading { strict, ..Reading::default() }.fill(&files))?;
         let (items, skipped) = (loaded.items, loaded.report);
         let done = self.common.evaluate("blanks", &name, |model, sweep| fill::evaluate(model, items, search, sweep))?;
         let Some(done) = done else { return Ok(()) };

@@ -6,12 +6,12 @@ use clap::Args;
 use serde::Serialize;
 use xvlm::data::annotations::{Reading, Report};
 use xvlm::metrics::boxes::BoxScores;
+use xvlm::tasks::FinetuneConfig;
 use xvlm::tasks::finetune::{FinetuneKind, FinetuneTask};
 use xvlm::tasks::grounding::{
     BoxOptions, GroundingScores, Layers, TestSet, WeakOptions, WeakScores, evaluate, evaluate_weakly, write_results,
 };
 use xvlm::tasks::sweep::LeftOut;
-use xvlm::tasks::{FinetuneConfig, TaskError};
 
 use super::reading::{Aside, name_left_out};
 use super::{Common, DataArgs, Source, count, percent};
@@ -90,8 +90,8 @@ impl Grounding {
             .common
             .evaluate("pictures of phrases", &name, |model, sweep| evaluate(model, items, &options, sweep))?;
         let Some(done) = done else { return Ok(()) };
-        let file =
-            self.write(|path| write_results(path, &done.items, done.boxes(&options).map(|bbox| (bbox, None))))?;
+        let found = done.boxes(&options).map(|bbox| (bbox, None));
+        let file = self.common.sweep.write("grounding.json", |out| write_results(&done.items, found, out))?;
         self.print(&name, done.scores, (report, file), &done.left_out, |scores| {
             [grounding_rows(&scores.all), split_rows(scores)].concat()
         })
@@ -123,25 +123,15 @@ impl Grounding {
         let Some(done) = done else { return Ok(()) };
         // A box that there is not is wrong.
         let found = done.answers.iter().map(|answer| (answer.bbox.unwrap_or_default(), Some(answer.point)));
-        let file = self.write(|path| write_results(path, &done.items, found))?;
+        let file = self.common.sweep.write("grounding.json", |out| write_results(&done.items, found, out))?;
         self.print(&name, done.scores, (report, file), &done.left_out, weak_rows)
-    }
-
-    /// Writes the file of results, if there is a folder for it.
-    fn write(&self, write: impl FnOnce(&Path) -> Result<(), TaskError>) -> Result<Option<PathBuf>, CliError> {
-        let file = self.common.out.as_ref().map(|out| out.join("grounding.json"));
-        file.as_deref().map(write).transpose()?;
-        Ok(file)
     }
 
     /// The phrases of a folder.
     fn folder(&self, folder: &Path) -> Result<TestSet, CliError> {
-        let file = folder.join("grounding.json");
-        let loaded = self.common.read(|strict| Reading { strict, ..Reading::default() }.grounding(&[&file]))?;
-        match loaded.items.is_empty() {
-            true => Err(TaskError::Empty { what: file.display().to_string() }.into()),
-            false => Ok(TestSet { items: loaded.items, report: loaded.report }),
-        }
+        let files = [folder.join("grounding.json")];
+        let loaded = self.common.read(&files, |strict| Reading { strict, ..Reading::default() }.grounding(&files))?;
+        Ok(TestSet { items: loaded.items, report: loaded.report })
     }
 
     fn print<T: Serialize>(

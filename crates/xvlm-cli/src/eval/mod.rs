@@ -9,11 +9,9 @@ mod retrieval;
 mod vqa;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
-use serde_json::json;
 use xvlm::tasks::finetune::{FinetuneKind, FinetuneTask};
 use xvlm::tasks::sweep::LeftOut;
 use xvlm::tasks::{FinetuneConfig, Model, Sweep, TaskError};
@@ -26,10 +24,8 @@ pub(crate) use self::nlvr::statement_rows;
 pub(crate) use self::retrieval::retrieval_rows;
 pub(crate) use self::vqa::question_rows;
 use crate::output::{self, CliError, Rows, table};
-use crate::progress::Stage;
-use crate::ranks::RanksArgs;
-use crate::signals;
-use crate::{ModelArgs, share, weights};
+use crate::sweep::{SweepArgs, Swept};
+use crate::{ModelArgs, share};
 
 /// Score a model on annotated pictures
 ///
@@ -69,17 +65,11 @@ impl Eval {
 pub(super) struct Common {
     #[command(flatten)]
     model: ModelArgs,
-    /// Folder for the answers, which are written as they come, and for the result file
-    #[arg(long, value_name = "DIR")]
-    pub(super) out: Option<PathBuf>,
-    /// Go on from the answers in --out
-    #[arg(long, requires = "out")]
-    resume: bool,
+    #[command(flatten)]
+    pub(super) sweep: SweepArgs,
     /// Share of broken items that may be left out of the scores; they are counted and named
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share::<f64>)]
     max_bad_fraction: f64,
-    #[command(flatten)]
-    ranks: RanksArgs,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
@@ -166,20 +156,9 @@ impl Common {
         data: &str,
         work: impl FnOnce(&Model, &mut Sweep) -> Result<T, TaskError>,
     ) -> Result<Option<T>, CliError> {
-        let ranks = self.ranks.connect(&self.model.device)?;
-        let evaluate = || {
-            let predictor = self.model.open_or(built_in)?;
-            let stop = signals::asked_to_stop()?;
-            Stage::run(stage, |counter| {
-                let (folder, resume, max_bad_fraction) = (self.out.clone(), self.resume, self.max_bad_fraction);
-                let about = json!({"weights": weights(predictor.model()), "data": data});
-                let ranks = Arc::clone(&ranks);
-                let mut sweep = Sweep { folder, resume, about, stop, ranks, max_bad_fraction, counter };
-                work(predictor.model(), &mut sweep).map_err(CliError::from)
-            })
-        };
-        let done = crate::ranks::or_abort(&*ranks, evaluate())?;
-        Ok(Some(done).filter(|_| ranks.rank() == 0))
+        let (model, from, max_bad_fraction) = (&self.model, Some(("data", data.to_owned())), self.max_bad_fraction);
+        let swept = Swept { units: stage, model, built_in, from, max_bad_fraction };
+        self.sweep.run(swept, |predictor, sweep| work(predictor.model(), sweep).map_err(CliError::from))
     }
 
     /// Prints scores, and names what was left out.

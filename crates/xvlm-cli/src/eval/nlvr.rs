@@ -1,7 +1,5 @@
 //! `xvlm eval nlvr`.
 
-use std::path::PathBuf;
-
 use clap::Args;
 use serde::Serialize;
 use xvlm::Bundled;
@@ -16,7 +14,7 @@ use crate::output::{CliError, Rows};
 
 /// Statements about two pictures judged rightly, and sentences judged rightly of all their pairs, in percent
 ///
-/// With --out, judgements are also written as the official evaluation of NLVR2 reads them (nlvr_result.csv).
+/// With --out, judgements are also written as the official evaluation of NLVR2 reads them (nlvr.csv).
 #[derive(Args)]
 pub(crate) struct Nlvr {
     #[command(flatten)]
@@ -38,16 +36,16 @@ struct Report {
 impl Nlvr {
     pub(super) fn run(self) -> Result<(), CliError> {
         let source = self.data.open(FinetuneKind::Nlvr)?;
-        let (task, file) = match &source {
+        let (task, files) = match &source {
             Source::Config(config) => match &config.task {
-                FinetuneTask::Nlvr(task) => (Some(task), PathBuf::new()),
+                FinetuneTask::Nlvr(task) => (Some(task), task.test_file.clone()),
                 other => return Err(self.data.other_task(other)),
             },
-            Source::Folder(folder) => (None, folder.join("nlvr.json")),
+            Source::Folder(folder) => (None, vec![folder.join("nlvr.json")]),
         };
-        let loaded = self.common.read(|strict| match task {
+        let loaded = self.common.read(&files, |strict| match task {
             Some(task) => nlvr::test_items(task, strict),
-            None => Reading { strict, ..Reading::default() }.nlvr(&[file]),
+            None => Reading { strict, ..Reading::default() }.nlvr(&files),
         })?;
         let options = task.map_or_else(Options::default, |task| Options { batch: task.batch_size_test });
         let (items, skipped) = (loaded.items, loaded.report);
@@ -56,7 +54,7 @@ impl Nlvr {
             nlvr::evaluate(model, items, &options, sweep)
         })?;
         let Some(done) = done else { return Ok(()) };
-        let result_file = self.common.write("nlvr_result.csv", |out| nlvr::write_results(&done, out))?;
+        let result_file = self.common.sweep.write("nlvr.csv", |out| nlvr::write_results(&done, out))?;
         let report = Report { scores: done.scores, bias: done.bias, aside: Aside { result_file, skipped } };
         self.common.print("nlvr", &name, report, &done.left_out, report_rows)
     }

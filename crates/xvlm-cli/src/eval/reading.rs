@@ -1,6 +1,6 @@
 //! Annotations of evaluations, and what is left out of them.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::Serialize;
 use xvlm::data::DataError;
@@ -40,9 +40,11 @@ pub(super) fn name_left_out(report: &Report) {
 }
 
 impl Common {
-    /// Reads annotations with `read`, which is told whether the first broken one is an error: it is, unless some may be left out.
+    /// Reads annotations of files with `read`, which is told whether the first broken one is an error: it is, unless some may be left
+    /// out. Files without any are refused, unless they have some of other splits.
     pub(super) fn read<T>(
         &self,
+        files: &[PathBuf],
         read: impl FnOnce(bool) -> Result<Loaded<T>, DataError>,
     ) -> Result<Loaded<T>, CliError> {
         let loaded = read(self.max_bad_fraction <= 0.0)?;
@@ -56,19 +58,11 @@ impl Common {
             return Err(CliError::from(TaskError::from(problem)));
         }
         name_left_out(&loaded.report);
+        let has_others = loaded.report.iter().any(|(reason, _)| reason == Reason::OtherSplit);
+        if loaded.items.is_empty() && !has_others {
+            let names: Vec<String> = files.iter().map(|file| file.display().to_string()).collect();
+            return Err(TaskError::Empty { what: names.join(", ") }.into());
+        }
         Ok(loaded)
-    }
-
-    /// Writes a result file into the folder for answers, if there is one.
-    pub(super) fn write(
-        &self,
-        name: &str,
-        write: impl FnOnce(&mut Vec<u8>) -> std::io::Result<()>,
-    ) -> Result<Option<PathBuf>, CliError> {
-        let Some(path) = self.out.as_deref().map(|folder: &Path| folder.join(name)) else { return Ok(None) };
-        let mut content = Vec::new();
-        write(&mut content).map_err(CliError::io(&path))?;
-        output::write(&path, &content)?;
-        Ok(Some(path))
     }
 }

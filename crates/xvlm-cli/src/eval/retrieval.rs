@@ -1,7 +1,5 @@
 //! `xvlm eval retrieval`.
 
-use std::io::Write;
-
 use clap::Args;
 use serde::Serialize;
 use xvlm::data::annotations::{Reading, RetrievalItem};
@@ -62,7 +60,7 @@ impl Retrieval {
         let k_test = self.k_test.map_or(options.k_test, |k_test| k_test as usize);
         let options = Options { k_test, memory_mib: self.text_memory as usize, ..options };
         let reading = Reading { images, splits: self.split.clone(), ..Reading::default() };
-        let loaded = self.common.read(|strict| Reading { strict, ..reading }.retrieval(&files))?;
+        let loaded = self.common.read(&files, |strict| Reading { strict, ..reading }.retrieval(&files))?;
         let told = loaded.items.iter().filter_map(|item| item.split.as_deref());
         check_splits(&self.split, told, &loaded.report)?;
         let (items, skipped, name): (Vec<RetrievalItem>, _, String) = (loaded.items, loaded.report, self.data.name());
@@ -70,8 +68,7 @@ impl Retrieval {
             .common
             .evaluate("pictures", &name, |model, sweep| retrieval::evaluate(model, &items, options, sweep))?;
         let Some(done) = done else { return Ok(()) };
-        let results = serde_json::to_string(&done.results())?;
-        let result_file = self.common.write("retrieval.json", |out| out.write_all(results.as_bytes()))?;
+        let result_file = self.common.sweep.write_json("retrieval.json", &done.results())?;
         let (images, texts) = (done.images.len(), done.texts.len());
         let report = Report { scores: done.scores, images, texts, aside: Aside { result_file, skipped } };
         self.common.print("retrieval", &name, report, &done.left_out, |report| {

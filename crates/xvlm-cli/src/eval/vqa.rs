@@ -18,7 +18,7 @@ use crate::output::{self, CliError, Rows};
 /// Questions: agreement with ten people's answers, or answers in the words of the file, in percent
 ///
 /// With --config or --preset, the configuration's list of answers is ranked; with --data, answers are written freely unless
-/// --answers is given. With --out, answers are also written in the form of the evaluation server of VQA (vqa_result.json); that is
+/// --answers is given. With --out, answers are also written in the form of the evaluation server of VQA (vqa.json); that is
 /// all there is for questions without answers.
 #[derive(Args)]
 pub(crate) struct Vqa {
@@ -54,19 +54,19 @@ struct Report {
 impl Vqa {
     pub(super) fn run(self) -> Result<(), CliError> {
         let source = self.data.open(FinetuneKind::Vqa)?;
-        let (task, file) = match &source {
+        let (task, files) = match &source {
             Source::Config(config) => match &config.task {
-                FinetuneTask::Vqa(task) => (Some(task), PathBuf::new()),
+                FinetuneTask::Vqa(task) => (Some(task), task.test_file.clone()),
                 other => return Err(self.data.other_task(other)),
             },
-            Source::Folder(folder) => (None, folder.join("vqa.json")),
+            Source::Folder(folder) => (None, vec![folder.join("vqa.json")]),
         };
-        let loaded = self.common.read(|strict| match task {
+        let loaded = self.common.read(&files, |strict| match task {
             Some(task) => vqa::test_items(task, strict),
-            None => Reading { strict, ..Reading::default() }.vqa(&[file]),
+            None => Reading { strict, ..Reading::default() }.vqa(&files),
         })?;
         let (items, skipped) = (loaded.items, loaded.report);
-        if self.common.out.is_none() && !items.is_empty() && items.iter().all(|item| item.answers.is_empty()) {
+        if self.common.sweep.out.is_none() && !items.is_empty() && items.iter().all(|item| item.answers.is_empty()) {
             let expected = "a folder for the result file, as the questions have no answers to score against";
             return Err(CliError::Option { option: "--out", expected, found: "none".to_owned() });
         }
@@ -98,7 +98,7 @@ impl Vqa {
             output::say(&format!("left out: entry {item} of the list of answers: {problem}"));
         }
         let mut no_number = None;
-        let result_file = self.common.write("vqa_result.json", |out| {
+        let result_file = self.common.sweep.write("vqa.json", |out| {
             no_number = vqa::write_results(&done, out)?;
             Ok(())
         })?;

@@ -208,6 +208,37 @@ fn a_file_that_may_not_grow_loses_nothing() {
     assert_same(&dir.join("whole"), &dir.join("limited"));
 }
 
+#[test]
+fn questions_that_are_asked_to_stop_go_on() {
+    let dir = crate::folder();
+    let dir = dir.path();
+    text(dir, "synth --out data --scenes 1 --seed 5");
+    // One picture many times: each is a question of its own.
+    fs::write(dir.join("list.txt"), "data/images/000000.png\n".repeat(3000)).unwrap();
+    let ask = |out: &str, more: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xvlm"));
+        command.current_dir(dir).args("match --model model --list list.txt --text star --out".split(' ')).arg(out);
+        command.args(more.split_whitespace()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    };
+    let lines = |out: &str| fs::read(dir.join(out).join("matches.jsonl")).unwrap_or_default();
+    assert!(ask("whole", "").output().unwrap().status.success());
+    for (name, code) in [("TERM", Some(1)), ("KILL", None)] {
+        let before = lines("stopped").len();
+        let mut child = ask("stopped", if before > 0 { "--resume" } else { "" }).spawn().unwrap();
+        assert!(wait_for(&mut child, || lines("stopped").len() > before + 500));
+        signal(&child, name);
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), code, "{name}: {}", stderr(&output));
+        assert!(code.is_none() || stderr(&output).contains(" of 3000 are done"), "{}", stderr(&output));
+        assert!(!dir.join("stopped/matches.json").exists());
+    }
+    assert!(ask("stopped", "--resume").output().unwrap().status.success());
+    assert!(lines("stopped") == lines("whole"));
+    let result = |out: &str| fs::read(dir.join(out).join("matches.json")).unwrap();
+    assert!(result("stopped") == result("whole"));
+}
+
 /// A file system of its own, unmounted when dropped.
 struct Mounted(PathBuf);
 

@@ -55,10 +55,14 @@ fn every_command_computes_in_every_precision() {
     }
     // Answers of different numbers are not mixed.
     let eval = "eval grounding --model model --data data";
-    refused(dir, &format!("{eval} --out bf16 --resume"), &["about.weights", " in bf16\""]);
+    refused(dir, &format!("{eval} --out bf16 --resume"), &["about.precision: expected \"f32\"", "found \"bf16\""]);
     json(dir, &format!("{eval} --out bf16 --resume --precision bf16"));
     text(dir, &format!("{eval} --out f32"));
-    refused(dir, &format!("{eval} --out f32 --resume --precision int8"), &["about.weights", " in int8\""]);
+    refused(
+        dir,
+        &format!("{eval} --out f32 --resume --precision int8"),
+        &["about.precision: expected \"int8\"", "found \"f32\""],
+    );
     assert!(text(dir, &format!("{eval} --precision int8")).contains("int8"));
 
     let output = xvlm(dir, &format!("ground {image} --text a~star --precision f16"));

@@ -40,9 +40,9 @@ fn answers_come_from_a_list() {
     let eval = "eval vqa --model model --data data";
     let ranked = format!("{eval} --answers data/answer_list.json");
     let scores = json(dir, &format!("{ranked} --k-test 5 --out ranked"));
-    assert_eq!(names(&dir.join("ranked")), ["vqa.jsonl", "vqa_result.json"]);
-    assert_eq!(scores["result_file"], "ranked/vqa_result.json");
-    let results: Value = serde_json::from_slice(&fs::read(dir.join("ranked/vqa_result.json")).unwrap()).unwrap();
+    assert_eq!(names(&dir.join("ranked")), ["vqa.json", "vqa.jsonl"]);
+    assert_eq!(scores["result_file"], "ranked/vqa.json");
+    let results: Value = serde_json::from_slice(&fs::read(dir.join("ranked/vqa.json")).unwrap()).unwrap();
     assert_eq!(json!(results.as_array().unwrap().len()), scores["count"]);
     refused(dir, &format!("{ranked} --k-test 5 --out ranked"), &["vqa.jsonl", "resume the work"]);
     assert_eq!(json(dir, &format!("{ranked} --k-test 5 --out ranked --resume")), scores);
@@ -94,7 +94,7 @@ fn statements_are_about_two_pictures() {
     let eval = "eval nlvr --model judge --data data";
     let scores = json(dir, &format!("{eval} --out judged"));
     assert!(scores["accuracy"].is_number() && scores["balanced"]["accuracy"].is_number(), "{scores}");
-    let csv = fs::read_to_string(dir.join("judged/nlvr_result.csv")).unwrap();
+    let csv = fs::read_to_string(dir.join("judged/nlvr.csv")).unwrap();
     assert_eq!(json!(csv.lines().count()), scores["count"]);
     assert!(csv.lines().all(|line| line.ends_with(",True") || line.ends_with(",False")), "{csv}");
 

@@ -86,6 +86,35 @@ fn two_ranks_train_save_and_go_on() {
 }
 
 #[test]
+fn two_ranks_ask_about_pictures() {
+    let dir = super::folder();
+    let dir = dir.path();
+    text(dir, "synth --out data --scenes 40 --seed 5");
+    for (name, command) in [
+        ("captions", "caption --max-tokens 4 --sample --seed 3"),
+        ("grounding", "ground --text a~star"),
+        ("answers", "answer --text which~colour"),
+        ("matches", "match --text a~star"),
+        ("completions", "fill --text a~___~star"),
+    ] {
+        let command = format!("{command} --model model --images data/images --json --out").replace('~', "-");
+        text(dir, &format!("{command} alone-{name}"));
+        let shared = told(&on_two(dir, &format!("{command} shared-{name}")));
+        assert_eq!((&shared["pictures"], &shared["left_out"]), (&json!(40), &json!([])));
+        let [alone, mut together] =
+            ["alone", "shared"].map(|folder| fs::read(dir.join(format!("{folder}-{name}/{name}.json"))).unwrap());
+        assert!(alone == together, "{name}");
+        // One process goes on where two were ended.
+        let second = dir.join(format!("shared-{name}/{name}.1.jsonl"));
+        let lines = fs::read(&second).unwrap();
+        fs::write(&second, &lines[..lines.len() - 20]).unwrap();
+        text(dir, &format!("{command} shared-{name} --resume"));
+        together = fs::read(dir.join(format!("shared-{name}/{name}.json"))).unwrap();
+        assert!(alone == together, "{name}");
+    }
+}
+
+#[test]
 fn two_ranks_evaluate_and_fine_tune() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();

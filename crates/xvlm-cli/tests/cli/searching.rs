@@ -105,10 +105,11 @@ fn exercises_are_graded() {
     fs::write(dir.join("exercises.csv"), rows).unwrap();
     let report = json(dir, "fill --model model --file exercises.csv --out grades");
     assert_eq!((&report["exercises"], report["left_out"].as_array().unwrap().len()), (&json!(2), 2));
-    let graded = fs::read_to_string(dir.join("grades/graded.jsonl")).unwrap();
-    let lines: Vec<Value> = graded.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!((lines.len(), &lines[1]["id"], &lines[1]["text"]), (2, &json!("2"), &json!("a ___ ___")));
-    assert!(lines[0]["blanks"][0]["share"].is_number(), "{graded}");
+    assert_eq!(report["result_file"], "grades/grades.json");
+    let graded: Value = serde_json::from_slice(&fs::read(dir.join("grades/grades.json")).unwrap()).unwrap();
+    assert_eq!(graded.as_array().unwrap().len(), 2);
+    assert_eq!((&graded[1]["id"], &graded[1]["text"]), (&json!("2"), &json!("a ___ ___")));
+    assert!(graded[0]["blanks"][0]["share"].is_number(), "{graded}");
     let refusal = ["grades/grades.jsonl"];
     refused(dir, "fill --model model --file exercises.csv --out grades", &refusal);
     // Numbers are told as they were given.
@@ -121,7 +122,7 @@ fn exercises_are_graded() {
     let output = xvlm(dir, "fill --model model --file broken.csv --out none");
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("exercises: 1 broken or missing"), "{}", stderr(&output));
-    assert_eq!(fs::read_to_string(dir.join("none/graded.jsonl")).unwrap(), "");
+    assert_eq!(fs::read_to_string(dir.join("none/grades.json")).unwrap().trim(), "[]");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! How well a model describes a data set.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::Path;
 
 use rayon::prelude::*;
@@ -8,13 +9,12 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use xvlm_data::annotations::{CaptionItem, read_captions};
 use xvlm_data::scenes::{CaptionCheck, check_caption, read_scenes};
-use xvlm_data::{DataError, Picture};
+use xvlm_data::{DataError, Picture, Place};
 use xvlm_metrics::captions::cider::cider;
 use xvlm_metrics::captions::{bleu, ptb, rouge_l};
-use xvlm_weights::write_file_atomically;
 
 use super::{Writing, caption};
-use crate::error::{ConfigProblem, TaskError};
+use crate::error::{TaskError, wrong_data};
 use crate::generate::Written;
 use crate::json_id;
 use crate::model::Model;
@@ -139,11 +139,9 @@ pub fn with_references(
     match references.keys().next() {
         None => Ok(items),
         Some(first) => {
-            let count = references.len();
-            let message = format!(
-                "expected references of the images that are described alone, found those of {count} others, image {first} among them"
-            );
-            Err(ConfigProblem { file: file.to_owned(), message }.into())
+            let expected = "references of the images that are described alone";
+            let found = format!("those of {} others, image {first} among them", references.len());
+            Err(wrong_data(file, Place::Whole, "image_id", expected, found))
         }
     }
 }
@@ -237,8 +235,8 @@ pub fn evaluate_scenes(
     let truths = read_scenes(&scenes)?;
     let truths: BTreeMap<String, _> = truths.iter().map(|scene| (scene.id.to_string(), scene)).collect();
     if let Some(item) = items.iter().find(|item| !truths.contains_key(&item.id)) {
-        let message = format!("expected the scene of each image, found none of image {}", item.id);
-        return Err(ConfigProblem { file: scenes.display().to_string(), message }.into());
+        let found = format!("none of image {}", item.id);
+        return Err(wrong_data(scenes, Place::Whole, "id", "the scene of each image", found));
     }
     let mut done = evaluate(model, items, writing, batch, sweep)?;
     let check = |(item, written): (&CaptionItem, &Written)| {
@@ -254,9 +252,8 @@ pub fn evaluate_scenes(
 ///
 /// # Errors
 /// If the file cannot be written.
-pub fn write_results(path: &Path, items: &[CaptionItem], answers: &[Written]) -> Result<(), TaskError> {
+pub fn write_results(items: &[CaptionItem], answers: &[Written], out: &mut dyn Write) -> std::io::Result<()> {
     let results = items.iter().zip(answers);
     let results = results.map(|(item, written)| json!({"image_id": json_id(&item.id), "caption": written.text}));
-    let results = Value::Array(results.collect()).to_string();
-    Ok(write_file_atomically(path, |out| out.write_all(results.as_bytes()))?)
+    write!(out, "{}", Value::Array(results.collect()))
 }

@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use xvlm_data::{DataError, Picture};
+use xvlm_data::{DataError, Picture, Place};
 
 use super::parts::{self, Format, Kind, Numbers, Row, Rows};
 use super::pictures::Pictures;
 use super::{Options, Summary, embed_some};
 use crate::compute::Precision;
-use crate::error::{ConfigProblem, TaskError};
+use crate::error::{ConfigProblem, TaskError, wrong_data};
 use crate::generate::Source;
 use crate::matching;
 use crate::model::Model;
@@ -152,16 +152,16 @@ impl Index {
     pub fn open(dir: &Path) -> Result<Self, TaskError> {
         let path = dir.join(ABOUT);
         let text = std::fs::read(&path).map_err(|source| DataError::Io { path: path.clone(), source })?;
-        let problem = |message: String| ConfigProblem { file: path.display().to_string(), message };
-        let about: About = serde_json::from_slice(&text).map_err(|error| problem(error.to_string()))?;
+        let broken = |source| DataError::Json { path: path.clone(), place: Place::Whole, source };
+        let about: About = serde_json::from_slice(&text).map_err(broken)?;
         let files: Vec<PathBuf> = about.files.iter().map(|file| dir.join(PARTS).join(file)).collect();
         let rows = files.par_iter().map(|file| parts::read(file, about.format)).collect::<Result<Vec<_>, _>>()?;
         let mut all = Rows::default();
         for (rows, file) in rows.into_iter().zip(&files) {
             let (expected, found) = (rows.rows.len() * about.width, rows.embeddings.len());
             if expected != found {
-                let message = format!("expected embeddings of {} numbers, found {found} numbers", about.width);
-                return Err(ConfigProblem { file: file.display().to_string(), message }.into());
+                let (wanted, found) = (format!("{} numbers each", about.width), format!("{found} numbers"));
+                return Err(wrong_data(file, Place::Whole, "embedding", wanted, found));
             }
             all.rows.extend(rows.rows);
             all.embeddings.extend(rows.embeddings);
@@ -281,10 +281,8 @@ impl Index {
         if maker.probe.len() == found.len() && cosine > least_cosine(searching, made) {
             return Ok(());
         }
-        let message = format!(
-            "expected embeddings of the model that searches (in {searching}), found those of another (in {made})"
-        );
-        Err(ConfigProblem { file: self.name.clone(), message }.into())
+        let expected = format!("embeddings of the model that searches (in {searching})");
+        Err(wrong_data(&self.name, Place::Whole, "probe", expected, format!("those of another (in {made})")))
     }
 }
 

@@ -13,7 +13,7 @@ use xvlm_data::{
 };
 
 use super::{PART, digest};
-use crate::error::{ConfigProblem, TaskError};
+use crate::error::{TaskError, wrong_data};
 
 /// What names of pictures end in.
 const EXTENSIONS: [&str; 5] = ["jpg", "jpeg", "png", "webp", "gif"];
@@ -187,10 +187,9 @@ impl Pictures {
             }
             (Self::Shards { image_root, .. }, Unit::Shard(location)) => {
                 let file = match location {
-                    Location::File(path) => path.to_str().ok_or_else(|| ConfigProblem {
-                        file: path.display().to_string(),
-                        message: "expected a name in UTF-8, found another".to_owned(),
-                    })?,
+                    Location::File(path) => path
+                        .to_str()
+                        .ok_or_else(|| wrong_data(path, Place::Whole, "name", "a name in UTF-8", "another"))?,
                     Location::Url(url) => url,
                 };
                 let source = SourceConfig { image_root: image_root.clone(), ..SourceConfig::files([file]) };

@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use xvlm_data::{DataError, Place};
 
 use super::grading::check;
 use super::{Checked, Completing, Exercise, Grade, grade};
-use crate::error::{ConfigProblem, TaskError};
+use crate::error::{ConfigProblem, TaskError, wrong_data};
 use crate::model::{ImageTokens, Model};
 use crate::sweep::{LeftOut, Sweep, Work};
 use crate::{BATCH, Item};
@@ -83,10 +84,9 @@ struct Raw {
 /// # Errors
 /// If the file cannot be read, a line is no exercise, or an identifier comes twice; each named.
 pub fn read_exercises(path: &Path, images: Option<&Path>) -> Result<Vec<ExerciseItem>, TaskError> {
-    let problem = |message: String| TaskError::from(ConfigProblem { file: path.display().to_string(), message });
-    let text = std::fs::read_to_string(path).map_err(|error| problem(error.to_string()))?;
+    let text = std::fs::read_to_string(path).map_err(|source| DataError::Io { path: path.to_owned(), source })?;
     let is_csv = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("csv"));
-    let raw = if is_csv { from_csv(&text) } else { from_lines(&text) }.map_err(problem)?;
+    let raw = if is_csv { from_csv(path, &text)? } else { from_lines(path, &text)? };
     let root = images.or_else(|| path.parent()).unwrap_or(Path::new(""));
     let (mut items, mut ids) = (Vec::with_capacity(raw.len()), HashSet::new());
     for (line, raw) in raw {
@@ -96,7 +96,8 @@ pub fn read_exercises(path: &Path, images: Option<&Path>) -> Result<Vec<Exercise
             None => line.to_string(),
         };
         if !ids.insert(id.clone()) {
-            return Err(problem(format!("line {line}: id: expected an identifier of its own, found {id:?} again")));
+            let found = format!("{id:?} again");
+            return Err(wrong_data(path, Place::Line(line), "id", "an identifier of its own", found));
         }
         let answers = match raw.answer {
             AnswersField::One(answer) => vec![answer],
@@ -116,28 +117,39 @@ pub fn read_exercises(path: &Path, images: Option<&Path>) -> Result<Vec<Exercise
     }
 }
 
-fn from_lines(text: &str) -> Result<Vec<(usize, Raw)>, String> {
+fn from_lines(path: &Path, text: &str) -> Result<Vec<(usize, Raw)>, TaskError> {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let read = |(at, line): (usize, &str)| {
-        let raw = serde_json::from_str(line).map_err(|error| format!("line {}: {error}", at + 1))?;
-        Ok((at + 1, raw))
+    let read = |(at, line): (usize, &str)| match serde_json::from_str(line) {
+        Ok(raw) => Ok((at + 1, raw)),
+        Err(source) if source.is_data() => {
+            let expected = "{\"id\", \"image\", \"text\", \"answer\"}";
+            Err(wrong_data(path, Place::Line(at + 1), "exercise", expected, source.to_string()))
+        }
+        Err(source) => {
+            let (path, place) = (path.to_owned(), Place::Line(at + 1));
+            Err(DataError::Json { path, place, source }.into())
+        }
     };
     lines.map(read).collect()
 }
 
-fn from_csv(text: &str) -> Result<Vec<(usize, Raw)>, String> {
+fn from_csv(path: &Path, text: &str) -> Result<Vec<(usize, Raw)>, TaskError> {
+    let broken = |error: csv::Error| {
+        let line = error.position().map_or(1, |position| position.line() as usize);
+        wrong_data(path, Place::Line(line), "row", "a row of the table", error.to_string())
+    };
     let mut reader = csv::Reader::from_reader(text.as_bytes());
-    let columns = reader.headers().map_err(|error| error.to_string())?.clone();
+    let columns = reader.headers().map_err(broken)?.clone();
     let column = |names: &[&str]| columns.iter().position(|column| names.contains(&column.trim()));
     let needed = |name: &'static str, names: &[&str]| {
         let found = || columns.iter().collect::<Vec<_>>().join(", ");
-        column(names).ok_or_else(|| format!("line 1: expected a column {name}, found {}", found()))
+        column(names).ok_or_else(|| wrong_data(path, Place::Line(1), name, "a column of this name", found()))
     };
     let (id, image) = (column(&["id"]), needed("image", &["image"])?);
     let (text, answer) = (needed("text", &["text"])?, needed("answer", &["answer", "answers"])?);
     let mut rows = Vec::new();
     for row in reader.records() {
-        let row = row.map_err(|error| error.to_string())?;
+        let row = row.map_err(broken)?;
         let line = row.position().map_or(0, |position| position.line() as usize);
         let field = |at: usize| row.get(at).unwrap_or_default().to_owned();
         rows.push((
@@ -228,15 +240,21 @@ mod tests {
         let line = r#"{"id": "a", "image": "a.png", "text": "a ___", "answer": "dog"}"#;
         let refused = |name: &str, text: &str| read(name, text).unwrap_err();
         assert!(
-            refused("e.jsonl", &format!("{line}\n{line}")).contains("line 2: id: expected an identifier of its own")
+            refused("e.jsonl", &format!("{line}\n{line}")).contains("e.jsonl:2: id: expected an identifier of its own")
         );
-        assert!(refused("e.jsonl", &format!("{line}\n{{\"image\": 1}}")).contains("line 2: "));
+        assert!(refused("e.jsonl", &format!("{line}\n{{\"image\": 1}}")).contains("e.jsonl:2: exercise: "));
+        assert!(refused("e.jsonl", &format!("{line}\n{{\"image\"")).contains("e.jsonl:2: expected JSON, found "));
         assert!(
             refused("e.jsonl", "{\"image\":\"a\",\"text\":\"b\",\"answer\":3}")
                 .contains("expected an answer or a list")
         );
-        assert!(refused("e.csv", "image,text\na,b\n").contains("line 1: expected a column answer, found image, text"));
-        assert!(refused("e.csv", "image,text,answer\na,b\n").contains("line: 2"));
+        assert!(
+            refused("e.csv", "image,text\na,b\n")
+                .contains("e.csv:1: answer: expected a column of this name, found image, text")
+        );
+        assert!(
+            refused("e.csv", "image,text,answer\na,b\n").contains("e.csv:2: row: expected a row of the table, found ")
+        );
         assert!(refused("e.jsonl", "\n").contains("at least one item"));
     }
 }

@@ -1,24 +1,24 @@
 //! The batches of each task, from its files.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::Device;
-use xvlm_data::annotations::{CaptionItem, Loaded, Reading, Reason, Report, RetrievalItem};
+use xvlm_data::annotations::{CaptionItem, Loaded, Reading, Reason, Report};
 use xvlm_data::batch::{
     Asked, Described, Grounding, ImageText, ItemKind, Nlvr, Pairs, Phrase, References, Statement, Vqa,
 };
 use xvlm_data::{
-    BatchBuilder, BatchConfig, DataError, Dataset, DatasetConfig, ImageCache, ItemBatches, ItemConfig, Loader,
-    LoaderConfig, Need, SourceConfig, TextTokenizer,
+    BatchBuilder, BatchConfig, CaptionBatch, DataError, Dataset, DatasetConfig, ImageCache, ItemBatches, ItemConfig,
+    Loader, LoaderConfig, Need, Place, SourceConfig, TextTokenizer,
 };
 use xvlm_metrics::captions::cider::CiderD;
 use xvlm_train::{Batches, BoxError, Progress};
 
 use super::learn::Batch;
-use super::{FinetuneConfig, FinetuneTask};
+use super::{FinetuneConfig, FinetuneTask, RetrievalTask, WeakGroundingTask};
 use crate::captioning::Scst;
-use crate::error::{ConfigProblem, TaskError};
+use crate::error::{TaskError, wrong_data};
 use crate::grounding::training_phrases;
 use crate::pretrain::open_dataset;
 
@@ -48,7 +48,7 @@ pub(super) struct TaskData {
 
 impl TaskData {
     /// Opens the training files of a task, for process `rank` of `ranks`; what is learnt of shards that are fetched is kept in
-    /// the folder `run`. What is broken is told, and refused if it is too much.
+    /// the folder `run`, if there is one. What is broken is told, and refused if it is too much.
     ///
     /// # Errors
     /// If a file cannot be read, has nothing to train on, or too much of it is broken.
@@ -56,49 +56,47 @@ impl TaskData {
         config: &FinetuneConfig,
         tokenizer: &Arc<TextTokenizer>,
         (rank, ranks): (usize, usize),
-        run: &Path,
+        run: Option<&Path>,
         progress: &mut dyn Progress,
     ) -> Result<Self, TaskError> {
         let vision = &config.model.vision_config;
         let cache = Arc::new(ImageCache::new(config.image_cache_mib << 20));
         let tokenizer = Arc::clone(tokenizer);
         let mut opening = Opening { tokenizer, cache, rank, ranks, resolution: vision.image_res(), run, progress };
-        let pairs = |batch: xvlm_data::CaptionBatch| Ok(Batch::Pairs(batch.to_tensors(&Device::Cpu)?));
         match &config.task {
-            FinetuneTask::Retrieval(task) => {
-                let items = opening.texts_of_images(&task.image_root, &task.train_file, &task.data)?;
-                opening.items(Pairs::default(), items, &task.data, pairs)
-            }
-            FinetuneTask::WeakGrounding(task) => {
-                let items = opening.texts_of_images(&task.image_root, &task.train_file, &task.data)?;
-                opening.items(Pairs::default(), items, &task.data, pairs)
+            FinetuneTask::Retrieval(RetrievalTask { image_root, train_file, data, .. })
+            | FinetuneTask::WeakGrounding(WeakGroundingTask { image_root, train_file, data, .. }) => {
+                let items = opening.told(train_file, reading(image_root).retrieval(train_file)?, data)?;
+                let items = items.iter().flat_map(ImageText::of_retrieval).collect();
+                opening.items(Pairs::default(), items, data, of_pairs)
             }
             FinetuneTask::Vqa(task) => {
                 let (images, vg_images) = (Some(task.vqa_root.clone()), Some(task.vg_root.clone()));
                 let reading = Reading { images, vg_images, ..Reading::default() };
-                let items = opening.told(reading.vqa(&task.train_file)?, &task.data)?;
+                let items = opening.told(&task.train_file, reading.vqa(&task.train_file)?, &task.data)?;
                 let asked = Asked::by_image(&items, task.questions_per_image);
                 opening.items(Vqa, asked, &task.data, |batch| Ok(Batch::Questions(batch.to_tensors(&Device::Cpu)?)))
             }
             FinetuneTask::Nlvr(task) => {
-                let items = opening.told(reading(&task.image_root).nlvr(&task.train_file)?, &task.data)?;
+                let loaded = reading(&task.image_root).nlvr(&task.train_file)?;
+                let items = opening.told(&task.train_file, loaded, &task.data)?;
                 let statements = items.iter().map(Statement::from).collect();
                 opening
                     .items(Nlvr, statements, &task.data, |batch| Ok(Batch::Statements(batch.to_tensors(&Device::Cpu)?)))
             }
             FinetuneTask::Bbox(task) => {
-                let items = opening.told(training_phrases(task)?, &task.data)?;
+                let items = opening.told(&task.train_file, training_phrases(task)?, &task.data)?;
                 let phrases = items.iter().map(Phrase::from).collect();
                 opening
                     .items(Grounding, phrases, &task.data, |batch| Ok(Batch::Phrases(batch.to_tensors(&Device::Cpu)?)))
             }
             FinetuneTask::Captioning(task) => {
-                let items = opening.told(reading(&task.image_root).captions(&task.train_file)?, &task.data)?;
+                let items = opening.captions(&task.image_root, &task.train_file, &task.data)?;
                 let items = items.iter().flat_map(ImageText::of_captions).collect();
-                opening.items(Pairs { prompt: Some(task.prompt.clone()) }, items, &task.data, pairs)
+                opening.items(Pairs { prompt: Some(task.prompt.clone()) }, items, &task.data, of_pairs)
             }
             FinetuneTask::CaptioningScst(task) => {
-                let items = opening.told(reading(&task.image_root).captions(&task.train_file)?, &task.data)?;
+                let items = opening.captions(&task.image_root, &task.train_file, &task.data)?;
                 let images: Vec<Described> = CaptionItem::by_image(items).iter().map(Described::from).collect();
                 let captions = images.iter().map(|image| image.captions.as_slice());
                 let scst = Scst::open(task, captions, &opening.tokenizer)?;
@@ -109,19 +107,17 @@ impl TaskData {
             }
             FinetuneTask::NlvrPretrain(task) | FinetuneTask::CaptioningPretrain(task) => {
                 let shards = Shards { field: "task.train_file", sources: &task.train_file, dataset: &task.dataset };
-                let data = BatchConfig { final_stride: vision.stride(), ..task.data.clone() };
-                let builder = opening.records(shards, &data, Need::Captions)?;
-                let build = move |builder: &BatchBuilder, step| {
+                let builder = opening.records(shards, &task.data, vision.stride(), Need::Captions)?;
+                let build = |builder: &BatchBuilder, step| {
                     let batch = builder.captions(step)?;
-                    Ok(Box::new(move || pairs(batch)) as Made)
+                    Ok(Box::new(move || of_pairs(batch)) as Made)
                 };
                 Ok(of_records(builder, build, task.train_dataset_size, task.data.batch_size))
             }
             FinetuneTask::BboxPretrain(task) => {
                 let (field, sources) = ("task.train_file_regions", &task.train_file_regions);
                 let shards = Shards { field, sources, dataset: &task.dataset };
-                let data = BatchConfig { final_stride: vision.stride(), ..task.data.clone() };
-                let builder = opening.records(shards, &data, Need::Elems)?;
+                let builder = opening.records(shards, &task.data, vision.stride(), Need::Elems)?;
                 let build = |builder: &BatchBuilder, step| {
                     let batch = builder.regions(step)?;
                     Ok(Box::new(move || Ok(Batch::Regions(batch.to_tensors(&Device::Cpu)?))) as Made)
@@ -129,6 +125,14 @@ impl TaskData {
                 Ok(of_records(builder, build, task.train_dataset_size, task.data.max_regions))
             }
         }
+    }
+
+    /// The first batch of a run.
+    ///
+    /// # Errors
+    /// If too much is broken.
+    pub(super) fn first(&self) -> Result<Batch, TaskError> {
+        Ok((self.build)(0)?()?)
     }
 
     /// What was drawn so far.
@@ -167,7 +171,7 @@ struct Opening<'a> {
     rank: usize,
     ranks: usize,
     resolution: usize,
-    run: &'a Path,
+    run: Option<&'a Path>,
     progress: &'a mut dyn Progress,
 }
 
@@ -193,41 +197,43 @@ pub(super) fn tell(report: &Report, progress: &mut dyn Progress) {
 
 /// Tells what was left out of the files of a field of the configuration; refuses files of which too much was.
 pub(super) fn told<T>(
-    field: &str,
+    (field, files): (&str, &[PathBuf]),
     loaded: Loaded<T>,
     max_bad_fraction: f64,
     progress: &mut dyn Progress,
 ) -> Result<Vec<T>, TaskError> {
     let Loaded { items, report } = loaded;
-    let broken = report.iter().filter(|(reason, _)| *reason != Reason::OtherSplit);
-    let left_out: u64 = broken.map(|(_, skipped)| skipped.count).sum();
+    let broken = || report.iter().filter(|(reason, _)| *reason != Reason::OtherSplit);
+    let left_out: u64 = broken().map(|(_, skipped)| skipped.count).sum();
     tell(&report, progress);
-    let problem = |message: String| Err(ConfigProblem { file: field.to_owned(), message }.into());
-    if items.is_empty() {
-        return problem("expected at least one item, found none".to_owned());
-    }
     let all = left_out + items.len() as u64;
-    if left_out as f64 > max_bad_fraction * all as f64 {
-        let most = 100.0 * max_bad_fraction;
-        return problem(format!("expected at most {most} % of items to be broken, found {left_out} of {all}"));
-    }
-    Ok(items)
+    let most = 100.0 * max_bad_fraction;
+    let (expected, found) = match items.is_empty() {
+        true => ("at least one item".to_owned(), "none".to_owned()),
+        false if left_out as f64 > max_bad_fraction * all as f64 => {
+            let first = broken().flat_map(|(_, skipped)| &skipped.examples).next();
+            let first = first.map(|first| format!("; the first: {first}")).unwrap_or_default();
+            (format!("at most {most} % of items to be broken"), format!("{left_out} of {all}{first}"))
+        }
+        false => return Ok(items),
+    };
+    let files: Vec<String> = files.iter().map(|file| file.display().to_string()).collect();
+    Err(wrong_data(files.join(", "), Place::Whole, field, expected, found))
 }
 
 impl Opening<'_> {
-    fn told<T>(&mut self, loaded: Loaded<T>, config: &ItemConfig) -> Result<Vec<T>, TaskError> {
-        told("task.train_file", loaded, config.max_bad_fraction, &mut *self.progress)
+    fn told<T>(&mut self, files: &[PathBuf], loaded: Loaded<T>, config: &ItemConfig) -> Result<Vec<T>, TaskError> {
+        told(("task.train_file", files), loaded, config.max_bad_fraction, &mut *self.progress)
     }
 
-    /// Images with each of their texts.
-    fn texts_of_images(
+    /// Images with captions.
+    fn captions(
         &mut self,
         images: &Path,
-        files: &[std::path::PathBuf],
+        files: &[PathBuf],
         config: &ItemConfig,
-    ) -> Result<Vec<ImageText>, TaskError> {
-        let items: Vec<RetrievalItem> = self.told(reading(images).retrieval(files)?, config)?;
-        Ok(items.iter().flat_map(ImageText::of_retrieval).collect())
+    ) -> Result<Vec<CaptionItem>, TaskError> {
+        self.told(files, reading(images).captions(files)?, config)
     }
 
     /// Batches of annotated items.
@@ -256,10 +262,16 @@ impl Opening<'_> {
     }
 
     /// What builds batches of records.
-    fn records(&mut self, shards: Shards, config: &BatchConfig, need: Need) -> Result<BatchBuilder, TaskError> {
-        let config = BatchConfig { resolution: self.resolution, ..config.clone() };
+    fn records(
+        &mut self,
+        shards: Shards,
+        config: &BatchConfig,
+        final_stride: usize,
+        need: Need,
+    ) -> Result<BatchBuilder, TaskError> {
+        let config = BatchConfig { resolution: self.resolution, final_stride, ..config.clone() };
         let mut reading = shards.dataset.clone();
-        reading.index_dir = reading.index_dir.or_else(|| Some(self.run.join("indices")));
+        reading.index_dir = reading.index_dir.or_else(|| Some(self.run?.join("indices")));
         let limit = config.max_bad_fraction;
         let dataset: Arc<Dataset> =
             open_dataset(shards.field, shards.sources, &reading, need, limit, &mut *self.progress)?;
@@ -267,6 +279,11 @@ impl Opening<'_> {
         let builder = BatchBuilder::new(Arc::clone(&dataset), tokenizer, config, cache)?.with_regions_of(dataset)?;
         Ok(builder.for_rank(self.rank, self.ranks))
     }
+}
+
+/// Images with a text each, as tensors.
+fn of_pairs(batch: CaptionBatch) -> candle_core::Result<Batch> {
+    Ok(Batch::Pairs(batch.to_tensors(&Device::Cpu)?))
 }
 
 fn of_records(

@@ -43,7 +43,7 @@ pub enum Batch {
 
 impl Batch {
     /// `[N, 3, R, R]`.
-    fn pixels(&self) -> &Tensor {
+    pub(super) fn pixels(&self) -> &Tensor {
         match self {
             Self::Pairs(batch) => &batch.pixels,
             Self::Regions(batch) => &batch.pixels,

@@ -2,6 +2,7 @@
 
 mod batches;
 mod learn;
+mod plan;
 mod run;
 mod start;
 mod tasks;
@@ -17,6 +18,7 @@ use xvlm_encoders::{Task, XvlmConfig};
 use xvlm_weights::StoredType;
 
 pub use learn::{Batch, Finetuning};
+pub use plan::{FinetunePlan, FirstBatch, Said, TrainingItems, TrainingState, plan};
 pub use run::run;
 pub use start::{InitialWeights, initial_weights};
 pub use tasks::{

@@ -18,6 +18,7 @@ use crate::error::{ConfigProblem, TaskError};
 use crate::model::{ModelConfig, check_texts};
 use crate::search::Search;
 use crate::session::{Finished, Kept, Session, tell_broken};
+use crate::training::Training;
 use crate::yaml::Configuration;
 
 /// Fine-tunes as configured, from the model that the configuration names (`init_from`), or else from that in `start`. The run lies in `out`, the finished
@@ -39,42 +40,19 @@ pub fn run(
 ) -> Result<Summary, TaskError> {
     let mut silent = Silent;
     let progress = if session.is_first_rank() { progress } else { &mut silent };
-    let mut config = config.clone();
-    let named = config.init_from.as_ref().map(|dir| ModelFolder::open(dir)).transpose()?;
-    let Some(start) = named.as_ref().or(start) else {
-        let message =
-            "init_from: expected the folder of a model to start from, or the built-in model (--built-in), found none";
-        return Err(ConfigProblem { file: "configuration".to_owned(), message: message.to_owned() }.into());
-    };
-    let tokenizer = Arc::new(tokenizer(&config, start)?);
-    if config.model.text_config.vocab_size == 0 {
-        config.model.text_config.vocab_size = tokenizer.vocab_size();
-    }
-    let problem = |message| ConfigProblem { file: "configuration".to_owned(), message };
-    config.check_values().map_err(problem)?;
-    check_texts(&config.model, config.task.data().max_tokens(), &tokenizer).map_err(problem)?;
-    let Some(mut train) = config.train.clone() else {
-        return Err(problem("train: expected a section, since there is to be training, found none".to_owned()).into());
-    };
+    let named = named_start(config)?;
+    let start = start_of(named.as_ref(), start)?;
     let (rank, ranks) = (session.ranks.rank(), session.ranks.size());
-    let mut data = TaskData::open(&config, &tokenizer, (rank, ranks), out, progress)?;
-    let batch = (data.batch_size * ranks * train.accumulate) as u64;
-    // In the original an epoch is validated once it is over, from epoch `start_eval` on, counted from 0.
-    let first = if train.epochs.is_some() { (config.task.start_eval() + 1) * data.epoch.div_ceil(batch) } else { 0 };
-    train.fix_length(data.epoch, batch);
-    config.train = Some(train.clone());
-    let mut model = open_model(&config, &train, start, device, progress)?;
-    if let Some(scst) = data.scst.take() {
-        let (longest, found) = (config.model.text_config.longest_text(), scst.longest());
-        if found > longest {
-            let expected = format!("room for the prompt and the caption in {longest} tokens, found {found} of them");
-            return Err(problem(format!("task.search.max_tokens: expected {expected}")).into());
-        }
-        model = model.with_rewards(scst, Arc::clone(&tokenizer));
+    let mut opened = Opened::new(config, start, (rank, ranks), Some(out), progress)?;
+    let scst = opened.data.scst.take();
+    let Opened { config, train, tokenizer, data, first } = &opened;
+    let mut model = open_model(config, train, start, device, progress)?;
+    if let Some(scst) = scst {
+        model = model.with_rewards(scst, Arc::clone(tokenizer));
     }
     if train.keep_best {
-        let model_config = model_config(&config);
-        let validation = Validation::open(&config.task, model_config, &tokenizer, session, first, progress)?;
+        let model_config = opened.model_config();
+        let validation = Validation::open(&config.task, model_config, tokenizer, session, *first, progress)?;
         model = validation.into_iter().fold(model, Finetuning::with_validation);
     }
     let run = RunFolder::new(out)?;
@@ -85,15 +63,90 @@ pub fn run(
         Ok(Box::new(data.batches(start, train.accumulate, &config.loader)?))
     };
     config.check(&run, session, progress)?;
-    let Trained { summary, weights } = xvlm_train::train(&model, batches, &train, &session.job(&run), progress)?;
+    let Trained { summary, weights } = xvlm_train::train(&model, batches, train, &session.job(&run), progress)?;
     let drawn = data.drawn();
     tell_broken(drawn.counts, drawn.broken, session, progress)?;
     if session.is_first_rank() && !summary.stopped {
-        let (model, stored) = (model_config(&config), config.stored);
-        Finished { run: &run, train: &train, summary: &summary, model, tokenizer: &tokenizer, stored }
-            .write(out, weights, progress)?;
+        let (model, stored) = (opened.model_config(), config.stored);
+        Finished { run: &run, train, summary: &summary, model, tokenizer, stored }.write(out, weights, progress)?;
     }
     Ok(summary)
+}
+
+/// The model that a configuration starts from, if it names one.
+pub(super) fn named_start(config: &FinetuneConfig) -> Result<Option<ModelFiles>, TaskError> {
+    Ok(config.init_from.as_ref().map(|dir| ModelFolder::open(dir)).transpose()?)
+}
+
+/// The model to start from: that of the configuration, or else the other.
+pub(super) fn start_of<'a>(
+    named: Option<&'a ModelFiles>,
+    other: Option<&'a ModelFiles>,
+) -> Result<&'a ModelFiles, ConfigProblem> {
+    named.or(other).ok_or_else(|| {
+        problem(
+            "init_from: expected the folder of a model to start from, or the built-in model (--built-in), found none",
+        )
+    })
+}
+
+fn problem(message: impl Into<String>) -> ConfigProblem {
+    ConfigProblem { file: "configuration".to_owned(), message: message.into() }
+}
+
+/// What a run begins with.
+pub(super) struct Opened {
+    /// The configuration, with what follows from the tokenizer and the data.
+    pub(super) config: FinetuneConfig,
+    pub(super) train: Training,
+    pub(super) tokenizer: Arc<TextTokenizer>,
+    pub(super) data: TaskData,
+    /// The first iteration after which the model is validated.
+    pub(super) first: u64,
+}
+
+impl Opened {
+    /// Opens what a configuration names, for process `rank` of `ranks`; what is learnt of shards is kept in the folder `out`, if
+    /// there is one.
+    pub(super) fn new(
+        config: &FinetuneConfig,
+        start: &ModelFiles,
+        (rank, ranks): (usize, usize),
+        out: Option<&Path>,
+        progress: &mut dyn Progress,
+    ) -> Result<Self, TaskError> {
+        let mut config = config.clone();
+        let tokenizer = Arc::new(tokenizer(&config, start)?);
+        if config.model.text_config.vocab_size == 0 {
+            config.model.text_config.vocab_size = tokenizer.vocab_size();
+        }
+        config.check_values().map_err(problem)?;
+        check_texts(&config.model, config.task.data().max_tokens(), &tokenizer).map_err(problem)?;
+        let Some(mut train) = config.train.clone() else {
+            return Err(problem("train: expected a section, since there is to be training, found none").into());
+        };
+        let data = TaskData::open(&config, &tokenizer, (rank, ranks), out, progress)?;
+        let batch = (data.batch_size * ranks * train.accumulate) as u64;
+        // In the original an epoch is validated once it is over, from epoch `start_eval` on, counted from 0.
+        let first =
+            if train.epochs.is_some() { (config.task.start_eval() + 1) * data.epoch.div_ceil(batch) } else { 0 };
+        train.fix_length(data.epoch, batch);
+        config.train = Some(train.clone());
+        if let Some(scst) = &data.scst {
+            let (longest, found) = (config.model.text_config.longest_text(), scst.longest());
+            if found > longest {
+                let expected =
+                    format!("room for the prompt and the caption in {longest} tokens, found {found} of them");
+                return Err(problem(format!("task.search.max_tokens: expected {expected}")).into());
+            }
+        }
+        Ok(Self { config, train, tokenizer, data, first })
+    }
+
+    /// What `config.json` of the finished model holds.
+    pub(super) fn model_config(&self) -> ModelConfig {
+        model_config(&self.config)
+    }
 }
 
 /// The tokenizer that the configuration names, or that of the model to start from.

@@ -1,7 +1,7 @@
 //! How good a model is on its way, by which the best checkpoint is chosen.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -11,7 +11,7 @@ use xvlm_train::Progress;
 use xvlm_train::ranks::Communicator;
 
 use super::batches::{tell, told};
-use super::{Data, FinetuneTask};
+use super::{CaptioningTask, Data, FinetuneTask, ScstTask};
 use crate::captioning::{self, Writing};
 use crate::error::{SweepProblem, TaskError};
 use crate::grounding::{self, BoxOptions, Layers, TestSet, WeakOptions};
@@ -122,12 +122,12 @@ impl Items {
                     ..retrieval::Options::new(task.k_test)
                 };
                 let loaded = reading(&task.image_root).retrieval(&task.val_file)?;
-                Some(Self::Retrieval(told(FIELD, loaded, limit, progress)?, options))
+                Some(Self::Retrieval(told((FIELD, &task.val_file), loaded, limit, progress)?, options))
             }
             FinetuneTask::Nlvr(task) if !task.val_file.is_empty() => {
                 let options = nlvr::Options { batch: task.batch_size_test };
                 let loaded = reading(&task.image_root).nlvr(&task.val_file)?;
-                Some(Self::Nlvr(told(FIELD, loaded, limit, progress)?, options))
+                Some(Self::Nlvr(told((FIELD, &task.val_file), loaded, limit, progress)?, options))
             }
             FinetuneTask::Bbox(task) if task.refcoco_data.is_some() => {
                 let options = BoxOptions { batch: task.batch_size_test, ..BoxOptions::default() };
@@ -138,17 +138,28 @@ impl Items {
                 let options = WeakOptions { layers, batch, ..WeakOptions::default() };
                 validation_split(TestSet::of_weak(task, limit)?, progress).map(|items| Self::Heat(items, options))
             }
-            FinetuneTask::Captioning(task) if !task.val_file.is_empty() => {
-                let loaded = reading(&task.image_root).captions(&task.val_file)?;
-                let writing = Writing { prompt: task.prompt.clone(), search: task.search };
-                let items = described(loaded, &task.val_gt_file, limit, progress)?;
-                Some(Self::Captions(items, writing, task.batch_size_test))
-            }
-            FinetuneTask::CaptioningScst(task) if !task.val_file.is_empty() => {
-                let loaded = reading(&task.image_root).captions(&task.val_file)?;
-                let writing = Writing { prompt: task.prompt.clone(), search: task.search };
-                let items = described(loaded, &task.val_gt_file, limit, progress)?;
-                Some(Self::Captions(items, writing, task.batch_size_test))
+            FinetuneTask::Captioning(CaptioningTask {
+                image_root,
+                val_file,
+                val_gt_file,
+                prompt,
+                search,
+                batch_size_test,
+                ..
+            })
+            | FinetuneTask::CaptioningScst(ScstTask {
+                image_root,
+                val_file,
+                val_gt_file,
+                prompt,
+                search,
+                batch_size_test,
+                ..
+            }) if !val_file.is_empty() => {
+                let loaded = reading(image_root).captions(val_file)?;
+                let writing = Writing { prompt: prompt.clone(), search: *search };
+                let items = described((val_file, loaded), val_gt_file, limit, progress)?;
+                Some(Self::Captions(items, writing, *batch_size_test))
             }
             _ => None,
         })
@@ -157,13 +168,13 @@ impl Items {
 
 /// Images with the references of a file.
 fn described(
-    loaded: Loaded<CaptionItem>,
+    (files, loaded): (&[PathBuf], Loaded<CaptionItem>),
     references: &Path,
     limit: f64,
     progress: &mut dyn Progress,
 ) -> Result<Vec<CaptionItem>, TaskError> {
     let is_whole = loaded.report.iter().next().is_none();
-    let items = told(FIELD, loaded, limit, progress)?;
+    let items = told((FIELD, files), loaded, limit, progress)?;
     let mut known = read_references(references)?;
     if !is_whole {
         // Those of images that are left out.

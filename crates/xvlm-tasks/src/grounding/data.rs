@@ -1,12 +1,14 @@
 //! What grounding is evaluated on, and the file of results.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde_json::{Value, json};
+use xvlm_data::Place;
 use xvlm_data::annotations::{GroundingItem, Loaded, Reading, Reason, Report, read_proposals};
 
-use crate::error::{ConfigProblem, SweepProblem, TaskError};
+use crate::error::{SweepProblem, TaskError, wrong_data};
 use crate::finetune::{BboxTask, WeakGroundingTask};
 use crate::json_id;
 use crate::some;
@@ -71,8 +73,8 @@ impl TestSet {
             item.proposals = proposals.get(&item.image_id).cloned().unwrap_or_default();
         }
         if self.items.iter().all(|item| item.proposals.is_empty()) {
-            let message = "expected boxes for the images that are asked about, found none for any of them".to_owned();
-            return Err(ConfigProblem { file: file.display().to_string(), message }.into());
+            let (expected, found) = ("boxes for the images that are asked about", "none for any of them");
+            return Err(wrong_data(file, Place::Whole, "image_id", expected, found));
         }
         Ok(())
     }
@@ -143,9 +145,8 @@ fn find_references(data: &Path) -> Result<PathBuf, TaskError> {
     let folders = [data.to_owned(), data.join(REFCOCO_PLUS)];
     let places = folders.iter().flat_map(|folder| REFERENCES.iter().map(|name| folder.join(name)));
     places.into_iter().find(|path| path.is_file()).ok_or_else(|| {
-        let names = REFERENCES.join(", ");
-        let message = format!("expected one of {names}, here or in {REFCOCO_PLUS} below, found none");
-        ConfigProblem { file: data.display().to_string(), message }.into()
+        let expected = format!("one of {}, here or in {REFCOCO_PLUS} below", REFERENCES.join(", "));
+        wrong_data(data, Place::Whole, "task.refcoco_data", expected, "none")
     })
 }
 
@@ -155,10 +156,10 @@ fn find_references(data: &Path) -> Result<PathBuf, TaskError> {
 /// # Errors
 /// If the file cannot be written.
 pub fn write_results(
-    path: &Path,
     items: &[GroundingItem],
     found: impl IntoIterator<Item = ([f32; 4], Option<[f32; 2]>)>,
-) -> Result<(), TaskError> {
+    out: &mut dyn Write,
+) -> std::io::Result<()> {
     #[derive(Serialize)]
     struct Entry {
         ref_id: Value,
@@ -166,13 +167,12 @@ pub fn write_results(
         #[serde(skip_serializing_if = "Option::is_none")]
         point: Option<[f32; 2]>,
     }
-    let mut text = String::from("[");
+    write!(out, "[")?;
     for (i, (item, (bbox, point))) in items.iter().zip(found).enumerate() {
         let entry = json!(Entry { ref_id: json_id(&item.ref_id), bbox, point });
-        text += &format!("{}{entry}", if i == 0 { "\n" } else { ",\n" });
+        write!(out, "{}{entry}", if i == 0 { "\n" } else { ",\n" })?;
     }
-    text += "\n]\n";
-    Ok(xvlm_weights::write_file_atomically(path, |out| out.write_all(text.as_bytes()))?)
+    writeln!(out, "\n]")
 }
 
 #[cfg(test)]

@@ -14,6 +14,10 @@ use crate::Written;
 /// Pictures that are described at a time: they are in memory with all their pixels.
 const BATCH: usize = 8;
 
+/// Images of documents that are described before the documents they are in are told of: what an interruption costs at most. More
+/// than [`BATCH`], as some are known already and some are no pictures.
+const PORTION: usize = 4 * BATCH;
+
 /// What describes pictures: one text for each.
 pub type Describe<'a, E> = &'a mut dyn FnMut(&[Picture]) -> Result<Vec<Written>, E>;
 
@@ -215,37 +219,63 @@ pub struct Page<'a> {
     pub root: Option<&'a Path>,
 }
 
-/// Describes the images of documents that are chosen, and writes the descriptions into them.
+/// Takes what became of a document: its number, its content with the descriptions so far, and whether these are all.
+pub type Filed<'a, E> = &'a mut dyn FnMut(usize, &Edited, bool) -> Result<(), E>;
+
+/// Describes the images of documents that are chosen, and writes the descriptions into them. `file` is told of a document whenever
+/// there are descriptions of some more of its images, and once of each document that has no such images; what it has kept need
+/// not be described again, whatever happens.
 ///
 /// # Errors
-/// What `describe` says. What is wrong with a picture is in the reports.
+/// What `describe` and `file` say. What is wrong with a picture is in the reports.
 pub fn fill_in<E>(
     pages: &[Page],
     choice: Choice,
     describer: &mut Describer,
     describe: Describe<E>,
+    file: Filed<E>,
     counter: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<(Vec<Report>, Edited)>, E> {
-    let chosen: Vec<Vec<usize>> = pages.iter().map(|page| page.document.chosen(choice)).collect();
-    let mut sources = Vec::new();
-    for (Page { path, document, root }, chosen) in pages.iter().zip(&chosen) {
-        let placed: Vec<usize> = chosen.iter().copied().filter(|&image| document.has_place(image)).collect();
-        sources.extend(document.sources(&placed, path.parent().unwrap_or(Path::new("")), *root));
+    // Of each document the reports, by the numbers of their images, and what stands in it by now.
+    let mut filled: Vec<(Vec<(usize, Report)>, Edited)> = Vec::with_capacity(pages.len());
+    let report = |page: &Page, number: usize, outcome: Outcome| {
+        let image = &page.document.images()[number];
+        (number, Report { line: image.line, source: image.source.clone(), outcome })
+    };
+    // The images that are described, by the numbers of their documents and their own, and where their pictures are.
+    let (mut places, mut sources) = (Vec::new(), Vec::new());
+    for (number, page) in pages.iter().enumerate() {
+        let Page { path, document, root } = *page;
+        let (placed, unplaced): (Vec<usize>, Vec<usize>) =
+            document.chosen(choice).into_iter().partition(|&image| document.has_place(image));
+        sources.extend(document.sources(&placed, path.parent().unwrap_or(Path::new("")), root));
+        places.extend(placed.iter().map(|&image| (number, image)));
+        let unplaced = unplaced.into_iter().map(|image| report(page, image, Outcome::Unplaced)).collect();
+        filled.push((unplaced, document.with(&[])));
+        if placed.is_empty() {
+            file(number, &filled[number].1, true)?;
+        }
     }
-    let mut outcomes = describer.describe(&sources, describe, counter)?.into_iter();
-    let filled = pages.iter().zip(&chosen).map(|(page, chosen)| {
-        let mut descriptions = Vec::new();
-        let reports = chosen.iter().map(|&number| {
-            let image = &page.document.images()[number];
-            let outcome = match page.document.has_place(number) {
-                true => outcomes.next().unwrap_or(Outcome::Wordless),
-                false => Outcome::Unplaced,
-            };
-            descriptions.extend(outcome.text().map(|text| (number, text.to_owned())));
-            Report { line: image.line, source: image.source.clone(), outcome }
-        });
-        let reports: Vec<Report> = reports.collect();
-        (reports, page.document.with(&descriptions))
-    });
-    Ok(filled.collect())
+    let mut descriptions: Vec<Vec<(usize, String)>> = vec![Vec::new(); pages.len()];
+    let mut done = 0;
+    for portion in sources.chunks(PORTION) {
+        let outcomes = describer.describe(portion, describe, &mut |at, _| counter(done + at, sources.len()))?;
+        let described = &places[done..done + portion.len()];
+        done += portion.len();
+        for (&(number, image), outcome) in described.iter().zip(outcomes) {
+            descriptions[number].extend(outcome.text().map(|text| (image, text.to_owned())));
+            filled[number].0.push(report(&pages[number], image, outcome));
+        }
+        for of_one in described.chunk_by(|a, b| a.0 == b.0) {
+            let number = of_one[0].0;
+            let edited = pages[number].document.with(&descriptions[number]);
+            file(number, &edited, places.get(done).is_none_or(|next| next.0 != number))?;
+            filled[number].1 = edited;
+        }
+    }
+    let in_order = |(mut reports, edited): (Vec<(usize, Report)>, Edited)| {
+        reports.sort_by_key(|(image, _)| *image);
+        (reports.into_iter().map(|(_, report)| report).collect(), edited)
+    };
+    Ok(filled.into_iter().map(in_order).collect())
 }

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-pub use describe::{Describe, Described, Describer, Outcome, Page, Report, fill_in, is_picture};
+pub use describe::{Describe, Described, Describer, Filed, Outcome, Page, Report, fill_in, is_picture};
 pub use list::{Entry, csv_list, markdown_list};
 
 /// How a document is written.

@@ -37,8 +37,8 @@ impl Predictor {
         Ok(written)
     }
 
-    /// Draws `count` descriptions of each picture. Each picture has a generator of its own, made of the seed and the picture's
-    /// number, whatever the other pictures are; `first` is the number of the first, so that many can be given some at a time.
+    /// Draws `count` descriptions of each picture. Each picture has a generator of its own, made of the seed and of the number
+    /// that `number` gives to its place, whatever the other pictures are, so that many can be given some at a time.
     ///
     /// # Errors
     /// As [`captioning::sample`].
@@ -49,14 +49,14 @@ impl Predictor {
         sampling: Sampling,
         count: usize,
         seed: u64,
-        first: u64,
+        number: impl Fn(usize) -> u64,
     ) -> Result<Vec<Vec<Written>>, Error> {
         let mut drawn = Vec::with_capacity(pictures.len());
         for pictures in pictures.chunks(BATCH) {
             let images = self.model.encode(pictures)?;
             for at in 0..pictures.len() {
                 let image = ImageTokens::new(images.tensor().narrow(0, at, 1)?);
-                let mut rng = generator(seed, first + drawn.len() as u64);
+                let mut rng = generator(seed, number(drawn.len()));
                 drawn.extend(captioning::sample(&self.model, &image, writing, sampling, count, &mut rng)?);
             }
         }
@@ -70,7 +70,7 @@ impl View<'_> {
     /// # Errors
     /// If a tensor operation fails.
     pub fn caption(&self) -> Result<Written, Error> {
-        self.caption_as(&Writing::of(self.model.config()))
+        self.caption_as(&Writing::of(self.0.model.config()))
     }
 
     /// Describes the picture, beginning and searching as given.
@@ -78,7 +78,7 @@ impl View<'_> {
     /// # Errors
     /// As [`captioning::caption`].
     pub fn caption_as(&self, writing: &Writing) -> Result<Written, Error> {
-        Ok(captioning::caption(self.model, &self.image, writing)?.remove(0))
+        Ok(captioning::caption(self.0.model, &self.0.images, writing)?.remove(0))
     }
 
     /// Draws `count` descriptions of the picture: those that [`Predictor::sample_captions`] draws of number 0.
@@ -93,6 +93,6 @@ impl View<'_> {
         seed: u64,
     ) -> Result<Vec<Written>, Error> {
         let mut rng = generator(seed, 0);
-        Ok(captioning::sample(self.model, &self.image, writing, sampling, count, &mut rng)?.remove(0))
+        Ok(captioning::sample(self.0.model, &self.0.images, writing, sampling, count, &mut rng)?.remove(0))
     }
 }

@@ -1,13 +1,13 @@
 //! Where texts point in a picture.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use xvlm_tasks::grounding::{self, HeatMap, Layers, StretchedHeat};
 
-use super::View;
+use super::{View, Views};
 use crate::Error;
 
 /// A box in pixels of the picture as given.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PixelBox {
     /// Left edge.
     pub xmin: f32,
@@ -26,8 +26,15 @@ impl From<[f32; 4]> for PixelBox {
     }
 }
 
+impl PixelBox {
+    /// As `(x, y, w, h)`.
+    pub fn sides(&self) -> [f32; 4] {
+        [self.xmin, self.ymin, self.xmax - self.xmin, self.ymax - self.ymin]
+    }
+}
+
 /// Where a text points.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Grounding {
     /// The text.
     pub text: String,
@@ -61,7 +68,7 @@ pub struct Heated {
 }
 
 /// A box that was proposed, and how much of the heat is in it.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Proposal {
     /// Its place among those that were proposed, from 0.
     pub index: usize,
@@ -91,12 +98,7 @@ impl View<'_> {
     /// # Errors
     /// If a text is empty, or the model is made for another task.
     pub fn ground(&self, texts: &[&str]) -> Result<Vec<Grounding>, Error> {
-        let found = grounding::ground(self.model, &self.image, &self.about(texts))?;
-        let named = texts.iter().zip(found).map(|(text, found)| {
-            let bounds = found.pixels(self.width, self.height).into();
-            Grounding { text: (*text).to_owned(), bounds, probability: found.probability }
-        });
-        Ok(named.collect())
+        Ok(self.0.ground(texts)?.remove(0))
     }
 
     /// Finds where the model looks while it matches each text with the picture.
@@ -104,18 +106,39 @@ impl View<'_> {
     /// # Errors
     /// If a text is empty, the model is made for another task, or it has no such layer.
     pub fn heat(&self, texts: &[&str], layers: Layers) -> Result<Vec<Heated>, Error> {
-        let maps = grounding::heat_maps(self.model, &self.image, &self.about(texts), layers)?;
-        let heated = |(text, map): (&&str, HeatMap)| {
-            let stretched = map.stretched(self.width, self.height)?;
+        Ok(self.0.heat(texts, layers)?.remove(0))
+    }
+}
+
+impl Views<'_> {
+    /// Finds the box of each text in each picture.
+    ///
+    /// # Errors
+    /// As [`View::ground`].
+    pub fn ground(&self, texts: &[&str]) -> Result<Vec<Vec<Grounding>>, Error> {
+        let found = grounding::ground(self.model, &self.images, &self.about(texts))?;
+        self.by_picture(texts, found, |(width, height), text, found| {
+            let bounds = found.pixels(width, height).into();
+            Ok(Grounding { text: text.to_owned(), bounds, probability: found.probability })
+        })
+    }
+
+    /// Finds where the model looks while it matches each text with each picture.
+    ///
+    /// # Errors
+    /// As [`View::heat`].
+    pub fn heat(&self, texts: &[&str], layers: Layers) -> Result<Vec<Vec<Heated>>, Error> {
+        let maps = grounding::heat_maps(self.model, &self.images, &self.about(texts), layers)?;
+        self.by_picture(texts, maps, |(width, height), text, map: HeatMap| {
+            let stretched = map.stretched(width, height)?;
             Ok(Heated {
-                text: (*text).to_owned(),
+                text: text.to_owned(),
                 bounds: stretched.bounds(StretchedHeat::SHARE).into(),
-                point: map.point(self.width, self.height),
+                point: map.point(width, height),
                 probability: map.probability,
                 map,
                 stretched,
             })
-        };
-        texts.iter().zip(maps).map(heated).collect()
+        })
     }
 }

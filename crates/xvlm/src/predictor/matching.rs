@@ -1,6 +1,6 @@
 //! Pictures, regions and texts compared: matched, embedded, searched.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use xvlm_data::Picture;
 use xvlm_tasks::Source;
 use xvlm_tasks::embed::{Found, Index, Query, SearchOptions};
@@ -13,7 +13,7 @@ use crate::Error;
 const AT_ONCE: usize = 32;
 
 /// How well a text tells a picture.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Match {
     /// The text.
     pub text: String,
@@ -33,10 +33,12 @@ fn named(texts: &[&str], scores: Vec<Score>) -> Vec<Match> {
     named.collect()
 }
 
+/// Regions that are encoded at a time, unless one picture has more: each has as many tokens as its picture.
+const REGIONS: usize = 128;
+
 /// Boxes of one picture as `(x, y, w, h)`.
 fn boxes(regions: &[PixelBox]) -> Vec<(u32, [f32; 4])> {
-    let bounds = |b: &PixelBox| (0, [b.xmin, b.ymin, b.xmax - b.xmin, b.ymax - b.ymin]);
-    regions.iter().map(bounds).collect()
+    regions.iter().map(|region| (0, region.sides())).collect()
 }
 
 impl Predictor {
@@ -89,10 +91,31 @@ impl Predictor {
         regions: &[PixelBox],
         texts: &[&str],
     ) -> Result<Vec<Vec<Match>>, Error> {
-        let concepts = matching::encode(&self.model, std::slice::from_ref(picture), &boxes(regions))?;
-        let Some(regions) = concepts.regions else { return Ok(Vec::new()) };
-        let scores = matching::scores(&self.model, &regions, texts)?;
-        Ok(scores.into_iter().map(|scores| named(texts, scores)).collect())
+        Ok(self.match_regions_of(std::slice::from_ref(picture), regions, texts)?.remove(0))
+    }
+
+    /// Says how well each text tells each region of each picture; the regions are the same of all pictures.
+    ///
+    /// # Errors
+    /// As [`Self::match_regions`].
+    pub fn match_regions_of(
+        &self,
+        pictures: &[Picture],
+        regions: &[PixelBox],
+        texts: &[&str],
+    ) -> Result<Vec<Vec<Vec<Match>>>, Error> {
+        let Some(at_once) = REGIONS.checked_div(regions.len()) else { return Ok(vec![Vec::new(); pictures.len()]) };
+        let mut matches = Vec::with_capacity(pictures.len());
+        for pictures in pictures.chunks(at_once.clamp(1, AT_ONCE)) {
+            let of = |picture| regions.iter().map(move |region| (picture, region.sides()));
+            let boxes: Vec<(u32, [f32; 4])> = (0..pictures.len() as u32).flat_map(of).collect();
+            let concepts = matching::encode(&self.model, pictures, &boxes)?;
+            let Some(source) = concepts.regions else { continue };
+            let scores = matching::scores(&self.model, &source, texts)?;
+            let mut rows = scores.into_iter().map(|scores| named(texts, scores));
+            matches.extend(pictures.iter().map(|_| rows.by_ref().take(regions.len()).collect::<Vec<_>>()));
+        }
+        Ok(matches)
     }
 
     /// Searches in embeddings that `xvlm embed` has filed, or that [`Index::of_pictures`] has made.
@@ -110,7 +133,7 @@ impl View<'_> {
     /// # Errors
     /// If a text is empty.
     pub fn matches(&self, texts: &[&str]) -> Result<Vec<Match>, Error> {
-        let scores = matching::scores(self.model, &Source::images(&self.image)?, texts)?.remove(0);
+        let scores = matching::scores(self.0.model, &Source::images(&self.0.images)?, texts)?.remove(0);
         Ok(named(texts, scores))
     }
 }

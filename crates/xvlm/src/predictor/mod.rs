@@ -92,8 +92,17 @@ impl Predictor {
     /// # Errors
     /// If a tensor operation fails.
     pub fn look(&self, picture: &Picture) -> Result<View<'_>, Error> {
-        let image = self.model.encode(std::slice::from_ref(picture))?;
-        Ok(View { model: &self.model, image, width: picture.width(), height: picture.height() })
+        Ok(View(self.look_at(std::slice::from_ref(picture))?))
+    }
+
+    /// Looks at pictures, all of them at once: what is asked goes through the model for all together.
+    ///
+    /// # Errors
+    /// If there are none, or a tensor operation fails.
+    pub fn look_at(&self, pictures: &[Picture]) -> Result<Views<'_>, Error> {
+        let images = self.model.encode(pictures)?;
+        let sizes = pictures.iter().map(|picture| (picture.width(), picture.height())).collect();
+        Ok(Views { model: &self.model, images, sizes })
     }
 
     /// Opens an image file and looks at it.
@@ -114,12 +123,7 @@ impl Predictor {
 }
 
 /// A picture the model has looked at.
-pub struct View<'a> {
-    model: &'a Model,
-    image: ImageTokens,
-    width: u32,
-    height: u32,
-}
+pub struct View<'a>(Views<'a>);
 
 impl View<'_> {
     /// The picture's embedding, of unit length.
@@ -127,10 +131,33 @@ impl View<'_> {
     /// # Errors
     /// If a tensor operation fails.
     pub fn embedding(&self) -> Result<Vec<f32>, Error> {
-        Ok(self.model.embed_images(&self.image)?.flatten_all()?.to_vec1()?)
+        Ok(self.0.model.embed_images(&self.0.images)?.flatten_all()?.to_vec1()?)
+    }
+}
+
+/// Pictures the model has looked at. What is asked about them is answered for each, in their order.
+pub struct Views<'a> {
+    model: &'a Model,
+    images: ImageTokens,
+    /// Width and height of each picture as given, in pixels.
+    sizes: Vec<(u32, u32)>,
+}
+
+impl Views<'_> {
+    /// Each text with each picture: picture by picture.
+    fn about<'t>(&self, texts: &[&'t str]) -> Vec<(u32, &'t str)> {
+        (0..self.sizes.len() as u32).flat_map(|image| texts.iter().map(move |text| (image, *text))).collect()
     }
 
-    fn about<'t>(&self, texts: &[&'t str]) -> Vec<(u32, &'t str)> {
-        texts.iter().map(|text| (0, *text)).collect()
+    /// What was found out about [`Self::about`]: of each picture what `tell` makes of it, its size, a text and the answer.
+    fn by_picture<T, A>(
+        &self,
+        texts: &[&str],
+        answers: Vec<A>,
+        tell: impl Fn((u32, u32), &str, A) -> Result<T, Error>,
+    ) -> Result<Vec<Vec<T>>, Error> {
+        let mut answers = answers.into_iter();
+        let of = |&size| texts.iter().zip(&mut answers).map(|(text, answer)| tell(size, text, answer)).collect();
+        self.sizes.iter().map(of).collect()
     }
 }

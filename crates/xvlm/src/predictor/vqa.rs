@@ -1,14 +1,14 @@
 //! Questions about a picture.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use xvlm_tasks::Search;
 use xvlm_tasks::vqa::{self, AnswerList, Ranking};
 
-use super::View;
+use super::{View, Views};
 use crate::Error;
 
 /// An answer to a question.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Answer {
     /// The question.
     pub question: String,
@@ -17,7 +17,7 @@ pub struct Answer {
 }
 
 /// The likeliest answers of a list to a question.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RankedAnswers {
     /// The question.
     pub question: String,
@@ -26,7 +26,7 @@ pub struct RankedAnswers {
 }
 
 /// An answer of a list.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LikelyAnswer {
     /// The answer.
     pub answer: String,
@@ -40,11 +40,7 @@ impl View<'_> {
     /// # Errors
     /// If the model is made for another task, or a tensor operation fails.
     pub fn answer(&self, questions: &[&str]) -> Result<Vec<Answer>, Error> {
-        let answers = vqa::answer(self.model, &self.image, &self.about(questions), Search::answers())?;
-        let paired = questions.iter().zip(answers);
-        Ok(paired
-            .map(|(question, written)| Answer { question: (*question).to_owned(), answer: written.text })
-            .collect())
+        Ok(self.0.answer(questions)?.remove(0))
     }
 
     /// Ranks a list of answers for each question; the `top` best.
@@ -74,17 +70,41 @@ impl View<'_> {
         ranking: Ranking,
         top: usize,
     ) -> Result<Vec<RankedAnswers>, Error> {
-        let ranked = vqa::rank_answers(self.model, &self.image, &self.about(questions), answers, ranking)?;
+        Ok(self.0.rank_answers(questions, answers, ranking, top)?.remove(0))
+    }
+}
+
+impl Views<'_> {
+    /// Answers questions about each picture in words of the model's own.
+    ///
+    /// # Errors
+    /// As [`View::answer`].
+    pub fn answer(&self, questions: &[&str]) -> Result<Vec<Vec<Answer>>, Error> {
+        let answers = vqa::answer(self.model, &self.images, &self.about(questions), Search::answers())?;
+        self.by_picture(questions, answers, |_, question, written| {
+            Ok(Answer { question: question.to_owned(), answer: written.text })
+        })
+    }
+
+    /// Ranks a list of answers for each question about each picture; the `top` best.
+    ///
+    /// # Errors
+    /// As [`View::answer`].
+    pub fn rank_answers(
+        &self,
+        questions: &[&str],
+        answers: &AnswerList,
+        ranking: Ranking,
+        top: usize,
+    ) -> Result<Vec<Vec<RankedAnswers>>, Error> {
+        let ranked = vqa::rank_answers(self.model, &self.images, &self.about(questions), answers, ranking)?;
         let likely = |ranked: &vqa::Ranked| LikelyAnswer {
             answer: answers.texts()[ranked.answer as usize].clone(),
             probability: ranked.probability,
         };
-        let paired = questions.iter().zip(ranked);
-        Ok(paired
-            .map(|(question, ranked)| RankedAnswers {
-                question: (*question).to_owned(),
-                answers: ranked.iter().take(top).map(likely).collect(),
-            })
-            .collect())
+        self.by_picture(questions, ranked, |_, question, ranked| {
+            let answers = ranked.iter().take(top).map(likely).collect();
+            Ok(RankedAnswers { question: question.to_owned(), answers })
+        })
     }
 }
