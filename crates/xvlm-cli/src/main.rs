@@ -124,6 +124,13 @@ impl DeviceArgs {
         Ok(xvlm::device(&self.device)?)
     }
 
+    /// Whether it is a GPU, which need not be there.
+    fn is_gpu(&self) -> Result<bool, CliError> {
+        let is_number = |rest: &str| rest.strip_prefix(':').is_some_and(|number| number.parse::<usize>().is_ok());
+        let is_gpu = self.device.strip_prefix("cuda").is_some_and(|rest| rest.is_empty() || is_number(rest));
+        Ok(is_gpu || self.open()?.is_cuda())
+    }
+
     /// The same for one of several processes: `cuda` is a GPU of its own.
     fn open_for_rank(&self) -> Result<Device, CliError> {
         match xvlm::train::ranks::local_rank().map_err(xvlm::Error::from)? {

@@ -40,7 +40,7 @@ pub(crate) struct RunArgs {
     #[command(flatten)]
     ranks: RanksArgs,
     #[command(flatten)]
-    device: DeviceArgs,
+    pub(crate) device: DeviceArgs,
     /// Print the result as JSON
     #[arg(long)]
     pub(crate) json: bool,
