@@ -84,12 +84,11 @@ fn activations_are_what_is_left_in_memory() {
                 // With recomputation the rest is there while a segment runs, as is what no estimate has: what products pack their
                 // factors in; in Swin the largest segments come first.
                 let found = if recompute { peak } else { left } as f64;
-                let low = if recompute && i == 0 { 0.6 } else { 0.9 };
+                let low = if recompute && i == 0 { 0.75 } else { 0.9 };
                 let high = 1.1;
                 let ratio = found / expected;
-                eprintln!("{what} {i} {recompute} {ratio:.3}");
                 assert!(
-                    true || (low..high).contains(&ratio),
+                    (low..high).contains(&ratio),
                     "{what}, part {i}, recompute {recompute}: {found} for {expected}"
                 );
             }

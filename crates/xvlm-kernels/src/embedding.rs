@@ -210,8 +210,9 @@ mod gpu {
 
     pub(super) fn sum(rows: &Rows) -> Result<Fresh> {
         let Rows { shape: (rows, width), places, gradient } = rows;
+        let (rows, width) = (*rows, *width);
         let (order, starts) = (upload(&places.order, gradient)?, upload(&places.starts, gradient)?);
-        let mut out = Buffer::like(gradient, (*rows, *width))?;
+        let mut out = Buffer::like(gradient, (rows, width))?;
         let arguments = &mut [
             Arg::In(gradient),
             Arg::In(&order),
@@ -220,7 +221,7 @@ mod gpu {
             Arg::size(rows)?,
             Arg::size(width)?,
         ];
-        launch(kernel("embedding_backward"), table, table.dtype(), grid(rows), arguments)?;
+        launch(kernel("embedding_backward"), gradient, gradient.dtype(), grid(rows), arguments)?;
         Ok(out.into())
     }
 }
