@@ -492,21 +492,6 @@ mod tests {
     fn masters_are_what_the_optimizer_keeps() {
         let of = |precision: &str, on_gpu| estimate_on(on_gpu, &format!("{{precision: {precision}}}"), 1).0;
         let (cpu, gpu) = (false, true);
-        let of = |precision: &str, on_gpu| estimate_on(on_gpu, &format!("{{precision: {precision}}}"), 1).0;
-        let (cpu, gpu) = (false, true);
-        {
-            let mut config = PretrainConfig::preset("base-4m", &["train={precision: bf16}".to_owned()]).unwrap();
-            config.data.resolution = config.model.vision_config.image_res();
-            let work = Work { config: &config, on_gpu: true, is_trained: [true; 4] };
-            for l in [largest_captions(&config), largest_regions(&config)] {
-                let c = work.cost(&l);
-                eprintln!(
-                    "TMP {} {}",
-                    2.0 * c.activations(false) as f64 / (1u64 << 30) as f64,
-                    2.0 * c.activations(true) as f64 / (1u64 << 30) as f64
-                );
-            }
-        }
         let numbers = of("f32", cpu).moments / 8;
         let masters = [("f32", cpu), ("f32", gpu), ("bf16", cpu), ("bf16", gpu), ("f16", cpu), ("f16", gpu)];
         assert_eq!(masters.map(|(precision, on_gpu)| of(precision, on_gpu).masters / numbers), [0, 0, 2, 4, 4, 4]);
