@@ -11,7 +11,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 #[cfg(feature = "criterion")]
-pub use operations::{Case, Comparison, Floor, criterion, run};
+pub use operations::{Case, Comparison, Floor, criterion, measure, run};
 
 /// The device that operations are measured on: the first GPU if the benches are built with `cuda`, else the CPU.
 ///

@@ -14,6 +14,18 @@ pub fn criterion() -> Criterion {
     Criterion::default().sample_size(20).configure_from_args()
 }
 
+/// Measures what criterion alone is handed, as the programs that are measured run their work.
+///
+/// # Panics
+/// If an input cannot be made.
+pub fn measure<E: std::fmt::Debug>(work: impl FnOnce(&mut Criterion) -> std::result::Result<(), E> + Send) {
+    kernels::process::run(|| {
+        let mut criterion = criterion();
+        work(&mut criterion).expect("inputs of a measurement");
+        criterion.final_summary();
+    });
+}
+
 /// What an operation must do at least.
 #[derive(Clone, Copy, Debug)]
 pub enum Floor {

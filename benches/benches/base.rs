@@ -5,7 +5,7 @@ use xvlm::Precision;
 use xvlm::encoders::XvlmConfig;
 use xvlm_benches::base::{Prepared, model};
 use xvlm_benches::cases::{CASES, Work};
-use xvlm_benches::{criterion, device};
+use xvlm_benches::device;
 
 /// A case is at most some seconds long.
 const SAMPLES: usize = 10;
@@ -41,9 +41,5 @@ fn inference(criterion: &mut Criterion) -> candle_core::Result<()> {
 }
 
 fn main() {
-    xvlm::kernels::process::run(|| {
-        let mut criterion = criterion();
-        inference(&mut criterion).expect("inputs of a measurement");
-        criterion.final_summary();
-    });
+    xvlm_benches::measure(inference);
 }

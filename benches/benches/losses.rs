@@ -7,7 +7,7 @@ use criterion::Criterion;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use xvlm::losses::{self, BoxRule};
-use xvlm_benches::{criterion, device, random_at};
+use xvlm_benches::{device, random_at};
 
 /// Pairs of a batch, and the width of what contrastive learning compares.
 const PAIRS: usize = 128;
@@ -69,9 +69,5 @@ fn all(criterion: &mut Criterion) -> Result<()> {
 }
 
 fn main() {
-    xvlm::kernels::process::run(|| {
-        let mut criterion = criterion();
-        all(&mut criterion).expect("inputs of a measurement");
-        criterion.final_summary();
-    });
+    xvlm_benches::measure(all);
 }

@@ -17,7 +17,7 @@ use xvlm::train::ranks::{Alone, Communicator};
 use xvlm::train::{Gradients, Optimizer, Step, Trainable};
 use xvlm::{Device, Picture, Precision, Predictor};
 use xvlm_benches::base::model;
-use xvlm_benches::{criterion, device, random_at};
+use xvlm_benches::{device, random_at};
 
 type Done = Result<(), Box<dyn Error>>;
 
@@ -113,11 +113,5 @@ fn vits(criterion: &mut Criterion) -> Done {
 }
 
 fn main() {
-    xvlm::kernels::process::run(|| {
-        let mut criterion = criterion();
-        for group in [inference, training, vits] {
-            group(&mut criterion).expect("inputs of a measurement");
-        }
-        criterion.final_summary();
-    });
+    xvlm_benches::measure(|criterion| [inference, training, vits].into_iter().try_for_each(|group| group(criterion)));
 }

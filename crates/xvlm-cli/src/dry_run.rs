@@ -54,9 +54,15 @@ struct First {
     samples: Vec<Sample>,
 }
 
-/// Plans a run of `ranks` processes and prints the plan; `first-batch.png` goes to the folder `out`, if there is one.
-pub(crate) fn run(config: &PretrainConfig, ranks: usize, out: Option<&Path>, json: bool) -> Result<(), CliError> {
-    let (plan, first) = plan::plan(config, ranks, &mut Training::new())?;
+/// Plans a run of `ranks` processes on the CPU or on GPUs and prints the plan; `first-batch.png` goes to the folder `out`, if there is one.
+pub(crate) fn run(
+    config: &PretrainConfig,
+    ranks: usize,
+    on_gpu: bool,
+    out: Option<&Path>,
+    json: bool,
+) -> Result<(), CliError> {
+    let (plan, first) = plan::plan(config, ranks, on_gpu, &mut Training::new())?;
     let FirstBatches { captions, regions, builder } = first;
     let side = builder.config().resolution;
     let tokenizer = builder.tokenizer();
@@ -222,7 +228,7 @@ fn of_parameters(rows: &mut Rows, counts: &ParameterCounts) {
 fn of_memory(rows: &mut Rows, memory: &Memory) {
     heading(rows, "Memory of a process, estimated, with the largest batch: on the device");
     let more = [
-        ("f32 masters", memory.masters),
+        ("f32 masters, beyond the weights", memory.masters),
         ("means of weights", memory.ema),
         ("gradients on their way, about", memory.reduction),
     ];

@@ -38,7 +38,8 @@ impl Pretrain {
             return output::print_text(&config.to_yaml()?);
         }
         if dry_run {
-            return dry_run::run(&config, processes.unwrap_or(1).into(), run.out.as_deref(), run.json);
+            let (ranks, on_gpu) = (processes.unwrap_or(1).into(), run.device.is_gpu()?);
+            return dry_run::run(&config, ranks, on_gpu, run.out.as_deref(), run.json);
         }
         run.train(config.train.keep_best, |out, session, device| {
             pretrain::run(&config, out, session, device, &mut Training::new())

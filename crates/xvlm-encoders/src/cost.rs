@@ -5,8 +5,9 @@
 //! of the forward pass, so that a step is three times this, and four times if activations are computed anew.
 //!
 //! *Activations* are the numbers that the graph of the forward pass keeps for the backward pass. They are counted operation by
-//! operation, as the modules of this crate are written and computed on the CPU; what an allocator adds, and what an operation
-//! needs while it runs, is left out.
+//! operation, as the modules of this crate are written and computed on the CPU. If blocks are computed anew, what there is at
+//! the fullest moment of one counts too: beside what it keeps, norms, results of GELU and branches that are forgotten soon. What
+//! an allocator adds, and what a single operation needs while it runs, is left out.
 
 use serde::Serialize;
 
@@ -90,12 +91,12 @@ pub struct Cost {
     between: u64,
     /// Numbers inside segments.
     inside: u64,
-    /// The most of them in one segment.
+    /// The most that there are while one segment is computed.
     largest: u64,
 }
 
 impl Cost {
-    /// Numbers kept for the backward pass; with recomputation only one segment's at a time.
+    /// Numbers kept for the backward pass; with recomputation only one segment's at a time, and what there is while it is computed.
     pub fn activations(&self, recompute: bool) -> u64 {
         self.between + if recompute { self.largest } else { self.inside }
     }
@@ -116,9 +117,10 @@ impl Cost {
         Self { flops: flops as u64, between: numbers as u64, ..Self::default() }
     }
 
-    /// A segment with what it keeps beside its result.
-    fn segment(flops: usize, inside: usize, result: usize) -> Self {
-        Self { flops: flops as u64, between: result as u64, inside: inside as u64, largest: inside as u64 }
+    /// A segment with what it keeps beside its result, and the most that it forgets soon.
+    fn segment(flops: usize, inside: usize, passing: usize, result: usize) -> Self {
+        let largest = (inside + passing) as u64;
+        Self { flops: flops as u64, between: result as u64, inside: inside as u64, largest }
     }
 }
 
@@ -181,13 +183,16 @@ fn swin_cost(config: &SwinConfig, load: &Load) -> Cost {
             // Queries, keys and values, attended, sum; hidden. Norms are made again, and branches are added and forgotten.
             let inside = rows * (5 * width + hidden);
             let biases = 2 * area * area * config.num_heads[i];
-            cost = cost.and(Cost::segment(flops, inside + biases, rows * width));
+            // When GELU's result is multiplied: that, the norm before, and the branch.
+            let passing = rows * (hidden + 2 * width);
+            cost = cost.and(Cost::segment(flops, inside + biases, passing, rows * width));
         }
         if i + 1 < config.depths.len() {
-            // Four tokens joined, and a token of twice the width.
+            // Four tokens joined, their norm, and a token of twice the width.
             let joined = rows / 4;
             let result = joined * 2 * width;
-            cost = cost.and(Cost::segment(linear(joined, 4 * width, 2 * width), rows * width, result));
+            let flops = linear(joined, 4 * width, 2 * width);
+            cost = cost.and(Cost::segment(flops, rows * width, rows * width, result));
             (width, side) = (2 * width, side / 2);
         }
     }
@@ -218,15 +223,18 @@ fn vit_cost(config: &VitConfig, load: &Load) -> Cost {
             + linear(rows, width, width)
             + linear(rows, width, hidden)
             + linear(rows, hidden, width);
-        // What CLIP's activation gives is kept; GELU's is computed again.
-        let hidden = if config.hidden_act == Activation::QuickGelu { 2 * hidden } else { hidden };
+        // What CLIP's activation gives is kept; GELU's is computed again. The norm before and the branch pass.
+        let (hidden, passing) = match config.hidden_act {
+            Activation::QuickGelu => (2 * hidden, 2 * width),
+            Activation::Gelu => (hidden, hidden + 2 * width),
+        };
         let inside = rows * (5 * width + hidden);
-        cost = cost.and(Cost::segment(flops, inside, rows * width));
+        cost = cost.and(Cost::segment(flops, inside, rows * passing, rows * width));
     }
     cost.and(Cost::between(0, sequences * tokens * width))
 }
 
-/// A layer of BERT without cross attention, as FLOPs and kept numbers.
+/// A layer of BERT without cross attention, as FLOPs and kept numbers; GELU's result passes.
 fn layer(config: &BertConfig, sequences: usize, tokens: usize) -> (usize, usize) {
     let (width, hidden, rows) = (config.hidden_size, config.intermediate_size, sequences * tokens);
     let flops = linear(rows, width, 3 * width)
@@ -249,7 +257,7 @@ fn text_cost(config: &BertConfig, load: &Load) -> Cost {
     // Words, with positions, the norm; positions with types once.
     let embedded = rows * 3 * config.hidden_size + dropped(config, rows) + load.tokens * config.hidden_size;
     let (flops, kept) = layer(config, load.texts, load.tokens);
-    let layer = Cost::segment(flops, kept, rows * config.hidden_size);
+    let layer = Cost::segment(flops, kept, rows * config.intermediate_size, rows * config.hidden_size);
     (0..config.fusion_layer).fold(Cost::between(0, embedded), |cost, _| cost.and(layer))
 }
 
@@ -267,7 +275,7 @@ fn fusion_cost(config: &XvlmConfig, load: &Load, seen: usize) -> Cost {
         + load.fused * attention(load.tokens, seen, width);
     // Queries, keys and values, attended, projected, norm.
     let kept = kept + rows * 4 * width + read * 2 * width;
-    let layer = Cost::segment(flops, kept, rows * width);
+    let layer = Cost::segment(flops, kept, rows * text.intermediate_size, rows * width);
     // The texts by rows, and the concepts, joined and as the begin of a graph.
     let between = Cost::between(0, rows * width + 2 * read * vision_width);
     (text.fusion_layer..text.num_hidden_layers).fold(between, |cost, _| cost.and(layer))

@@ -86,6 +86,8 @@ impl MlmHead {
 
     /// Tokens `[.., H]` and word embeddings `[V, H]` → logits `[.., V]`.
     ///
+    /// They are of the type of the tokens, also where a loss then widens them: PyTorch's autocast rounds them alike.
+    ///
     /// # Errors
     /// On a wrong shape.
     pub fn forward(&self, x: &Tensor, words: &Tensor) -> Result<Tensor> {

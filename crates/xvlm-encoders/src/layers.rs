@@ -104,10 +104,7 @@ impl Linear {
         match (&self.0, activation) {
             (Weights::Packed(layer), Activation::Gelu) => layer.forward(x, Epilogue::Gelu),
             (Weights::Packed(layer), Activation::QuickGelu) => layer.forward(x, Epilogue::QuickGelu),
-            (Weights::Parts(parts), Activation::Gelu) => {
-                let (weight, bias) = whole(parts)?;
-                kernels::bias_gelu(&kernels::linear_without_bias(x, &weight)?, &bias)
-            }
+            (Weights::Parts(_), Activation::Gelu) => kernels::gelu(&self.forward(x)?),
             (Weights::Parts(_), Activation::QuickGelu) => kernels::quick_gelu(&self.forward(x)?),
         }
     }

@@ -1,11 +1,12 @@
 //! Rows of a table.
 
 use candle_core::{DType, Result, Storage, Tensor};
+use half::bf16;
 use rayon::prelude::*;
 
-use crate::error::KernelError;
-use crate::graph::{Fresh, differentiable};
-use crate::host::{read, written};
+use crate::error::{KernelError, check_shape};
+use crate::graph::{Fresh, collect_rows, differentiable};
+use crate::host::{change, read, written};
 use crate::path::{Path, fused};
 use crate::real::Real;
 use crate::simd::{add_widened, vectorized};
@@ -38,11 +39,79 @@ pub fn embedding(table: &Tensor, ids: &Tensor, padding: Option<u32>) -> Result<T
     let rows = fused!(table, T => gather_on_host::<T>(table, &ids, &shape); gpu::gather(table, &ids, &shape))?;
     differentiable(OP, [table], rows, move |[table], gradient| {
         let places = Places::of(&read_back(&ids)?, table.dim(0)?, padding)?;
-        let sums: Fresh = fused!(table, T => {
-            sum_on_host::<T>(table, &places, gradient)
-        }; gpu::sum(table, &places, gradient))?;
-        Ok([Some(sums.detached())])
+        let rows = Rows { shape: table.dims2()?, places, gradient: gradient.clone() };
+        let rows = if table.device().is_cpu() { collect_rows(table, rows) } else { Some(rows) };
+        Ok([rows.map(|rows| rows.whole()).transpose()?])
     })
+}
+
+/// The gradient of a table, of which most is 0.
+pub(crate) struct Rows {
+    /// Of the table.
+    shape: (usize, usize),
+    places: Places,
+    /// What the rows at the places are handed, `[.., C]`.
+    gradient: Tensor,
+}
+
+impl Rows {
+    /// As a tensor like the table.
+    pub(crate) fn whole(&self) -> Result<Tensor> {
+        let sums: Fresh = fused!(&self.gradient, T => {
+            self.on_host::<T>()
+        }; gpu::sum(self))?;
+        Ok(sums.detached())
+    }
+
+    fn on_host<T: Real>(&self) -> Result<Fresh> {
+        let (rows, width) = self.shape;
+        let mut sums = T::zeros(rows * width);
+        self.add_to_numbers::<T, T>(&mut sums)?;
+        Ok(Fresh::new(Storage::Cpu(T::to_cpu_storage_owned(sums)), self.shape))
+    }
+
+    /// Adds the gradient to a sum, whoever has it: `f32`, contiguous, on the CPU.
+    ///
+    /// # Errors
+    /// If it is another, or of another shape than the table.
+    pub(crate) fn add_to(&self, sum: &Tensor) -> Result<()> {
+        let (rows, width) = self.shape;
+        check_shape(OP, "sum", sum, &[rows, width])?;
+        if sum.elem_count() == 0 {
+            return Ok(());
+        }
+        match self.gradient.dtype() {
+            DType::BF16 => change(sum, |sum: &mut [f32]| self.add_to_numbers::<bf16, f32>(sum))?,
+            _ => change(sum, |sum: &mut [f32]| self.add_to_numbers::<f32, f32>(sum))?,
+        }
+    }
+
+    /// Touches only the rows that occur.
+    fn add_to_numbers<T: Real, Out: Real>(&self, sums: &mut [Out]) -> Result<()> {
+        /// Rows of the table that a thread takes at a time.
+        const ROWS: usize = 64;
+        let (_, width) = self.shape;
+        let gradient = &*read::<T>(&self.gradient)?;
+        sums.par_chunks_mut((ROWS * width).max(1)).enumerate().for_each(|(part, sums)| {
+            let rows = sums.chunks_exact_mut(width.max(1)).enumerate();
+            let rows = rows.map(|(i, row)| (row, self.places.of_row(part * ROWS + i)));
+            vectorized(
+                #[inline(always)]
+                || {
+                    let mut total = Vec::new();
+                    for (row, places) in rows.filter(|(_, places)| !places.is_empty()) {
+                        total.clear();
+                        total.resize(width, 0f32);
+                        for &place in places {
+                            add_widened(&mut total, &gradient[place as usize * width..][..width]);
+                        }
+                        row.iter_mut().zip(&total).for_each(|(out, &x)| *out = Out::narrow(out.widen() + x));
+                    }
+                },
+            );
+        });
+        Ok(())
+    }
 }
 
 fn check_ids(ids: &[u32], rows: usize) -> Result<()> {
@@ -105,38 +174,11 @@ fn gather_on_host<T: Real>(table: &Tensor, ids: &Tensor, shape: &[usize]) -> Res
     }))
 }
 
-/// Touches only the rows that occur.
-fn sum_on_host<T: Real>(table: &Tensor, places: &Places, gradient: &Tensor) -> Result<Fresh> {
-    /// Rows of the table that a thread takes at a time.
-    const ROWS: usize = 64;
-    let (_, width) = table.dims2()?;
-    let gradient = &*read::<T>(gradient)?;
-    let mut sums = T::zeros(table.elem_count());
-    sums.par_chunks_mut((ROWS * width).max(1)).enumerate().for_each(|(part, sums)| {
-        let rows = sums.chunks_exact_mut(width).enumerate().map(|(i, row)| (row, places.of_row(part * ROWS + i)));
-        vectorized(
-            #[inline(always)]
-            || {
-                let mut total = Vec::new();
-                for (row, places) in rows.filter(|(_, places)| !places.is_empty()) {
-                    total.clear();
-                    total.resize(width, 0f32);
-                    for &place in places {
-                        add_widened(&mut total, &gradient[place as usize * width..][..width]);
-                    }
-                    row.iter_mut().zip(&total).for_each(|(out, &x)| *out = T::narrow(x));
-                }
-            },
-        );
-    });
-    Ok(Fresh::new(Storage::Cpu(T::to_cpu_storage_owned(sums)), table.shape()))
-}
-
 #[cfg(gpu)]
 mod gpu {
     use candle_core::{Result, Tensor};
 
-    use super::Places;
+    use super::Rows;
     use crate::gpu::{Arg, Buffer, Grid, Kernel, launch, upload};
     use crate::graph::Fresh;
 
@@ -166,10 +208,11 @@ mod gpu {
         Ok(out.into())
     }
 
-    pub(super) fn sum(table: &Tensor, places: &Places, gradient: &Tensor) -> Result<Fresh> {
-        let (rows, width) = table.dims2()?;
-        let (order, starts) = (upload(&places.order, table)?, upload(&places.starts, table)?);
-        let mut out = Buffer::like(table, table.shape())?;
+    pub(super) fn sum(rows: &Rows) -> Result<Fresh> {
+        let Rows { shape: (rows, width), places, gradient } = rows;
+        let (rows, width) = (*rows, *width);
+        let (order, starts) = (upload(&places.order, gradient)?, upload(&places.starts, gradient)?);
+        let mut out = Buffer::like(gradient, (rows, width))?;
         let arguments = &mut [
             Arg::In(gradient),
             Arg::In(&order),
@@ -178,7 +221,7 @@ mod gpu {
             Arg::size(rows)?,
             Arg::size(width)?,
         ];
-        launch(kernel("embedding_backward"), table, table.dtype(), grid(rows), arguments)?;
+        launch(kernel("embedding_backward"), gradient, gradient.dtype(), grid(rows), arguments)?;
         Ok(out.into())
     }
 }

@@ -15,6 +15,9 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor, TensorId, bail,
 };
 
+use crate::embedding::Rows;
+use crate::host::memory;
+
 /// A result that is not yet a tensor.
 pub(crate) struct Fresh {
     storage: Storage,
@@ -40,7 +43,7 @@ impl Fresh {
 }
 
 /// Gives `result` a history: `backward(inputs, gradient)` returns the gradient of each input, `None` where there is none to
-/// be had. The gradient it is handed is contiguous.
+/// be had. The gradient it is handed is contiguous; what it returns is that one, or memory that nobody else has.
 pub(crate) fn differentiable<const N: usize>(
     name: &'static str,
     inputs: [&Tensor; N],
@@ -259,14 +262,42 @@ fn record<B: Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + 'static>(
 }
 
 thread_local! {
-    static COLLECTED: RefCell<Option<Vec<(Tensor, Tensor)>>> = const { RefCell::new(None) };
+    static COLLECTED: RefCell<Option<Vec<(Tensor, Addend)>>> = const { RefCell::new(None) };
     static RECORD: RefCell<Option<Record>> = const { RefCell::new(None) };
+}
+
+/// What an operation has for the gradient of a variable.
+pub(crate) enum Addend {
+    Whole(Tensor),
+    /// As [`Self::Whole`], in memory that nobody else has.
+    Own(Tensor),
+    /// Of a table: what is not 0.
+    Rows(Rows),
+}
+
+/// Of the gradients that an operation made of that of its result, for each whether nobody else has its memory.
+pub(crate) fn are_own(found: &[Option<Tensor>], given: &Tensor) -> Vec<bool> {
+    let place = |tensor: &Tensor| (memory(tensor), tensor.layout().start_offset());
+    let places: Vec<_> = found.iter().map(|gradient| gradient.as_ref().map(place)).collect();
+    let occurs_once = |place| places.iter().filter(|other| **other == Some(place)).count() == 1;
+    places.iter().map(|place| place.is_some_and(|place| place.0 != memory(given) && occurs_once(place))).collect()
+}
+
+/// Hands over the gradient of a table, if it is one that [`collecting`] is to return; else gives it back.
+pub(crate) fn collect_rows(table: &Tensor, rows: Rows) -> Option<Rows> {
+    COLLECTED.with_borrow_mut(|collected| match collected {
+        Some(collected) if table.is_variable() => {
+            collected.push((table.clone(), Addend::Rows(rows)));
+            None
+        }
+        _ => Some(rows),
+    })
 }
 
 /// Runs a backward pass of candle's. What operations of [`differentiable`] have for variables is not handed to candle, which would
 /// fill as many zeros and add it to them, but returned: each variable with a gradient, in the order in which they came, of
 /// which a variable may have several, beside those that candle has for it.
-pub(crate) fn collecting<R>(run: impl FnOnce() -> Result<R>) -> Result<(R, Vec<(Tensor, Tensor)>)> {
+pub(crate) fn collecting<R>(run: impl FnOnce() -> Result<R>) -> Result<(R, Vec<(Tensor, Addend)>)> {
     let (result, collected) = with_own(&COLLECTED, run);
     Ok((result?, collected))
 }
@@ -327,11 +358,17 @@ impl Node {
         result: &Tensor,
         gradient: &Tensor,
     ) -> Result<[Option<Tensor>; N]> {
-        let mut gradients = (self.backward)(&inputs, result, &gradient.contiguous()?)?;
+        let gradient = gradient.contiguous()?;
+        let mut gradients = (self.backward)(&inputs, result, &gradient)?;
         COLLECTED.with_borrow_mut(|collected| {
             let Some(collected) = collected else { return };
-            let of_variables = inputs.iter().zip(&mut gradients).filter(|(input, _)| input.is_variable());
-            collected.extend(of_variables.filter_map(|(input, gradient)| Some(((*input).clone(), gradient.take()?))));
+            let own = are_own(&gradients, &gradient);
+            let of_inputs = inputs.iter().zip(gradients.iter_mut().zip(own));
+            let of_variables = of_inputs.filter(|(input, _)| input.is_variable());
+            collected.extend(of_variables.filter_map(|(input, (gradient, is_own))| {
+                let gradient = gradient.take()?;
+                Some(((*input).clone(), if is_own { Addend::Own(gradient) } else { Addend::Whole(gradient) }))
+            }));
         });
         Ok(<[_; N]>::try_from(gradients).expect("one for each input"))
     }

@@ -1,8 +1,12 @@
 //! Access to the numbers of CPU tensors.
 
+use std::cell::Cell;
+use std::marker::PhantomData;
 use std::ops::Deref;
 
-use candle_core::{DType, Result, Shape, Storage, Tensor, WithDType, bail};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
+use half::bf16;
 
 use crate::graph::Fresh;
 
@@ -11,7 +15,7 @@ struct Host<G, T> {
     storage: G,
     start: usize,
     end: usize,
-    of: std::marker::PhantomData<T>,
+    of: PhantomData<T>,
 }
 
 /// Locks a contiguous CPU tensor of type `T` for reading.
@@ -23,7 +27,7 @@ pub(crate) fn read<T: WithDType>(tensor: &Tensor) -> Result<impl Deref<Target = 
     let Some((start, end)) = layout.contiguous_offsets() else {
         bail!("expected a contiguous tensor of shape {:?}", layout.dims())
     };
-    Ok(Host { storage, start, end, of: std::marker::PhantomData })
+    Ok(Host { storage, start, end, of: PhantomData })
 }
 
 impl<G: Deref<Target = Storage>, T: WithDType> Deref for Host<G, T> {
@@ -35,6 +39,62 @@ impl<G: Deref<Target = Storage>, T: WithDType> Deref for Host<G, T> {
             _ => unreachable!("checked by `read`"),
         }
     }
+}
+
+/// A type of numbers that are changed in place.
+pub(crate) trait Changed: WithDType {
+    /// Those of a storage, if it has this type.
+    fn values(storage: &mut CpuStorage) -> Option<&mut [Self]>;
+}
+
+macro_rules! changed {
+    ($($T:ty, $storage:ident;)*) => {$(
+        impl Changed for $T {
+            fn values(storage: &mut CpuStorage) -> Option<&mut [Self]> {
+                match storage {
+                    CpuStorage::$storage(values) => Some(values),
+                    _ => None,
+                }
+            }
+        }
+    )*};
+}
+
+changed! {
+    f32, F32;
+    bf16, BF16;
+    i16, I16;
+}
+
+/// Hands the numbers of a contiguous CPU tensor of type `T`, of which there are some, to `work`, which alone reads and writes
+/// them meanwhile.
+pub(crate) fn change<T: Changed, R>(tensor: &Tensor, work: impl FnOnce(&mut [T]) -> R) -> Result<R> {
+    struct Change<F, T, R> {
+        work: Cell<Option<F>>,
+        result: Cell<Option<R>>,
+        of: PhantomData<fn(T)>,
+    }
+    impl<T: Changed, R, F: FnOnce(&mut [T]) -> R> InplaceOp1 for Change<F, T, R> {
+        fn name(&self) -> &'static str {
+            "change"
+        }
+
+        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+            let found = storage.dtype();
+            let (Some(values), Some((start, end))) = (T::values(storage), layout.contiguous_offsets()) else {
+                bail!("expected a contiguous tensor of {:?} to change, found {found:?}, {layout:?}", T::DTYPE)
+            };
+            self.result.set(self.work.take().map(|work| work(&mut values[start..end])));
+            Ok(())
+        }
+    }
+    let change = Change { work: Cell::new(Some(work)), result: Cell::new(None), of: PhantomData };
+    tensor.inplace_op1(&change)?;
+    let on = tensor.device().location();
+    change
+        .result
+        .take()
+        .ok_or_else(|| candle_core::Error::Msg(format!("expected a tensor on the CPU, found one on {on:?}")))
 }
 
 /// In another float type; without numbers too, which candle does not convert on a GPU.

@@ -27,6 +27,7 @@ mod error;
 mod finite;
 #[cfg(gpu)]
 mod gpu;
+mod gradients;
 mod graph;
 mod host;
 mod linear;
@@ -61,6 +62,7 @@ pub use error::KernelError;
 pub use finite::all_finite;
 #[cfg(feature = "emulation")]
 pub use gpu::emulated;
+pub use gradients::Gradients;
 pub use linear::{gelu_linear, linear, linear_without_bias, stacked_linear};
 pub use mapped::MappedFile;
 pub use norm::{add_layer_norm, layer_norm};
@@ -72,5 +74,5 @@ pub use pool::{Cover, patch_pool};
 pub use resize::resize_bicubic;
 pub use scaled::scale_gradient;
 pub use softmax::{log_softmax, softmax};
-pub use tape::{Gradients, Tape};
+pub use tape::Tape;
 pub use window::{WindowBias, WindowShape, window_attention, window_attention_with};

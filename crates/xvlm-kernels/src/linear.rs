@@ -65,8 +65,9 @@ pub fn gelu_linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor>
     let [x, weight, bias] = &[x.contiguous()?, weight.contiguous()?, bias.contiguous()?];
     let y = forward(&gelu(&x.detach())?, weight, Some(bias), &shape)?;
     differentiable(OP, [x, weight, bias], y, |[x, weight, bias], gradient| {
-        let tracks = [x.track_op(), weight.track_op()];
-        let [dactive, dweight] = gradients(&gelu(&x.detach())?, weight, gradient, tracks)?;
+        // One after the other: the widest tensors of a block are not there together.
+        let [_, dweight] = gradients(&gelu(&x.detach())?, weight, gradient, [false, weight.track_op()])?;
+        let [dactive, _] = gradients(x, weight, gradient, [x.track_op(), false])?;
         let dx = dactive.map(|dactive| gelu_gradient(x, &dactive)).transpose()?;
         Ok([dx, dweight, bias.track_op().then(|| column_sums(gradient)).transpose()?])
     })

@@ -1,16 +1,13 @@
 //! The optimizer's arithmetic.
 
-use std::cell::Cell;
 use std::collections::HashSet;
-use std::marker::PhantomData;
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor, Var, bail};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use half::bf16;
 use rayon::prelude::*;
 
 use crate::error::{KernelError, check_shape};
-use crate::host::{memory, read, written};
+use crate::host::{change, memory, read, written};
 use crate::real::Real;
 use crate::simd::{squares, vectorized};
 
@@ -371,88 +368,29 @@ fn check_halves(op: &'static str, parameter: &Tensor, rest: &Tensor) -> Result<(
     Ok(())
 }
 
-/// A type of numbers that a step changes.
-trait Changed: Sized {
-    fn values<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [Self]>;
-}
-
-macro_rules! changed {
-    ($($T:ty, $storage:ident;)*) => {$(
-        impl Changed for $T {
-            fn values<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [Self]> {
-                match (storage, layout.contiguous_offsets()) {
-                    (CpuStorage::$storage(values), Some((start, end))) => Ok(&mut values[start..end]),
-                    (storage, _) => bail!("{OP}: expected contiguous {}, found {:?}", stringify!($T), storage.dtype()),
-                }
-            }
-        }
-    )*};
-}
-
-changed! {
-    f32, F32;
-    bf16, BF16;
-    i16, I16;
-}
-
-/// Hands the numbers of a variable on the CPU to `work`, which alone reads and writes them meanwhile.
-fn change<T: Changed, R>(variable: &Var, work: impl FnOnce(&mut [T]) -> R) -> Result<R> {
-    struct Change<F, T, R> {
-        work: Cell<Option<F>>,
-        result: Cell<Option<R>>,
-        of: PhantomData<fn(T)>,
-    }
-    impl<T: Changed, R, F: FnOnce(&mut [T]) -> R> InplaceOp1 for Change<F, T, R> {
-        fn name(&self) -> &'static str {
-            OP
-        }
-
-        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
-            let values = T::values(storage, layout)?;
-            self.result.set(self.work.take().map(|work| work(values)));
-            Ok(())
-        }
-    }
-    let change = Change { work: Cell::new(Some(work)), result: Cell::new(None), of: PhantomData };
-    variable.inplace_op1(&change)?;
-    change.result.take().ok_or_else(|| candle_core::Error::Msg(format!("{OP}: a variable is not on the CPU")))
-}
-
 /// Sets a parameter to the numbers of its master, rounded to its type.
 ///
 /// # Errors
 /// If shapes or devices differ.
 pub fn round_into(parameter: &Var, master: &Var) -> Result<()> {
-    struct Round<'a>(&'a [f32]);
-    impl InplaceOp1 for Round<'_> {
-        fn name(&self) -> &'static str {
-            "round_into"
-        }
-
-        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
-            let (CpuStorage::BF16(values), Some((start, end))) = (storage, layout.contiguous_offsets()) else {
-                bail!("round_into: expected a contiguous parameter of bf16")
-            };
-            let parts = values[start..end].par_chunks_mut(CHUNK).zip(self.0.par_chunks(CHUNK));
-            parts.for_each(|(out, values)| {
-                vectorized(
-                    #[inline(always)]
-                    || out.iter_mut().zip(values).for_each(|(out, x)| *out = Real::narrow(*x)),
-                );
-            });
-            Ok(())
-        }
-    }
     let master = master.as_detached_tensor();
     let fast = (parameter.dtype(), master.dtype()) == (DType::BF16, DType::F32)
         && parameter.shape() == master.shape()
         && parameter.is_contiguous()
         && master.is_contiguous()
         && [parameter.device(), master.device()].iter().all(|device| device.is_cpu());
-    match fast {
-        true => parameter.inplace_op1(&Round(&read::<f32>(&master)?)),
-        false => parameter.set(&master.to_dtype(parameter.dtype())?),
+    if !fast {
+        return parameter.set(&master.to_dtype(parameter.dtype())?);
     }
+    let master = &*read::<f32>(&master)?;
+    change(parameter, |values: &mut [bf16]| {
+        values.par_chunks_mut(CHUNK).zip(master.par_chunks(CHUNK)).for_each(|(out, values)| {
+            vectorized(
+                #[inline(always)]
+                || out.iter_mut().zip(values).for_each(|(out, x)| *out = Real::narrow(*x)),
+            );
+        });
+    })
 }
 
 /// Σ x² of a tensor, waited for.

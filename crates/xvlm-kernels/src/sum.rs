@@ -1,10 +1,10 @@
 //! Sums of two tensors, of which either may be of a half type.
 
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 
-use crate::host::{memory, read, written};
+use crate::host::{Changed, change, memory, read, written};
 use crate::real::Real;
 use crate::simd::vectorized;
 
@@ -55,37 +55,24 @@ pub(crate) fn add_in_place(a: &Tensor, b: &Tensor) -> Result<bool> {
     }
     let b = &b.contiguous()?;
     match (a.dtype(), b.dtype()) {
-        (DType::F32, DType::F32) => a.inplace_op1(&Add(&read::<f32>(b)?))?,
-        (DType::F32 | DType::BF16, DType::BF16) => a.inplace_op1(&Add(&read::<bf16>(b)?))?,
+        (DType::F32, DType::F32) => add_on_host::<f32, f32>(a, b)?,
+        (DType::F32, DType::BF16) => add_on_host::<f32, bf16>(a, b)?,
+        (DType::BF16, DType::BF16) => add_on_host::<bf16, bf16>(a, b)?,
         _ => return Ok(false),
     }
     Ok(true)
 }
 
-struct Add<'a, T>(&'a [T]);
-
-impl<T: Real> InplaceOp1 for Add<'_, T> {
-    fn name(&self) -> &'static str {
-        "add_in_place"
-    }
-
-    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        match (storage, layout.contiguous_offsets()) {
-            (CpuStorage::F32(values), Some((start, end))) => add(&mut values[start..end], self.0),
-            (CpuStorage::BF16(values), Some((start, end))) => add(&mut values[start..end], self.0),
-            _ => bail!("add_in_place: expected a contiguous sum of f32 or bf16"),
-        }
-        Ok(())
-    }
-}
-
-fn add<A: Real, B: Real>(sum: &mut [A], addend: &[B]) {
-    sum.par_chunks_mut(CHUNK).zip(addend.par_chunks(CHUNK)).for_each(|(sum, addend)| {
-        vectorized(
-            #[inline(always)]
-            || sum.iter_mut().zip(addend).for_each(|(sum, x)| *sum = A::narrow(sum.widen() + x.widen())),
-        );
-    });
+fn add_on_host<A: Real + Changed, B: Real>(a: &Tensor, b: &Tensor) -> Result<()> {
+    let addend = &*read::<B>(b)?;
+    change(a, |sum: &mut [A]| {
+        sum.par_chunks_mut(CHUNK).zip(addend.par_chunks(CHUNK)).for_each(|(sum, addend)| {
+            vectorized(
+                #[inline(always)]
+                || sum.iter_mut().zip(addend).for_each(|(sum, x)| *sum = A::narrow(sum.widen() + x.widen())),
+            );
+        });
+    })
 }
 
 #[cfg(test)]

@@ -10,12 +10,11 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
-use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Result, Tensor, TensorId, Var};
 
-use crate::graph::{Fresh, Operation, Piece, Record, collecting, differentiable_by_gradient, leaves, recording};
-use crate::sum::{add_in_place, sum};
+use crate::gradients::{Gradients, Sums, Width};
+use crate::graph::{Piece, Record, leaves, recording};
 
 /// The segments of one forward pass.
 #[derive(Default)]
@@ -138,11 +137,17 @@ impl Tape {
             let parameters = leaves.iter().filter(|leaf| !boundaries.contains(&leaf.id()));
             parameters.map(|leaf| (leaf.id(), Width::F32)).collect()
         };
-        let mut found = Sums::default();
-        found.walk(loss, None, &width(&after))?;
+        // What there is of a parameter is added to where it lies.
+        let begin = |widths: &HashMap<TensorId, Width>, gradients: &mut Gradients| {
+            Sums(widths.keys().filter_map(|id| gradients.0.0.remove_entry(id)).collect())
+        };
+        let widths = width(&after);
+        let mut found = begin(&widths, gradients);
+        found.walk(loss, None, &widths)?;
         take(found, after, gradients)?;
         for Segment { boundary, dtype, inside, leaves } in segments {
-            let mut found = Sums::default();
+            let widths = width(&leaves);
+            let mut found = begin(&widths, gradients);
             // If there is none, no gradient comes through what the result was used in.
             if let Some(sum) = gradients.0.0.remove(&boundary) {
                 let (pieces, result) = match inside {
@@ -153,139 +158,11 @@ impl Tape {
                     }
                 };
                 found.0.insert(result, sum.narrowed(dtype)?);
-                found.go_back(pieces, &width(&leaves))?;
+                found.go_back(pieces, &widths)?;
             }
             take(found, leaves, gradients)?;
         }
         Ok(())
-    }
-}
-
-/// A scalar whose gradient with respect to `result` is the one given; for one backward pass.
-fn seeded(result: &Tensor, gradient: Tensor) -> Result<Tensor> {
-    // Not kept beside the one that goes through the graph.
-    let gradient = Mutex::new(Some(gradient.to_dtype(result.dtype())?));
-    let nothing = Fresh::zero(result)?;
-    differentiable_by_gradient("seeded", [result], nothing, move |_| {
-        Ok([gradient.lock().unwrap_or_else(PoisonError::into_inner).take()])
-    })
-}
-
-/// What sums of half types are.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-enum Width {
-    /// Of the type of their addends.
-    #[default]
-    Own,
-    F32,
-}
-
-/// The addends so far of a gradient.
-#[derive(Debug)]
-struct Sum {
-    total: Tensor,
-    /// Whether nobody else has the memory of the total.
-    is_own: bool,
-}
-
-impl Sum {
-    /// A first addend.
-    fn of(gradient: Tensor) -> Self {
-        Self { total: gradient.detach(), is_own: false }
-    }
-
-    fn plus(self, gradient: &Tensor, width: Width) -> Result<Self> {
-        let dtype = match width {
-            Width::F32 if self.total.dtype() != DType::F64 => DType::F32,
-            _ => self.total.dtype(),
-        };
-        if self.is_own && self.total.dtype() == dtype && add_in_place(&self.total, gradient)? {
-            return Ok(self);
-        }
-        Ok(Self { total: sum(&self.total, gradient, dtype)?, is_own: true })
-    }
-
-    fn narrowed(self, dtype: DType) -> Result<Self> {
-        if self.total.dtype() == dtype { Ok(self) } else { Ok(Self::of(self.total.to_dtype(dtype)?)) }
-    }
-}
-
-#[derive(Debug, Default)]
-struct Sums(HashMap<TensorId, Sum>);
-
-impl Sums {
-    fn add(&mut self, id: TensorId, sum: Sum, width: Width) -> Result<()> {
-        let sum = match self.0.remove(&id) {
-            Some(before) => before.plus(&sum.total, width)?,
-            None => sum,
-        };
-        self.0.insert(id, sum);
-        Ok(())
-    }
-
-    /// From the last piece to the first, each of which is free when it is done.
-    fn go_back(&mut self, mut pieces: Vec<Piece>, widths: &HashMap<TensorId, Width>) -> Result<()> {
-        while let Some(piece) = pieces.pop() {
-            match piece {
-                Piece::Operation(Operation { result, inputs, backward }) => {
-                    let Some(Sum { total, .. }) = self.0.remove(&result) else { continue };
-                    let found = backward(&total.contiguous()?)?;
-                    for (input, gradient) in inputs.into_iter().zip(found) {
-                        if let (Some(input), Some(gradient)) = (input, gradient) {
-                            self.add(input, Sum::of(gradient), widths.get(&input).copied().unwrap_or_default())?;
-                        }
-                    }
-                }
-                Piece::Graph(result) => {
-                    if let Some(Sum { total, .. }) = self.0.remove(&result.id()) {
-                        self.walk(result, Some(total), widths)?;
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Through a graph of candle's, with the gradient of its result, 1 if none is given.
-    fn walk(&mut self, result: Tensor, gradient: Option<Tensor>, widths: &HashMap<TensorId, Width>) -> Result<()> {
-        let leaves = leaves(&result);
-        let end = match gradient {
-            Some(gradient) => seeded(&result, gradient)?,
-            None => result,
-        };
-        let (mut found, collected) = collecting(|| end.backward())?;
-        drop(end);
-        let of_leaves = leaves.iter().filter_map(|leaf| Some((leaf.id(), found.remove(leaf)?)));
-        let collected = collected.into_iter().map(|(leaf, gradient)| (leaf.id(), gradient));
-        for (leaf, gradient) in collected.chain(of_leaves) {
-            self.add(leaf, Sum::of(gradient), widths.get(&leaf).copied().unwrap_or_default())?;
-        }
-        Ok(())
-    }
-}
-
-/// Gradients by variable.
-#[derive(Debug, Default)]
-pub struct Gradients(Sums);
-
-impl Gradients {
-    /// The gradient with respect to a variable; `None` if nothing depends on it.
-    pub fn get(&self, variable: &Tensor) -> Option<&Tensor> {
-        self.0.0.get(&variable.id()).map(|sum| &sum.total)
-    }
-
-    /// Puts a gradient in the place of what there is.
-    pub fn insert(&mut self, variable: &Tensor, gradient: Tensor) {
-        self.0.0.insert(variable.id(), Sum::of(gradient));
-    }
-
-    /// Adds to the gradient with respect to a variable, in place where there is a sum already: who has got it sees it change.
-    /// Sums of `bf16` or `f16` are `f32`: what is small beside the sum so far would be lost.
-    ///
-    /// # Errors
-    /// If the shapes differ.
-    pub fn add(&mut self, variable: &Tensor, gradient: Tensor) -> Result<()> {
-        self.0.add(variable.id(), Sum::of(gradient), Width::F32)
     }
 }
 
@@ -505,6 +382,78 @@ mod tests {
         gradients.add(&variable, sum).unwrap();
         assert_eq!(gradients.get(&variable).unwrap().to_vec1::<f32>().unwrap(), [8.0; 3]);
         assert!(gradients.add(&variable, Tensor::zeros(2, DType::F32, &Device::Cpu).unwrap()).is_err());
+    }
+
+    #[test]
+    fn a_gradient_of_several_variables_is_not_added_to() {
+        for recomputes in [false, true] {
+            let variables = [1, 2, 3].map(|seed| {
+                let numbers = variable(seed, 3, 4).as_detached_tensor().to_dtype(DType::F32).unwrap();
+                Var::from_tensor(&numbers).unwrap()
+            });
+            // The sum hands its own gradient to both; each then has another addend, before or after.
+            let loss = |tape: Option<&Rc<Tape>>| {
+                let [a, b, c] = variables.each_ref().map(|v| v.as_tensor().clone());
+                let (x, y, z) = (a.clone(), b.clone(), c.clone());
+                let run = move || crate::add_branch(&crate::gelu(&x)?, &crate::add_branch(&x, &y, None)?, None);
+                let sum = tape.map_or_else(&run, |tape| tape.segment(run.clone())).unwrap();
+                let more = move || crate::add_branch(&crate::quick_gelu(&b)?, &crate::add_branch(&b, &z, None)?, None);
+                let more = tape.map_or_else(&more, |tape| tape.segment(more.clone())).unwrap();
+                let all = crate::add_branch(&sum, &crate::add_branch(&more, &a, None).unwrap(), None).unwrap();
+                (all * c).unwrap().sum_all().unwrap()
+            };
+            let plain = loss(None).backward().unwrap();
+            let (tape, mut gradients) = (Rc::new(Tape::new(recomputes)), Gradients::default());
+            tape.backward(loss(Some(&tape)), &mut gradients, |_, _| Ok(())).unwrap();
+            for variable in &variables {
+                let wide = |x: &Tensor| numbers(&x.to_dtype(DType::F64).unwrap());
+                let (found, wanted) = (wide(gradients.get(variable).unwrap()), wide(plain.get(variable).unwrap()));
+                assert!(found.iter().zip(&wanted).all(|(x, y)| (x - y).abs() < 1e-6), "{found:?} for {wanted:?}");
+            }
+        }
+    }
+
+    /// A table that is looked up and multiplied with, as word embeddings are.
+    #[test]
+    fn rows_of_a_table_are_added_to_its_gradient() {
+        const SHAPE: (usize, usize) = (200, 6);
+        for (dtype, allowed) in [(DType::F32, 1e-6), (DType::BF16, 2e-2)] {
+            let as_variable = |tensor: &Tensor| Var::from_tensor(&tensor.to_dtype(dtype).unwrap()).unwrap();
+            let table = as_variable(&variable(1, SHAPE.0, SHAPE.1));
+            // Rows of several threads, some more than once.
+            let ids: Vec<u32> = (0..40).map(|i| i * 37 % 91 * 2).chain([4, 4, 0]).collect();
+            let ids = Tensor::new(ids, &Device::Cpu).unwrap();
+            let bias = Tensor::zeros(SHAPE.0, dtype, &Device::Cpu).unwrap();
+            let loss = |tape: Option<&Rc<Tape>>, is_tied: bool| {
+                let x = crate::embedding(&table, &ids, Some(0)).unwrap();
+                let (inside, words) = (x.clone(), table.as_tensor().clone());
+                let run = move || crate::gelu(&inside);
+                let y = tape.map_or_else(&run, |tape| tape.segment(run.clone())).unwrap();
+                let y = if is_tied { crate::linear(&y, &words, &bias).unwrap() } else { y };
+                y.to_dtype(DType::F32).unwrap().sqr().unwrap().sum_all().unwrap()
+            };
+            let wide = |x: &Tensor| numbers(&x.to_dtype(DType::F64).unwrap());
+            for is_tied in [false, true] {
+                let plain = wide(loss(None, is_tied).backward().unwrap().get(&table).unwrap());
+                let size = plain.iter().fold(0f64, |size, x| size.max(x.abs()));
+                let (mut gradients, mut places) = (Gradients::default(), HashSet::new());
+                for pass in 1..=3 {
+                    let tape = Rc::new(Tape::default());
+                    tape.backward(loss(Some(&tape), is_tied), &mut gradients, |_, _| Ok(())).unwrap();
+                    let found = gradients.get(&table).unwrap();
+                    let times = f64::from(pass);
+                    for (found, wanted) in wide(found).iter().zip(&plain) {
+                        let wanted = times * wanted;
+                        assert!((found - wanted).abs() <= times * allowed * size, "{dtype:?}: {found} for {wanted}");
+                    }
+                    if pass > 1 {
+                        assert_eq!(found.dtype(), DType::F32);
+                        places.insert(crate::host::memory(found));
+                    }
+                }
+                assert_eq!(places.len(), 1, "a sum lies where it lay");
+            }
+        }
     }
 
     #[test]

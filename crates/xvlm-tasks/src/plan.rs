@@ -69,7 +69,7 @@ pub struct Group {
 pub struct Memory {
     /// The parameters as the model computes with them.
     pub weights: u64,
-    /// Their `f32` masters, if they are of a smaller type. (On the CPU, `bf16` needs half of this: the lower halves of the numbers.)
+    /// Their `f32` masters, if they are of a smaller type; of `bf16` on the CPU the 16 bits that masters have beyond them.
     pub masters: u64,
     /// A gradient for each trainable parameter: in the type of the model where it comes from one batch, else a sum in `f32`.
     /// (What a model uses twice in a batch has a sum too, which is left out here.)
@@ -159,8 +159,8 @@ pub struct FirstBatches {
     pub builder: BatchBuilder,
 }
 
-/// Plans the run of a configuration in `ranks` processes, and draws its first batches. Nothing is written, but for what the
-/// configuration wants to be kept of shards.
+/// Plans the run of a configuration in `ranks` processes, each on the CPU or on a GPU, which need not be there, and draws its
+/// first batches. Nothing is written, but for what the configuration wants to be kept of shards.
 ///
 /// # Errors
 /// As [`pretrain::run`] before it begins to train: about values, data, a model to start from that is not there or of other
@@ -168,6 +168,7 @@ pub struct FirstBatches {
 pub fn plan(
     config: &PretrainConfig,
     ranks: usize,
+    on_gpu: bool,
     progress: &mut dyn Progress,
 ) -> Result<(Plan, FirstBatches), TaskError> {
     let mut config = config.clone();
@@ -181,7 +182,7 @@ pub fn plan(
         xvlm_weights::compare(files.weights.name(), &files.weights.shapes(), shapes, &LoadRules::default())?;
     }
     let parameters = count(&config.train, &config.model, &shapes);
-    let work = Work { config: &config, is_trained: trained(&config, &shapes) };
+    let work = Work { config: &config, on_gpu, is_trained: trained(&config, &shapes) };
     let has_regions = config.regions.iter_perc > 0.0;
     let captions = builder.captions(0)?;
     let regions = if has_regions { Some(builder.regions(0)?) } else { None };
@@ -277,6 +278,7 @@ fn trained(config: &PretrainConfig, shapes: &BTreeMap<String, Vec<usize>>) -> [b
 /// Estimates what a process holds and computes.
 struct Work<'a> {
     config: &'a PretrainConfig,
+    on_gpu: bool,
     /// See [`trained`].
     is_trained: [bool; 4],
 }
@@ -298,7 +300,11 @@ impl Work<'_> {
         let usual = captions as f64 + config.regions.iter_perc * regions as f64;
         Memory {
             weights: size * parameters.total,
-            masters: if precision == Precision::F32 { 0 } else { trainable },
+            masters: match (precision, self.on_gpu) {
+                (Precision::F32, _) => 0,
+                (Precision::Bf16, false) => trainable / 2,
+                _ => trainable,
+            },
             gradients: if is_sum { trainable } else { size * parameters.trainable },
             reduction: if ranks > 1 { 2 * trainable } else { 0 },
             moments: 2 * trainable,
@@ -441,12 +447,16 @@ mod tests {
         }
     }
 
-    /// The estimates of the 4M preset with one change, for so many ranks: those of memory, and FLOPs of a caption batch.
+    /// The estimates of the 4M preset with one change, for so many ranks on the CPU: those of memory, and FLOPs of a caption batch.
     fn estimate(set: &str, ranks: usize) -> (Memory, f64) {
+        estimate_on(false, set, ranks)
+    }
+
+    fn estimate_on(on_gpu: bool, set: &str, ranks: usize) -> (Memory, f64) {
         let mut config = PretrainConfig::preset("base-4m", &[format!("train={set}")]).unwrap();
         config.data.resolution = config.model.vision_config.image_res();
         let shapes = Blueprint::of(|vb| Xvlm::new(&config.model, vb)).unwrap().shapes();
-        let work = Work { config: &config, is_trained: trained(&config, &shapes) };
+        let work = Work { config: &config, on_gpu, is_trained: trained(&config, &shapes) };
         let largest = largest_captions(&config);
         let flops = work.flops(&largest);
         let stream = Stream {
@@ -476,6 +486,15 @@ mod tests {
         let (no_fusion, fusion_flops) = frozen(&layers.join(", "));
         assert_eq!((no_fusion.activations_kept, fusion_flops), (all.activations_kept, all_flops));
         assert!(frozen("vision_encoder, text_encoder").1 < vision_flops);
+    }
+
+    #[test]
+    fn masters_are_what_the_optimizer_keeps() {
+        let of = |precision: &str, on_gpu| estimate_on(on_gpu, &format!("{{precision: {precision}}}"), 1).0;
+        let (cpu, gpu) = (false, true);
+        let numbers = of("f32", cpu).moments / 8;
+        let masters = [("f32", cpu), ("f32", gpu), ("bf16", cpu), ("bf16", gpu), ("f16", cpu), ("f16", gpu)];
+        assert_eq!(masters.map(|(precision, on_gpu)| of(precision, on_gpu).masters / numbers), [0, 0, 2, 4, 4, 4]);
     }
 
     #[test]

@@ -108,6 +108,15 @@ fn a_dry_run_tells_what_a_run_will_be() {
     refuse("train.optimizer.frozen_names=[visoin]", &["optimizer.frozen_names", "visoin"]);
     refuse("train.optimizer.frozen_names=[e,o,temp]", &["optimizer.frozen_names", "none to train"]);
     json(dir, "pretrain --config tiny.yaml --dry-run --set init_from=plan/model");
+    let masters = |device: &str| {
+        let half = "--set train.precision=bf16";
+        let plan = json(dir, &format!("pretrain --config tiny.yaml --dry-run {half} --device {device}"));
+        number(&plan["memory"]["masters"]) / number(&plan["parameters"]["trainable"])
+    };
+    // A GPU need not be there.
+    assert_eq!(["cpu", "cuda", "cuda:3"].map(masters), [2, 4, 4]);
+    let unknown = "pretrain --config tiny.yaml --dry-run --device cuda3";
+    refused(dir, unknown, &["expected cpu, cuda or cuda:N, found cuda3"]);
     let limited = text(dir, "pretrain --config tiny.yaml --dry-run --set train.time_limit_minutes=3");
     assert!(limited.contains("time limit, minutes") && limited.contains("on the host"), "{limited}");
 }
