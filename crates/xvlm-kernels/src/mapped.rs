@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use memmap2::Mmap;
@@ -17,6 +17,7 @@ use memmap2::Mmap;
 /// every program that maps files.
 #[derive(Debug)]
 pub struct MappedFile {
+    path: PathBuf,
     file: File,
     bytes: Bytes,
     stamp: (u64, Option<SystemTime>),
@@ -47,7 +48,12 @@ impl MappedFile {
                 Bytes::Read(bytes)
             }
         };
-        Ok(Self { file, bytes, stamp })
+        Ok(Self { path: path.to_owned(), file, bytes, stamp })
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Whether the file has the length and the time of its last change that it was opened with. What was read instead of

@@ -330,9 +330,9 @@ impl Model {
 /// laid out one by one, by all threads: that is most of the time that opening a model takes, and it is spent on memory, which is
 /// touched as seldom as can be.
 fn build(config: &XvlmConfig, stored: &StoredTensors, compute: &Compute) -> Result<Xvlm, TaskError> {
-    let mut linear = BTreeSet::new();
+    let mut packed = BTreeSet::new();
     let blueprint = Blueprint::of(|vb| {
-        linear.extend(Xvlm::new(config, vb)?.linear_weights());
+        packed.extend(Xvlm::new(config, vb)?.weights_to_pack());
         Ok(())
     })?;
     let expected = blueprint.shapes();
@@ -342,7 +342,7 @@ fn build(config: &XvlmConfig, stored: &StoredTensors, compute: &Compute) -> Resu
     let tensor = |(name, shape): (&String, &Vec<usize>)| -> Result<(String, Tensor), TaskError> {
         // Scalars, such as a temperature, are few, and each counts.
         let dtype = if shape.is_empty() { DType::F32 } else { precision.dtype() };
-        let tensor = match linear.contains(name) {
+        let tensor = match packed.contains(name) {
             // One number, seen as many: it is not computed with.
             true => Tensor::zeros((), dtype, device)?.broadcast_as(shape.as_slice())?,
             false => stored.read(name, dtype, device)?,
@@ -351,9 +351,8 @@ fn build(config: &XvlmConfig, stored: &StoredTensors, compute: &Compute) -> Resu
     };
     let tensors = expected.par_iter().map(tensor).collect::<Result<BTreeMap<_, _>, _>>()?;
     let mut xvlm = Xvlm::new(config, Parameters::given(tensors, precision.dtype(), device))?;
-    xvlm.pack_with(precision.packed(), |name| {
-        stored.read(name, precision.dtype(), device).map(Some).map_err(candle_core::Error::wrap)
-    })?;
+    let place = |name: &str| stored.get(name).cloned().map(Some).map_err(candle_core::Error::wrap);
+    xvlm.pack_with(precision.packed(), place)?;
     Ok(xvlm)
 }
 

@@ -13,6 +13,8 @@ use super::tile::{COLUMNS, LANES, Place, ROWS};
 use super::{Factor, Finish, Product, Second, Then};
 use crate::host::Disjoint;
 
+mod lines;
+
 /// Words of the summed dimension that a block takes, a multiple of two vectors: a panel of `b` (64 KiB) and a block of `a`
 /// lie in the second cache.
 const WORDS: usize = 512;
@@ -105,6 +107,13 @@ pub(crate) struct Panels<T> {
     of: PhantomData<T>,
 }
 
+impl<T> Panels<T> {
+    /// Its columns and the summed dimension.
+    pub(crate) fn size(&self) -> (usize, usize) {
+        self.size
+    }
+}
+
 impl<T: Native + Default> Panels<T> {
     /// As it was before it was packed, `[n, k]`.
     pub(crate) fn unpacked(&self) -> Vec<T> {
@@ -149,6 +158,9 @@ impl<T: Native> Multiplier<T> {
     /// # Panics
     /// If a factor, what the sums are finished with, or the result has another size than the product says.
     pub(crate) fn multiply(self, product: Product<T>) {
+        if let Second::Lines(lines) = product.b {
+            return self.multiply_lines(product, lines);
+        }
         let Product { size: (m, n, k), a, b, finish, out } = product;
         let a = Source::of(a, m, k);
         check((m, n), &finish, out);
@@ -169,10 +181,12 @@ impl<T: Native> Multiplier<T> {
                 assert!(panels.size == (n, k), "a factor of {n} columns of {k} numbers");
                 None
             }
+            Second::Lines(_) => unreachable!("multiplied already"),
         };
         let packed = match b {
             Second::Plain(_) => panels.as_ptr(),
             Second::Packed(panels) => panels.words.as_ptr(),
+            Second::Lines(_) => unreachable!("multiplied already"),
         };
         let whole = Whole {
             size: (m, n, k),
@@ -367,8 +381,7 @@ impl<T: Native> Whole<'_, T> {
             let part_of = |i: usize, start: usize| {
                 let panel = panel(n, slab.len().div_ceil(numbers::<T>()), i);
                 let below = (start - slab.start) / numbers::<T>() * panel.width;
-                // SAFETY: a part of the slab.
-                (unsafe { self.panels.start().add(panel.start + below).cast_const() }, panel)
+                (self.panels.start().wrapping_add(panel.start + below).cast_const(), panel)
             };
             for i in panels.clone() {
                 let (b, panel) = part_of(i, start);
