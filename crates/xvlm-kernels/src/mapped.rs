@@ -11,7 +11,7 @@ use memmap2::Mmap;
 /// The content of a file, mapped into memory: a part is read from the disk when it is first looked at, and several processes
 /// share it. Where a file cannot be mapped (a pipe, some network file systems) it is read instead.
 ///
-/// The file must not be written to while it is mapped; replacing it by renaming another, as this workspace writes files, is no
+/// The file must not be written to while it is mapped, which may be as long as a model that reads it lives; replacing it by renaming another, as this workspace writes files, is no
 /// writing to it. If another program does write, what is read here may be of either content, and [`Self::is_unchanged`] says
 /// afterwards that it happened, as far as length and time tell; a part that is cut off while it is being read ends the process (`SIGBUS`), as it does in
 /// every program that maps files.

@@ -102,9 +102,11 @@ pub struct Texts {
 }
 
 impl Model {
-    /// Opens a model folder, to compute on a device in `f32`, or as [`Compute`] says. Numbers are converted on the way from the
-    /// mapped file of weights, which is closed on return; until then it must not be written to (see
-    /// [`MappedFile`](xvlm_kernels::MappedFile)).
+    /// Opens a model folder, to compute on a device in `f32`, or as [`Compute`] says. The file of weights is mapped. On the CPU it
+    /// stays so as long as the model lives: linear layers and word embeddings are read from there when they are used first, and
+    /// laid out in memory once they are used often ([`PackedLinear::stored`](xvlm_kernels::PackedLinear::stored)). Until then it must
+    /// not be written to (see [`MappedFile`](xvlm_kernels::MappedFile)); replacing it, as this workspace writes files, does no
+    /// harm. If it is written to, whatever reads it from then on fails with [`KernelError::Changed`](xvlm_kernels::KernelError::Changed).
     ///
     /// # Errors
     /// If a file is missing or broken, a tensor is missing, unexpected or of another shape (each named), or the device
@@ -326,9 +328,8 @@ impl Model {
     }
 }
 
-/// A network with the weights of a file, laid out for inference. Linear layers are built without theirs, which are then read and
-/// laid out one by one, by all threads: that is most of the time that opening a model takes, and it is spent on memory, which is
-/// touched as seldom as can be.
+/// A network with the weights of a file, laid out for inference. Linear layers and word embeddings, nearly all of a model, are built
+/// without theirs, and told where they are: that spares whoever asks once the time for memory that would be filled for one use.
 fn build(config: &XvlmConfig, stored: &StoredTensors, compute: &Compute) -> Result<Xvlm, TaskError> {
     let mut packed = BTreeSet::new();
     let blueprint = Blueprint::of(|vb| {
