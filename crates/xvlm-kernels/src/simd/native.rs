@@ -28,7 +28,7 @@ pub(crate) use blocks::{Multiplier, Native, Panels};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use pack::{numbers, transposed};
 #[cfg(target_arch = "x86_64")]
-pub(crate) use tile::{LANES, Lanes, Steps, first_lanes};
+pub(crate) use tile::{LANES, Lanes, Steps, Walk, add_products, first_lanes, tile_of};
 
 use crate::activation::Curve;
 use crate::numbers::Lines;

@@ -6,8 +6,8 @@ use std::cell::Cell;
 use rayon::prelude::*;
 
 use super::{
-    BLOCKS_A_THREAD, COLUMNS, FEW, LANES, Line, Multiplier, Native, Panel, Panels, ROWS, TILES, WORDS, Whole, check,
-    depth, lines, panel, part, with_scratch,
+    BLOCKS_A_THREAD, COLUMNS, FEW, LANES, Line, Multiplier, Native, Panel, Panels, ROWS, TILES, WORDS, Whole,
+    block_depth, check, lines, panel, part, with_scratch,
 };
 use crate::host::Disjoint;
 use crate::numbers::Lines;
@@ -29,11 +29,11 @@ impl<T: Native> Multiplier<T> {
     pub(crate) fn pack_lines(&self, b: &Lines<T>, (n, k): (usize, usize)) -> Panels<T> {
         assert!(b.size() == (n, k), "a factor of {n} lines of {k} numbers");
         let mut words = lines::<T>(n, k);
-        let out = Disjoint::<u32>::of(words.as_mut_ptr().cast());
+        let (out, depth) = (Disjoint::<u32>::of(words.as_mut_ptr().cast()), block_depth::<T>(k));
         (0..n.div_ceil(COLUMNS)).into_par_iter().for_each(|i| {
             let Panel { start, width, .. } = panel(n, k.div_ceil(numbers::<T>()), i);
-            for at in (0..k).step_by(depth::<T>()) {
-                let depths = (k - at).min(depth::<T>());
+            for at in (0..k).step_by(depth) {
+                let depths = (k - at).min(depth);
                 // SAFETY: `self` is the proof that the instructions are there; each panel has a place of its own.
                 unsafe { pack_part(b, n, i, (at, depths), out.start().add(start + at / numbers::<T>() * width)) };
             }
@@ -53,7 +53,8 @@ impl<T: Native> Multiplier<T> {
         if m == 0 || n == 0 {
             return;
         }
-        let mut sums = Vec::<f32>::with_capacity(if k > depth::<T>() { m * n } else { 0 });
+        let depth = block_depth::<T>(k);
+        let mut sums = Vec::<f32>::with_capacity(if k > depth { m * n } else { 0 });
         let (sums, out) = (Disjoint::of(sums.as_mut_ptr()), Disjoint::new(out));
         let in_parallel = m * n * k > FEW && rayon::current_num_threads() > 1;
         let tasks = Tasks::of(m, n, if in_parallel { rayon::current_num_threads() } else { 1 });
@@ -63,8 +64,8 @@ impl<T: Native> Multiplier<T> {
             let blocks = rows.len().div_ceil(TILES * ROWS);
             // Once if there is nothing to sum, for the bias.
             let sum_up = |packed: *mut u32, scratch: *mut u32| {
-                for start in (0..k.max(1)).step_by(depth::<T>()) {
-                    let slab = start..k.min(start + depth::<T>());
+                for start in (0..k.max(1)).step_by(depth) {
+                    let slab = start..k.min(start + depth);
                     let before = panels.start * COLUMNS * slab.len().div_ceil(numbers::<T>());
                     for i in panels.clone() {
                         let Panel { start: at, .. } = panel(n, slab.len().div_ceil(numbers::<T>()), i);
@@ -72,7 +73,7 @@ impl<T: Native> Multiplier<T> {
                         unsafe { pack_part(b, n, i, (start, slab.len()), packed.add(at - before)) };
                     }
                     let panels = Disjoint::of(packed.wrapping_sub(before));
-                    let whole = Whole { size: (m, n, k), a, panels, finish, sums, out };
+                    let whole = Whole { size: (m, n, k), depth, a, panels, finish, sums, out };
                     for block in 0..blocks {
                         let block = part(rows.len(), blocks, block);
                         let rows = rows.start + block.start..rows.start + block.end;
