@@ -10,7 +10,7 @@ use candle_nn::{Init, VarBuilder};
 use xvlm_kernels as kernels;
 
 use crate::config::{Activation, BertConfig, TextModel};
-use crate::layers::{FeedForward, LayerNorm, Linear, hide};
+use crate::layers::{FeedForward, LayerNorm, Linear, Words, hide};
 use crate::pass::Pass;
 
 /// Which tokens a token of the text sees.
@@ -37,7 +37,7 @@ pub struct Concepts<'a> {
 #[derive(Clone, Debug)]
 pub struct Bert {
     config: BertConfig,
-    words: Tensor,
+    pub(crate) words: Words,
     pub(crate) positions: Tensor,
     types: Tensor,
     norm: LayerNorm,
@@ -75,7 +75,7 @@ impl Bert {
         };
         let depth = config.fusion_layer + images * (config.num_hidden_layers - config.fusion_layer);
         Ok(Self {
-            words: table("word_embeddings", config.vocab_size)?,
+            words: Words::new(config.vocab_size, width, config.initializer_range, embeddings.pp("word_embeddings"))?,
             positions: table("position_embeddings", config.max_position_embeddings)?,
             types: table("token_type_embeddings", config.type_vocab_size)?,
             norm: LayerNorm::new(width, config.layer_norm_eps, embeddings.pp("LayerNorm"))?,
@@ -90,7 +90,7 @@ impl Bert {
     }
 
     /// The table of word embeddings `[V, H]`.
-    pub fn words(&self) -> &Tensor {
+    pub fn words(&self) -> &Words {
         &self.words
     }
 
@@ -120,7 +120,7 @@ impl Bert {
 
     /// Token ids `[B, T]` and the embeddings of their places, which can be added to `[B, T, H]`, → `[B, T, H]`.
     pub(crate) fn embed(&self, ids: &Tensor, places: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let words = kernels::embedding(&self.words, ids, Some(self.config.pad_token_id))?;
+        let words = self.words.rows(ids, self.config.pad_token_id)?;
         let places = places.broadcast_add(&self.types.narrow(0, 0, 1)?)?;
         pass.dropout(&self.norm.forward(&words.broadcast_add(&places)?)?, self.config.hidden_dropout_prob)
     }

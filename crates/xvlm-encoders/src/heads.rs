@@ -7,7 +7,7 @@ use candle_nn::{Init, VarBuilder};
 use xvlm_kernels::{self as kernels, Epilogue, PackedLinear, PackedWeights};
 
 use crate::config::{Activation, BertConfig, TextModel};
-use crate::layers::{LayerNorm, Linear};
+use crate::layers::{LayerNorm, Linear, Words};
 
 /// Linear to twice the width, layer norm, GELU, linear to the output (`build_mlp` in the original's `models/xvlm.py`).
 #[derive(Clone, Debug)]
@@ -90,16 +90,16 @@ impl MlmHead {
     ///
     /// # Errors
     /// On a wrong shape.
-    pub fn forward(&self, x: &Tensor, words: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor, words: &Words) -> Result<Tensor> {
         let x = self.norm.forward(&self.dense.forward_active(x, Activation::Gelu)?)?;
         let Some(Packed { weights, layer, .. }) = self.packed.as_ref().filter(|packed| packed.words == words.id())
         else {
-            return kernels::linear(&x, words, &self.bias);
+            return kernels::linear(&x, words.tensor(), &self.bias);
         };
         let layer = match layer.get() {
             Some(layer) => layer,
             None => {
-                let new = PackedLinear::new(words, Some(&self.bias), *weights)?;
+                let new = words.as_layer(&self.bias, *weights)?;
                 layer.get_or_init(|| new)
             }
         };
@@ -108,7 +108,7 @@ impl MlmHead {
 
     /// Has these word embeddings and the bias laid out for inference when they are first asked for, as many tasks never do, unless
     /// that was said before; what is not of them is among [`Self::linears`]. With other embeddings it computes as before.
-    pub(crate) fn pack(&mut self, weights: PackedWeights, words: &Tensor) {
+    pub(crate) fn pack(&mut self, weights: PackedWeights, words: &Words) {
         self.packed.get_or_insert_with(|| Packed { weights, words: words.id(), layer: OnceLock::new() });
     }
 

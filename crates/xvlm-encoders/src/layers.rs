@@ -1,8 +1,11 @@
 //! Layers that several encoders share.
 
-use candle_core::{DType, Result, Tensor};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use candle_core::{DType, Result, Shape, Tensor, TensorId};
 use candle_nn::{Init, VarBuilder};
-use xvlm_kernels::{self as kernels, Epilogue, PackedLinear, PackedWeights};
+use xvlm_kernels::{self as kernels, Epilogue, PackedLinear, PackedWeights, StoredTensor};
 
 use crate::config::Activation;
 use crate::pass::Pass;
@@ -119,17 +122,25 @@ impl Linear {
 
     /// Lays out the weights for inference, those that `source` has instead of the layer's own.
     pub(crate) fn pack(&mut self, weights: PackedWeights, source: WeightSource) -> Result<()> {
-        if let Weights::Parts(parts) = &mut self.0 {
-            for Part { name, weight, .. } in parts.iter_mut() {
-                let Some(given) = source(name)? else { continue };
-                if given.shape() != weight.shape() {
-                    candle_core::bail!("{name}: expected shape {:?}, found {:?}", weight.shape(), given.shape());
+        let Weights::Parts(parts) = &mut self.0 else { return Ok(()) };
+        let given = |part: &Part| stored(source, &part.name, part.weight.shape());
+        let given = parts.iter().map(given).collect::<Result<Vec<_>>>()?;
+        let like = parts[0].weight.clone();
+        let layer = if given.iter().all(Option::is_some) {
+            let (_, biases) = weights_and_biases(parts);
+            let bias = Tensor::cat(&biases, 0)?;
+            let given = given.into_iter().flatten().collect();
+            PackedLinear::stored(given, Some(&bias), weights, like.dtype(), like.device())?
+        } else {
+            for (part, given) in parts.iter_mut().zip(given) {
+                if let Some(given) = given {
+                    part.weight = given.read(like.dtype(), like.device())?;
                 }
-                *weight = given;
             }
             let (weight, bias) = whole(parts)?;
-            self.0 = Weights::Packed(PackedLinear::new(&weight, Some(&bias), weights)?);
-        }
+            PackedLinear::new(&weight, Some(&bias), weights)?
+        };
+        self.0 = Weights::Packed(layer);
         Ok(())
     }
 
@@ -144,7 +155,100 @@ impl Linear {
 }
 
 /// Weights by name, for layers that are built without theirs.
-pub(crate) type WeightSource<'a> = &'a (dyn Fn(&str) -> Result<Option<Tensor>> + Sync);
+pub(crate) type WeightSource<'a> = &'a (dyn Fn(&str) -> Result<Option<StoredTensor>> + Sync);
+
+/// What a source has of a name, which must be of a shape.
+fn stored(source: WeightSource, name: &str, shape: &Shape) -> Result<Option<StoredTensor>> {
+    let given = source(name)?;
+    match &given {
+        Some(given) if given.dims() != shape.dims() => {
+            candle_core::bail!("{name}: expected shape {shape:?}, found {:?}", given.dims())
+        }
+        _ => Ok(given),
+    }
+}
+
+/// Word embeddings `[V, H]`.
+#[derive(Clone, Debug)]
+pub struct Words {
+    name: String,
+    table: Tensor,
+    stored: Option<Arc<StoredWords>>,
+}
+
+/// Word embeddings in a file, of which the words of one text or batch need a few: the rest is read for the second.
+#[derive(Debug)]
+struct StoredWords {
+    table: StoredTensor,
+    uses: AtomicUsize,
+    read: OnceLock<Tensor>,
+}
+
+impl Words {
+    pub(crate) fn new(words: usize, width: usize, deviation: f64, vb: VarBuilder) -> Result<Self> {
+        let init = Init::Randn { mean: 0.0, stdev: deviation };
+        let table = vb.get_with_hints((words, width), "weight", init)?;
+        Ok(Self { name: vb.pp("weight").prefix(), table, stored: None })
+    }
+
+    /// Ids `[..]` → their rows `[.., H]`; that of `padding` has no gradient.
+    pub(crate) fn rows(&self, ids: &Tensor, padding: u32) -> Result<Tensor> {
+        let Some(StoredWords { table, uses, read }) = self.stored.as_deref() else {
+            return kernels::embedding(&self.table, ids, Some(padding));
+        };
+        if uses.fetch_add(1, Ordering::Relaxed) == 0 {
+            return kernels::stored_embedding(table, self.table.dtype(), ids);
+        }
+        let table = match read.get() {
+            Some(table) => table,
+            None => {
+                let new = self.read(table)?;
+                read.get_or_init(|| new)
+            }
+        };
+        kernels::embedding(table, ids, Some(padding))
+    }
+
+    fn read(&self, stored: &StoredTensor) -> Result<Tensor> {
+        let table = stored.read(self.table.dtype(), self.table.device())?;
+        stored.check_unchanged()?;
+        Ok(table)
+    }
+
+    /// The table, if it is a tensor.
+    pub(crate) fn tensor(&self) -> &Tensor {
+        &self.table
+    }
+
+    pub(crate) fn id(&self) -> TensorId {
+        self.table.id()
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Takes what `source` has instead of its own.
+    pub(crate) fn pack(&mut self, source: WeightSource) -> Result<()> {
+        let Some(table) = stored(source, &self.name, self.table.shape())? else { return Ok(()) };
+        if self.table.device().is_cpu() {
+            let stored = StoredWords { table, uses: AtomicUsize::new(0), read: OnceLock::new() };
+            self.stored = Some(Arc::new(stored));
+        } else {
+            self.table = self.read(&table)?;
+        }
+        Ok(())
+    }
+
+    /// The layer that has them as weights.
+    pub(crate) fn as_layer(&self, bias: &Tensor, weights: PackedWeights) -> Result<PackedLinear> {
+        let (table, dtype, device) = (&self.table, self.table.dtype(), self.table.device());
+        match self.stored.as_deref() {
+            Some(stored) => PackedLinear::stored(vec![stored.table.clone()], Some(bias), weights, dtype, device),
+            None => PackedLinear::new(table, Some(bias), weights),
+        }
+    }
+}
 
 /// Weight and bias of all parts together.
 fn whole(parts: &[Part]) -> Result<(Tensor, Tensor)> {

@@ -30,7 +30,7 @@ pub use config::{
 };
 pub use decoding::Decoding;
 pub use heads::{Head, MlmHead};
-pub use layers::{LayerNorm, Linear};
+pub use layers::{LayerNorm, Linear, Words};
 pub use parameters::{Blueprint, Parameters};
 pub use pass::Pass;
 pub use swin::Swin;

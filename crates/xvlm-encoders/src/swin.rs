@@ -3,8 +3,11 @@
 //! Parameter names are those of the official checkpoints (`layers.0.blocks.1.attn.qkv.weight`). Attention takes the
 //! tokens in image order, so there is no roll and no copy into windows.
 
+use std::sync::{Arc, OnceLock};
+
 use candle_core::{Device, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
+use rayon::prelude::*;
 use xvlm_kernels::{self as kernels, WindowBias, WindowShape};
 
 use crate::config::{Activation, SwinConfig};
@@ -120,7 +123,8 @@ impl Swin {
 
     /// Looks up the biases of all windows, for inference.
     pub(crate) fn gather(&mut self) -> Result<()> {
-        self.stages.iter_mut().flat_map(|stage| &mut stage.blocks).try_for_each(|block| block.bias.gather())
+        let blocks: Vec<&mut Block> = self.stages.iter_mut().flat_map(|stage| &mut stage.blocks).collect();
+        blocks.into_par_iter().try_for_each(|block| block.bias.gather(block.window.window))
     }
 }
 
@@ -176,7 +180,7 @@ impl Block {
             qkv: linear(width, 3 * width, attention.pp("qkv"))?,
             bias: PositionBias::Table {
                 rows: attention.get_with_hints(table, "relative_position_bias_table", normal)?,
-                index: Tensor::new(relative_positions(window), vb.device())?,
+                index: Arc::default(),
             },
             window: WindowShape { height: side, width: side, window, shift },
             projection: linear(width, width, attention.pp("proj"))?,
@@ -205,8 +209,8 @@ impl Block {
 /// What is added to the scores of each pair of tokens of a window, by their relative position.
 #[derive(Clone, Debug)]
 enum PositionBias {
-    /// As it is trained: a table `[(2·window − 1)², heads]`, and its row for each pair.
-    Table { rows: Tensor, index: Tensor },
+    /// As it is trained: a table `[(2·window − 1)², heads]`, and, once it has been asked for, its row for each pair.
+    Table { rows: Tensor, index: Arc<OnceLock<Tensor>> },
     /// Of all pairs, for inference.
     Gathered(WindowBias),
 }
@@ -216,13 +220,22 @@ impl PositionBias {
     fn attend(&self, qkv: &Tensor, window: WindowShape) -> Result<Tensor> {
         match self {
             Self::Gathered(bias) => kernels::window_attention_with(qkv, bias, window),
-            Self::Table { rows, index } => kernels::window_attention(qkv, &gathered(rows, index)?, window),
+            Self::Table { rows, index } => {
+                let index = match index.get() {
+                    Some(index) => index,
+                    None => {
+                        let new = Tensor::new(relative_positions(window.window), rows.device())?;
+                        index.get_or_init(|| new)
+                    }
+                };
+                kernels::window_attention(qkv, &gathered(rows, index)?, window)
+            }
         }
     }
 
-    fn gather(&mut self) -> Result<()> {
-        if let Self::Table { rows, index } = self {
-            *self = Self::Gathered(WindowBias::new(&gathered(rows, index)?)?);
+    fn gather(&mut self, window: usize) -> Result<()> {
+        if let Self::Table { rows, .. } = self {
+            *self = Self::Gathered(WindowBias::of_rows(rows, window)?);
         }
         Ok(())
     }

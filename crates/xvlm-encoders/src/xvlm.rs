@@ -6,13 +6,13 @@
 use candle_core::{D, DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use rayon::prelude::*;
-use xvlm_kernels::PackedWeights;
+use xvlm_kernels::{PackedWeights, StoredTensor};
 
 use crate::bert::{Attention, Bert, Concepts};
 use crate::config::{BertConfig, Task, TextModel, XvlmConfig};
 use crate::decoding::Decoding;
 use crate::heads::{Head, MlmHead};
-use crate::layers::Linear;
+use crate::layers::{Linear, Words};
 use crate::pass::Pass;
 use crate::vision::{Regions, Vision};
 
@@ -91,20 +91,21 @@ impl Xvlm {
         self.pack_with(weights, |_| Ok(None))
     }
 
-    /// As [`Self::pack`], for a model whose linear layers have been built without their weights, each of which `source` then
-    /// gives, by the name that [`Self::linear_weights`] says: so that never more than a few are in memory in their plain form.
-    /// What it has none of is the model's own.
+    /// As [`Self::pack`], for a model whose linear layers and word embeddings have been built without their weights, each of
+    /// which `source` then tells the place of, by the name that [`Self::weights_to_pack`] says. On the CPU they stay there until
+    /// they have been used once (see [`stored`](xvlm_kernels::PackedLinear::stored)). What it has none of is the model's own.
     ///
     /// # Errors
     /// As [`Self::pack`], those of `source`, or if a weight has another shape.
     pub fn pack_with(
         &mut self,
         weights: PackedWeights,
-        source: impl Fn(&str) -> Result<Option<Tensor>> + Sync,
+        source: impl Fn(&str) -> Result<Option<StoredTensor>> + Sync,
     ) -> Result<()> {
         if let Vision::Swin(swin) = &mut self.vision {
             swin.gather()?;
         }
+        self.words().try_for_each(|words| words.pack(&source))?;
         if let (Some(head), Some(text)) = (&mut self.mlm_head, &self.text) {
             head.pack(weights, text.words());
         }
@@ -115,9 +116,16 @@ impl Xvlm {
         linears.into_par_iter().try_for_each(|linear| linear.pack(weights, &source))
     }
 
-    /// The names, among the parameters, of the weights of linear layers that are not packed.
-    pub fn linear_weights(&mut self) -> Vec<String> {
-        self.linears().flat_map(|linear| linear.names().map(str::to_owned).collect::<Vec<_>>()).collect()
+    /// The names, among the parameters, of word embeddings and of the weights of linear layers that are not packed.
+    pub fn weights_to_pack(&mut self) -> Vec<String> {
+        let words: Vec<String> = self.words().map(|words| words.name().to_owned()).collect();
+        let linears = self.linears().flat_map(|linear| linear.names().map(str::to_owned).collect::<Vec<_>>());
+        linears.chain(words).collect()
+    }
+
+    fn words(&mut self) -> impl Iterator<Item = &mut Words> {
+        let decoder = self.decoder.as_mut().map(|Decoder { bert, .. }| bert);
+        self.text.iter_mut().chain(decoder).map(|bert| &mut bert.words)
     }
 
     fn linears(&mut self) -> impl Iterator<Item = &mut Linear> {

@@ -1,12 +1,13 @@
 //! Rows of a table.
 
-use candle_core::{DType, Result, Storage, Tensor};
+use candle_core::{DType, Device, Result, Storage, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 
 use crate::error::{KernelError, check_shape};
 use crate::graph::{Fresh, collect_rows, differentiable};
 use crate::host::{change, read, written};
+use crate::numbers::{Readable, Reader, StoredTensor};
 use crate::path::{Path, fused};
 use crate::real::Real;
 use crate::simd::{add_widened, vectorized};
@@ -43,6 +44,37 @@ pub fn embedding(table: &Tensor, ids: &Tensor, padding: Option<u32>) -> Result<T
         let rows = if table.device().is_cpu() { collect_rows(table, rows) } else { Some(rows) };
         Ok([rows.map(|rows| rows.whole()).transpose()?])
     })
+}
+
+/// Rows of a table in a file, converted to `dtype`: `table [V, C]`, `ids [..]` (u32) on the CPU → `[.., C]`. No others are read.
+///
+/// # Errors
+/// As [`embedding`], or if the file was written to.
+pub fn stored_embedding(table: &StoredTensor, dtype: DType, ids: &Tensor) -> Result<Tensor> {
+    let rows = match (dtype, f32::reader(table.dtype()), bf16::reader(table.dtype())) {
+        (DType::F32, Some(read), _) => gather_stored(table, read, ids)?,
+        (DType::BF16, _, Some(read)) => gather_stored(table, read, ids)?,
+        _ => embedding(&table.read(dtype, &Device::Cpu)?, ids, None)?,
+    };
+    table.check_unchanged()?;
+    Ok(rows)
+}
+
+fn gather_stored<T: Real>(table: &StoredTensor, read_row: Reader<T>, ids: &Tensor) -> Result<Tensor> {
+    let &[rows, width] = table.dims() else {
+        let found = table.dims().to_vec();
+        return Err(KernelError::Shape { op: OP, argument: "table", expected: "[V, C]".into(), found }.into());
+    };
+    let ids = ids.contiguous()?;
+    let numbers = read::<u32>(&ids)?;
+    check_ids(&numbers, rows)?;
+    let size = width * table.dtype().size_in_bytes();
+    let gathered = written([ids.dims(), &[width]].concat(), |out: &mut [T]| {
+        for (out, &id) in out.chunks_exact_mut(width.max(1)).zip(&*numbers) {
+            read_row(&table.bytes()[id as usize * size..][..size], out);
+        }
+    });
+    Ok(gathered.detached())
 }
 
 /// The gradient of a table, of which most is 0.

@@ -27,6 +27,14 @@ pub enum KernelError {
         /// What it is.
         found: String,
     },
+    /// A file of numbers was written to while it was open.
+    #[error(
+        "{file}: expected a file that stays as it is while a model has it open, found that it was written to meanwhile"
+    )]
+    Changed {
+        /// The file.
+        file: String,
+    },
 }
 
 impl From<KernelError> for candle_core::Error {

@@ -57,7 +57,7 @@ pub use boxes::{
 };
 pub use cross_entropy::{IGNORE, cross_entropy};
 pub use dropout::{Dropout, add_branch, dropout};
-pub use embedding::embedding;
+pub use embedding::{embedding, stored_embedding};
 pub use error::KernelError;
 pub use finite::all_finite;
 #[cfg(feature = "emulation")]
@@ -66,7 +66,7 @@ pub use gradients::Gradients;
 pub use linear::{gelu_linear, linear, linear_without_bias, stacked_linear};
 pub use mapped::MappedFile;
 pub use norm::{add_layer_norm, layer_norm};
-pub use numbers::tensor_of_bytes;
+pub use numbers::{StoredBytes, StoredTensor, tensor_of_bytes};
 pub use optim::{AdamW, Update, adamw_step, joined, round_into, split_into};
 pub use packed::{Epilogue, PackedLinear, PackedWeights};
 pub use patches::{merge_patches, split_patches};

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use memmap2::Mmap;
@@ -11,12 +11,13 @@ use memmap2::Mmap;
 /// The content of a file, mapped into memory: a part is read from the disk when it is first looked at, and several processes
 /// share it. Where a file cannot be mapped (a pipe, some network file systems) it is read instead.
 ///
-/// The file must not be written to while it is mapped; replacing it by renaming another, as this workspace writes files, is no
+/// The file must not be written to while it is mapped, which may be as long as a model that reads it lives; replacing it by renaming another, as this workspace writes files, is no
 /// writing to it. If another program does write, what is read here may be of either content, and [`Self::is_unchanged`] says
 /// afterwards that it happened, as far as length and time tell; a part that is cut off while it is being read ends the process (`SIGBUS`), as it does in
 /// every program that maps files.
 #[derive(Debug)]
 pub struct MappedFile {
+    path: PathBuf,
     file: File,
     bytes: Bytes,
     stamp: (u64, Option<SystemTime>),
@@ -47,7 +48,12 @@ impl MappedFile {
                 Bytes::Read(bytes)
             }
         };
-        Ok(Self { file, bytes, stamp })
+        Ok(Self { path: path.to_owned(), file, bytes, stamp })
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Whether the file has the length and the time of its last change that it was opened with. What was read instead of

@@ -1,8 +1,10 @@
 //! Linear layers for inference: weights laid out once as the CPU multiplies by them, and what follows a layer computed on its
 //! results while they are near.
 
+use std::cell::Cell;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use candle_core::{DType, Device, Result, Tensor};
 use half::bf16;
@@ -14,6 +16,7 @@ use crate::error::{KernelError, check_shape};
 use crate::graph::{Fresh, differentiable};
 use crate::host::{read, written};
 use crate::linear::{linear, linear_without_bias, times_weight};
+use crate::numbers::{Lines, Readable, StoredTensor};
 use crate::path::Path;
 use crate::simd::native::{Factor, Finish, Multiplier, Native, Panels, Product, Scales, Second, Then};
 use crate::simd::vectorized;
@@ -47,6 +50,10 @@ pub enum Epilogue<'a> {
 ///
 /// With AVX-512, weights of `f32`, and of `bf16` or bytes where the CPU multiplies them, are packed into panels, and the
 /// epilogue is computed on the sums in `f32`. Elsewhere, on GPUs too, it is [`linear`], and what follows.
+///
+/// Of weights that are [`Self::stored`], the first two products are computed from where they lie, and panels are made for the
+/// third: who asks one question does not wait for memory to be filled that is used once or twice. Results are the same to the
+/// bit.
 #[derive(Clone)]
 pub struct PackedLinear {
     outputs: usize,
@@ -56,15 +63,22 @@ pub struct PackedLinear {
     bias: Option<Tensor>,
 }
 
+const OP: &str = "packed_linear";
+
 /// The most inputs of a layer of bytes: sums of more products of an unsigned and a signed byte may not be an `i32`.
 const MOST_INPUTS: usize = (i32::MAX / (u8::MAX as i32 * i8::MAX as i32)) as usize;
 
 enum Layout {
+    Packed(Weights),
+    Stored(Stored),
+    /// `[N, K]`.
+    Plain(Tensor),
+}
+
+enum Weights {
     F32(Panels<f32>),
     Bf16(Panels<bf16>),
     Int8(Quantised),
-    /// `[N, K]`.
-    Plain(Tensor),
 }
 
 impl PackedLinear {
@@ -74,44 +88,28 @@ impl PackedLinear {
     /// If one of `K` and `N` is 0, the bias is not `[N]` of the type and on the device of the weight, or weights other than `f32`
     /// or with `K` above 66 311 are to be bytes.
     pub fn new(weight: &Tensor, bias: Option<&Tensor>, weights: PackedWeights) -> Result<Self> {
-        const OP: &str = "packed_linear";
-        let (outputs, inputs) = weight.dims2()?;
-        if outputs == 0 || inputs == 0 {
-            let (expected, found) = ("[N, K], both above 0".into(), weight.dims().to_vec());
-            return Err(KernelError::Shape { op: OP, argument: "weight", expected, found }.into());
-        }
-        if let Some(bias) = bias {
-            check_shape(OP, "bias", bias, &[outputs])?;
-            Path::of(OP, &[("weight", weight), ("bias", bias)])?;
-        }
+        let (outputs, inputs) = check(weight, bias, weights)?;
         let dtype = weight.dtype();
-        if weights == PackedWeights::Int8 && dtype != DType::F32 {
-            let (expected, found) = ("F32, to be rounded to bytes".into(), format!("{dtype:?}"));
-            return Err(KernelError::Value { op: OP, argument: "weight", expected, found }.into());
-        }
-        if weights == PackedWeights::Int8 && inputs > MOST_INPUTS {
-            let (expected, found) = (format!("[N, K], K at most {MOST_INPUTS} for bytes"), weight.dims());
-            return Err(KernelError::Value { op: OP, argument: "weight", expected, found: format!("{found:?}") }.into());
-        }
         let weight = &weight.detach().contiguous()?;
         let layout = match (Path::for_tensor(weight), weights) {
             (Path::HostF32, PackedWeights::Int8) => {
-                let rounded = Rounded::of(&read(weight)?, inputs);
+                let rounded = Rounded::of(&Lines::of_numbers(&read(weight)?, inputs), Vec::new());
                 match Multiplier::<i8>::find() {
-                    Some(multiplier) => Layout::Int8(Quantised::new(&multiplier, rounded, (outputs, inputs))),
-                    None => {
-                        Layout::of_f32(&Tensor::from_vec(rounded.widened(inputs), weight.shape(), weight.device())?)?
-                    }
+                    Some(multiplier) => Layout::Packed(Weights::Int8(Quantised::new(&multiplier, rounded))),
+                    None => Layout::of_f32(&Tensor::from_vec(rounded.widened(), weight.shape(), weight.device())?)?,
                 }
             }
             (Path::HostF32, PackedWeights::AsGiven) => Layout::of_f32(weight)?,
             (Path::HostBf16, _) => match Multiplier::<bf16>::find() {
-                Some(multiplier) => Layout::Bf16(multiplier.pack(Factor::Along(&read(weight)?), (outputs, inputs))),
+                Some(multiplier) => {
+                    let panels = multiplier.pack(Factor::Along(&read(weight)?), (outputs, inputs));
+                    Layout::Packed(Weights::Bf16(panels))
+                }
                 None => Layout::Plain(weight.clone()),
             },
             (_, PackedWeights::Int8) => {
                 let numbers = weight.flatten_all()?.to_vec1::<f32>()?;
-                let rounded = Rounded::of(&numbers, inputs).widened(inputs);
+                let rounded = Rounded::of(&Lines::of_numbers(&numbers, inputs), Vec::new()).widened();
                 Layout::Plain(Tensor::from_vec(rounded, weight.shape(), weight.device())?)
             }
             _ => Layout::Plain(weight.clone()),
@@ -120,12 +118,52 @@ impl PackedLinear {
         Ok(Self { outputs, inputs, dtype, layout: Arc::new(layout), bias })
     }
 
+    /// The layer whose weights lie in files, `[Nᵢ, K]` one above the other, to compute with in `dtype` on a device. Where the CPU
+    /// multiplies by panels, the files stay open, and must not be written to, until the third product is asked for; they are
+    /// read here otherwise.
+    ///
+    /// # Errors
+    /// As [`Self::new`], or if there are no weights, or not all of `K` columns.
+    pub fn stored(
+        stored: Vec<StoredTensor>,
+        bias: Option<&Tensor>,
+        weights: PackedWeights,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let inputs = stored.first().and_then(|first| first.dims().get(1)).copied().unwrap_or(0);
+        let lines = |tensor: &StoredTensor| match *tensor.dims() {
+            [lines, columns] if columns == inputs => Ok(lines),
+            _ => {
+                let (expected, found) = (format!("[N, {inputs}]"), tensor.dims().to_vec());
+                Err(KernelError::Shape { op: OP, argument: "weight", expected, found })
+            }
+        };
+        let outputs = stored.iter().map(lines).sum::<std::result::Result<usize, _>>()?;
+        let like = Tensor::zeros((), dtype, device)?.broadcast_as((outputs, inputs))?;
+        check(&like, bias, weights)?;
+        if device.is_cpu() && Stored::is_read(&stored, dtype, weights) {
+            let bias = bias.map(|bias| bias.detach().contiguous()).transpose()?;
+            let layout = Layout::Stored(Stored {
+                weights: Mutex::new(Some(stored.into())),
+                dtype,
+                kept_in: weights,
+                uses: AtomicUsize::new(0),
+                packed: OnceLock::new(),
+            });
+            return Ok(Self { outputs, inputs, dtype, layout: Arc::new(layout), bias });
+        }
+        let read = stored.iter().map(|tensor| tensor.read(dtype, device)).collect::<Result<Vec<_>>>()?;
+        check_unchanged(&stored)?;
+        let whole = if let [one] = read.as_slice() { one.clone() } else { Tensor::cat(&read, 0)? };
+        Self::new(&whole, bias, weights)
+    }
+
     /// `x [.., K]` → `[.., N]`.
     ///
     /// # Errors
     /// If the last dimension of `x` is not `K`, `x` is not of the weights' type and on their device, or a residual is not `[.., N]`.
     pub fn forward(&self, x: &Tensor, epilogue: Epilogue) -> Result<Tensor> {
-        const OP: &str = "packed_linear";
         let mut shape = x.dims().to_vec();
         if shape.pop() != Some(self.inputs) {
             let (expected, found) = (format!("[.., {}]", self.inputs), x.dims().to_vec());
@@ -164,15 +202,66 @@ impl PackedLinear {
     }
 
     fn packed(&self, x: &Tensor, epilogue: Epilogue, shape: &[usize]) -> Result<Fresh> {
-        match &*self.layout {
-            Layout::F32(panels) => self.multiplied(x, Factor::Along(&read(x)?), panels, None, epilogue, shape),
-            Layout::Bf16(panels) => self.multiplied(x, Factor::Along(&read(x)?), panels, None, epilogue, shape),
-            Layout::Int8(weights) => {
-                let (bytes, rows) = quantised(&read(x)?, self.inputs);
-                let scales = Scales { rows: &rows, columns: &weights.scales, sums: &weights.sums };
-                self.multiplied(x, Factor::Along(&bytes), &weights.panels, Some(scales), epilogue, shape)
-            }
+        let stored = match &*self.layout {
+            Layout::Packed(weights) => return self.by_panels(x, weights, epilogue, shape),
+            Layout::Stored(stored) => stored,
             Layout::Plain(_) => unreachable!("has no panels"),
+        };
+        match stored.turn()? {
+            Turn::Later(weights) => self.by_panels(x, weights, epilogue, shape),
+            Turn::First(weights) => {
+                let y = self.by_lines(x, &weights, stored.kept_in, epilogue, shape)?;
+                check_unchanged(&weights)?;
+                Ok(y)
+            }
+        }
+    }
+
+    fn by_panels(&self, x: &Tensor, weights: &Weights, epilogue: Epilogue, shape: &[usize]) -> Result<Fresh> {
+        match weights {
+            Weights::F32(panels) => {
+                self.multiplied(x, Factor::Along(&read(x)?), Second::Packed(panels), None, epilogue, shape)
+            }
+            Weights::Bf16(panels) => {
+                self.multiplied(x, Factor::Along(&read(x)?), Second::Packed(panels), None, epilogue, shape)
+            }
+            Weights::Int8(Quantised { panels, scales, sums }) => {
+                let (bytes, rows) = quantised(&read(x)?, self.inputs);
+                let scales = Scales { rows: &rows, columns: scales, sums };
+                self.multiplied(x, Factor::Along(&bytes), Second::Packed(panels), Some(scales), epilogue, shape)
+            }
+        }
+    }
+
+    fn by_lines(
+        &self,
+        x: &Tensor,
+        weights: &[StoredTensor],
+        kept_in: PackedWeights,
+        epilogue: Epilogue,
+        shape: &[usize],
+    ) -> Result<Fresh> {
+        thread_local! {
+            static BYTES: Cell<Vec<i8>> = const { Cell::new(Vec::new()) };
+        }
+        match (self.dtype, kept_in) {
+            (DType::BF16, _) => {
+                let lines = Lines::<bf16>::of_stored(weights).expect(READABLE);
+                self.multiplied(x, Factor::Along(&read(x)?), Second::Lines(&lines), None, epilogue, shape)
+            }
+            (_, PackedWeights::AsGiven) => {
+                let lines = Lines::<f32>::of_stored(weights).expect(READABLE);
+                self.multiplied(x, Factor::Along(&read(x)?), Second::Lines(&lines), None, epilogue, shape)
+            }
+            (_, PackedWeights::Int8) => {
+                let rounded = Rounded::of(&Lines::of_stored(weights).expect(READABLE), BYTES.take());
+                let (bytes, rows) = quantised(&read(x)?, self.inputs);
+                let lines = Second::Lines(&Lines::of_numbers(&rounded.bytes, self.inputs));
+                let scales = Scales { rows: &rows, columns: &rounded.scales, sums: &rounded.sums };
+                let y = self.multiplied(x, Factor::Along(&bytes), lines, Some(scales), epilogue, shape);
+                BYTES.set(rounded.bytes);
+                y
+            }
         }
     }
 
@@ -180,7 +269,7 @@ impl PackedLinear {
         &self,
         x: &Tensor,
         a: Factor<T>,
-        panels: &Panels<T>,
+        b: Second<T>,
         scales: Option<Scales>,
         epilogue: Epilogue,
         shape: &[usize],
@@ -200,21 +289,158 @@ impl PackedLinear {
             (_, None) => Then::Nothing,
         };
         let finish = Finish { scales, bias: bias.as_deref(), then };
-        Ok(written(shape, |out| multiplier.multiply(Product { size, a, b: Second::Packed(panels), finish, out })))
+        Ok(written(shape, |out| multiplier.multiply(Product { size, a, b, finish, out })))
     }
 
     /// The weights `[N, K]`, of the type of `x`.
     fn unpacked(&self) -> Result<Tensor> {
-        let shape = (self.outputs, self.inputs);
-        let device = &Device::Cpu;
-        match &*self.layout {
-            Layout::F32(panels) => Tensor::from_vec(panels.unpacked(), shape, device),
-            Layout::Bf16(panels) => Tensor::from_vec(panels.unpacked(), shape, device),
-            Layout::Int8(Quantised { panels, scales, .. }) => {
-                let rounded = Rounded { bytes: panels.unpacked(), scales: scales.clone() };
-                Tensor::from_vec(rounded.widened(self.inputs), shape, device)
+        let stored = match &*self.layout {
+            Layout::Packed(weights) => return weights.unpacked(),
+            Layout::Stored(stored) => stored,
+            Layout::Plain(weight) => return Ok(weight.clone()),
+        };
+        match stored.without_use() {
+            Turn::Later(weights) => weights.unpacked(),
+            Turn::First(weights) => {
+                let whole = match stored.kept_in {
+                    PackedWeights::AsGiven => {
+                        let read = weights.iter().map(|tensor| tensor.read(self.dtype, &Device::Cpu));
+                        Tensor::cat(&read.collect::<Result<Vec<_>>>()?, 0)?
+                    }
+                    PackedWeights::Int8 => {
+                        let rounded = Rounded::of(&Lines::of_stored(&weights).expect(READABLE), Vec::new());
+                        Tensor::from_vec(rounded.widened(), (self.outputs, self.inputs), &Device::Cpu)?
+                    }
+                };
+                check_unchanged(&weights)?;
+                Ok(whole)
             }
-            Layout::Plain(weight) => Ok(weight.clone()),
+        }
+    }
+}
+
+/// Checks what a layer is made of, and returns its outputs and inputs.
+fn check(weight: &Tensor, bias: Option<&Tensor>, weights: PackedWeights) -> Result<(usize, usize)> {
+    let (outputs, inputs) = weight.dims2()?;
+    if outputs == 0 || inputs == 0 {
+        let (expected, found) = ("[N, K], both above 0".into(), weight.dims().to_vec());
+        return Err(KernelError::Shape { op: OP, argument: "weight", expected, found }.into());
+    }
+    if let Some(bias) = bias {
+        check_shape(OP, "bias", bias, &[outputs])?;
+        Path::of(OP, &[("weight", weight), ("bias", bias)])?;
+    }
+    let dtype = weight.dtype();
+    if weights == PackedWeights::Int8 && dtype != DType::F32 {
+        let (expected, found) = ("F32, to be rounded to bytes".into(), format!("{dtype:?}"));
+        return Err(KernelError::Value { op: OP, argument: "weight", expected, found }.into());
+    }
+    if weights == PackedWeights::Int8 && inputs > MOST_INPUTS {
+        let (expected, found) = (format!("[N, K], K at most {MOST_INPUTS} for bytes"), weight.dims());
+        return Err(KernelError::Value { op: OP, argument: "weight", expected, found: format!("{found:?}") }.into());
+    }
+    Ok((outputs, inputs))
+}
+
+/// Checks that no file of these was written to.
+fn check_unchanged(stored: &[StoredTensor]) -> Result<()> {
+    stored.iter().try_for_each(StoredTensor::check_unchanged)
+}
+
+/// What [`Stored::is_read`] has checked.
+const READABLE: &str = "numbers that are read from files";
+
+/// How many products are computed from where weights are stored: packing them costs as much as three of those of few rows,
+/// nearly all of it for memory that was not used before.
+const DIRECT: usize = 2;
+
+/// Weights that stay where they are stored until they are used often.
+struct Stored {
+    /// Until they are packed.
+    weights: Mutex<Option<Arc<[StoredTensor]>>>,
+    /// What is computed in.
+    dtype: DType,
+    kept_in: PackedWeights,
+    uses: AtomicUsize,
+    packed: OnceLock<Weights>,
+}
+
+/// What a product is computed from.
+enum Turn<'a> {
+    First(Arc<[StoredTensor]>),
+    Later(&'a Weights),
+}
+
+impl Stored {
+    /// Whether such numbers are read from files as they are multiplied.
+    fn is_read(stored: &[StoredTensor], dtype: DType, kept_in: PackedWeights) -> bool {
+        fn all<T: Readable>(stored: &[StoredTensor]) -> bool {
+            stored.iter().all(|tensor| T::reader(tensor.dtype()).is_some())
+        }
+        match (dtype, kept_in) {
+            (DType::F32, PackedWeights::AsGiven) => all::<f32>(stored) && Multiplier::<f32>::find().is_some(),
+            (DType::F32, PackedWeights::Int8) => all::<f32>(stored) && Multiplier::<i8>::find().is_some(),
+            (DType::BF16, _) => all::<bf16>(stored) && Multiplier::<bf16>::find().is_some(),
+            _ => false,
+        }
+    }
+
+    /// For the first uses what is stored; then panels are made. Whoever comes meanwhile does not wait for them.
+    fn turn(&self) -> Result<Turn<'_>> {
+        let stored = match self.without_use() {
+            Turn::First(stored) => stored,
+            later => return Ok(later),
+        };
+        if self.uses.fetch_add(1, Ordering::Relaxed) != DIRECT {
+            return Ok(Turn::First(stored));
+        }
+        let packed = self.pack(&stored);
+        check_unchanged(&stored)?;
+        let packed = self.packed.get_or_init(|| packed);
+        *self.weights.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        Ok(Turn::Later(packed))
+    }
+
+    fn without_use(&self) -> Turn<'_> {
+        if let Some(packed) = self.packed.get() {
+            return Turn::Later(packed);
+        }
+        let stored = self.weights.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        stored.map_or_else(|| Turn::Later(self.packed.get().expect("made before the rest is dropped")), Turn::First)
+    }
+
+    fn pack(&self, stored: &[StoredTensor]) -> Weights {
+        fn panels<T: Readable + Native>(stored: &[StoredTensor]) -> Panels<T> {
+            let lines = Lines::of_stored(stored).expect(READABLE);
+            Multiplier::find().expect(READABLE).pack_lines(&lines, lines.size())
+        }
+        match (self.dtype, self.kept_in) {
+            (DType::BF16, _) => Weights::Bf16(panels(stored)),
+            (_, PackedWeights::AsGiven) => Weights::F32(panels(stored)),
+            (_, PackedWeights::Int8) => {
+                let rounded = Rounded::of(&Lines::of_stored(stored).expect(READABLE), Vec::new());
+                Weights::Int8(Quantised::new(&Multiplier::find().expect(READABLE), rounded))
+            }
+        }
+    }
+}
+
+impl Weights {
+    /// `[N, K]`, of the type of what they are multiplied with.
+    fn unpacked(&self) -> Result<Tensor> {
+        let device = &Device::Cpu;
+        match self {
+            Self::F32(panels) => Tensor::from_vec(panels.unpacked(), panels.size(), device),
+            Self::Bf16(panels) => Tensor::from_vec(panels.unpacked(), panels.size(), device),
+            Self::Int8(Quantised { panels, scales, .. }) => {
+                let rounded = Rounded {
+                    bytes: panels.unpacked(),
+                    scales: scales.clone(),
+                    sums: Vec::new(),
+                    inputs: panels.size().1,
+                };
+                Tensor::from_vec(rounded.widened(), panels.size(), device)
+            }
         }
     }
 }
@@ -222,9 +448,10 @@ impl PackedLinear {
 impl fmt::Debug for PackedLinear {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let layout = match &*self.layout {
-            Layout::F32(_) => "panels of f32",
-            Layout::Bf16(_) => "panels of bf16",
-            Layout::Int8(_) => "panels of bytes",
+            Layout::Packed(Weights::F32(_)) => "panels of f32",
+            Layout::Packed(Weights::Bf16(_)) => "panels of bf16",
+            Layout::Packed(Weights::Int8(_)) => "panels of bytes",
+            Layout::Stored(_) => "stored",
             Layout::Plain(_) => "plain",
         };
         write!(f, "PackedLinear({} -> {}, {layout})", self.inputs, self.outputs)
@@ -234,7 +461,9 @@ impl fmt::Debug for PackedLinear {
 impl Layout {
     fn of_f32(weight: &Tensor) -> Result<Self> {
         Ok(match Multiplier::<f32>::find() {
-            Some(multiplier) => Self::F32(multiplier.pack(Factor::Along(&read(weight)?), weight.dims2()?)),
+            Some(multiplier) => {
+                Self::Packed(Weights::F32(multiplier.pack(Factor::Along(&read(weight)?), weight.dims2()?)))
+            }
             None => Self::Plain(weight.clone()),
         })
     }
@@ -261,9 +490,8 @@ struct Quantised {
 }
 
 impl Quantised {
-    fn new(multiplier: &Multiplier<i8>, Rounded { bytes, scales }: Rounded, size: (usize, usize)) -> Self {
-        let sums = bytes.chunks_exact(size.1).map(|row| row.iter().copied().map(i32::from).sum()).collect();
-        Self { panels: multiplier.pack(Factor::Along(&bytes), size), scales, sums }
+    fn new(multiplier: &Multiplier<i8>, Rounded { bytes, scales, sums, inputs }: Rounded) -> Self {
+        Self { panels: multiplier.pack(Factor::Along(&bytes), (scales.len(), inputs)), scales, sums }
     }
 }
 
@@ -271,37 +499,51 @@ impl Quantised {
 struct Rounded {
     bytes: Vec<i8>,
     scales: Vec<f32>,
+    /// Of the bytes of each row.
+    sums: Vec<i32>,
+    inputs: usize,
 }
 
 impl Rounded {
     /// In 254 steps (255 values) from the negative of a row's greatest number to the number itself. A row with a number that
-    /// is not finite has a scale of NaN.
-    fn of(weight: &[f32], inputs: usize) -> Self {
-        let mut bytes = vec![0; weight.len()];
-        let rows = bytes.par_chunks_exact_mut(inputs).zip(weight.par_chunks_exact(inputs));
-        let scales = rows.map(|(bytes, row)| {
-            vectorized(
+    /// is not finite has a scale of NaN. `memory` is what the bytes are written to.
+    fn of(weight: &Lines<f32>, memory: Vec<i8>) -> Self {
+        let (outputs, inputs) = weight.size();
+        let (mut bytes, mut scales, mut sums) = (memory, vec![0.0; outputs], vec![0; outputs]);
+        bytes.resize(outputs * inputs, 0);
+        let rows = bytes.par_chunks_exact_mut(inputs).zip(&mut scales).zip(&mut sums).enumerate();
+        rows.for_each_init(Vec::new, |read, (i, ((bytes, scale), sum))| {
+            let row = weight.plain(i..i + 1).unwrap_or_else(|| {
+                read.resize(inputs, 0.0);
+                weight.read(i, 0, read);
+                read
+            });
+            (*scale, *sum) = vectorized(
                 #[inline(always)]
-                || {
-                    let Bounds { least, greatest } = Bounds::of(row);
-                    let scale = greatest.max(-least) / 127.0;
-                    // A row of zeros has any scale.
-                    let (scale, steps) = if scale == 0.0 { (1.0, 0.0) } else { (scale, 1.0 / scale) };
-                    for (byte, &w) in bytes.iter_mut().zip(row) {
-                        *byte = (w * steps).round_ties_even() as i32 as i8;
-                    }
-                    scale
-                },
-            )
+                || round(row, bytes),
+            );
         });
-        Self { scales: scales.collect(), bytes }
+        Self { bytes, scales, sums, inputs }
     }
 
     /// In `f32`.
-    fn widened(&self, inputs: usize) -> Vec<f32> {
-        let rows = self.bytes.chunks_exact(inputs).zip(&self.scales);
+    fn widened(&self) -> Vec<f32> {
+        let rows = self.bytes.chunks_exact(self.inputs).zip(&self.scales);
         rows.flat_map(|(row, scale)| row.iter().map(move |q| f32::from(*q) * scale)).collect()
     }
+}
+
+/// Rounds a row of weights, and returns its scale and the sum of its bytes.
+#[inline(always)]
+fn round(row: &[f32], bytes: &mut [i8]) -> (f32, i32) {
+    let Bounds { least, greatest } = Bounds::of(row);
+    let scale = greatest.max(-least) / 127.0;
+    // A row of zeros has any scale.
+    let (scale, steps) = if scale == 0.0 { (1.0, 0.0) } else { (scale, 1.0 / scale) };
+    for (byte, &w) in bytes.iter_mut().zip(row) {
+        *byte = (w * steps).round_ties_even() as i32 as i8;
+    }
+    (scale, bytes.iter().copied().map(i32::from).sum())
 }
 
 /// Rows that a thread rounds at a time.
@@ -371,6 +613,8 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
 
     use super::*;
+    use crate::mapped::MappedFile;
+    use crate::numbers::StoredBytes;
 
     fn random(shape: &[usize], seed: u64) -> Tensor {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -461,6 +705,146 @@ mod tests {
         }
     }
 
+    /// Rows of `outputs` lines each as they lie in a file, from an offset of bytes on.
+    fn in_memory(weight: &Tensor, outputs: &[usize], stored: DType, offset: usize) -> Vec<StoredTensor> {
+        let (mut bytes, mut ranges) = (vec![0; offset], Vec::new());
+        let mut line = 0;
+        for count in outputs {
+            let start = bytes.len();
+            let part = weight.narrow(0, line, *count).unwrap().contiguous().unwrap();
+            part.to_dtype(stored).unwrap().write_bytes(&mut bytes).unwrap();
+            ranges.push((start..bytes.len(), [*count, weight.dim(1).unwrap()]));
+            line += count;
+        }
+        let bytes = Arc::new(StoredBytes::Memory(bytes.into()));
+        let tensor = |(range, shape): (_, [usize; 2])| StoredTensor::new(Arc::clone(&bytes), range, stored, &shape);
+        ranges.into_iter().map(|range| tensor(range).unwrap()).collect()
+    }
+
+    /// To the bit, in every use: before panels are made and after.
+    #[test]
+    fn stored_weights_give_what_packed_ones_do() {
+        let sizes: [(usize, usize, &[usize]); 8] = [
+            (1, 5, &[33]),
+            (10, 768, &[64, 64, 32]),
+            (130, 515, &[7, 20, 3]),
+            (3, 1025, &[16, 48]),
+            (150, 2049, &[130]),
+            (1000, 67, &[64]),
+            (9, 31, &[1, 1, 15, 40]),
+            (0, 4, &[4]),
+        ];
+        for (rows, inputs, outputs) in sizes {
+            let count = outputs.iter().sum();
+            let (x, weight) = (random(&[rows, inputs], 1), random(&[count, inputs], 2));
+            let (bias, residual) = (random(&[count], 3), random(&[rows, count], 4));
+            for (stored, offset) in
+                [(DType::F32, 0), (DType::F32, 2), (DType::BF16, 0), (DType::BF16, 1), (DType::F16, 4)]
+            {
+                let parts = || in_memory(&weight, outputs, stored, offset);
+                for (dtype, kept_in) in [
+                    (DType::F32, PackedWeights::AsGiven),
+                    (DType::BF16, PackedWeights::AsGiven),
+                    (DType::F32, PackedWeights::Int8),
+                ] {
+                    let cast = |x: &Tensor| x.to_dtype(dtype).unwrap();
+                    let (x, bias, residual) = (cast(&x), cast(&bias), cast(&residual));
+                    let plain = cast(&weight.to_dtype(stored).unwrap());
+                    let wanted = PackedLinear::new(&plain, Some(&bias), kept_in).unwrap();
+                    for epilogue in epilogues(&residual) {
+                        let layer = PackedLinear::stored(parts(), Some(&bias), kept_in, dtype, &Device::Cpu).unwrap();
+                        let wanted_y = numbers(&wanted.forward(&x, epilogue).unwrap());
+                        for turn in 0..4 {
+                            let y = numbers(&layer.forward(&x, epilogue).unwrap());
+                            assert!(
+                                y == wanted_y,
+                                "{rows} rows, {inputs} -> {outputs:?}, {stored:?} + {offset}, {dtype:?}, {kept_in:?}, turn {turn}"
+                            );
+                            let unpacked = [&layer, &wanted].map(|layer| numbers(&layer.unpacked().unwrap()));
+                            assert!(unpacked[0] == unpacked[1], "{inputs} -> {outputs:?}, turn {turn}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn stored_weights_of_other_types_are_read_at_once() {
+        let (x, weight) = (random(&[3, 20], 1), random(&[9, 20], 2));
+        let parts = in_memory(&weight, &[9], DType::F64, 0);
+        let layer = PackedLinear::stored(parts, None, PackedWeights::AsGiven, DType::F32, &Device::Cpu).unwrap();
+        let wanted = PackedLinear::new(&weight, None, PackedWeights::AsGiven).unwrap();
+        let forward = |layer: &PackedLinear| numbers(&layer.forward(&x, Epilogue::Nothing).unwrap());
+        assert_eq!(forward(&layer), forward(&wanted));
+        assert!(!format!("{layer:?}").contains("stored"), "{layer:?}");
+    }
+
+    #[test]
+    fn threads_that_share_a_stored_layer_agree() {
+        let (x, weight) = (random(&[20, 300], 1), random(&[200, 300], 2));
+        let parts = in_memory(&weight, &[100, 100], DType::F32, 0);
+        let layer = PackedLinear::stored(parts, None, PackedWeights::AsGiven, DType::F32, &Device::Cpu).unwrap();
+        let forward = |_| numbers(&layer.forward(&x, Epilogue::Nothing).unwrap());
+        let found: Vec<_> = (0..32).into_par_iter().map(forward).collect();
+        assert!(found.iter().all(|y| *y == found[0]));
+    }
+
+    #[test]
+    fn a_file_that_is_written_to_is_told() {
+        let path = std::env::temp_dir().join(format!("xvlm-stored-{}", std::process::id()));
+        let weight = random(&[40, 33], 1);
+        let mut bytes = Vec::new();
+        weight.write_bytes(&mut bytes).unwrap();
+        std::fs::write(&path, &bytes).unwrap();
+        let layer = || {
+            let file = Arc::new(StoredBytes::File(MappedFile::open(&path).unwrap()));
+            let tensor = StoredTensor::new(file, 0..bytes.len(), DType::F32, &[40, 33]).unwrap();
+            PackedLinear::stored(vec![tensor], None, PackedWeights::AsGiven, DType::F32, &Device::Cpu).unwrap()
+        };
+        let x = random(&[2, 33], 2);
+        let (settled, unsettled, unused) = (layer(), layer(), layer());
+        let forward = |layer: &PackedLinear| layer.forward(&x, Epilogue::Nothing);
+        let wanted = numbers(&forward(&settled).unwrap());
+        (0..DIRECT).for_each(|_| assert_eq!(numbers(&forward(&settled).unwrap()), wanted));
+        (0..DIRECT).for_each(|_| assert_eq!(numbers(&forward(&unsettled).unwrap()), wanted));
+        let file = std::fs::OpenOptions::new().append(true).open(&path).unwrap();
+        std::io::Write::write_all(&mut &file, b"more").unwrap();
+        // Where AVX-512 is missing, all have been read before.
+        let is_read_late = format!("{unused:?}").contains("stored");
+        for layer in [&unused, &unsettled, &unsettled] {
+            match forward(layer) {
+                Err(error) => {
+                    let error = error.to_string();
+                    assert!(is_read_late && error.contains(&path.display().to_string()), "{error}");
+                }
+                Ok(y) => assert!(!is_read_late && numbers(&y) == wanted),
+            }
+        }
+        assert_eq!(numbers(&forward(&settled).unwrap()), wanted);
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn stored_weights_that_do_not_fit_are_named() {
+        let (weight, device) = (random(&[6, 5], 1), &Device::Cpu);
+        let stored = |parts: Vec<StoredTensor>, bias: Option<&Tensor>| {
+            PackedLinear::stored(parts, bias, PackedWeights::AsGiven, DType::F32, device).unwrap_err().to_string()
+        };
+        let part =
+            |lines: usize, inputs: usize| in_memory(&random(&[lines, inputs], 1), &[lines], DType::F32, 0).remove(0);
+        let error = stored(vec![part(2, 5), part(3, 4)], None);
+        assert!(error.contains("`weight` should have shape [N, 5]") && error.contains("[3, 4]"), "{error}");
+        assert!(stored(Vec::new(), None).contains("both above 0"));
+        let error = stored(in_memory(&weight, &[6], DType::F32, 0), Some(&random(&[5], 1)));
+        assert!(error.contains("packed_linear: `bias`") && error.contains("[6]"), "{error}");
+        let bytes = Arc::new(StoredBytes::Memory(vec![0; 100].into()));
+        let tensor = |range| StoredTensor::new(Arc::clone(&bytes), range, DType::F32, &[5, 5]);
+        assert!(tensor(0..100).is_ok());
+        assert!(tensor(4..104).unwrap_err().to_string().contains("expected a range of 100, found 4..104"));
+        assert!(tensor(0..96).unwrap_err().to_string().contains("found 96"));
+    }
+
     #[test]
     fn layers_of_several_blocks() {
         for (rows, inputs, outputs) in [(2049, 5, 33), (3, 2048, 15), (130, 515, 7), (1, 1025, 5000), (3, 4099, 35)] {
@@ -522,6 +906,20 @@ mod tests {
                 assert!(greatest_difference(&found, &wanted) < allowed, "{:?}", greatest_difference(&found, &wanted));
             }
         }
+    }
+
+    #[test]
+    fn gradients_go_through_stored_weights() {
+        let (x, weight) = (random(&[9, 33], 1), random(&[40, 33], 2));
+        let x = candle_core::Var::from_tensor(&x).unwrap();
+        let wanted = PackedLinear::new(&weight, None, PackedWeights::AsGiven).unwrap();
+        let parts = in_memory(&weight, &[40], DType::F32, 0);
+        let layer = PackedLinear::stored(parts, None, PackedWeights::AsGiven, DType::F32, &Device::Cpu).unwrap();
+        let slope = |layer: &PackedLinear| {
+            let y = layer.forward(&x, Epilogue::Gelu).unwrap();
+            numbers(y.sqr().unwrap().sum_all().unwrap().backward().unwrap().get(&x).unwrap())
+        };
+        (0..4).for_each(|_| assert_eq!(slope(&layer), slope(&wanted)));
     }
 
     #[test]

@@ -102,9 +102,11 @@ pub struct Texts {
 }
 
 impl Model {
-    /// Opens a model folder, to compute on a device in `f32`, or as [`Compute`] says. Numbers are converted on the way from the
-    /// mapped file of weights, which is closed on return; until then it must not be written to (see
-    /// [`MappedFile`](xvlm_kernels::MappedFile)).
+    /// Opens a model folder, to compute on a device in `f32`, or as [`Compute`] says. The file of weights is mapped. On the CPU it
+    /// stays so as long as the model lives: linear layers and word embeddings are read from there when they are used first, and
+    /// laid out in memory once they are used often ([`PackedLinear::stored`](xvlm_kernels::PackedLinear::stored)). Until then it must
+    /// not be written to (see [`MappedFile`](xvlm_kernels::MappedFile)); replacing it, as this workspace writes files, does no
+    /// harm. If it is written to, whatever reads it from then on fails with [`KernelError::Changed`](xvlm_kernels::KernelError::Changed).
     ///
     /// # Errors
     /// If a file is missing or broken, a tensor is missing, unexpected or of another shape (each named), or the device
@@ -326,13 +328,12 @@ impl Model {
     }
 }
 
-/// A network with the weights of a file, laid out for inference. Linear layers are built without theirs, which are then read and
-/// laid out one by one, by all threads: that is most of the time that opening a model takes, and it is spent on memory, which is
-/// touched as seldom as can be.
+/// A network with the weights of a file, laid out for inference. Linear layers and word embeddings, nearly all of a model, are built
+/// without theirs, and told where they are: that spares whoever asks once the time for memory that would be filled for one use.
 fn build(config: &XvlmConfig, stored: &StoredTensors, compute: &Compute) -> Result<Xvlm, TaskError> {
-    let mut linear = BTreeSet::new();
+    let mut packed = BTreeSet::new();
     let blueprint = Blueprint::of(|vb| {
-        linear.extend(Xvlm::new(config, vb)?.linear_weights());
+        packed.extend(Xvlm::new(config, vb)?.weights_to_pack());
         Ok(())
     })?;
     let expected = blueprint.shapes();
@@ -342,7 +343,7 @@ fn build(config: &XvlmConfig, stored: &StoredTensors, compute: &Compute) -> Resu
     let tensor = |(name, shape): (&String, &Vec<usize>)| -> Result<(String, Tensor), TaskError> {
         // Scalars, such as a temperature, are few, and each counts.
         let dtype = if shape.is_empty() { DType::F32 } else { precision.dtype() };
-        let tensor = match linear.contains(name) {
+        let tensor = match packed.contains(name) {
             // One number, seen as many: it is not computed with.
             true => Tensor::zeros((), dtype, device)?.broadcast_as(shape.as_slice())?,
             false => stored.read(name, dtype, device)?,
@@ -351,9 +352,8 @@ fn build(config: &XvlmConfig, stored: &StoredTensors, compute: &Compute) -> Resu
     };
     let tensors = expected.par_iter().map(tensor).collect::<Result<BTreeMap<_, _>, _>>()?;
     let mut xvlm = Xvlm::new(config, Parameters::given(tensors, precision.dtype(), device))?;
-    xvlm.pack_with(precision.packed(), |name| {
-        stored.read(name, precision.dtype(), device).map(Some).map_err(candle_core::Error::wrap)
-    })?;
+    let place = |name: &str| stored.get(name).cloned().map(Some).map_err(candle_core::Error::wrap);
+    xvlm.pack_with(precision.packed(), place)?;
     Ok(xvlm)
 }
 

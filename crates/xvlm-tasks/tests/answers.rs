@@ -1,8 +1,10 @@
 //! Questions and statements about two images, answered in bulk: ranking, broken data, result files.
 
+use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use xvlm_data::annotations::{NlvrItem, Reading, VqaItem};
@@ -11,14 +13,25 @@ use xvlm_encoders::{Pass, Task, XvlmConfig};
 use xvlm_metrics::nlvr::NlvrScores;
 use xvlm_tasks::convert::layout;
 use xvlm_tasks::vqa::{self, AnswerList, Answering, Ranked, Ranking};
-use xvlm_tasks::{ImageTokens, Model, ModelConfig, Search, Source, Sweep, TaskError, Texts, nlvr};
-use xvlm_weights::{ModelFiles, StoredTensors};
+use xvlm_tasks::{Compute, ImageTokens, Model, ModelConfig, Precision, Search, Source, Sweep, TaskError, Texts, nlvr};
+use xvlm_weights::{ModelFiles, StoredTensors, StoredType};
 
 const WORDS: [&str; 12] =
     ["red", "green", "blue", "and", "is", "it", "what", "the", "left", "right", "image", "circle"];
 
 /// A tiny model of random weights.
 fn model(task: Task) -> Model {
+    let (config, tensors, tokenizer) = parts(task);
+    let files = ModelFiles {
+        name: "tiny".to_owned(),
+        config: config.to_json().unwrap(),
+        tokenizer: tokenizer.to_bytes().into(),
+        weights: StoredTensors::of_tensors("tiny/model.safetensors", &tensors).unwrap(),
+    };
+    Model::from_files(&files, &Device::Cpu).unwrap()
+}
+
+fn parts(task: Task) -> (ModelConfig, BTreeMap<String, Tensor>, TextTokenizer) {
     let mut pieces: Vec<String> = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"].map(str::to_owned).to_vec();
     pieces.extend(WORDS.map(str::to_owned));
     let tokenizer = TextTokenizer::from_pieces("pieces", &pieces).unwrap();
@@ -37,14 +50,35 @@ fn model(task: Task) -> Model {
     .unwrap();
     let (layout, blueprint) = layout(&config, false).unwrap();
     let tensors = layout.parameters.keys().map(|name| (name.clone(), blueprint.draw(name, 5).unwrap())).collect();
-    let config = ModelConfig { max_tokens: 12, max_words: 10, ..ModelConfig::of(config) }.to_json().unwrap();
-    let files = ModelFiles {
-        name: "tiny".to_owned(),
-        config,
-        tokenizer: tokenizer.to_bytes().into(),
-        weights: StoredTensors::of_tensors("tiny/model.safetensors", &tensors).unwrap(),
-    };
-    Model::from_files(&files, &Device::Cpu).unwrap()
+    (ModelConfig { max_tokens: 12, max_words: 10, ..ModelConfig::of(config) }, tensors, tokenizer)
+}
+
+/// The first answers are computed from the file, later ones from what was laid out.
+#[test]
+fn answers_stay_the_same_until_the_file_is_written_to() {
+    let (config, tensors, tokenizer) = parts(Task::Pretrain);
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("model");
+    for stored in [StoredType::F32, StoredType::Bf16, StoredType::F16] {
+        Model::write(&dir, &config, tensors.clone(), &tokenizer, stored).unwrap();
+        for precision in [Precision::F32, Precision::Bf16, Precision::Int8] {
+            let model = Model::open(&dir, Compute::on(&Device::Cpu).with(precision)).unwrap();
+            let answer = || -> Result<Vec<f32>, TaskError> {
+                let images = model.encode(&[picture(1)])?;
+                model.match_pairs(&images, &[(0, "the red circle is left")])
+            };
+            // A model that replaces it is another model.
+            Model::write(&dir, &config, tensors.clone(), &tokenizer, stored).unwrap();
+            let first = answer().unwrap();
+            (0..4).for_each(|_| assert_eq!(answer().unwrap(), first, "{stored:?} {precision}"));
+        }
+        let model = Model::open(&dir, &Device::Cpu).unwrap();
+        let file = dir.join("model.safetensors");
+        std::fs::OpenOptions::new().append(true).open(&file).unwrap().write_all(b"more").unwrap();
+        let told = model.encode(&[picture(1)]).and_then(|images| model.match_pairs(&images, &[(0, "red")]));
+        let error = told.unwrap_err().to_string();
+        assert!(error.contains(&file.display().to_string()) && error.contains("written to"), "{error}");
+    }
 }
 
 fn picture(seed: usize) -> Picture {

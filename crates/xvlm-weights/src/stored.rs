@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
-use xvlm_kernels::{self as kernels, MappedFile};
+use xvlm_kernels::{self as kernels, MappedFile, StoredBytes, StoredTensor};
 
 use crate::error::WeightsError;
 use crate::tensors::{StoredType, write_safetensors};
@@ -31,25 +31,8 @@ pub struct StoredTensors {
 /// Where a tensor is.
 #[derive(Clone, Debug)]
 struct Entry {
-    source: Arc<Source>,
-    dtype: DType,
-    shape: Vec<usize>,
-    range: Range<usize>,
-}
-
-#[derive(Debug)]
-enum Source {
-    File(MappedFile),
-    Memory(Cow<'static, [u8]>),
-}
-
-impl Source {
-    fn bytes(&self) -> &[u8] {
-        match self {
-            Self::File(file) => file,
-            Self::Memory(bytes) => bytes,
-        }
-    }
+    source: Arc<StoredBytes>,
+    tensor: StoredTensor,
 }
 
 impl StoredTensors {
@@ -59,7 +42,7 @@ impl StoredTensors {
     /// [`WeightsError::Io`] if it cannot be read, and as [`Self::from_bytes`].
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
         let file = MappedFile::open(path).map_err(WeightsError::io(path))?;
-        Self::list(&path.display().to_string(), Source::File(file))
+        Self::list(&path.display().to_string(), StoredBytes::File(file))
     }
 
     /// The content of a safetensors file; `name` is what errors call it.
@@ -68,7 +51,7 @@ impl StoredTensors {
     /// [`WeightsError::Corrupt`] if the bytes are no safetensors, [`WeightsError::Dtype`] if a tensor's type is none that
     /// a weight may have.
     pub fn from_bytes(name: &str, bytes: impl Into<Cow<'static, [u8]>>) -> Result<Self, WeightsError> {
-        Self::list(name, Source::Memory(bytes.into()))
+        Self::list(name, StoredBytes::Memory(bytes.into()))
     }
 
     /// Tensors that are in memory already, as a file of f32 would hold them; errors call it `name`. The numbers are copied.
@@ -81,13 +64,14 @@ impl StoredTensors {
         Self::from_bytes(name, bytes)
     }
 
-    fn list(name: &str, source: Source) -> Result<Self, WeightsError> {
+    fn list(name: &str, source: StoredBytes) -> Result<Self, WeightsError> {
         let source = Arc::new(source);
-        let entry = |(tensor, dtype, shape, range)| {
-            let source = Arc::clone(&source);
-            (tensor, Entry { source, dtype, shape, range })
+        let entry = |(tensor, dtype, shape, range): Listed| {
+            let stored = StoredTensor::new(Arc::clone(&source), range, dtype, &shape);
+            let stored = stored.map_err(|error| WeightsError::tensor(name, &tensor, error))?;
+            Ok((tensor, Entry { source: Arc::clone(&source), tensor: stored }))
         };
-        let entries = list(name, source.bytes())?.into_iter().map(entry).collect();
+        let entries = list(name, &source)?.into_iter().map(entry).collect::<Result<_, WeightsError>>()?;
         Ok(Self { name: name.to_owned(), entries })
     }
 
@@ -98,7 +82,7 @@ impl StoredTensors {
 
     /// Shapes by name.
     pub fn shapes(&self) -> BTreeMap<&str, &[usize]> {
-        self.entries.iter().map(|(name, entry)| (name.as_str(), entry.shape.as_slice())).collect()
+        self.entries.iter().map(|(name, entry)| (name.as_str(), entry.tensor.dims())).collect()
     }
 
     /// Takes over those tensors of another file that `chosen` says and that are missing here.
@@ -113,10 +97,17 @@ impl StoredTensors {
     /// # Errors
     /// [`WeightsError::NoSuchTensor`], and if the device fails or has no memory.
     pub fn read(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor, WeightsError> {
-        let Entry { source, dtype: stored, shape, range } = self.entry(name)?;
-        kernels::tensor_of_bytes(&source.bytes()[range.clone()], *stored, dtype, shape.as_slice())
-            .and_then(|tensor| tensor.to_device(device))
-            .map_err(|source| WeightsError::tensor(&self.name, name, source))
+        let read = self.get(name)?.read(dtype, device);
+        read.map_err(|source| WeightsError::tensor(&self.name, name, source))
+    }
+
+    /// One tensor, of which no number has been read yet. It keeps the file open.
+    ///
+    /// # Errors
+    /// [`WeightsError::NoSuchTensor`].
+    pub fn get(&self, name: &str) -> Result<&StoredTensor, WeightsError> {
+        let unknown = || WeightsError::NoSuchTensor { file: self.name.clone(), tensor: name.to_owned() };
+        self.entries.get(name).map(|entry| &entry.tensor).ok_or_else(unknown)
     }
 
     /// All tensors, in the type that `dtype` names for a shape, by all threads.
@@ -128,7 +119,8 @@ impl StoredTensors {
         dtype: impl Fn(&[usize]) -> DType + Sync,
         device: &Device,
     ) -> Result<BTreeMap<String, Tensor>, WeightsError> {
-        let read = |(name, entry): (&String, &Entry)| Ok((name.clone(), self.read(name, dtype(&entry.shape), device)?));
+        let read =
+            |(name, entry): (&String, &Entry)| Ok((name.clone(), self.read(name, dtype(entry.tensor.dims()), device)?));
         let tensors = self.entries.par_iter().map(read).collect::<Result<BTreeMap<_, _>, _>>()?;
         self.check_unchanged()?;
         Ok(tensors)
@@ -139,17 +131,8 @@ impl StoredTensors {
     /// # Errors
     /// [`WeightsError::NoSuchTensor`].
     pub fn first_numbers(&self, name: &str, most: usize) -> Result<Vec<f32>, WeightsError> {
-        let Entry { source, dtype, range, .. } = self.entry(name)?;
-        let bytes = &source.bytes()[range.clone()];
-        let count = most.min(bytes.len() / dtype.size_in_bytes());
-        kernels::tensor_of_bytes(&bytes[..count * dtype.size_in_bytes()], *dtype, DType::F32, count)
-            .and_then(|numbers| numbers.to_vec1())
-            .map_err(|source| WeightsError::tensor(&self.name, name, source))
-    }
-
-    fn entry(&self, name: &str) -> Result<&Entry, WeightsError> {
-        let unknown = || WeightsError::NoSuchTensor { file: self.name.clone(), tensor: name.to_owned() };
-        self.entries.get(name).ok_or_else(unknown)
+        let first = self.get(name)?.first(most);
+        first.map_err(|source| WeightsError::tensor(&self.name, name, source))
     }
 
     /// Checks that no file was written to since it was opened: that what was read is what it held then.
@@ -157,15 +140,13 @@ impl StoredTensors {
     /// # Errors
     /// [`WeightsError::Changed`].
     pub fn check_unchanged(&self) -> Result<(), WeightsError> {
-        let mut checked: Option<&Arc<Source>> = None;
+        let mut checked: Option<&Arc<StoredBytes>> = None;
         for source in self.entries.values().map(|entry| &entry.source) {
             if checked.is_some_and(|checked| Arc::ptr_eq(checked, source)) {
                 continue;
             }
             checked = Some(source);
-            if let Source::File(file) = &**source
-                && !file.is_unchanged().map_err(WeightsError::io(Path::new(&self.name)))?
-            {
+            if !source.is_unchanged().map_err(WeightsError::io(Path::new(&self.name)))? {
                 return Err(WeightsError::Changed { file: self.name.clone() });
             }
         }

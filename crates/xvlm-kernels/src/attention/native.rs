@@ -21,7 +21,7 @@ use half::bf16;
 
 use super::head::{Bias, Extent, Source, Target, hide_later, lend, padded};
 use crate::real::Real;
-use crate::simd::native::{LANES, Lanes, Steps, first_lanes, numbers, transposed};
+use crate::simd::native::{LANES, Lanes, Steps, Walk, add_products, first_lanes, numbers, tile_of, transposed};
 
 /// Most scores of a tile, unless that is one vector wide: what the second cache has room for beside the other matrices.
 const SCORES: usize = 1 << 16;
@@ -149,6 +149,14 @@ pub(super) fn attend<T: Instructions>(extent: &Extent, [q, k, v]: [Source<T>; 3]
     });
 }
 
+/// Asks the memory for a line of it. Whoever reads a row of a head asks for that of the head beside it, which mostly comes next and whose
+/// rows lie too far apart for the CPU to see them coming.
+#[inline(always)]
+fn fetch<T>(line: *const T) {
+    // SAFETY: an instruction of every x86-64, which no address makes fail.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
+}
+
 /// Keys as they are, `[keys, stride]` words, of which `words` are used.
 struct CopyKeys<'a, T> {
     k: Source<'a, T>,
@@ -167,6 +175,7 @@ impl<T: Instructions> Step for CopyKeys<'_, T> {
             for word in (0..words).step_by(LANES) {
                 // SAFETY: the lanes are inside the row, and `out` is as large as it says.
                 unsafe {
+                    fetch(row.wrapping_add(words + word));
                     let numbers = _mm512_maskz_loadu_epi32(first_lanes(words - word), row.add(word));
                     _mm512_storeu_si512(out.add(key * stride + word).cast(), numbers);
                 }
@@ -196,6 +205,7 @@ impl<T: Instructions> Step for PackQueries<'_, T> {
                     let mut rows = [_mm512_setzero_si512(); LANES];
                     for i in 0..LANES.min(queries.len() - group) {
                         let row = q.row(queries.start + group + i).as_ptr().cast::<i32>();
+                        fetch(row.wrapping_add(words + block));
                         rows[i] = _mm512_maskz_loadu_epi32(mask, row.add(block));
                     }
                     let columns = transposed(rows);
@@ -229,6 +239,10 @@ impl<T: Instructions> Step for PackValues<'_, T> {
                 let lanes = first_lanes(width - column);
                 // SAFETY: the lanes are inside the rows, and `out` is as large as it says.
                 unsafe {
+                    fetch(first.wrapping_add(width + column));
+                    if let Some(second) = second {
+                        fetch(second.wrapping_add(width + column));
+                    }
                     let read = |row: *const T| {
                         if numbers::<T>() == 1 {
                             _mm512_maskz_loadu_epi32(lanes, row.add(column).cast())
@@ -245,16 +259,6 @@ impl<T: Instructions> Step for PackValues<'_, T> {
             }
         }
     }
-}
-
-/// Calls `$this.tile::<rows, $V>(..)` with a constant for the variable number of rows.
-macro_rules! tile_of {
-    ($this:expr, $rows:expr, $arguments:tt, $V:literal: $($R:literal)*) => {
-        match $rows {
-            $($R => $this.tile::<$R, $V> $arguments,)*
-            _ => unreachable!("no tile of so many rows"),
-        }
-    };
 }
 
 /// Calls `$this.tile` for rows `0..$count` in tiles of about the same size, as high as sums of `$vectors` vectors fit the
@@ -319,20 +323,8 @@ impl<T: Instructions> Scores<'_, T> {
         // SAFETY: the caller's promise.
         unsafe {
             let mut sums = [[_mm512_setzero_ps(); V]; R];
-            let (mut k, mut q) = (self.k.add(first_key * self.k_stride), self.q);
-            for _ in 0..self.words {
-                let mut row = [_mm512_setzero_si512(); V];
-                for v in 0..V {
-                    row[v] = _mm512_loadu_si512(q.add(v * LANES).cast());
-                }
-                for r in 0..R {
-                    let number = _mm512_set1_epi32((*k.add(r * self.k_stride)).cast_signed());
-                    for v in 0..V {
-                        sums[r][v] = T::add_product(sums[r][v], number, row[v]);
-                    }
-                }
-                (k, q) = (k.add(1), q.add(V * LANES));
-            }
+            let k = Walk { start: self.k.add(first_key * self.k_stride), row: self.k_stride, word: 1 };
+            add_products::<T, R, V>(self.words, k, (self.q, V * LANES), &mut sums, || ());
             let (scale, log2_e) = (_mm512_set1_ps(self.scale * LOG2_E), _mm512_set1_ps(LOG2_E));
             for r in 0..R {
                 let key = first_key + r;
@@ -477,21 +469,9 @@ impl<T: Instructions> Mix<'_, '_, '_, T> {
         // SAFETY: the caller's promise.
         unsafe {
             let mut sums = [[_mm512_setzero_ps(); V]; R];
-            let (mut p, mut v_row) = (self.p.add(first), self.v.add(column));
-            for _ in 0..self.seen.div_ceil(numbers::<T>()) {
-                let mut row = [_mm512_setzero_si512(); V];
-                for v in 0..V {
-                    row[v] = _mm512_loadu_si512(v_row.add(v * LANES).cast());
-                }
-                for r in 0..R {
-                    let number = _mm512_set1_epi32((*p.add(r)).cast_signed());
-                    for v in 0..V {
-                        sums[r][v] = T::add_product(sums[r][v], number, row[v]);
-                    }
-                }
-                // The last step leaves them behind their matrices, where nothing is read.
-                (p, v_row) = (p.wrapping_add(self.tile), v_row.wrapping_add(self.stride));
-            }
+            let p = Walk { start: self.p.add(first), row: 1, word: self.tile };
+            let words = self.seen.div_ceil(numbers::<T>());
+            add_products::<T, R, V>(words, p, (self.v.add(column), self.stride), &mut sums, || ());
             for r in 0..R {
                 let scale = _mm512_set1_ps(self.scales[first + r]);
                 let out = &mut self.out.row(self.queries.start + first + r)[column..];

@@ -28,9 +28,10 @@ pub(crate) use blocks::{Multiplier, Native, Panels};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use pack::{numbers, transposed};
 #[cfg(target_arch = "x86_64")]
-pub(crate) use tile::{LANES, Lanes, Steps, first_lanes};
+pub(crate) use tile::{LANES, Lanes, Steps, Walk, add_products, first_lanes, tile_of};
 
 use crate::activation::Curve;
+use crate::numbers::Lines;
 
 /// A factor of a product, by how the dimension that is summed lies in its memory. A line is a row of the first factor or a
 /// column of the second.
@@ -49,6 +50,8 @@ pub(crate) enum Factor<'a, T> {
 pub(crate) enum Second<'a, T> {
     Plain(Factor<'a, T>),
     Packed(&'a Panels<T>),
+    /// Used once.
+    Lines(&'a Lines<'a, T>),
 }
 
 /// `out [m, n] = finish(a · b)`.
@@ -134,6 +137,10 @@ pub(crate) struct Panels<T>(std::convert::Infallible, std::marker::PhantomData<T
 
 #[cfg(not(target_arch = "x86_64"))]
 impl<T> Panels<T> {
+    pub(crate) fn size(&self) -> (usize, usize) {
+        match self.0 {}
+    }
+
     pub(crate) fn unpacked(&self) -> Vec<T> {
         match self.0 {}
     }
@@ -150,6 +157,10 @@ impl<T: Native> Multiplier<T> {
     }
 
     pub(crate) fn pack(&self, _: Factor<T>, _: (usize, usize)) -> Panels<T> {
+        match self.0 {}
+    }
+
+    pub(crate) fn pack_lines(&self, _: &Lines<T>, _: (usize, usize)) -> Panels<T> {
         match self.0 {}
     }
 

@@ -29,7 +29,7 @@ pub(super) fn window_attention<T: Instructions>(qkv: &Tensor, bias: &Tensor, sha
 /// The same with biases that [`tables`] made, which have no gradient.
 pub(super) fn prepared<T: Instructions>(
     qkv: &Tensor,
-    tables: &Arc<[f32]>,
+    tables: &Arc<Vec<f32>>,
     heads: usize,
     shape: WindowShape,
 ) -> Result<Tensor> {
@@ -41,6 +41,12 @@ pub(super) fn prepared<T: Instructions>(
         let (dqkv, _) = windows.backward(&read::<T>(qkv)?, &tables, &read::<T>(gradient)?);
         Ok([Some(dqkv.detached())])
     })
+}
+
+/// The same without gradients.
+pub(super) fn once<T: Instructions>(qkv: &Tensor, tables: &[f32], heads: usize, shape: WindowShape) -> Result<Tensor> {
+    let (images, _, packed) = qkv.dims3()?;
+    Ok(Windows::new(images, heads, packed / 3, shape).forward(&read::<T>(qkv)?, tables).detached())
 }
 
 /// Biases `[heads, area, area]` key by key: `[heads, area, stride]`.
@@ -57,6 +63,25 @@ pub(super) fn tables<T: Real>(bias: &Tensor) -> Result<Vec<f32>> {
                     row[query] = x.widen();
                 }
             }
+        }
+    });
+    Ok(tables)
+}
+
+/// The same of what pairs have by their relative position, `[heads, (2·window − 1)²]`, in memory that was used before.
+pub(super) fn tables_of_rows(rows: &Tensor, window: usize, memory: Vec<f32>) -> Result<Vec<f32>> {
+    let (area, side) = (window * window, 2 * window - 1);
+    let stride = area.next_multiple_of(LANES);
+    let (rows, mut tables) = (&*read::<f32>(rows)?, memory);
+    tables.resize(rows.len() / (side * side) * area * stride, 0.0);
+    tables.par_chunks_mut(area * stride).zip(rows.par_chunks(side * side)).for_each(|(table, rows)| {
+        for (key, out) in table.chunks_exact_mut(stride).enumerate() {
+            let (v, u) = (key / window, key % window);
+            for (y, out) in out[..area].chunks_exact_mut(window).enumerate() {
+                let first = (y + window - 1 - v) * side + window - 1 - u;
+                out.copy_from_slice(&rows[first..first + window]);
+            }
+            out[area..].fill(0.0);
         }
     });
     Ok(tables)

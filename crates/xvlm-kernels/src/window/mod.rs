@@ -1,11 +1,13 @@
 //! Shifted-window attention with relative-position bias (Swin).
 
-use std::sync::Arc;
+use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 use half::bf16;
 
-use crate::attention::head_width;
+use crate::attention::{Instructions, head_width};
 use crate::error::{KernelError, check_shape};
 use crate::path::Path;
 use crate::softmax::softmax;
@@ -121,7 +123,9 @@ pub struct WindowBias(Layout);
 #[derive(Clone, Debug)]
 enum Layout {
     /// Key by key in `f32`, as the CPU adds it, with the sizes it came in.
-    Tables { tables: Arc<[f32]>, shape: [usize; 3] },
+    Tables { tables: Arc<Vec<f32>>, shape: [usize; 3] },
+    /// By relative position, until it is used a second time.
+    Rows(Arc<Rows>),
     /// `[heads, window², window²]`
     Plain(Tensor),
 }
@@ -146,7 +150,80 @@ impl WindowBias {
             Path::HostBf16 => host::tables::<bf16>(&bias)?,
             _ => return Ok(Self(Layout::Plain(bias))),
         };
-        Ok(Self(Layout::Tables { tables: tables.into(), shape }))
+        Ok(Self(Layout::Tables { tables: Arc::new(tables), shape }))
+    }
+
+    /// Of what pairs of tokens have by their relative position: `rows [(2·window − 1)², heads]`, in which the row of query `(y, x)`
+    /// and key `(v, u)` is `(y − v + window − 1) · (2·window − 1) + x − u + window − 1` (Liu et al. 2021, §3.2).
+    ///
+    /// # Errors
+    /// If `rows` are not of this shape, or there are no heads or no tokens.
+    pub fn of_rows(rows: &Tensor, window: usize) -> Result<Self> {
+        const OP: &str = "WindowBias::of_rows";
+        let (found, heads) = rows.dims2()?;
+        let side = (2 * window).saturating_sub(1);
+        if window == 0 || heads == 0 || found != side * side {
+            let expected = format!("[{}, heads], both above 0", side * side);
+            return Err(KernelError::Shape { op: OP, argument: "rows", expected, found: rows.dims().to_vec() }.into());
+        }
+        let by_head = rows.detach().t()?.contiguous()?;
+        match Path::for_tensor(&by_head) {
+            Path::HostF32 | Path::HostBf16 => {
+                let rows = Rows {
+                    window,
+                    heads,
+                    by_head: by_head.to_dtype(DType::F32)?,
+                    is_used: AtomicBool::new(false),
+                    tables: OnceLock::new(),
+                };
+                Ok(Self(Layout::Rows(Arc::new(rows))))
+            }
+            _ => {
+                let axis = |a: usize, b: usize| a + window - 1 - b;
+                let area = window * window;
+                let row = |query: usize, key: usize| {
+                    axis(query / window, key / window) * side + axis(query % window, key % window)
+                };
+                let index = (0..area).flat_map(|query| (0..area).map(move |key| row(query, key) as u32)).collect();
+                let index = Tensor::from_vec(index, area * area, rows.device())?;
+                Self::new(&by_head.index_select(&index, 1)?.reshape((heads, area, area))?)
+            }
+        }
+    }
+}
+
+/// Biases by relative position, of which tables are made for each of the first uses, and for good for later ones: memory that
+/// was not used before costs more than what is written to it.
+#[derive(Debug)]
+struct Rows {
+    window: usize,
+    heads: usize,
+    /// `[heads, (2·window − 1)²]` in `f32`.
+    by_head: Tensor,
+    is_used: AtomicBool,
+    tables: OnceLock<Arc<Vec<f32>>>,
+}
+
+impl Rows {
+    /// Attention with these biases.
+    fn attend<T: Instructions>(&self, qkv: &Tensor, shape: WindowShape) -> Result<Tensor> {
+        thread_local! {
+            static TABLES: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+        }
+        if !qkv.track_op() && !self.is_used.swap(true, Ordering::Relaxed) {
+            let tables = host::tables_of_rows(&self.by_head, self.window, TABLES.take())?;
+            let result = host::once::<T>(qkv, &tables, self.heads, shape);
+            TABLES.set(tables);
+            return result;
+        }
+        let tables = match self.tables.get() {
+            Some(tables) => tables,
+            None => {
+                let new = host::tables_of_rows(&self.by_head, self.window, Vec::new())?;
+                self.tables.get_or_init(|| Arc::new(new))
+            }
+        };
+        host::prepared::<T>(qkv, tables, self.heads, shape)
     }
 }
 
@@ -157,18 +234,30 @@ impl WindowBias {
 pub fn window_attention_with(qkv: &Tensor, bias: &WindowBias, shape: WindowShape) -> Result<Tensor> {
     let (tables, of_bias) = match &bias.0 {
         Layout::Plain(bias) => return window_attention(qkv, bias, shape),
+        Layout::Rows(rows) => {
+            let area = rows.window * rows.window;
+            check(qkv, &[rows.heads, area, area], shape)?;
+            return match Path::for_tensor(qkv) {
+                Path::HostF32 => rows.attend::<f32>(&qkv.contiguous()?, shape),
+                Path::HostBf16 => rows.attend::<bf16>(&qkv.contiguous()?, shape),
+                _ => Err(elsewhere(qkv)),
+            };
+        }
         Layout::Tables { tables, shape } => (tables, shape),
     };
     check(qkv, of_bias, shape)?;
     match Path::for_tensor(qkv) {
         Path::HostF32 => host::prepared::<f32>(&qkv.contiguous()?, tables, of_bias[0], shape),
         Path::HostBf16 => host::prepared::<bf16>(&qkv.contiguous()?, tables, of_bias[0], shape),
-        _ => {
-            let found = format!("{:?} on {:?}", qkv.dtype(), qkv.device().location());
-            let expected = "f32 or bf16 on the CPU, where the bias was laid out".into();
-            Err(KernelError::Value { op: OP, argument: "qkv", expected, found }.into())
-        }
+        _ => Err(elsewhere(qkv)),
     }
+}
+
+/// The error for what is not where a bias was laid out.
+fn elsewhere(qkv: &Tensor) -> candle_core::Error {
+    let found = format!("{:?} on {:?}", qkv.dtype(), qkv.device().location());
+    let expected = "f32 or bf16 on the CPU, where the bias was laid out".into();
+    KernelError::Value { op: OP, argument: "qkv", expected, found }.into()
 }
 
 /// Fails unless the shapes fit, that of the bias among them.
@@ -214,4 +303,55 @@ fn composed(qkv: &Tensor, bias: &Tensor, shape: WindowShape) -> Result<Tensor> {
     }
     let mixed = softmax(&scores, D::Minus1)?.matmul(&v)?.transpose(1, 2)?.contiguous()?.reshape((n, tokens, c))?;
     mixed.index_select(&Tensor::new(place, device)?, 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    /// To the bit, in every use, what the same biases are pair by pair.
+    #[test]
+    fn biases_by_relative_position_are_those_of_pairs() {
+        for (window, heads, side, dtype) in
+            [(1, 1, 2, DType::F32), (4, 2, 8, DType::F32), (7, 3, 14, DType::BF16), (3, 2, 6, DType::F64)]
+        {
+            let device = &Device::Cpu;
+            let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, device).unwrap().to_dtype(dtype).unwrap();
+            let (places, area) = ((2 * window - 1) * (2 * window - 1), window * window);
+            let (rows, qkv) = (random(&[places, heads]), random(&[2, side * side, 3 * 8 * heads]));
+            let axis = |a: usize, b: usize| a + window - 1 - b;
+            let place =
+                |q: usize, k: usize| axis(q / window, k / window) * (2 * window - 1) + axis(q % window, k % window);
+            let index: Vec<u32> = (0..area * area).map(|pair| place(pair / area, pair % area) as u32).collect();
+            let pairs = rows.index_select(&Tensor::new(index, device).unwrap(), 0).unwrap();
+            let pairs = pairs.t().unwrap().contiguous().unwrap().reshape((heads, area, area)).unwrap();
+            let shape = WindowShape { height: side, width: side, window, shift: window / 2 };
+            let numbers = |x: Tensor| x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let wanted = WindowBias::new(&pairs).unwrap();
+            let wanted = numbers(window_attention_with(&qkv, &wanted, shape).unwrap());
+            let bias = WindowBias::of_rows(&rows, window).unwrap();
+            for _ in 0..3 {
+                assert_eq!(numbers(window_attention_with(&qkv, &bias, shape).unwrap()), wanted);
+            }
+        }
+    }
+
+    #[test]
+    fn rows_that_do_not_fit_a_window_are_named() {
+        let rows = |shape: (usize, usize)| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+        for (shape, window) in [((48, 3), 4), ((49, 0), 4), ((1, 1), 0)] {
+            let error = WindowBias::of_rows(&rows(shape), window).unwrap_err().to_string();
+            assert!(error.contains("WindowBias::of_rows: `rows`"), "{error}");
+        }
+        let bias = WindowBias::of_rows(&rows((49, 3)), 4).unwrap();
+        let shape = WindowShape { height: 4, width: 4, window: 4, shift: 0 };
+        let attend = |dtype| {
+            let qkv = Tensor::zeros((1, 16, 72), dtype, &Device::Cpu).unwrap();
+            window_attention_with(&qkv, &bias, shape).map(drop)
+        };
+        assert!(attend(DType::F32).is_ok());
+        assert!(attend(DType::F64).unwrap_err().to_string().contains("where the bias was laid out"));
+    }
 }

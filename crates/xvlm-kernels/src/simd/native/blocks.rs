@@ -13,19 +13,23 @@ use super::tile::{COLUMNS, LANES, Place, ROWS};
 use super::{Factor, Finish, Product, Second, Then};
 use crate::host::Disjoint;
 
-/// Words of the summed dimension that a block takes, a multiple of two vectors: a panel of `b` (64 KiB) and a block of `a`
-/// lie in the second cache.
-const WORDS: usize = 512;
+mod lines;
+
+/// Most words of the summed dimension that a block takes, a multiple of two vectors: two panels of `b` (96 KiB each), one of
+/// which is fetched, and a block of `a` (504 KiB) lie in the second cache.
+const WORDS: usize = 768;
 /// Numbers of the summed dimension that are packed for several panels in turn, if they lie in the same rows.
 const CHUNK: usize = 32;
-/// Tiles above each other in a block.
-const TILES: usize = 8;
-/// Panels of `b` beside each other in a block.
-const PANELS: usize = 16;
+/// Most tiles above each other in a block.
+const TILES: usize = 12;
 /// Bytes of `b` that are packed at a time, if those are as deep as a block.
 const SLAB: usize = 16 << 20;
-/// Blocks for each thread, so that none waits long for the last.
-const BLOCKS_A_THREAD: usize = 4;
+/// Blocks for each thread that are enough to spread any product evenly.
+const BLOCKS_A_THREAD: usize = 8;
+/// What it costs to pack a word of `a`, and to bring a word of a panel from memory, in units of what it costs to multiply one
+/// word of a row by one of a panel; measured.
+const PACKING: usize = 1;
+const FETCHING: usize = 5;
 /// Multiplications below which waking other threads costs more than they save.
 const FEW: usize = 1 << 18;
 
@@ -33,9 +37,15 @@ const FEW: usize = 1 << 18;
 #[repr(C, align(64))]
 struct Line(#[allow(dead_code)] [MaybeUninit<u32>; LANES]);
 
-/// The numbers of the summed dimension that a block takes.
+/// The most numbers of the summed dimension that a block takes.
 const fn depth<T>() -> usize {
     WORDS * numbers::<T>()
+}
+
+/// The numbers of a summed dimension of `k` that a block takes, so that all take about as many.
+fn block_depth<T>(k: usize) -> usize {
+    let blocks = k.div_ceil(depth::<T>()).max(1);
+    k.div_ceil(blocks).max(1).next_multiple_of(2 * LANES * numbers::<T>())
 }
 
 /// A number of factors with instructions of its own.
@@ -105,6 +115,13 @@ pub(crate) struct Panels<T> {
     of: PhantomData<T>,
 }
 
+impl<T> Panels<T> {
+    /// Its columns and the summed dimension.
+    pub(crate) fn size(&self) -> (usize, usize) {
+        self.size
+    }
+}
+
 impl<T: Native + Default> Panels<T> {
     /// As it was before it was packed, `[n, k]`.
     pub(crate) fn unpacked(&self) -> Vec<T> {
@@ -149,6 +166,9 @@ impl<T: Native> Multiplier<T> {
     /// # Panics
     /// If a factor, what the sums are finished with, or the result has another size than the product says.
     pub(crate) fn multiply(self, product: Product<T>) {
+        if let Second::Lines(lines) = product.b {
+            return self.multiply_lines(product, lines);
+        }
         let Product { size: (m, n, k), a, b, finish, out } = product;
         let a = Source::of(a, m, k);
         check((m, n), &finish, out);
@@ -156,12 +176,13 @@ impl<T: Native> Multiplier<T> {
         if m == 0 || n == 0 {
             return;
         }
-        let mut sums = Vec::<f32>::with_capacity(if k > depth::<T>() { m * n } else { 0 });
+        let depth = block_depth::<T>(k);
+        let mut sums = Vec::<f32>::with_capacity(if k > depth { m * n } else { 0 });
         let mut slab_depth = k.max(1);
         let mut panels = Vec::new();
         let packing = match b {
             Second::Plain(b) => {
-                slab_depth = (SLAB / (size_of::<T>() * n) / depth::<T>()).max(1) * depth::<T>();
+                slab_depth = (SLAB / (size_of::<T>() * n) / depth).max(1) * depth;
                 panels = lines::<T>(n, k.min(slab_depth));
                 Some(Packing { source: Source::of(b, n, k), n, panels: Disjoint::of(panels.as_mut_ptr().cast()) })
             }
@@ -169,13 +190,16 @@ impl<T: Native> Multiplier<T> {
                 assert!(panels.size == (n, k), "a factor of {n} columns of {k} numbers");
                 None
             }
+            Second::Lines(_) => unreachable!("multiplied already"),
         };
         let packed = match b {
             Second::Plain(_) => panels.as_ptr(),
             Second::Packed(panels) => panels.words.as_ptr(),
+            Second::Lines(_) => unreachable!("multiplied already"),
         };
         let whole = Whole {
             size: (m, n, k),
+            depth,
             a,
             panels: Disjoint::of(packed.cast_mut().cast()),
             finish,
@@ -243,33 +267,38 @@ fn panel(n: usize, words: usize, panel: usize) -> Panel {
 struct Grid {
     m: usize,
     n: usize,
-    /// Blocks above each other, of as many rows or one less.
-    row_blocks: usize,
-    /// Columns of a block, whole panels.
-    columns: usize,
+    /// Blocks above and beside each other, of as many rows and panels or one less.
+    above: usize,
+    beside: usize,
 }
 
 impl Grid {
+    /// The cheapest for threads of the same speed, that the slowest of them ends early: each column of blocks packs all of `a`, each row of
+    /// blocks fetches all of `b`, and a thread that finds no block waits for the others.
     fn of(m: usize, n: usize, threads: usize) -> Self {
-        let (mut tiles, mut panels) = (TILES, PANELS);
-        loop {
-            let grid = Self { m, n, row_blocks: m.div_ceil(tiles * ROWS), columns: panels * COLUMNS };
-            if threads == 1 || grid.blocks() >= BLOCKS_A_THREAD * threads || tiles == 1 {
-                return grid;
-            }
-            // Packing `a` again for other columns costs more than reading `b` again for other rows.
-            if tiles > 4 || panels <= 4 { tiles /= 2 } else { panels /= 2 }
-        }
+        let (tiles, panels) = (m.div_ceil(ROWS), n.div_ceil(COLUMNS));
+        let fewest = m.div_ceil(TILES * ROWS);
+        let grids = (1..=panels).flat_map(|beside| {
+            let enough = fewest.next_multiple_of(threads).max(BLOCKS_A_THREAD * threads / beside);
+            (fewest..=enough.min(tiles)).map(move |above| Self { m, n, above, beside })
+        });
+        let cost = |grid: &Self| {
+            let Self { above, beside, .. } = grid;
+            let work = m * panels + PACKING * m * beside + FETCHING * panels * above;
+            work as f64 * grid.blocks().div_ceil(threads) as f64 / grid.blocks() as f64
+        };
+        grids.min_by(|a, b| cost(a).total_cmp(&cost(b))).expect("a row and a column at least")
     }
 
     fn blocks(&self) -> usize {
-        self.row_blocks * self.n.div_ceil(self.columns)
+        self.above * self.beside
     }
 
     /// Blocks above each other follow each other, since they share columns of `b`.
     fn block(&self, i: usize) -> (Range<usize>, Range<usize>) {
-        let column = i / self.row_blocks * self.columns;
-        (part(self.m, self.row_blocks, i % self.row_blocks), column..self.n.min(column + self.columns))
+        let panels = part(self.n.div_ceil(COLUMNS), self.beside, i / self.above);
+        let columns = panels.start * COLUMNS..self.n.min(panels.end * COLUMNS);
+        (part(self.m, self.above, i % self.above), columns)
     }
 }
 
@@ -330,6 +359,8 @@ impl<T: Native> Packing<T> {
 /// A product with its memory.
 struct Whole<'a, T: Native> {
     size: (usize, usize, usize),
+    /// Numbers of the summed dimension that a block takes.
+    depth: usize,
     a: Source<T>,
     /// A slab of the second factor.
     panels: Disjoint<u32>,
@@ -350,7 +381,7 @@ impl<T: Native> Whole<'_, T> {
         let tile = |i: usize| part(rows.len(), tiles, i);
         let mut start = slab.start;
         loop {
-            let depths = (slab.end - start).min(depth::<T>());
+            let depths = (slab.end - start).min(self.depth);
             let words = depths.div_ceil(numbers::<T>());
             for (at, depths) in chunks(0..depths, &self.a) {
                 for i in 0..tiles {
@@ -367,8 +398,7 @@ impl<T: Native> Whole<'_, T> {
             let part_of = |i: usize, start: usize| {
                 let panel = panel(n, slab.len().div_ceil(numbers::<T>()), i);
                 let below = (start - slab.start) / numbers::<T>() * panel.width;
-                // SAFETY: a part of the slab.
-                (unsafe { self.panels.start().add(panel.start + below).cast_const() }, panel)
+                (self.panels.start().wrapping_add(panel.start + below).cast_const(), panel)
             };
             for i in panels.clone() {
                 let (b, panel) = part_of(i, start);

@@ -6,8 +6,10 @@ use std::arch::x86_64::*;
 use super::Factor;
 use super::tile::{LANES, first_lanes};
 
-/// How many rows ahead of those it packs [`interleave`] asks the memory for, which does not see by itself what comes.
+/// How many rows ahead of those it packs [`interleave`] asks the memory for, which does not see by itself what comes,
 const AHEAD: usize = 32;
+/// and how many vectors ahead [`transpose`] does, in each of its rows.
+const VECTORS_AHEAD: usize = 4;
 
 /// A factor in memory.
 #[derive(Clone, Copy)]
@@ -147,6 +149,7 @@ unsafe fn transpose<T>(
             // SAFETY: the caller's promise; numbers that are not there are not read.
             *row = unsafe {
                 let from = start.add(line.min(lines - 1) * stride + depth);
+                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(VECTORS_AHEAD * step).cast());
                 match numbers::<T>() {
                     1 => _mm512_maskz_loadu_epi32(there as __mmask16, from.cast()),
                     2 => _mm512_maskz_loadu_epi16(there as __mmask32, from.cast()),

@@ -1,5 +1,8 @@
 //! A tile of the result, whose sums stay in registers while the summed dimension passes by.
 
+// Counted loops: what an iterator calls is not always inlined, and then its vectors are not kept in registers.
+#![allow(clippy::needless_range_loop)]
+
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
@@ -129,15 +132,60 @@ impl Steps for i8 {
     }
 }
 
-/// Calls `tile` with constants for the variable number of rows and the number of vectors.
+/// The first factor of a tile.
+#[derive(Clone, Copy)]
+pub(crate) struct Walk {
+    /// A word of its first row.
+    pub(crate) start: *const u32,
+    /// Words from row to row, and from one word of a row to the next.
+    pub(crate) row: usize,
+    pub(crate) word: usize,
+}
+
+/// Adds the products of the `words` words of `R` rows of `a` and of `V` vectors at `b`, the next `b_step` words on, to `sums`. What
+/// there is to do beside each of them is done `meanwhile`.
+///
+/// # Safety
+/// The CPU has the instructions, and the words are there.
+#[inline(always)]
+pub(crate) unsafe fn add_products<T: Steps, const R: usize, const V: usize>(
+    words: usize,
+    a: Walk,
+    (mut b, b_step): (*const u32, usize),
+    sums: &mut [[__m512; V]; R],
+    mut meanwhile: impl FnMut(),
+) {
+    let mut word = a.start;
+    for _ in 0..words {
+        meanwhile();
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut vectors = [_mm512_setzero_si512(); V];
+            for v in 0..V {
+                vectors[v] = _mm512_loadu_si512(b.add(v * LANES).cast());
+            }
+            for r in 0..R {
+                let number = _mm512_set1_epi32((*word.add(r * a.row)).cast_signed());
+                for v in 0..V {
+                    sums[r][v] = T::add_product(sums[r][v], number, vectors[v]);
+                }
+            }
+        }
+        // The last step may leave them behind their matrices, where nothing is read.
+        (word, b) = (word.wrapping_add(a.word), b.wrapping_add(b_step));
+    }
+}
+
+/// Calls `$this.tile::<rows, $V>(..)` with a constant for the variable number of rows.
 macro_rules! tile_of {
-    ($place:expr, $sums:expr, $rows:expr, $V:literal: $($R:literal)*) => {
+    ($this:expr, $rows:expr, $arguments:tt, $V:literal: $($R:literal)*) => {
         match $rows {
-            $($R => $place.tile::<$R, $V>($sums),)*
+            $($R => $this.tile::<$R, $V> $arguments,)*
             _ => unreachable!("no tile of so many rows"),
         }
     };
 }
+pub(crate) use tile_of;
 
 macro_rules! sum_up {
     ($T:ty, $features:literal) => {
@@ -154,9 +202,9 @@ macro_rules! sum_up {
                 // SAFETY: the caller's promise.
                 unsafe {
                     if self.columns > LANES {
-                        tile_of!(self, sums, rows, 2: 1 2 3 4 5 6 7 8 9 10 11 12 13 14)
+                        tile_of!(self, rows, (sums), 2: 1 2 3 4 5 6 7 8 9 10 11 12 13 14)
                     } else {
-                        tile_of!(self, sums, rows, 1: 1 2 3 4 5 6 7 8 9 10 11 12 13 14)
+                        tile_of!(self, rows, (sums), 1: 1 2 3 4 5 6 7 8 9 10 11 12 13 14)
                     }
                     if self.is_last && !self.is_plain() {
                         self.finish(rows, sums);
@@ -222,22 +270,19 @@ impl<T: Steps<Out: Lanes>> Place<'_, T> {
                     }
                 }
             }
-            let (mut a, mut row, mut ahead) = (self.a, self.b, self.ahead);
-            for _ in 0..self.words {
-                _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
-                ahead = ahead.wrapping_add(self.ahead_step);
-                let mut b = [_mm512_setzero_si512(); V];
-                for (v, b) in b.iter_mut().enumerate() {
-                    *b = _mm512_loadu_si512(row.add(v * LANES).cast());
-                }
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    let a = _mm512_set1_epi32((*a.add(r)).cast_signed());
-                    for (sum, b) in sums.iter_mut().zip(&b) {
-                        *sum = T::add_product(*sum, a, *b);
-                    }
-                }
-                (a, row) = (a.add(R), row.add(V * LANES));
-            }
+            let a = Walk { start: self.a, row: 1, word: R };
+            let mut ahead = self.ahead;
+            add_products::<T, R, V>(
+                self.words,
+                a,
+                (self.b, V * LANES),
+                &mut sums,
+                #[inline(always)]
+                || {
+                    _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
+                    ahead = ahead.wrapping_add(self.ahead_step);
+                },
+            );
             if !self.is_last {
                 for (r, sums) in sums.iter().enumerate() {
                     for (v, sum) in sums.iter().enumerate() {
