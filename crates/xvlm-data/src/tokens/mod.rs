@@ -36,8 +36,8 @@ pub struct TextTokenizer {
     continues: Vec<bool>,
 }
 
-/// A tokenizer of word pieces whose model is read as what it is: to find out what it is, the library keeps a vocabulary in three
-/// other forms first, which takes three quarters of the time.
+/// A tokenizer of word pieces whose model is read as what it is: to find out what a model is, the library keeps its vocabulary in
+/// other forms first.
 type WordPieces =
     TokenizerImpl<WordPiece, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
 
