@@ -119,7 +119,7 @@ impl Ground {
                     let mut ranked = vec![Vec::new(); heated.len()];
                     if let Some(boxes) = proposals.as_ref().map(|proposals| &proposals[number]) {
                         for (heated, ranked) in heated.iter_mut().zip(&mut ranked) {
-                            *ranked = heated.rank(boxes);
+                            *ranked = heated.rank(boxes)?;
                             heated.bounds = ranked[0].bounds;
                         }
                     }

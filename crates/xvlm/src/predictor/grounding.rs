@@ -62,9 +62,9 @@ pub struct Heated {
     /// The heat of each patch.
     #[serde(skip)]
     pub map: HeatMap,
-    /// The heat of each pixel.
+    /// Width and height of the picture in pixels.
     #[serde(skip)]
-    pub stretched: StretchedHeat,
+    pub size: (u32, u32),
 }
 
 /// A box that was proposed, and how much of the heat is in it.
@@ -82,13 +82,17 @@ pub struct Proposal {
 impl Heated {
     /// Ranks proposed boxes `(x, y, w, h)`, in pixels of the picture, by the heat inside; the best first, and of equal ones the
     /// earlier. Those without area are left out.
-    pub fn rank(&self, proposals: &[[f32; 4]]) -> Vec<Proposal> {
-        let scored = proposals.iter().zip(self.stretched.rank(proposals)).enumerate();
+    ///
+    /// # Errors
+    /// If [`Self::map`] is not what its side says, or a side of [`Self::size`] is 0.
+    pub fn rank(&self, proposals: &[[f32; 4]]) -> Result<Vec<Proposal>, Error> {
+        let (width, height) = self.size;
+        let scored = proposals.iter().zip(self.map.stretched(width, height)?.rank(proposals)).enumerate();
         let scored = scored.filter(|(_, ([_, _, w, h], _))| *w > 0.0 && *h > 0.0);
         let mut ranked: Vec<Proposal> =
             scored.map(|(index, (&bbox, score))| Proposal { index, bounds: bbox.into(), score }).collect();
         ranked.sort_by(|a, b| b.score.total_cmp(&a.score));
-        ranked
+        Ok(ranked)
     }
 }
 
@@ -130,15 +134,10 @@ impl Views<'_> {
     pub fn heat(&self, texts: &[&str], layers: Layers) -> Result<Vec<Vec<Heated>>, Error> {
         let maps = grounding::heat_maps(self.model, &self.images, &self.about(texts), layers)?;
         self.by_picture(texts, maps, |(width, height), text, map: HeatMap| {
-            let stretched = map.stretched(width, height)?;
-            Ok(Heated {
-                text: text.to_owned(),
-                bounds: stretched.bounds(StretchedHeat::SHARE).into(),
-                point: map.point(width, height),
-                probability: map.probability,
-                map,
-                stretched,
-            })
+            // The stretched map is let go: of many large pictures and texts it is much more than all the rest.
+            let bounds = map.stretched(width, height)?.bounds(StretchedHeat::SHARE).into();
+            let (point, probability) = (map.point(width, height), map.probability);
+            Ok(Heated { text: text.to_owned(), bounds, point, probability, map, size: (width, height) })
         })
     }
 }
