@@ -143,6 +143,12 @@ pub enum SweepProblem {
         /// What was expected and found.
         message: String,
     },
+    /// A file of answers that another process has.
+    #[error("{}: another process writes here", path.display())]
+    Locked {
+        /// The file.
+        path: PathBuf,
+    },
     /// Data of which too much is broken to score the rest.
     #[error("{left_out} of {units} are broken, more than {:.1} %; the first: {first}", 100.0 * limit)]
     TooManyBroken {

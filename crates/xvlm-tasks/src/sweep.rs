@@ -2,10 +2,11 @@
 //!
 //! With a folder, answers are written to `NAME.jsonl` (in several processes `NAME.1.jsonl`, …) as they come: a line that says
 //! what is asked of what, then a line a unit of work. A sweep that is resumed reads them, whatever the number of processes was,
-//! and asks for the rest. A line that was cut short, wherever in it, counts as not written, and is taken away.
+//! and asks for the rest. A line that was cut short, wherever in it, counts as not written, and is taken away. While a process
+//! writes, no other can have its file.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,11 +18,15 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use xvlm_data::{DataError, Picture};
+use xvlm_train::TrainError;
 use xvlm_train::ranks::{self, Alone, Communicator, Gather};
 
 use crate::Counter;
 use crate::error::{SweepProblem, TaskError};
 use crate::model::{ImageTokens, Model};
+
+/// Bytes of answers that processes send each other at a time, of all of them together: well below the 2³¹ that MPI can count.
+const AT_ONCE: usize = 1 << 28;
 
 /// How a data set is worked through.
 pub struct Sweep<'a> {
@@ -105,6 +110,8 @@ struct Kept {
     lines: BTreeMap<usize, Line>,
     /// Bytes of this process's file that are whole lines.
     whole: u64,
+    /// Bytes of it after these, of a line that was cut short.
+    cut: u64,
 }
 
 /// What became of a unit.
@@ -128,10 +135,10 @@ impl<'a> Sweep<'a> {
     /// the unit's data: the unit is then left out, and asked for again when the sweep is resumed.
     ///
     /// # Errors
-    /// What `ask` says; [`TaskError::Sweep`] if the folder has answers to something else, more than
-    /// [`Self::max_bad_fraction`] of the units are left out, or the sweep was asked to stop;
-    /// [`TrainError::Unlike`](xvlm_train::TrainError::Unlike) if the processes do not ask the same. Where one process has an error
-    /// of its own, the others wait for it, until it calls [`Communicator::abort`].
+    /// What `ask` says; [`TaskError::Sweep`] if the folder has answers to something else, another sweep writes there (as far as
+    /// the file system has locks), more than [`Self::max_bad_fraction`] of the units are left out, or the sweep was asked to
+    /// stop; [`TrainError::Unlike`] if the processes do not ask the same. Where one process has an error of its own, the others
+    /// wait for it, until it calls [`Communicator::abort`].
     pub fn run<U, A: Serialize + DeserializeOwned>(
         &mut self,
         work: &Work,
@@ -146,13 +153,16 @@ impl<'a> Sweep<'a> {
             about: self.about.clone(),
             options: work.options.clone(),
             units: units.len(),
-            digest: digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
+            digest: hex(&digest.finalize()),
         };
         ranks::compare(&*self.ranks, [("work", json!(heading).to_string())])?;
-        let Kept { mut lines, whole } = self.read(&heading)?;
-        let mut file = self.open(&heading, whole)?;
-        // What one process has read, all know.
-        share(&self.ranks, &mut lines)?;
+        let mut file = self.claim(&heading)?;
+        let Kept { mut lines, whole, cut } = self.read(&heading, file.as_ref())?;
+        // What one process has read, all know; and no process reads answers after another has begun to write.
+        share(&self.ranks, &mut lines, AT_ONCE)?;
+        if let Some((path, file)) = &mut file {
+            begin(file, &heading, whole, cut).map_err(|source| io(path, source))?;
+        }
         let pending: Vec<usize> = (0..units.len()).filter(|unit| !lines.contains_key(unit)).collect();
         let (rank, ranks) = (self.ranks.rank(), self.ranks.size());
         let own: Vec<&[usize]> = pending.chunks(work.batch.max(1)).skip(rank).step_by(ranks).collect();
@@ -186,7 +196,7 @@ impl<'a> Sweep<'a> {
         if let Some((path, file)) = &file {
             file.sync_all().map_err(|source| io(path, source))?;
         }
-        share(&self.ranks, &mut answered)?;
+        share(&self.ranks, &mut answered, AT_ONCE)?;
         lines.append(&mut answered);
         if stopped || lines.len() < units.len() {
             return Err(SweepProblem::Stopped { done: lines.len(), of: units.len() }.into());
@@ -209,10 +219,7 @@ impl<'a> Sweep<'a> {
         ask: impl Fn(&ImageTokens, &[(u32, &str)]) -> Result<Vec<A>, TaskError>,
     ) -> Result<Answers<A>, TaskError> {
         let groups: Vec<&[T]> = items.chunk_by(|a, b| a.image() == b.image()).collect();
-        let name = |group: &&[T]| {
-            let texts: Vec<&str> = group.iter().map(Item::text).collect();
-            json!([group[0].image(), texts]).to_string()
-        };
+        let name = |group: &&[T]| name_of(group);
         let answers = self.run(work, &groups, name, |groups| {
             // The picture, if anything can be asked about it; and what is wrong with each item.
             let open = |group: &&&[T]| match Picture::open(group[0].image()) {
@@ -309,17 +316,24 @@ impl<'a> Sweep<'a> {
         Some(self.folder.as_ref()?.join(name))
     }
 
-    /// The answers that are there.
-    fn read(&self, heading: &Heading) -> Result<Kept, TaskError> {
-        let (own, expected) = (self.own_file(&heading.work), json!(heading).to_string());
+    /// The answers that are there; `own` is this process's file.
+    fn read(&self, heading: &Heading, own: Option<&(PathBuf, File)>) -> Result<Kept, TaskError> {
+        let expected = json!(heading).to_string();
         let mut kept = Kept::default();
-        for path in self.files(&heading.work)? {
-            if !self.resume {
-                let message = "expected no answers, found some: resume the work, or choose another folder".to_owned();
-                return Err(SweepProblem::Answers { path, message }.into());
-            }
-            let mut file = BufReader::new(File::open(&path).map_err(|source| io(&path, source))?);
-            let (mut line, mut whole) = (Vec::new(), 0);
+        // Where nothing is resumed, there are none.
+        let files = if self.resume { self.files(&heading.work)? } else { Vec::new() };
+        for path in files {
+            let own = own.filter(|(own, _)| *own == path).map(|(_, file)| file);
+            let other;
+            let file = match own {
+                Some(file) => file,
+                None => {
+                    other = File::open(&path).map_err(|source| io(&path, source))?;
+                    &other
+                }
+            };
+            let mut file = BufReader::new(file);
+            let (mut line, mut whole, mut cut) = (Vec::new(), 0, 0);
             while file.read_until(b'\n', &mut line).map_err(|source| io(&path, source))? > 0 {
                 let is_whole = line.ends_with(b"\n");
                 if whole == 0 {
@@ -335,53 +349,122 @@ impl<'a> Sweep<'a> {
                     // What was broken is asked for again: it may be mended by now.
                     kept.lines.insert(line.unit, line);
                 }
-                if is_whole {
-                    whole += line.len() as u64;
+                match is_whole {
+                    true => whole += line.len() as u64,
+                    false => cut = line.len() as u64,
                 }
                 line.clear();
             }
-            if own.as_ref() == Some(&path) {
-                kept.whole = whole;
+            if own.is_some() {
+                (kept.whole, kept.cut) = (whole, cut);
             }
         }
         Ok(kept)
     }
 
-    /// The file that this process writes its answers to, after the `whole` bytes that are lines.
-    fn open(&self, heading: &Heading, whole: u64) -> Result<Option<(PathBuf, File)>, TaskError> {
+    /// The file that this process writes its answers to, which no other process can have until it is closed. Where the file
+    /// system has no locks, nothing is kept from anyone.
+    fn claim(&self, heading: &Heading) -> Result<Option<(PathBuf, File)>, TaskError> {
         let (Some(folder), Some(path)) = (&self.folder, self.own_file(&heading.work)) else { return Ok(None) };
-        std::fs::create_dir_all(folder).map_err(|source| io(folder, source))?;
-        // No process looks for answers after another has begun to write.
-        self.ranks.barrier()?;
-        let open = || {
-            let mut file = OpenOptions::new().append(true).create(true).open(&path)?;
-            file.set_len(whole)?;
-            if whole == 0 {
-                writeln!(file, "{}", json!(heading))?;
-            }
-            Ok(file)
+        let refuse = |path: PathBuf| {
+            let message = "expected no answers, found some: resume the work, or choose another folder".to_owned();
+            Err(SweepProblem::Answers { path, message }.into())
         };
-        let file = open().map_err(|source| io(&path, source))?;
-        Ok(Some((path, file)))
+        if !self.resume
+            && let Some(path) = self.files(&heading.work)?.into_iter().next()
+        {
+            return refuse(path);
+        }
+        std::fs::create_dir_all(folder).map_err(|source| io(folder, source))?;
+        // No process looks for files of answers after another has made its own.
+        self.ranks.barrier()?;
+        let file = OpenOptions::new().read(true).append(true).create(true).open(&path);
+        let file = file.map_err(|source| io(&path, source))?;
+        if let Err(TryLockError::WouldBlock) = file.try_lock() {
+            return Err(SweepProblem::Locked { path }.into());
+        }
+        // Another process may have written until it let go of the lock.
+        match file.metadata().map_err(|source| io(&path, source))?.len() {
+            1.. if !self.resume => refuse(path),
+            _ => Ok(Some((path, file))),
+        }
     }
 }
 
-/// Makes the lines of each process known to all.
-fn share(ranks: &Arc<dyn Communicator>, lines: &mut BTreeMap<usize, Line>) -> Result<(), TaskError> {
+/// Makes a file ready for answers after `whole` bytes that are lines, and `cut` bytes of a line that was cut short.
+fn begin(file: &mut File, heading: &Heading, whole: u64, cut: u64) -> std::io::Result<()> {
+    if cut > 0 {
+        file.set_len(whole)?;
+    }
+    if whole == 0 {
+        writeln!(file, "{}", json!(heading))?;
+    }
+    Ok(())
+}
+
+/// Makes the lines of each process known to all, about `at_once` bytes at a time. Returns when every process has called it.
+fn share(ranks: &Arc<dyn Communicator>, lines: &mut BTreeMap<usize, Line>, at_once: usize) -> Result<(), TaskError> {
     if ranks.size() == 1 {
         return Ok(());
     }
-    let own: String = lines.values().map(|line| format!("{}\n", json!(line))).collect();
-    let all = Gather::new(ranks, own.len())?.join_numbers(own.as_bytes())?;
-    for line in all.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
-        let problem = |error: serde_json::Error| SweepProblem::Answers {
-            path: PathBuf::new(),
-            message: format!("expected an answer of a process, found {error}"),
-        };
-        let line: Line = serde_json::from_slice(line).map_err(problem)?;
-        lines.insert(line.unit, line);
+    let text = |line: &Line| format!("{}\n", json!(line));
+    let mut digest = Sha256::new();
+    lines.values().for_each(|line| digest.update(text(line)));
+    // In a folder that all have, all have read the same.
+    match ranks::compare(&**ranks, [("answers", hex(&digest.finalize()))]) {
+        Ok(()) => return Ok(()),
+        Err(TrainError::Unlike { .. }) => {}
+        Err(error) => return Err(error.into()),
     }
-    Ok(())
+    let own = std::mem::take(lines);
+    let mut own = own.values().map(text);
+    loop {
+        let mut piece = String::new();
+        while ranks.size() * piece.len() < at_once
+            && let Some(line) = own.next()
+        {
+            piece += &line;
+        }
+        let all = Gather::new(ranks, piece.len())?.join_numbers(piece.as_bytes())?;
+        if all.is_empty() {
+            return Ok(());
+        }
+        for line in all.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
+            let problem = |error: serde_json::Error| SweepProblem::Answers {
+                path: PathBuf::new(),
+                message: format!("expected an answer of a process, found {error}"),
+            };
+            let line: Line = serde_json::from_slice(line).map_err(problem)?;
+            lines.insert(line.unit, line);
+        }
+    }
+}
+
+/// What is asked about an image, for the digest.
+fn name_of<T: Item>(group: &[T]) -> String {
+    let texts: Vec<&str> = group.iter().map(Item::text).collect();
+    json!([group[0].image().to_string_lossy(), texts]).to_string()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Two values that differ, each cut to what fits a message: the beginning, or what is around the place where they part.
+fn cut_to_fit(values: [&str; 2]) -> [String; 2] {
+    const LONGEST: usize = 200;
+    let alike = values[0].chars().zip(values[1].chars()).take_while(|(a, b)| a == b).count();
+    let skipped = if alike < LONGEST / 2 { 0 } else { alike - LONGEST / 4 };
+    values.map(|value| {
+        if value.chars().nth(LONGEST).is_none() {
+            return value.to_owned();
+        }
+        let start = if skipped > 0 { "…" } else { "" };
+        let mut rest = value.chars().skip(skipped);
+        let shown: String = rest.by_ref().take(LONGEST).collect();
+        let end = if rest.next().is_some() { "…" } else { "" };
+        format!("{start}{shown}{end}")
+    })
 }
 
 fn io(path: &Path, source: std::io::Error) -> TaskError {
@@ -405,7 +488,10 @@ fn check_heading(path: &Path, expected: &Heading, line: &[u8]) -> Result<(), Tas
                 "items: expected answers about the {now} that are asked about now, found some about {before} others"
             ))
         }
-        Some((field, before, now)) => problem(format!("{field}: expected {now}, as asked now, found {before}")),
+        Some((field, before, now)) => {
+            let [now, before] = cut_to_fit([&now, &before]);
+            problem(format!("{field}: expected {now}, as asked now, found {before}"))
+        }
         None => Ok(()),
     }
 }
@@ -498,6 +584,92 @@ mod tests {
         let error = go(true, "ä").unwrap_err().to_string();
         assert!(error.contains("answers.jsonl: line 1: expected what was asked"), "{error}");
         assert_eq!(std::fs::read(&file).unwrap(), b"[1, 2");
+    }
+
+    #[test]
+    fn a_file_has_one_writer() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("answers.jsonl");
+        let mut refused = Vec::new();
+        let mut counter = |_, _| {};
+        let mut sweep = Sweep { folder: Some(folder.path().to_owned()), ..Sweep::new(&mut counter) };
+        let first = sweep.run(&work(), &UNITS, u32::to_string, |units| {
+            let before = std::fs::read(&file).unwrap();
+            for resume in [true, false] {
+                let mut counter = |_, _| {};
+                let mut second = Sweep { folder: Some(folder.path().to_owned()), resume, ..Sweep::new(&mut counter) };
+                refused.push(run(&mut second, &mut Vec::new()).unwrap_err().to_string());
+            }
+            assert_eq!(std::fs::read(&file).unwrap(), before);
+            Ok(units.iter().map(|&&unit| Ok(unit)).collect())
+        });
+        assert_eq!(first.unwrap().given, UNITS.map(Some));
+        for two in refused.chunks(2) {
+            assert!(two[0].ends_with("answers.jsonl: another process writes here"), "{two:?}");
+            assert!(two[1].contains("answers.jsonl: expected no answers"), "{two:?}");
+        }
+        // With the end of the first sweep, the file is free.
+        let mut again = Sweep { folder: Some(folder.path().to_owned()), resume: true, ..Sweep::new(&mut counter) };
+        let mut asked = Vec::new();
+        assert_eq!(run(&mut again, &mut asked).unwrap().given, UNITS.map(Some));
+        assert!(asked.is_empty(), "{asked:?}");
+    }
+
+    #[test]
+    fn answers_are_shared_in_pieces() {
+        let (alike, nothing) = ([vec![0, 1, 2], vec![0, 1, 2], vec![0, 1, 2]], [vec![], vec![], vec![]]);
+        let unlike = [vec![0, 3, 4, 5, 6], vec![], vec![1, 2, 6]];
+        for (known, expected) in [(alike, 0..3), (nothing, 0..0), (unlike, 0..7)] {
+            let expected: Vec<usize> = expected.collect();
+            // A line at a time, some, all.
+            for at_once in [3, 150, AT_ONCE] {
+                let shared: Vec<Vec<usize>> = std::thread::scope(|scope| {
+                    let one = |(ranks, known): (Threads, &Vec<usize>)| {
+                        let line = |&unit: &usize| (unit, Line { unit, answer: Some(json!([unit])), problem: None });
+                        let mut lines: BTreeMap<usize, Line> = known.iter().map(line).collect();
+                        scope.spawn(move || {
+                            let ranks: Arc<dyn Communicator> = Arc::new(ranks);
+                            share(&ranks, &mut lines, at_once).unwrap();
+                            assert!(lines.iter().all(|(unit, line)| line.answer == Some(json!([unit]))));
+                            lines.into_keys().collect()
+                        })
+                    };
+                    let threads: Vec<_> = Threads::new(3).into_iter().zip(&known).map(one).collect();
+                    threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+                });
+                assert_eq!(shared, [expected.clone(), expected.clone(), expected.clone()], "{at_once}");
+            }
+        }
+    }
+
+    #[test]
+    fn long_values_are_cut_to_fit_a_message() {
+        let short = ["\"é\"", "\"ü\""];
+        assert_eq!(cut_to_fit(short), short);
+        let (same, (a, b)) = ("é".repeat(300), ("a".repeat(300), "b"));
+        let [long, other] = cut_to_fit([&a, b]);
+        assert_eq!((long, other.as_str()), (format!("{}…", "a".repeat(200)), b));
+        let [long, other] = cut_to_fit([&format!("{same}{a}"), &format!("{same}{b}")]);
+        assert_eq!(long, format!("…{}{}…", "é".repeat(50), "a".repeat(150)));
+        assert_eq!(other, format!("…{}b", "é".repeat(50)));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_path_need_not_be_utf8() {
+        use std::os::unix::ffi::OsStrExt;
+
+        struct Asked;
+        impl Item for Asked {
+            fn image(&self) -> &Path {
+                Path::new(std::ffi::OsStr::from_bytes(b"a\xff.png"))
+            }
+
+            fn text(&self) -> &str {
+                "a cup"
+            }
+        }
+        assert_eq!(name_of(&[Asked]), "[\"a\u{fffd}.png\",[\"a cup\"]]");
     }
 
     #[test]
