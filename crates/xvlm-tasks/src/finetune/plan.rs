@@ -1,5 +1,6 @@
 //! What a run of fine-tuning is going to be, before it is: parameters, memory of what is trained, data and schedule, and its first
-//! batch. All of it is exact; what a task's losses keep for the backward pass is not estimated.
+//! batch. All of it is exact but for the gradients on their way to other processes, of which it is about what there is; what a task's
+//! losses keep for the backward pass is not estimated.
 
 use std::sync::Arc;
 
@@ -45,7 +46,7 @@ pub struct TrainingState {
     pub masters: u64,
     /// A gradient for each trainable parameter.
     pub gradients: u64,
-    /// Gradients on their way to other processes and back, if there are others.
+    /// Gradients on their way to other processes and back, if there are others: about.
     pub reduction: u64,
     /// The optimizer's two moments.
     pub moments: u64,
