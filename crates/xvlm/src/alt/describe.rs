@@ -100,17 +100,34 @@ impl Describer {
         counter: &mut dyn FnMut(usize, usize),
     ) -> Result<Vec<Outcome>, E> {
         let sources: Vec<Source> = files.iter().map(|file| Source::File(file.clone())).collect();
-        self.describe(&sources, describe, counter)
+        let (outcomes, ended) = self.describe(&sources, describe, counter);
+        ended.map(|()| outcomes.into_iter().map(|outcome| outcome.unwrap_or(Outcome::Wordless)).collect())
     }
 
-    /// Describes pictures, equal ones once.
-    pub(super) fn describe<E>(
+    /// Describes pictures, equal ones once: the outcomes that are known at the end, or by the time `describe` failed.
+    fn describe<E>(
         &mut self,
         sources: &[Source],
         describe: Describe<E>,
         counter: &mut dyn FnMut(usize, usize),
-    ) -> Result<Vec<Outcome>, E> {
+    ) -> (Vec<Option<Outcome>>, Result<(), E>) {
         let mut read: HashMap<&Source, Result<Key, Outcome>> = HashMap::new();
+        let ended = self.read_and_ask(sources, &mut read, describe, counter);
+        let outcome = |source: &Source| match read.get(source)? {
+            Ok(key) => self.known.get(key).cloned(),
+            Err(outcome) => Some(outcome.clone()),
+        };
+        (sources.iter().map(outcome).collect(), ended)
+    }
+
+    /// Reads sources, each once, and asks about the pictures that are not known.
+    fn read_and_ask<'s, E>(
+        &mut self,
+        sources: &'s [Source],
+        read: &mut HashMap<&'s Source, Result<Key, Outcome>>,
+        describe: Describe<E>,
+        counter: &mut dyn FnMut(usize, usize),
+    ) -> Result<(), E> {
         let mut waiting: Vec<(Key, Picture)> = Vec::new();
         for (done, source) in sources.iter().enumerate() {
             if !read.contains_key(source) {
@@ -126,12 +143,7 @@ impl Describer {
             }
             counter(done + 1, sources.len());
         }
-        self.ask(&mut waiting, describe)?;
-        let outcome = |source: &Source| match &read[source] {
-            Ok(key) => self.known.get(key).cloned().unwrap_or(Outcome::Wordless),
-            Err(outcome) => outcome.clone(),
-        };
-        Ok(sources.iter().map(outcome).collect())
+        self.ask(&mut waiting, describe)
     }
 
     fn ask<E>(&mut self, waiting: &mut Vec<(Key, Picture)>, describe: Describe<E>) -> Result<(), E> {
@@ -224,7 +236,7 @@ pub type Filed<'a, E> = &'a mut dyn FnMut(usize, &Edited, bool) -> Result<(), E>
 
 /// Describes the images of documents that are chosen, and writes the descriptions into them. `file` is told of a document whenever
 /// there are descriptions of some more of its images, and once of each document that has no such images; what it has kept need
-/// not be described again, whatever happens.
+/// not be described again, whatever happens. Where `describe` fails, `file` is told of what was described until then.
 ///
 /// # Errors
 /// What `describe` and `file` say. What is wrong with a picture is in the reports.
@@ -259,19 +271,32 @@ pub fn fill_in<E>(
     let mut descriptions: Vec<Vec<(usize, String)>> = vec![Vec::new(); pages.len()];
     let mut done = 0;
     for portion in sources.chunks(PORTION) {
-        let outcomes = describer.describe(portion, describe, &mut |at, _| counter(done + at, sources.len()))?;
-        let described = &places[done..done + portion.len()];
+        let mut count = |at: usize, _: usize| counter(done + at, sources.len());
+        let (outcomes, ended) = describer.describe(portion, describe, &mut count);
+        let described: Vec<_> = places[done..done + portion.len()].iter().zip(outcomes).collect();
         done += portion.len();
-        for (&(number, image), outcome) in described.iter().zip(outcomes) {
-            descriptions[number].extend(outcome.text().map(|text| (image, text.to_owned())));
-            filled[number].0.push(report(&pages[number], image, outcome));
+        for of_one in described.chunk_by(|(a, _), (b, _)| a.0 == b.0) {
+            let number = of_one[0].0.0;
+            let mut told = 0;
+            for (&(_, image), outcome) in of_one {
+                // What `describe` has said nothing about has no description; after an error, it is not known yet.
+                let outcome = match (outcome, &ended) {
+                    (Some(outcome), _) => outcome.clone(),
+                    (None, Ok(())) => Outcome::Wordless,
+                    (None, Err(_)) => continue,
+                };
+                descriptions[number].extend(outcome.text().map(|text| (image, text.to_owned())));
+                filled[number].0.push(report(&pages[number], image, outcome));
+                told += 1;
+            }
+            if told > 0 {
+                let edited = pages[number].document.with(&descriptions[number]);
+                let is_last = places.get(done).is_none_or(|next| next.0 != number);
+                file(number, &edited, is_last && told == of_one.len())?;
+                filled[number].1 = edited;
+            }
         }
-        for of_one in described.chunk_by(|a, b| a.0 == b.0) {
-            let number = of_one[0].0;
-            let edited = pages[number].document.with(&descriptions[number]);
-            file(number, &edited, places.get(done).is_none_or(|next| next.0 != number))?;
-            filled[number].1 = edited;
-        }
+        ended?;
     }
     let in_order = |(mut reports, edited): (Vec<(usize, Report)>, Edited)| {
         reports.sort_by_key(|(image, _)| *image);
