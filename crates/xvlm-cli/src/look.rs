@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use xvlm::data::{DataError, ImageSource};
+use xvlm::data::DataError;
 use xvlm::tasks::embed::Pictures;
 use xvlm::tasks::sweep::{Answers, LeftOut, Sweep, Work};
 use xvlm::{Bundled, Picture, PixelBox, Predictor};
@@ -92,17 +92,11 @@ struct Summary<'a> {
 impl Look {
     /// The pictures.
     pub(crate) fn images(&self) -> Result<Vec<PathBuf>, CliError> {
-        let pictures = match (&self.which.folder, &self.which.list) {
-            (Some(folder), _) => Pictures::folder(folder)?,
-            (None, Some(file)) => Pictures::list(file)?,
-            (None, None) => return Ok(self.which.files.clone()),
-        };
-        let Pictures::Listed { entries, .. } = pictures else { return Ok(Vec::new()) };
-        let path = |source| match source {
-            ImageSource::Path(path) => Some(path),
-            ImageSource::Bytes(_) => None,
-        };
-        Ok(entries.into_iter().filter_map(|entry| path(entry.record.image)).collect())
+        Ok(match (&self.which.folder, &self.which.list) {
+            (Some(folder), _) => Pictures::folder(folder)?.paths(),
+            (None, Some(file)) => Pictures::list(file)?.paths(),
+            (None, None) => self.which.files.clone(),
+        })
     }
 
     /// Opens the model and lets `ask` ask about `images`; nothing where another process tells the result.

@@ -146,6 +146,16 @@ impl Pictures {
         }
     }
 
+    /// The files of those that are known by name, in their order; none of shards.
+    pub fn paths(self) -> Vec<PathBuf> {
+        let Self::Listed { entries, .. } = self else { return Vec::new() };
+        let path = |entry: Entry| match entry.record.image {
+            ImageSource::Path(path) => Some(path),
+            ImageSource::Bytes(_) => None,
+        };
+        entries.into_iter().filter_map(path).collect()
+    }
+
     /// Number of pictures, if it is known.
     pub(super) fn known(&self) -> Option<usize> {
         match self {
@@ -213,5 +223,26 @@ impl Pictures {
             }
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_those_of_the_folder_or_the_list() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::create_dir(at("b")).unwrap();
+        for name in ["c.png", "b/a.JPG", "b/.hidden.png", "note.txt"] {
+            std::fs::write(at(name), "").unwrap();
+        }
+        std::fs::write(at("list.txt"), "c.png\n\nb/a.JPG\n").unwrap();
+        std::fs::write(at("shard.jsonl"), "").unwrap();
+        assert_eq!(Pictures::folder(dir.path()).unwrap().paths(), [at("b/a.JPG"), at("c.png")]);
+        assert_eq!(Pictures::list(&at("list.txt")).unwrap().paths(), [at("c.png"), at("b/a.JPG")]);
+        let shards = [at("shard.jsonl").display().to_string()];
+        assert!(Pictures::shards(&shards, None).unwrap().paths().is_empty());
     }
 }
