@@ -89,12 +89,12 @@ impl MlmHead {
     /// They are of the type of the tokens, also where a loss then widens them: PyTorch's autocast rounds them alike.
     ///
     /// # Errors
-    /// On a wrong shape.
+    /// On a wrong shape, or if the file that the word embeddings are read from was written to.
     pub fn forward(&self, x: &Tensor, words: &Words) -> Result<Tensor> {
         let x = self.norm.forward(&self.dense.forward_active(x, Activation::Gelu)?)?;
         let Some(Packed { weights, layer, .. }) = self.packed.as_ref().filter(|packed| packed.words == words.id())
         else {
-            return kernels::linear(&x, words.tensor(), &self.bias);
+            return kernels::linear(&x, &words.tensor()?, &self.bias);
         };
         let layer = match layer.get() {
             Some(layer) => layer,
@@ -114,5 +114,50 @@ impl MlmHead {
 
     pub(crate) fn linears(&mut self) -> [&mut Linear; 1] {
         [&mut self.dense]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::borrow::Cow;
+    use std::sync::Arc;
+
+    use candle_core::{DType, Device};
+    use xvlm_kernels::{StoredBytes, StoredTensor};
+
+    use super::*;
+    use crate::parameters::Parameters;
+
+    /// Whether they stay where they are stored or not, and whichever words a head was packed for.
+    #[test]
+    fn a_head_computes_with_the_words_it_is_given() {
+        let config = serde_json::json!({
+            "vocab_size": 7, "hidden_size": 4, "num_hidden_layers": 1, "fusion_layer": 1, "num_attention_heads": 1,
+            "intermediate_size": 8, "max_position_embeddings": 4,
+        });
+        let config: BertConfig = serde_json::from_value(config).unwrap();
+        let device = &Device::Cpu;
+        let drawn = Parameters::new(3).builder(DType::F32, device);
+        let head = MlmHead::new(&config, drawn.clone()).unwrap();
+        let words = Words::new(7, 4, 1.0, drawn.pp("words")).unwrap();
+        let numbers = |tensor: Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let (x, ids) = (Tensor::randn(0f32, 1.0, (2, 3, 4), device).unwrap(), Tensor::new(&[6u32, 0], device).unwrap());
+        let logits = numbers(head.forward(&x, &words).unwrap());
+        let mut bytes = Vec::new();
+        words.tensor().unwrap().write_bytes(&mut bytes).unwrap();
+        let of_program: &'static [u8] = bytes.clone().leak();
+        for bytes in [Cow::Borrowed(of_program), Cow::Owned(bytes)] {
+            let stored = StoredTensor::new(Arc::new(StoredBytes::Memory(bytes)), 0..112, DType::F32, &[7, 4]).unwrap();
+            let mut same = Words::new(7, 4, 1.0, Parameters::zeros().builder(DType::F32, device)).unwrap();
+            same.pack(&|_| Ok(Some(stored.clone()))).unwrap();
+            assert_eq!(numbers(same.rows(&ids, 0).unwrap()), numbers(words.rows(&ids, 0).unwrap()));
+            let [mut packed, mut packed_for_others] = [head.clone(), head.clone()];
+            packed.pack(PackedWeights::AsGiven, &same);
+            packed_for_others.pack(PackedWeights::AsGiven, &words);
+            for head in [&head, &packed, &packed_for_others] {
+                let found = numbers(head.forward(&x, &same).unwrap());
+                assert!(found.iter().zip(&logits).all(|(a, b)| (a - b).abs() < 1e-5), "{found:?} for {logits:?}");
+            }
+        }
     }
 }

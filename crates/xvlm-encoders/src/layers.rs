@@ -1,8 +1,5 @@
 //! Layers that several encoders share.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
-
 use candle_core::{DType, Result, Shape, Tensor, TensorId};
 use candle_nn::{Init, VarBuilder};
 use xvlm_kernels::{self as kernels, Epilogue, PackedLinear, PackedWeights, StoredTensor};
@@ -172,16 +169,10 @@ fn stored(source: WeightSource, name: &str, shape: &Shape) -> Result<Option<Stor
 #[derive(Clone, Debug)]
 pub struct Words {
     name: String,
+    /// Of words that are stored it has shape, type and device, and no numbers.
     table: Tensor,
-    stored: Option<Arc<StoredWords>>,
-}
-
-/// Word embeddings in a file, of which the words of one text or batch need a few: the rest is read for the second.
-#[derive(Debug)]
-struct StoredWords {
-    table: StoredTensor,
-    uses: AtomicUsize,
-    read: OnceLock<Tensor>,
+    /// Where they are, if rows are read from there, of which a text or batch needs a few.
+    stored: Option<StoredTensor>,
 }
 
 impl Words {
@@ -193,20 +184,10 @@ impl Words {
 
     /// Ids `[..]` → their rows `[.., H]`; that of `padding` has no gradient.
     pub(crate) fn rows(&self, ids: &Tensor, padding: u32) -> Result<Tensor> {
-        let Some(StoredWords { table, uses, read }) = self.stored.as_deref() else {
-            return kernels::embedding(&self.table, ids, Some(padding));
-        };
-        if uses.fetch_add(1, Ordering::Relaxed) == 0 {
-            return kernels::stored_embedding(table, self.table.dtype(), ids);
+        match &self.stored {
+            Some(stored) => kernels::stored_embedding(stored, self.table.dtype(), ids),
+            None => kernels::embedding(&self.table, ids, Some(padding)),
         }
-        let table = match read.get() {
-            Some(table) => table,
-            None => {
-                let new = self.read(table)?;
-                read.get_or_init(|| new)
-            }
-        };
-        kernels::embedding(table, ids, Some(padding))
     }
 
     fn read(&self, stored: &StoredTensor) -> Result<Tensor> {
@@ -215,9 +196,9 @@ impl Words {
         Ok(table)
     }
 
-    /// The table, if it is a tensor.
-    pub(crate) fn tensor(&self) -> &Tensor {
-        &self.table
+    /// The table, read from where it is stored.
+    pub(crate) fn tensor(&self) -> Result<Tensor> {
+        self.stored.as_ref().map_or_else(|| Ok(self.table.clone()), |stored| self.read(stored))
     }
 
     pub(crate) fn id(&self) -> TensorId {
@@ -228,14 +209,13 @@ impl Words {
         &self.name
     }
 
-    /// Takes what `source` has instead of its own.
+    /// Takes what `source` has instead of its own. On the CPU it stays where it is, if it can.
     pub(crate) fn pack(&mut self, source: WeightSource) -> Result<()> {
-        let Some(table) = stored(source, &self.name, self.table.shape())? else { return Ok(()) };
-        if self.table.device().is_cpu() {
-            let stored = StoredWords { table, uses: AtomicUsize::new(0), read: OnceLock::new() };
-            self.stored = Some(Arc::new(stored));
+        let Some(stored) = stored(source, &self.name, self.table.shape())? else { return Ok(()) };
+        if self.table.device().is_cpu() && stored.can_stay(self.table.dtype()) {
+            self.stored = Some(stored);
         } else {
-            self.table = self.read(&table)?;
+            self.table = self.read(&stored)?;
         }
         Ok(())
     }
@@ -243,8 +223,8 @@ impl Words {
     /// The layer that has them as weights.
     pub(crate) fn as_layer(&self, bias: &Tensor, weights: PackedWeights) -> Result<PackedLinear> {
         let (table, dtype, device) = (&self.table, self.table.dtype(), self.table.device());
-        match self.stored.as_deref() {
-            Some(stored) => PackedLinear::stored(vec![stored.table.clone()], Some(bias), weights, dtype, device),
+        match &self.stored {
+            Some(stored) => PackedLinear::stored(vec![stored.clone()], Some(bias), weights, dtype, device),
             None => PackedLinear::new(table, Some(bias), weights),
         }
     }

@@ -224,7 +224,7 @@ impl PositionBias {
                 let index = match index.get() {
                     Some(index) => index,
                     None => {
-                        let new = Tensor::new(relative_positions(window.window), rows.device())?;
+                        let new = Tensor::new(kernels::relative_positions(window.window), rows.device())?;
                         index.get_or_init(|| new)
                     }
                 };
@@ -245,14 +245,6 @@ impl PositionBias {
 fn gathered(rows: &Tensor, index: &Tensor) -> Result<Tensor> {
     let area = index.elem_count().isqrt();
     rows.index_select(index, 0)?.t()?.contiguous()?.reshape(((), area, area))
-}
-
-/// For each pair of tokens of a window, the row of the bias table that their offset has.
-fn relative_positions(window: usize) -> Vec<u32> {
-    let axis = |a: usize, b: usize| a + window - 1 - b;
-    let tokens = || (0..window).flat_map(|y| (0..window).map(move |x| (y, x)));
-    let row = |(y, x): (usize, usize), (v, u): (usize, usize)| axis(y, v) * (2 * window - 1) + axis(x, u);
-    tokens().flat_map(|query| tokens().map(move |key| row(query, key) as u32)).collect()
 }
 
 /// Joins each 2 × 2 tokens into one of twice the width.

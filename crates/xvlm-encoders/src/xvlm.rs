@@ -92,11 +92,13 @@ impl Xvlm {
     }
 
     /// As [`Self::pack`], for a model whose linear layers and word embeddings have been built without their weights, each of
-    /// which `source` then tells the place of, by the name that [`Self::weights_to_pack`] says. On the CPU they stay there until
-    /// they have been used once (see [`stored`](xvlm_kernels::PackedLinear::stored)). What it has none of is the model's own.
+    /// which `source` then tells the place of, by the name that [`Self::weights_to_pack`] says. On the CPU those that
+    /// can ([`StoredTensor::can_stay`]) stay there: word embeddings as long as the model lives, of which rows are read as they are
+    /// needed, and layers, where the CPU multiplies by panels, until they are packed for their third product
+    /// (see [`stored`](xvlm_kernels::PackedLinear::stored)). What it has none of is the model's own.
     ///
     /// # Errors
-    /// As [`Self::pack`], those of `source`, or if a weight has another shape.
+    /// As [`Self::pack`], those of `source`, or if a weight has another shape or its file was written to.
     pub fn pack_with(
         &mut self,
         weights: PackedWeights,

@@ -41,12 +41,14 @@ pub fn embedding(table: &Tensor, ids: &Tensor, padding: Option<u32>) -> Result<T
     differentiable(OP, [table], rows, move |[table], gradient| {
         let places = Places::of(&read_back(&ids)?, table.dim(0)?, padding)?;
         let rows = Rows { shape: table.dims2()?, places, gradient: gradient.clone() };
-        let rows = if table.device().is_cpu() { collect_rows(table, rows) } else { Some(rows) };
+        let is_on_host = matches!(Path::for_tensor(table), Path::HostF32 | Path::HostBf16);
+        let rows = if is_on_host { collect_rows(table, rows) } else { Some(rows) };
         Ok([rows.map(|rows| rows.whole()).transpose()?])
     })
 }
 
-/// Rows of a table in a file, converted to `dtype`: `table [V, C]`, `ids [..]` (u32) on the CPU → `[.., C]`. No others are read.
+/// Rows of a table in a file, converted to `dtype`: `table [V, C]`, `ids [..]` (u32) on the CPU → `[.., C]`. No others are read,
+/// unless candle converts the numbers.
 ///
 /// # Errors
 /// As [`embedding`], or if the file was written to.
@@ -68,11 +70,9 @@ fn gather_stored<T: Real>(table: &StoredTensor, read_row: Reader<T>, ids: &Tenso
     let ids = ids.contiguous()?;
     let numbers = read::<u32>(&ids)?;
     check_ids(&numbers, rows)?;
-    let size = width * table.dtype().size_in_bytes();
-    let gathered = written([ids.dims(), &[width]].concat(), |out: &mut [T]| {
-        for (out, &id) in out.chunks_exact_mut(width.max(1)).zip(&*numbers) {
-            read_row(&table.bytes()[id as usize * size..][..size], out);
-        }
+    let (size, bytes) = (width * table.dtype().size_in_bytes(), table.bytes());
+    let gathered = gather([ids.dims(), &[width]].concat(), &numbers, width, |id, out: &mut [T]| {
+        read_row(&bytes[id * size..][..size], out);
     });
     Ok(gathered.detached())
 }
@@ -195,15 +195,18 @@ fn gather_on_host<T: Real>(table: &Tensor, ids: &Tensor, shape: &[usize]) -> Res
     let (rows, width) = table.dims2()?;
     let (table, ids) = (&*read::<T>(table)?, &*read::<u32>(ids)?);
     check_ids(ids, rows)?;
+    Ok(gather(shape.to_vec(), ids, width, |id, out: &mut [T]| out.copy_from_slice(&table[id * width..][..width])))
+}
+
+/// A result of `shape`, a row of `width` numbers for each id, which `row` writes.
+fn gather<T: Real>(shape: Vec<usize>, ids: &[u32], width: usize, row: impl Fn(usize, &mut [T]) + Sync) -> Fresh {
     let at_a_time = (1 << 14) / width.max(1) + 1;
-    Ok(written(shape, |out: &mut [T]| {
+    written(shape, |out: &mut [T]| {
         let parts = out.par_chunks_mut((at_a_time * width).max(1)).zip(ids.par_chunks(at_a_time));
         parts.for_each(|(out, ids)| {
-            for (out, &id) in out.chunks_exact_mut(width).zip(ids) {
-                out.copy_from_slice(&table[id as usize * width..][..width]);
-            }
+            out.chunks_exact_mut(width).zip(ids).for_each(|(out, &id)| row(id as usize, out));
         });
-    }))
+    })
 }
 
 #[cfg(gpu)]

@@ -75,4 +75,4 @@ pub use resize::resize_bicubic;
 pub use scaled::scale_gradient;
 pub use softmax::{log_softmax, softmax};
 pub use tape::Tape;
-pub use window::{WindowBias, WindowShape, window_attention, window_attention_with};
+pub use window::{WindowBias, WindowShape, relative_positions, window_attention, window_attention_with};

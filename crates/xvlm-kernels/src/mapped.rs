@@ -1,5 +1,6 @@
 //! Files as memory.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
@@ -23,10 +24,18 @@ pub struct MappedFile {
     stamp: (u64, Option<SystemTime>),
 }
 
-#[derive(Debug)]
 enum Bytes {
     Mapped(Mmap),
     Read(Vec<u8>),
+}
+
+impl fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Mapped(map) => write!(f, "Mapped({} bytes)", map.len()),
+            Self::Read(bytes) => write!(f, "Read({} bytes)", bytes.len()),
+        }
+    }
 }
 
 impl MappedFile {
@@ -54,6 +63,11 @@ impl MappedFile {
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether it is mapped; it was read into memory otherwise.
+    pub fn is_mapped(&self) -> bool {
+        matches!(self.bytes, Bytes::Mapped(_))
     }
 
     /// Whether the file has the length and the time of its last change that it was opened with. What was read instead of
@@ -98,7 +112,7 @@ mod tests {
         fs::write(&path, b"numbers").unwrap();
         let mapped = MappedFile::open(&path).unwrap();
         assert_eq!(&*mapped, b"numbers");
-        assert!(mapped.is_unchanged().unwrap());
+        assert!(mapped.is_mapped() && mapped.is_unchanged().unwrap());
         // A file that takes its place is another file.
         fs::remove_file(&path).unwrap();
         fs::write(&path, b"").unwrap();
@@ -127,6 +141,7 @@ mod tests {
         let read = MappedFile::open(&path).unwrap();
         writer.join().unwrap();
         assert_eq!(&*read, b"numbers");
+        assert!(!read.is_mapped());
         let pipe = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
         pipe.set_modified(SystemTime::UNIX_EPOCH).unwrap();
         assert!(read.is_unchanged().unwrap());

@@ -1,6 +1,7 @@
 //! Numbers as files have them.
 
 use std::borrow::Cow;
+use std::fmt;
 use std::io;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
@@ -20,7 +21,6 @@ use crate::simd::vectorized;
 const CHUNK: usize = 1 << 16;
 
 /// Bytes that stay where they are until numbers are made of them.
-#[derive(Debug)]
 pub enum StoredBytes {
     /// In a file, which must not be written to: see [`MappedFile`].
     File(MappedFile),
@@ -39,7 +39,24 @@ impl Deref for StoredBytes {
     }
 }
 
+impl fmt::Debug for StoredBytes {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::File(file) => file.fmt(f),
+            Self::Memory(bytes) => write!(f, "Memory({} bytes)", bytes.len()),
+        }
+    }
+}
+
 impl StoredBytes {
+    /// Whether they take no memory that is free once they are not needed any more: those of a mapped file, and of the program.
+    pub fn stays_put(&self) -> bool {
+        match self {
+            Self::File(file) => file.is_mapped(),
+            Self::Memory(bytes) => matches!(bytes, Cow::Borrowed(_)),
+        }
+    }
+
     /// As [`MappedFile::is_unchanged`]; memory does not change.
     ///
     /// # Errors
@@ -85,6 +102,22 @@ impl StoredTensor {
         self.dtype
     }
 
+    /// Whether its numbers can stay where they are, and be read as `dtype` when they are needed: what they lie in takes no memory
+    /// ([`StoredBytes::stays_put`]), and they are `f32`, `bf16` or `f16`, to be read as one of the first two.
+    pub fn can_stay(&self, dtype: DType) -> bool {
+        let is_read = match dtype {
+            DType::F32 => f32::reader(self.dtype).is_some(),
+            DType::BF16 => bf16::reader(self.dtype).is_some(),
+            _ => false,
+        };
+        is_read && self.bytes.stays_put()
+    }
+
+    /// Whether another is of the same file or memory.
+    pub fn is_beside(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.bytes, &other.bytes)
+    }
+
     /// All numbers, as [`tensor_of_bytes`] converts them, on a device.
     ///
     /// # Errors
@@ -105,6 +138,14 @@ impl StoredTensor {
 
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.bytes[self.range.clone()]
+    }
+
+    /// As [`StoredBytes::is_unchanged`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn is_unchanged(&self) -> io::Result<bool> {
+        self.bytes.is_unchanged()
     }
 
     /// Checks that what was read is what the file held when it was opened, as far as [`MappedFile::is_unchanged`] tells.
@@ -301,6 +342,7 @@ mod tests {
             let range = 1..bytes.len();
             let bytes = Arc::new(StoredBytes::Memory(bytes.into()));
             let held = StoredTensor::new(bytes, range, stored, &[7, 5]).unwrap();
+            assert!(format!("{held:?}").contains("Memory(") && !format!("{held:?}").contains("[0, "), "{held:?}");
             for dtype in [DType::F32, DType::BF16] {
                 let found = crate::stored_embedding(&held, dtype, &ids).unwrap();
                 let wanted = crate::embedding(&table.to_dtype(dtype).unwrap(), &ids, None).unwrap();
@@ -313,6 +355,26 @@ mod tests {
             let error = crate::stored_embedding(&held, DType::F32, &beyond).unwrap_err().to_string();
             assert!(error.contains("below 7") && error.contains("found 7"), "{error}");
         }
+    }
+
+    /// What would be in memory twice, or is converted as a whole, can not.
+    #[test]
+    fn some_numbers_can_stay_where_they_are() {
+        let tensor = |bytes: Cow<'static, [u8]>, stored: DType| {
+            let (bytes, count) = (Arc::new(StoredBytes::Memory(bytes)), 8 / stored.size_in_bytes());
+            StoredTensor::new(bytes, 0..8, stored, &[count]).unwrap()
+        };
+        let of_program: Cow<'static, [u8]> = Cow::Borrowed(b"8 bytes.");
+        let own: Cow<'static, [u8]> = Cow::Owned(of_program.to_vec());
+        for stored in [DType::F32, DType::BF16, DType::F16, DType::F64] {
+            for dtype in [DType::F32, DType::BF16, DType::F16] {
+                let can = stored != DType::F64 && dtype != DType::F16;
+                assert_eq!(tensor(of_program.clone(), stored).can_stay(dtype), can, "{stored:?} as {dtype:?}");
+                assert!(!tensor(own.clone(), stored).can_stay(dtype));
+            }
+        }
+        let one = tensor(own.clone(), DType::F32);
+        assert!(one.is_beside(&one.clone()) && !one.is_beside(&tensor(own, DType::F32)));
     }
 
     /// Numbers of every type, at an odd address, as candle converts them.

@@ -51,9 +51,9 @@ pub enum Epilogue<'a> {
 /// With AVX-512, weights of `f32`, and of `bf16` or bytes where the CPU multiplies them, are packed into panels, and the
 /// epilogue is computed on the sums in `f32`. Elsewhere, on GPUs too, it is [`linear`], and what follows.
 ///
-/// Of weights that are [`Self::stored`], the first two products are computed from where they lie, and panels are made for the
-/// third: who asks one question does not wait for memory to be filled that is used once or twice. Results are the same to the
-/// bit.
+/// Of weights that are [`Self::stored`] and can stay where they lie, the first two products are computed from there, and panels are
+/// made for the third: who asks one question does not wait for memory to be filled that is used once or twice. Results are the
+/// same to the bit.
 #[derive(Clone)]
 pub struct PackedLinear {
     outputs: usize,
@@ -119,8 +119,8 @@ impl PackedLinear {
     }
 
     /// The layer whose weights lie in files, `[Nᵢ, K]` one above the other, to compute with in `dtype` on a device. Where the CPU
-    /// multiplies by panels, the files stay open, and must not be written to, until the third product is asked for; they are
-    /// read here otherwise.
+    /// multiplies by panels, and if the weights can all stay where they are ([`StoredTensor::can_stay`]), this layer keeps the files
+    /// open, and they must not be written to, until it is packed for its third product; they are read here otherwise.
     ///
     /// # Errors
     /// As [`Self::new`], or if there are no weights, or not all of `K` columns.
@@ -241,6 +241,8 @@ impl PackedLinear {
         epilogue: Epilogue,
         shape: &[usize],
     ) -> Result<Fresh> {
+        /// The largest layer whose memory is kept for the next: one of 1024 inputs and 4096 outputs, as Swin-B has them.
+        const KEPT: usize = 1024 * 4096;
         thread_local! {
             static BYTES: Cell<Vec<i8>> = const { Cell::new(Vec::new()) };
         }
@@ -259,7 +261,9 @@ impl PackedLinear {
                 let lines = Second::Lines(&Lines::of_numbers(&rounded.bytes, self.inputs));
                 let scales = Scales { rows: &rows, columns: &rounded.scales, sums: &rounded.sums };
                 let y = self.multiplied(x, Factor::Along(&bytes), lines, Some(scales), epilogue, shape);
-                BYTES.set(rounded.bytes);
+                if rounded.bytes.len() <= KEPT {
+                    BYTES.set(rounded.bytes);
+                }
                 y
             }
         }
@@ -371,21 +375,27 @@ enum Turn<'a> {
 }
 
 impl Stored {
-    /// Whether such numbers are read from files as they are multiplied.
+    /// Whether such numbers are read from where they lie as they are multiplied.
     fn is_read(stored: &[StoredTensor], dtype: DType, kept_in: PackedWeights) -> bool {
-        fn all<T: Readable>(stored: &[StoredTensor]) -> bool {
-            stored.iter().all(|tensor| T::reader(tensor.dtype()).is_some())
-        }
-        match (dtype, kept_in) {
-            (DType::F32, PackedWeights::AsGiven) => all::<f32>(stored) && Multiplier::<f32>::find().is_some(),
-            (DType::F32, PackedWeights::Int8) => all::<f32>(stored) && Multiplier::<i8>::find().is_some(),
-            (DType::BF16, _) => all::<bf16>(stored) && Multiplier::<bf16>::find().is_some(),
+        let is_multiplied = match (dtype, kept_in) {
+            (DType::F32, PackedWeights::AsGiven) => Multiplier::<f32>::find().is_some(),
+            (DType::F32, PackedWeights::Int8) => Multiplier::<i8>::find().is_some(),
+            (DType::BF16, _) => Multiplier::<bf16>::find().is_some(),
             _ => false,
-        }
+        };
+        is_multiplied && stored.iter().all(|tensor| tensor.can_stay(dtype))
     }
 
-    /// For the first uses what is stored; then panels are made. Whoever comes meanwhile does not wait for them.
+    /// For the first uses what is stored; then panels are made. Whoever comes meanwhile does not wait for them. If that fails, it
+    /// is tried again for the next use.
     fn turn(&self) -> Result<Turn<'_>> {
+        /// Unless it is forgotten, after a panic too.
+        struct Again<'a>(&'a AtomicUsize);
+        impl Drop for Again<'_> {
+            fn drop(&mut self) {
+                self.0.store(DIRECT, Ordering::Relaxed);
+            }
+        }
         let stored = match self.without_use() {
             Turn::First(stored) => stored,
             later => return Ok(later),
@@ -393,8 +403,10 @@ impl Stored {
         if self.uses.fetch_add(1, Ordering::Relaxed) != DIRECT {
             return Ok(Turn::First(stored));
         }
+        let again = Again(&self.uses);
         let packed = self.pack(&stored);
         check_unchanged(&stored)?;
+        std::mem::forget(again);
         let packed = self.packed.get_or_init(|| packed);
         *self.weights.lock().unwrap_or_else(PoisonError::into_inner) = None;
         Ok(Turn::Later(packed))
@@ -425,6 +437,15 @@ impl Stored {
 }
 
 impl Weights {
+    /// What they are kept in, in words.
+    fn describe(&self) -> &'static str {
+        match self {
+            Self::F32(_) => "panels of f32",
+            Self::Bf16(_) => "panels of bf16",
+            Self::Int8(_) => "panels of bytes",
+        }
+    }
+
     /// `[N, K]`, of the type of what they are multiplied with.
     fn unpacked(&self) -> Result<Tensor> {
         let device = &Device::Cpu;
@@ -447,10 +468,8 @@ impl Weights {
 impl fmt::Debug for PackedLinear {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let layout = match &*self.layout {
-            Layout::Packed(Weights::F32(_)) => "panels of f32",
-            Layout::Packed(Weights::Bf16(_)) => "panels of bf16",
-            Layout::Packed(Weights::Int8(_)) => "panels of bytes",
-            Layout::Stored(_) => "stored",
+            Layout::Packed(weights) => weights.describe(),
+            Layout::Stored(stored) => stored.packed.get().map_or("stored", Weights::describe),
             Layout::Plain(_) => "plain",
         };
         write!(f, "PackedLinear({} -> {}, {layout})", self.inputs, self.outputs)
@@ -607,6 +626,8 @@ impl Bounds {
 
 #[cfg(test)]
 mod tests {
+    use std::borrow::Cow;
+
     use proptest::prelude::*;
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
@@ -704,7 +725,7 @@ mod tests {
         }
     }
 
-    /// Rows of `outputs` lines each as they lie in a file, from an offset of bytes on.
+    /// Rows of `outputs` lines each as they lie in a file, from an offset of bytes on, in memory that stays.
     fn in_memory(weight: &Tensor, outputs: &[usize], stored: DType, offset: usize) -> Vec<StoredTensor> {
         let (mut bytes, mut ranges) = (vec![0; offset], Vec::new());
         let mut line = 0;
@@ -715,12 +736,40 @@ mod tests {
             ranges.push((start..bytes.len(), [*count, weight.dim(1).unwrap()]));
             line += count;
         }
-        let bytes = Arc::new(StoredBytes::Memory(bytes.into()));
+        let bytes = Arc::new(StoredBytes::Memory(Cow::Borrowed(bytes.leak())));
         let tensor = |(range, shape): (_, [usize; 2])| StoredTensor::new(Arc::clone(&bytes), range, stored, &shape);
         ranges.into_iter().map(|range| tensor(range).unwrap()).collect()
     }
 
     /// To the bit, in every use: before panels are made and after.
+    fn compare_stored(
+        (rows, inputs, outputs): (usize, usize, &[usize]),
+        (stored, offset): (DType, usize),
+        (dtype, kept_in): (DType, PackedWeights),
+    ) {
+        let count = outputs.iter().sum();
+        let (x, weight) = (random(&[rows, inputs], 1), random(&[count, inputs], 2));
+        let (bias, residual) = (random(&[count], 3), random(&[rows, count], 4));
+        let parts = in_memory(&weight, outputs, stored, offset);
+        let cast = |x: &Tensor| x.to_dtype(dtype).unwrap();
+        let (x, bias, residual) = (cast(&x), cast(&bias), cast(&residual));
+        let plain = cast(&weight.to_dtype(stored).unwrap());
+        let wanted = PackedLinear::new(&plain, Some(&bias), kept_in).unwrap();
+        let weight = numbers(&wanted.unpacked().unwrap());
+        for epilogue in epilogues(&residual) {
+            let layer = PackedLinear::stored(parts.clone(), Some(&bias), kept_in, dtype, &Device::Cpu).unwrap();
+            let wanted = numbers(&wanted.forward(&x, epilogue).unwrap());
+            for turn in 0..4 {
+                let y = numbers(&layer.forward(&x, epilogue).unwrap());
+                assert!(
+                    y == wanted,
+                    "{rows} rows, {inputs} -> {outputs:?}, {stored:?} + {offset}, {dtype:?}, {kept_in:?}, turn {turn}"
+                );
+                assert!(numbers(&layer.unpacked().unwrap()) == weight, "{inputs} -> {outputs:?}, turn {turn}");
+            }
+        }
+    }
+
     #[test]
     fn stored_weights_give_what_packed_ones_do() {
         let sizes: [(usize, usize, &[usize]); 8] = [
@@ -733,39 +782,40 @@ mod tests {
             (9, 31, &[1, 1, 15, 40]),
             (0, 4, &[4]),
         ];
-        for (rows, inputs, outputs) in sizes {
-            let count = outputs.iter().sum();
-            let (x, weight) = (random(&[rows, inputs], 1), random(&[count, inputs], 2));
-            let (bias, residual) = (random(&[count], 3), random(&[rows, count], 4));
-            for (stored, offset) in
-                [(DType::F32, 0), (DType::F32, 2), (DType::BF16, 0), (DType::BF16, 1), (DType::F16, 4)]
-            {
-                let parts = || in_memory(&weight, outputs, stored, offset);
-                for (dtype, kept_in) in [
+        for size in sizes {
+            for stored in [(DType::F32, 0), (DType::F32, 2), (DType::BF16, 0), (DType::BF16, 1), (DType::F16, 4)] {
+                for computed in [
                     (DType::F32, PackedWeights::AsGiven),
                     (DType::BF16, PackedWeights::AsGiven),
                     (DType::F32, PackedWeights::Int8),
                 ] {
-                    let cast = |x: &Tensor| x.to_dtype(dtype).unwrap();
-                    let (x, bias, residual) = (cast(&x), cast(&bias), cast(&residual));
-                    let plain = cast(&weight.to_dtype(stored).unwrap());
-                    let wanted = PackedLinear::new(&plain, Some(&bias), kept_in).unwrap();
-                    for epilogue in epilogues(&residual) {
-                        let layer = PackedLinear::stored(parts(), Some(&bias), kept_in, dtype, &Device::Cpu).unwrap();
-                        let wanted_y = numbers(&wanted.forward(&x, epilogue).unwrap());
-                        for turn in 0..4 {
-                            let y = numbers(&layer.forward(&x, epilogue).unwrap());
-                            assert!(
-                                y == wanted_y,
-                                "{rows} rows, {inputs} -> {outputs:?}, {stored:?} + {offset}, {dtype:?}, {kept_in:?}, turn {turn}"
-                            );
-                            let unpacked = [&layer, &wanted].map(|layer| numbers(&layer.unpacked().unwrap()));
-                            assert!(unpacked[0] == unpacked[1], "{inputs} -> {outputs:?}, turn {turn}");
-                        }
-                    }
+                    compare_stored(size, stored, computed);
                 }
             }
         }
+    }
+
+    /// As many panels as are packed together, as deep as a block; and more rows than a block has.
+    #[test]
+    fn stored_weights_fill_the_memory_of_a_block() {
+        let bf16 = (DType::BF16, PackedWeights::AsGiven);
+        compare_stored((3, 768, &[2100]), (DType::F32, 0), (DType::F32, PackedWeights::AsGiven));
+        compare_stored((3, 1536, &[2100]), (DType::F32, 0), bf16);
+        compare_stored((200, 800, &[300]), (DType::BF16, 0), (DType::F32, PackedWeights::AsGiven));
+    }
+
+    #[test]
+    fn stored_weights_in_memory_of_their_own_are_packed_at_once() {
+        let (x, weight) = (random(&[3, 20], 1), random(&[9, 20], 2));
+        let mut bytes = Vec::new();
+        weight.write_bytes(&mut bytes).unwrap();
+        let bytes = Arc::new(StoredBytes::Memory(bytes.into()));
+        let part = StoredTensor::new(Arc::clone(&bytes), 0..bytes.len(), DType::F32, &[9, 20]).unwrap();
+        let layer = PackedLinear::stored(vec![part], None, PackedWeights::AsGiven, DType::F32, &Device::Cpu).unwrap();
+        assert_eq!(Arc::strong_count(&bytes), 1, "{layer:?}");
+        let wanted = PackedLinear::new(&weight, None, PackedWeights::AsGiven).unwrap();
+        let forward = |layer: &PackedLinear| numbers(&layer.forward(&x, Epilogue::Nothing).unwrap());
+        assert_eq!(forward(&layer), forward(&wanted));
     }
 
     #[test]
@@ -821,6 +871,28 @@ mod tests {
             }
         }
         assert_eq!(numbers(&forward(&settled).unwrap()), wanted);
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_layer_that_could_not_be_packed_is_packed_later() {
+        let path = std::env::temp_dir().join(format!("xvlm-packed-later-{}", std::process::id()));
+        let mut bytes = Vec::new();
+        random(&[40, 33], 1).write_bytes(&mut bytes).unwrap();
+        std::fs::write(&path, &bytes).unwrap();
+        let mapped = Arc::new(StoredBytes::File(MappedFile::open(&path).unwrap()));
+        let tensor = StoredTensor::new(mapped, 0..bytes.len(), DType::F32, &[40, 33]).unwrap();
+        let layer = PackedLinear::stored(vec![tensor], None, PackedWeights::AsGiven, DType::F32, &Device::Cpu).unwrap();
+        let (x, is_read_late) = (random(&[2, 33], 2), format!("{layer:?}").contains("stored"));
+        let forward = || layer.forward(&x, Epilogue::Nothing);
+        (0..DIRECT).for_each(|_| drop(forward().unwrap()));
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        let time = file.metadata().unwrap().modified().unwrap();
+        file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        assert_eq!(forward().is_err(), is_read_late);
+        file.set_modified(time).unwrap();
+        forward().unwrap();
+        assert!(!format!("{layer:?}").contains("stored"), "{layer:?}");
         std::fs::remove_file(&path).unwrap();
     }
 

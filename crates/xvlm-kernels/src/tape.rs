@@ -98,7 +98,8 @@ impl Tape {
     /// there, unless somebody else holds it.
     ///
     /// # Errors
-    /// If `loss` is no scalar, or a tensor operation fails, or what `ready` says.
+    /// If `loss` is no scalar, or a tensor operation fails, or what `ready` says. `gradients` is of no use then: sums of earlier
+    /// passes may be gone.
     pub fn backward(
         &self,
         loss: Tensor,

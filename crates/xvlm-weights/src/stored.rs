@@ -25,14 +25,7 @@ const READABLE: &str = "F32, F16, BF16, F64 or I64";
 #[derive(Clone, Debug)]
 pub struct StoredTensors {
     name: String,
-    entries: BTreeMap<String, Entry>,
-}
-
-/// Where a tensor is.
-#[derive(Clone, Debug)]
-struct Entry {
-    source: Arc<StoredBytes>,
-    tensor: StoredTensor,
+    tensors: BTreeMap<String, StoredTensor>,
 }
 
 impl StoredTensors {
@@ -66,13 +59,13 @@ impl StoredTensors {
 
     fn list(name: &str, source: StoredBytes) -> Result<Self, WeightsError> {
         let source = Arc::new(source);
-        let entry = |(tensor, dtype, shape, range): Listed| {
+        let stored = |(tensor, dtype, shape, range): Listed| {
             let stored = StoredTensor::new(Arc::clone(&source), range, dtype, &shape);
             let stored = stored.map_err(|error| WeightsError::tensor(name, &tensor, error))?;
-            Ok((tensor, Entry { source: Arc::clone(&source), tensor: stored }))
+            Ok((tensor, stored))
         };
-        let entries = list(name, &source)?.into_iter().map(entry).collect::<Result<_, WeightsError>>()?;
-        Ok(Self { name: name.to_owned(), entries })
+        let tensors = list(name, &source)?.into_iter().map(stored).collect::<Result<_, WeightsError>>()?;
+        Ok(Self { name: name.to_owned(), tensors })
     }
 
     /// What errors call it: the path of its file, or the name given.
@@ -82,13 +75,13 @@ impl StoredTensors {
 
     /// Shapes by name.
     pub fn shapes(&self) -> BTreeMap<&str, &[usize]> {
-        self.entries.iter().map(|(name, entry)| (name.as_str(), entry.tensor.dims())).collect()
+        self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.dims())).collect()
     }
 
     /// Takes over those tensors of another file that `chosen` says and that are missing here.
     pub fn complete_with(&mut self, other: &Self, chosen: impl Fn(&str) -> bool) {
-        for (name, entry) in other.entries.iter().filter(|(name, _)| chosen(name)) {
-            self.entries.entry(name.clone()).or_insert_with(|| entry.clone());
+        for (name, tensor) in other.tensors.iter().filter(|(name, _)| chosen(name)) {
+            self.tensors.entry(name.clone()).or_insert_with(|| tensor.clone());
         }
     }
 
@@ -107,7 +100,7 @@ impl StoredTensors {
     /// [`WeightsError::NoSuchTensor`].
     pub fn get(&self, name: &str) -> Result<&StoredTensor, WeightsError> {
         let unknown = || WeightsError::NoSuchTensor { file: self.name.clone(), tensor: name.to_owned() };
-        self.entries.get(name).map(|entry| &entry.tensor).ok_or_else(unknown)
+        self.tensors.get(name).ok_or_else(unknown)
     }
 
     /// All tensors, in the type that `dtype` names for a shape, by all threads.
@@ -119,9 +112,10 @@ impl StoredTensors {
         dtype: impl Fn(&[usize]) -> DType + Sync,
         device: &Device,
     ) -> Result<BTreeMap<String, Tensor>, WeightsError> {
-        let read =
-            |(name, entry): (&String, &Entry)| Ok((name.clone(), self.read(name, dtype(entry.tensor.dims()), device)?));
-        let tensors = self.entries.par_iter().map(read).collect::<Result<BTreeMap<_, _>, _>>()?;
+        let read = |(name, tensor): (&String, &StoredTensor)| {
+            Ok((name.clone(), self.read(name, dtype(tensor.dims()), device)?))
+        };
+        let tensors = self.tensors.par_iter().map(read).collect::<Result<BTreeMap<_, _>, _>>()?;
         self.check_unchanged()?;
         Ok(tensors)
     }
@@ -140,13 +134,13 @@ impl StoredTensors {
     /// # Errors
     /// [`WeightsError::Changed`].
     pub fn check_unchanged(&self) -> Result<(), WeightsError> {
-        let mut checked: Option<&Arc<StoredBytes>> = None;
-        for source in self.entries.values().map(|entry| &entry.source) {
-            if checked.is_some_and(|checked| Arc::ptr_eq(checked, source)) {
+        let mut checked: Option<&StoredTensor> = None;
+        for tensor in self.tensors.values() {
+            if checked.is_some_and(|checked| checked.is_beside(tensor)) {
                 continue;
             }
-            checked = Some(source);
-            if !source.is_unchanged().map_err(WeightsError::io(Path::new(&self.name)))? {
+            checked = Some(tensor);
+            if !tensor.is_unchanged().map_err(WeightsError::io(Path::new(&self.name)))? {
                 return Err(WeightsError::Changed { file: self.name.clone() });
             }
         }

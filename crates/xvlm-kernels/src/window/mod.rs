@@ -153,8 +153,8 @@ impl WindowBias {
         Ok(Self(Layout::Tables { tables: Arc::new(tables), shape }))
     }
 
-    /// Of what pairs of tokens have by their relative position: `rows [(2·window − 1)², heads]`, in which the row of query `(y, x)`
-    /// and key `(v, u)` is `(y − v + window − 1) · (2·window − 1) + x − u + window − 1` (Liu et al. 2021, §3.2).
+    /// Of what pairs of tokens have by their relative position: `rows [(2·window − 1)², heads]`, in which that of a pair is the one
+    /// that [`relative_positions`] says.
     ///
     /// # Errors
     /// If `rows` are not of this shape, or there are no heads or no tokens.
@@ -179,17 +179,22 @@ impl WindowBias {
                 Ok(Self(Layout::Rows(Arc::new(rows))))
             }
             _ => {
-                let axis = |a: usize, b: usize| a + window - 1 - b;
                 let area = window * window;
-                let row = |query: usize, key: usize| {
-                    axis(query / window, key / window) * side + axis(query % window, key % window)
-                };
-                let index = (0..area).flat_map(|query| (0..area).map(move |key| row(query, key) as u32)).collect();
-                let index = Tensor::from_vec(index, area * area, rows.device())?;
+                let index = Tensor::from_vec(relative_positions(window), area * area, rows.device())?;
                 Self::new(&by_head.index_select(&index, 1)?.reshape((heads, area, area))?)
             }
         }
     }
+}
+
+/// For each query of a window, and for each key of it, the row of their relative position in a table of
+/// `(2·window − 1)²` rows: that of query `(y, x)` and key `(v, u)` is `(y − v + window − 1) · (2·window − 1) + x − u + window − 1`
+/// (Liu et al. 2021, §3.2). `window⁴` rows; `window` is above 0.
+pub fn relative_positions(window: usize) -> Vec<u32> {
+    let axis = |a: usize, b: usize| a + window - 1 - b;
+    let tokens = || (0..window).flat_map(|y| (0..window).map(move |x| (y, x)));
+    let row = |(y, x): (usize, usize), (v, u): (usize, usize)| axis(y, v) * (2 * window - 1) + axis(x, u);
+    tokens().flat_map(|query| tokens().map(move |key| row(query, key) as u32)).collect()
 }
 
 /// Biases by relative position, of which tables are made for each of the first uses, and for good for later ones: memory that

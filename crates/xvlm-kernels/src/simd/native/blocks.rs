@@ -171,8 +171,7 @@ impl<T: Native> Multiplier<T> {
         }
         let Product { size: (m, n, k), a, b, finish, out } = product;
         let a = Source::of(a, m, k);
-        check((m, n), &finish, out);
-        assert!(finish.scales.is_some() == (size_of::<T>() == 1), "scales for bytes, and for nothing else");
+        check::<T>((m, n), &finish, out);
         if m == 0 || n == 0 {
             return;
         }
@@ -234,9 +233,10 @@ impl<T: Native> Multiplier<T> {
 }
 
 /// # Panics
-/// If what the sums are finished with, or the result, has another size.
-fn check<O>((m, n): (usize, usize), finish: &Finish<O>, out: &[O]) {
+/// If what the sums are finished with, or the result, has another size, or is for another type.
+fn check<T: Native>((m, n): (usize, usize), finish: &Finish<T::Out>, out: &[T::Out]) {
     let Finish { scales, bias, then } = finish;
+    assert!(scales.is_some() == (size_of::<T>() == 1), "scales for bytes, and for nothing else");
     assert!(out.len() == m * n && bias.is_none_or(|bias| bias.len() == n), "a result of {m} rows of {n}");
     assert!(!matches!(then, Then::Add(more) if more.len() != m * n), "as many numbers to add as the result has");
     let fits = |scales: &super::Scales| scales.rows.len() == m && scales.columns.len() == n && scales.sums.len() == n;
@@ -278,7 +278,9 @@ impl Grid {
     fn of(m: usize, n: usize, threads: usize) -> Self {
         let (tiles, panels) = (m.div_ceil(ROWS), n.div_ceil(COLUMNS));
         let fewest = m.div_ceil(TILES * ROWS);
-        let grids = (1..=panels).flat_map(|beside| {
+        // Of grids whose widest blocks have the same number of panels, the one with the fewest beside each other.
+        let is_fewest = |beside: &usize| panels.div_ceil(panels.div_ceil(*beside)) == *beside;
+        let grids = (1..=panels).filter(is_fewest).flat_map(|beside| {
             let enough = fewest.next_multiple_of(threads).max(BLOCKS_A_THREAD * threads / beside);
             (fewest..=enough.min(tiles)).map(move |above| Self { m, n, above, beside })
         });

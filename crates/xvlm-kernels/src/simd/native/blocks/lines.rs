@@ -16,7 +16,8 @@ use crate::simd::native::{Factor, Product};
 
 /// The most panels that are packed together: three quarters of the second cache.
 const TOGETHER: usize = 8;
-/// The fewest of them for more rows than a block has, which are packed again for each group of panels.
+/// The fewest of them for more rows than a block has, which are packed again for each group of panels; fewer only if threads
+/// would have no work.
 const FEWEST: usize = 4;
 /// The fewest rows for whose sake panels are packed once more.
 const FEWEST_ROWS: usize = 448;
@@ -51,7 +52,7 @@ impl<T: Native> Multiplier<T> {
         let Product { size: (m, n, k), a, finish, out, .. } = product;
         assert!(b.size() == (n, k), "a factor of {n} columns of {k} numbers");
         let a = Source::of(a, m, k);
-        check((m, n), &finish, out);
+        check::<T>((m, n), &finish, out);
         if m == 0 || n == 0 {
             return;
         }
@@ -146,6 +147,16 @@ impl Tasks {
                 break;
             }
         }
+        // No thread is without work, whatever is packed once more for it.
+        while tasks.count() < threads {
+            if tasks.together > 1 {
+                tasks.together /= 2;
+            } else if m / (2 * tasks.row_parts) >= ROWS {
+                tasks.row_parts *= 2;
+            } else {
+                break;
+            }
+        }
         tasks
     }
 
@@ -176,4 +187,52 @@ fn with_panels<R>(work: impl FnOnce(*mut u32) -> R) -> R {
     let result = work(memory.as_mut_ptr().cast());
     PANELS.set(memory);
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+
+    use super::*;
+    use crate::simd::native::blocks::Grid;
+
+    const SIZES: [(usize, usize); 6] = [(1, 1), (13, 2100), (168, 33), (169, 500), (400, 768), (1000, 31)];
+    const THREADS: [usize; 5] = [1, 2, 3, 7, 64];
+
+    /// Fails unless each number of a result is in one of some parts, rows and columns.
+    fn check_cover((m, n): (usize, usize), parts: impl Iterator<Item = (Range<usize>, Range<usize>)>) {
+        let mut times = vec![0u8; m * n];
+        for (rows, columns) in parts {
+            for row in rows {
+                times[row * n..][columns.clone()].iter_mut().for_each(|times| *times += 1);
+            }
+        }
+        assert!(times.iter().all(|times| *times == 1), "{m} x {n}");
+    }
+
+    #[test]
+    fn every_number_of_a_result_is_in_one_part() {
+        for (m, n) in SIZES {
+            for threads in THREADS {
+                let grid = Grid::of(m, n, threads);
+                check_cover((m, n), (0..grid.blocks()).map(|i| grid.block(i)));
+                let tasks = Tasks::of(m, n, threads);
+                let task = |i: usize| {
+                    let (rows, panels) = tasks.task(i);
+                    (rows, panels.start * COLUMNS..n.min(panels.end * COLUMNS))
+                };
+                check_cover((m, n), (0..tasks.count()).map(task));
+            }
+        }
+    }
+
+    #[test]
+    fn many_threads_all_have_work() {
+        for threads in THREADS {
+            for (m, n) in [(13, 2100), (169, 500), (400, 768), (1000, 31)] {
+                let found = Tasks::of(m, n, threads).count();
+                assert!(found >= threads, "{found} tasks of {m} x {n} for {threads} threads");
+            }
+        }
+    }
 }
