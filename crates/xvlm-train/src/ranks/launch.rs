@@ -45,11 +45,11 @@ impl Engine {
 
 /// The error of a build without an engine.
 pub(super) fn lacks(engine: Engine) -> TrainError {
-    let (expected, found) = match engine {
-        Engine::Nccl => ("a build with the feature `nccl`, to train on several GPUs", "one without"),
-        _ => ("a build with the feature `mpi`, to train in several processes on CPUs", "one without"),
+    let expected = match engine {
+        Engine::Nccl => "a build with the feature `nccl`, to share work among several GPUs, or `--ranks alone`",
+        _ => "a build with the feature `mpi`, to share work among several processes on CPUs, or `--ranks alone`",
     };
-    TrainError::Environment { variable: "several ranks".to_owned(), expected, found: found.to_owned() }
+    TrainError::Environment { variable: "several ranks".to_owned(), expected, found: "one without".to_owned() }
 }
 
 /// This process among those that `torchrun` or `srun` started, and where they meet.
