@@ -211,14 +211,14 @@ impl Asking<'_, '_> {
             let found = if pictures.is_empty() { Vec::new() } else { ask(&numbers, pictures)? };
             assert_eq!(found.len(), numbers.len(), "a picture that is asked about has results of its own");
             let mut found = found.into_iter();
-            let about = |(size, (_, image)): (Result<(u32, u32), DataError>, &&(usize, &PathBuf))| match size {
+            let answers = sizes.into_iter().zip(units).filter_map(|(size, (_, image))| match size {
                 Err(error) => Some(Err(error)),
                 Ok((width, height)) => {
                     let image = image.to_string_lossy().into_owned();
                     found.next().map(|results| Ok(About { image, width, height, results }))
                 }
-            };
-            Ok(sizes.into_iter().zip(units).filter_map(about).collect())
+            });
+            Ok(answers.collect())
         })?;
         let Answers { given, left_out } = answers;
         Ok(Found { name, about: given.into_iter().flatten().collect(), left_out })
