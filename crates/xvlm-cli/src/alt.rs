@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use clap::{Args, Subcommand, ValueEnum};
@@ -70,12 +71,14 @@ impl DescribeArgs {
         Describer::new(Phrasing { sentence: !self.plain, prefix, suffix }, self.min_confidence)
     }
 
-    /// What describes pictures, until it is asked to stop.
+    /// What describes pictures, until it is asked to stop, for which it listens if something `is_kept` of what is done.
     fn describe(
         &self,
         predictor: &Predictor,
+        is_kept: bool,
     ) -> Result<impl FnMut(&[Picture]) -> Result<Vec<Written>, CliError>, CliError> {
-        let (writing, stop) = (self.writing.of(predictor.writing()), signals::asked_to_stop()?);
+        let writing = self.writing.of(predictor.writing());
+        let stop = if is_kept { signals::asked_to_stop("what is at hand")? } else { Arc::default() };
         Ok(move |pictures: &[Picture]| match stop.load(Ordering::Relaxed) {
             true => Err(CliError::Stopped),
             false => Ok(predictor.captions(pictures, &writing)?),
@@ -90,7 +93,7 @@ impl DescribeArgs {
 /// at. If an image is missing or broken, the exit code tells.
 ///
 /// With --in-place, files are written while the work goes on: after an interruption, the same command goes on, as images that have a
-/// description by now are left alone.
+/// description by now are left alone (with --replace it begins anew).
 #[derive(Args)]
 #[command(group = clap::ArgGroup::new("where").required(true).args(["in_place", "out", "dry_run"]))]
 struct Documents {
@@ -166,7 +169,7 @@ impl Documents {
             opened.push(read);
         }
         let predictor = self.describe.model.open()?;
-        let mut describe = self.describe.describe(&predictor)?;
+        let mut describe = self.describe.describe(&predictor, !self.dry_run)?;
         let choice = Choice { decorative: self.decorative, given: self.replace };
         let readable = files.iter().zip(&opened).filter_map(|(file, read)| Some((file, read.as_ref().ok()?)));
         let readable: Vec<(&File, &Document)> = readable.collect();
@@ -353,7 +356,7 @@ struct Pictures {
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     /// Write each description into a file beside its picture, named after it with .txt at the end, while the work goes on: after an
-    /// interruption, the same command goes on
+    /// interruption, the same command goes on, unless there is --replace; its list is of the pictures that were left
     #[arg(long)]
     sidecar: bool,
     /// Replace files that are beside the pictures
@@ -402,7 +405,7 @@ impl Pictures {
         }
         let mut describer = self.describe.describer();
         let predictor = self.describe.model.open()?;
-        let mut describe = self.describe.describe(&predictor)?;
+        let mut describe = self.describe.describe(&predictor, self.sidecar)?;
         let entries = Stage::run("pictures", |at| {
             let mut entries = Vec::with_capacity(files.len());
             for some in files.chunks(PORTION) {
@@ -440,8 +443,9 @@ impl Pictures {
     }
 }
 
-/// Pictures after which the files beside them are written: what an interruption costs at most.
-const PORTION: usize = 32;
+/// Pictures after which the files beside them are written: as many as are described at a time, so that one that is asked to stop
+/// has filed all that it has described.
+const PORTION: usize = 8;
 
 /// The file beside a picture.
 fn sidecar(picture: &Path) -> PathBuf {

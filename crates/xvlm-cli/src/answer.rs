@@ -8,6 +8,7 @@ use xvlm::{AnswerList, Bundled, Ranking};
 
 use crate::look::{Look, Question, any, percent, worded};
 use crate::output::{self, CliError};
+use crate::sweep;
 
 /// Answer questions about pictures
 ///
@@ -46,7 +47,8 @@ impl Answer {
                 output::say(&format!("left out: {}: entry {}: {}", path.display(), left_out.item, left_out.problem));
             }
             let (top, ranking) = (usize::from(self.top), Ranking::default());
-            let options = json!({ "texts": texts, "answers": list.texts(), "top": top, "ranking": ranking });
+            let answers = sweep::digest(&list.texts())?;
+            let options = json!({ "texts": texts, "answers": answers, "top": top, "ranking": ranking });
             let question = Question { name: "answers", options };
             asking.of_each(question, any, |_, pictures| {
                 predictor.look_at(&pictures)?.rank_answers(&texts, &list, ranking, top)

@@ -107,9 +107,9 @@ impl Caption {
                 }
             })
         })?;
-        self.look.tell_as(found, |found| {
+        self.look.tell_as(found, |found, several| {
             let line = |about: &About<Written>| {
-                let name = if found.len() > 1 { format!("{}: ", about.image().display()) } else { String::new() };
+                let name = if several { format!("{}: ", about.image) } else { String::new() };
                 about.results.iter().map(|written| format!("{name}{}\n", written.text)).collect::<String>()
             };
             found.iter().map(line).collect()

@@ -9,11 +9,11 @@ use xvlm::encoders::cost::Part;
 use xvlm::tasks::finetune::{self, FinetunePlan, FirstBatch, TrainingItems, TrainingState};
 use xvlm::tasks::plan::{self, FirstBatches, Memory, ParameterCounts, Plan, Schedule, Stream};
 use xvlm::tasks::{FinetuneConfig, PretrainConfig};
+use xvlm::weights::ModelFiles;
 
 use crate::data::inspect::{self, Sample, Shown};
 use crate::output::{self, CliError, Rows};
 use crate::progress::Training;
-use xvlm::weights::ModelFiles;
 
 /// Most pictures of a stream that are drawn, and most whose texts are printed for people.
 const DRAWN: usize = 36;

@@ -133,11 +133,11 @@ impl Embed {
         };
         let out = self.sweep.out.as_deref().unwrap_or(Path::new(""));
         let (model, built_in) = (&self.model, Bundled::General);
-        let swept = Swept { units: "files", model, built_in, from: None, max_bad_fraction: 0.0 };
-        let summary = self.sweep.run(swept, |predictor, sweep| {
-            let pictures = self.pictures.open(self.image_root.as_deref())?;
-            Ok(embed::embed(predictor.model(), &pictures, &options, out, sweep)?)
-        })?;
+        let pictures = self.pictures.open(self.image_root.as_deref())?;
+        let swept = Swept { units: "files", model, built_in, from: None, max_bad_fraction: 0.0, is_one: false };
+        let summary = self
+            .sweep
+            .run(swept, |predictor, sweep| Ok(embed::embed(predictor.model(), &pictures, &options, out, sweep)?))?;
         let Some(summary) = summary else { return Ok(()) };
         summary.left_out.iter().take(8).for_each(|problem| output::say(&format!("left out: {problem}")));
         output::print(self.json, &Report { out, summary: &summary }, |Report { summary, .. }| {

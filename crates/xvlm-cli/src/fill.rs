@@ -127,15 +127,16 @@ impl Fill {
     }
 
     fn grade_file(&self, file: &Path) -> Result<(), CliError> {
+        let exercises = fill::read_exercises(file, self.image_root.as_deref())?;
         let swept = Swept {
             units: "exercises",
             model: &self.look.model,
             built_in: Bundled::General,
             from: Some(("file", file.display().to_string())),
             max_bad_fraction: self.look.max_bad_fraction.unwrap_or(1.0),
+            is_one: false,
         };
         let done = self.look.sweep.run(swept, |predictor, sweep| {
-            let exercises = fill::read_exercises(file, self.image_root.as_deref())?;
             Ok(fill::grade_all(predictor.model(), exercises, self.search(), self.accept, sweep)?)
         })?;
         let Some((grades, left_out)) = done else { return Ok(()) };

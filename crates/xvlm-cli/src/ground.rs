@@ -1,5 +1,6 @@
 //! `xvlm ground`: where phrases point in pictures.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
@@ -13,6 +14,7 @@ use xvlm::{Bundled, Heated, Layers, Picture, PixelBox, Proposal};
 use crate::draw;
 use crate::look::{Look, Question, any, edges, percent, worded};
 use crate::output::{CliError, Rows};
+use crate::sweep;
 
 /// Panels of one row of a drawing.
 const COLUMNS: usize = 4;
@@ -33,8 +35,8 @@ pub(crate) struct Ground {
     /// Phrase, such as "the red circle"; repeatable
     #[arg(long = "text", value_name = "TEXT", required = true)]
     texts: Vec<String>,
-    /// Write the picture with numbered boxes, or with --heat a panel for each phrase, to this PNG file; of several pictures to
-    /// PNG files in this folder
+    /// Write the picture with numbered boxes, or with --heat a panel for each phrase, to this PNG file; of several, or
+    /// with --images or --list, to PNG files in this folder
     #[arg(long, value_name = "PATH")]
     draw: Option<PathBuf>,
     /// Show where the model looks while it matches each phrase with the picture
@@ -70,10 +72,10 @@ struct Pointed {
 impl Ground {
     pub(crate) fn run(self) -> Result<(), CliError> {
         let (texts, images) = (worded(&self.texts)?, self.look.images()?);
-        if let (Some(path), 2..) = (&self.draw, images.len())
+        if let (Some(path), false) = (&self.draw, self.look.is_of_one())
             && (path.is_file() || path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png")))
         {
-            let (expected, found) = ("a folder, since there are several pictures", path.display().to_string());
+            let (expected, found) = ("a folder, unless there is one --image", path.display().to_string());
             return Err(CliError::Option { option: "--draw", expected, found });
         }
         if self.heat { self.heat(&texts, &images) } else { self.boxes(&texts, &images) }
@@ -83,14 +85,14 @@ impl Ground {
         let drawings = self.drawings(images);
         let found = self.look.ask(Bundled::General, images, |asking| {
             let predictor = asking.predictor;
-            let question = Question { name: "grounding", options: json!({ "texts": texts, "draw": self.draw }) };
+            let question = Question { name: "grounding", options: json!({ "texts": texts, "draw": self.drawn_to() }) };
             asking.of_each(question, any, |numbers, pictures| {
                 let found = predictor.look_at(&pictures)?.ground(texts)?;
                 for ((mut picture, found), &number) in pictures.into_iter().zip(&found).zip(numbers) {
                     let Some(path) = drawings.get(number) else { break };
                     let boxes: Vec<PixelBox> = found.iter().map(|found| found.bounds).collect();
                     draw::number_boxes(&mut picture, &boxes);
-                    write(path, images.len() > 1, &picture)?;
+                    self.write(path, &picture)?;
                 }
                 Ok(found)
             })
@@ -107,10 +109,11 @@ impl Ground {
             let heat = self.grid.then(|| map.values.chunks(map.side).map(<[f32]>::to_vec).collect());
             Pointed { text, bounds, point, probability, heat, proposals }
         };
+        let proposed = proposals.as_ref().map(sweep::digest).transpose()?;
         let found = self.look.ask(Bundled::General, images, |asking| {
             let predictor = asking.predictor;
             let options = json!({
-                "texts": texts, "draw": self.draw, "layers": layers, "grid": self.grid, "proposals": proposals,
+                "texts": texts, "draw": self.drawn_to(), "layers": layers, "grid": self.grid, "proposals": proposed,
             });
             asking.of_each(Question { name: "heat", options }, any, |numbers, pictures| {
                 let heated = predictor.look_at(&pictures)?.heat(texts, layers)?;
@@ -126,7 +129,7 @@ impl Ground {
                     if let Some(path) = drawings.get(number) {
                         let panels = heated.iter().enumerate().map(|(i, heated)| panel(&picture, i, heated));
                         let panels = panels.collect::<Result<Vec<_>, _>>()?;
-                        write(path, images.len() > 1, &draw::tiles(&panels, COLUMNS).unwrap_or(picture))?;
+                        self.write(path, &draw::tiles(&panels, COLUMNS).unwrap_or(picture))?;
                     }
                     all.push(heated.into_iter().zip(ranked).map(tell).collect());
                 }
@@ -138,23 +141,26 @@ impl Ground {
 
     /// Where the drawing of each picture goes; nowhere without `--draw`.
     fn drawings(&self, images: &[PathBuf]) -> Vec<PathBuf> {
-        match (&self.draw, images) {
-            (None, _) => Vec::new(),
-            (Some(path), [_]) => vec![path.clone()],
-            (Some(folder), several) => {
-                names(several.iter().map(PathBuf::as_path)).map(|name| folder.join(name)).collect()
-            }
+        match &self.draw {
+            None => Vec::new(),
+            Some(path) if self.look.is_of_one() => vec![path.clone()],
+            Some(folder) => names(images.iter().map(PathBuf::as_path)).map(|name| folder.join(name)).collect(),
         }
     }
-}
 
-/// Writes a drawing; one of several, into the folder they have.
-fn write(path: &Path, is_one_of_several: bool, drawing: &Picture) -> Result<(), xvlm::Error> {
-    if let (true, Some(folder)) = (is_one_of_several, path.parent()) {
-        std::fs::create_dir_all(folder).map_err(|source| DataError::Io { path: folder.to_owned(), source })?;
+    /// What `--draw` says, as options have it.
+    fn drawn_to(&self) -> Option<Cow<'_, str>> {
+        self.draw.as_deref().map(Path::to_string_lossy)
     }
-    let png = drawing.to_png()?;
-    Ok(xvlm::weights::write_file_atomically(path, |out| out.write_all(&png))?)
+
+    /// Writes a drawing; one of several, into the folder they have.
+    fn write(&self, path: &Path, drawing: &Picture) -> Result<(), xvlm::Error> {
+        if let (false, Some(folder)) = (self.look.is_of_one(), &self.draw) {
+            std::fs::create_dir_all(folder).map_err(|source| DataError::Io { path: folder.clone(), source })?;
+        }
+        let png = drawing.to_png()?;
+        Ok(xvlm::weights::write_file_atomically(path, |out| out.write_all(&png))?)
+    }
 }
 
 fn row(i: usize, text: &str, bounds: &PixelBox, probability: Option<f32>) -> Rows {

@@ -54,7 +54,8 @@ struct Which {
 /// What was found out about one picture.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct About<T> {
-    image: PathBuf,
+    /// The path, with a sign for what is not UTF-8.
+    pub(crate) image: String,
     width: u32,
     height: u32,
     pub(crate) results: Vec<T>,
@@ -99,6 +100,11 @@ impl Look {
         })
     }
 
+    /// Whether it is about one picture that is named, not about those that happen to be in a folder or a list.
+    pub(crate) fn is_of_one(&self) -> bool {
+        self.which.files.len() == 1
+    }
+
     /// Opens the model and lets `ask` ask about `images`; nothing where another process tells the result.
     pub(crate) fn ask<T>(
         &self,
@@ -107,7 +113,8 @@ impl Look {
         ask: impl FnOnce(Asking) -> Result<Found<T>, CliError>,
     ) -> Result<Option<Found<T>>, CliError> {
         let (model, max_bad_fraction) = (&self.model, self.max_bad_fraction.unwrap_or(0.0));
-        let swept = Swept { units: "pictures", model, built_in, from: None, max_bad_fraction };
+        let is_one = images.len() == 1;
+        let swept = Swept { units: "pictures", model, built_in, from: None, max_bad_fraction, is_one };
         self.sweep.run(swept, |predictor, sweep| ask(Asking { predictor, sweep, images }))
     }
 
@@ -117,11 +124,11 @@ impl Look {
         found: Option<Found<T>>,
         rows: impl Fn(usize, &T) -> Rows,
     ) -> Result<(), CliError> {
-        self.tell_as(found, |about| {
+        self.tell_as(found, |about, several| {
             let mut all = Rows::new();
             for of_one in about {
-                if about.len() > 1 {
-                    all.push((of_one.image.display().to_string(), None));
+                if several {
+                    all.push((of_one.image.clone(), None));
                 }
                 all.extend(of_one.results.iter().enumerate().flat_map(|(i, result)| rows(i, result)));
             }
@@ -129,15 +136,19 @@ impl Look {
         })
     }
 
-    /// The same with another text for people.
+    /// The same with another text for people; `text` is told whether there were several pictures, some of which may be left out.
     pub(crate) fn tell_as<T: Serialize>(
         &self,
         found: Option<Found<T>>,
-        text: impl FnOnce(&[About<T>]) -> String,
+        text: impl FnOnce(&[About<T>], bool) -> String,
     ) -> Result<(), CliError> {
         let Some(Found { name, about, left_out }) = found else { return Ok(()) };
         for LeftOut { problem, .. } in left_out.iter().take(8) {
             output::say(&format!("left out: {problem}"));
+        }
+        let asked = about.len() + left_out.len();
+        if !left_out.is_empty() {
+            output::say(&format!("left out: {} of {asked} pictures", left_out.len()));
         }
         match self.sweep.write_json(&format!("{name}.json"), &about)? {
             Some(result_file) => {
@@ -150,19 +161,12 @@ impl Look {
                     ])
                 })?;
             }
-            None => output::print(self.json, &about, |about| text(about))?,
+            None => output::print(self.json, &about, |about| text(about, asked > 1))?,
         }
         match about.is_empty() {
             true => Err(CliError::Broken { what: "pictures", count: left_out.len() }),
             false => Ok(()),
         }
-    }
-}
-
-impl<T> About<T> {
-    /// What to call the picture where others are told of too.
-    pub(crate) fn image(&self) -> &Path {
-        &self.image
     }
 }
 
@@ -199,15 +203,16 @@ impl Asking<'_, '_> {
                 }
             }
             let found = if pictures.is_empty() { Vec::new() } else { ask(&numbers, pictures)? };
+            assert_eq!(found.len(), numbers.len(), "a picture that is asked about has results of its own");
             let mut found = found.into_iter();
-            let mut answers = Vec::with_capacity(units.len());
-            for (size, (_, image)) in sizes.into_iter().zip(units) {
-                answers.push(size.map(|(width, height)| {
-                    let results = found.next().unwrap_or_default();
-                    About { image: (*image).clone(), width, height, results }
-                }));
-            }
-            Ok(answers)
+            let answers = sizes.into_iter().zip(units).filter_map(|(size, (_, image))| match size {
+                Err(error) => Some(Err(error)),
+                Ok((width, height)) => {
+                    let image = image.to_string_lossy().into_owned();
+                    found.next().map(|results| Ok(About { image, width, height, results }))
+                }
+            });
+            Ok(answers.collect())
         })?;
         let Answers { given, left_out } = answers;
         Ok(Found { name, about: given.into_iter().flatten().collect(), left_out })

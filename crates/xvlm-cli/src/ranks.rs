@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
-use xvlm::train::ranks::{self, Communicator, Engine};
+use xvlm::train::ranks::{self, Alone, Communicator, Engine};
 
 use crate::DeviceArgs;
 use crate::output::{self, CliError};
@@ -40,6 +40,14 @@ impl RanksArgs {
             Ranks::Nccl => Engine::Nccl,
         };
         Ok(ranks::connect(engine, &device)?)
+    }
+
+    /// The same for what processes cannot share, which each of them does alone unless `--ranks` says otherwise.
+    pub(crate) fn connect_if_told(&self, device: &DeviceArgs) -> Result<Arc<dyn Communicator>, CliError> {
+        match self.ranks {
+            Ranks::Auto => Ok(Arc::new(Alone)),
+            Ranks::Alone | Ranks::Mpi | Ranks::Nccl => self.connect(device),
+        }
     }
 }
 

@@ -82,7 +82,8 @@ impl RunArgs {
         let device = self.device.open_for_rank()?;
         let ranks = self.ranks.connect(&self.device)?;
         let run = || {
-            let session = Session { resume: self.resume, stop: signals::asked_to_stop()?, ranks: Arc::clone(&ranks) };
+            let stop = signals::asked_to_stop("this iteration")?;
+            let session = Session { resume: self.resume, stop, ranks: Arc::clone(&ranks) };
             Ok(train(out, &session, &device)?)
         };
         let summary = or_abort(&*ranks, run())?;

@@ -6,9 +6,9 @@ use std::sync::atomic::AtomicBool;
 use crate::output::CliError;
 
 /// What becomes true with the first SIGTERM (schedulers, `kill`), SIGINT (Ctrl-C) or SIGUSR1 (what Slurm's `--signal` is often
-/// set to). A later SIGTERM or SIGINT ends the program at once.
+/// set to). `finishing` says what is done before the end. A later SIGTERM or SIGINT ends the program at once.
 #[cfg(unix)]
-pub(crate) fn asked_to_stop() -> Result<Arc<AtomicBool>, CliError> {
+pub(crate) fn asked_to_stop(finishing: &'static str) -> Result<Arc<AtomicBool>, CliError> {
     use std::sync::atomic::Ordering;
     use std::time::{Duration, Instant};
 
@@ -32,7 +32,7 @@ pub(crate) fn asked_to_stop() -> Result<Arc<AtomicBool>, CliError> {
                 std::process::exit(128 + signal);
             }
             if !asked.swap(true, Ordering::Relaxed) {
-                say("asked to stop: finishing this iteration and saving; ask again to end at once");
+                say(&format!("asked to stop: finishing {finishing} and saving; ask again to end at once"));
             }
             if signal != SIGUSR1 {
                 first = first.or_else(|| Some(Instant::now()));
@@ -45,6 +45,6 @@ pub(crate) fn asked_to_stop() -> Result<Arc<AtomicBool>, CliError> {
 
 /// Nothing asks: there are no such signals.
 #[cfg(not(unix))]
-pub(crate) fn asked_to_stop() -> Result<Arc<AtomicBool>, CliError> {
+pub(crate) fn asked_to_stop(_: &'static str) -> Result<Arc<AtomicBool>, CliError> {
     Ok(Arc::default())
 }

@@ -10,11 +10,12 @@ use std::sync::Arc;
 use clap::Args;
 use serde::Serialize;
 use serde_json::Value;
-use xvlm::tasks::Sweep;
+use sha2::{Digest, Sha256};
+use xvlm::tasks::{Sweep, SweepProblem, TaskError};
 use xvlm::{Bundled, Predictor};
 
 use crate::ModelArgs;
-use crate::output::CliError;
+use crate::output::{CliError, say};
 use crate::progress::Stage;
 use crate::ranks::{self, RanksArgs};
 use crate::signals;
@@ -43,22 +44,27 @@ pub(crate) struct Swept<'a> {
     pub(crate) from: Option<(&'static str, String)>,
     /// Share of units that may be left out because they are broken.
     pub(crate) max_bad_fraction: f64,
+    /// Whether there is no more than one item: nothing that processes could share.
+    pub(crate) is_one: bool,
 }
 
 impl SweepArgs {
-    /// Joins the processes that were started together, opens the model and lets `work` go through the set; nothing where another
-    /// process tells the result.
+    /// Joins the processes that were started together if there is something to share or to keep, opens the model and lets `work`
+    /// go through the set; nothing where another process tells the result.
     pub(crate) fn run<T>(
         &self,
         swept: Swept,
         work: impl FnOnce(&Predictor, &mut Sweep) -> Result<T, CliError>,
     ) -> Result<Option<T>, CliError> {
-        let Swept { units, model, built_in, from, max_bad_fraction } = swept;
-        let ranks = self.ranks.connect(&model.device)?;
+        let Swept { units, model, built_in, from, max_bad_fraction, is_one } = swept;
+        let ranks = match is_one && self.out.is_none() {
+            true => self.ranks.connect_if_told(&model.device)?,
+            false => self.ranks.connect(&model.device)?,
+        };
         let run = || {
             let predictor = model.open_or(built_in)?;
             // What is kept nowhere need not be saved.
-            let stop = if self.out.is_some() { signals::asked_to_stop()? } else { Arc::default() };
+            let stop = if self.out.is_some() { signals::asked_to_stop("what is at hand")? } else { Arc::default() };
             Stage::run(units, |counter| {
                 let (folder, resume, ranks) = (self.out.clone(), self.resume, Arc::clone(&ranks));
                 let about = about(&predictor, from);
@@ -66,7 +72,11 @@ impl SweepArgs {
                 work(&predictor, &mut sweep)
             })
         };
-        let done = ranks::or_abort(&*ranks, run())?;
+        let done = run();
+        if let (Err(CliError::Library(TaskError::Sweep(SweepProblem::Stopped { .. }))), 0) = (&done, ranks.rank()) {
+            say("what is done is kept: --resume goes on from there");
+        }
+        let done = ranks::or_abort(&*ranks, done)?;
         Ok(Some(done).filter(|_| ranks.rank() == 0))
     }
 
@@ -100,4 +110,10 @@ fn about(predictor: &Predictor, from: Option<(&'static str, String)>) -> Value {
 /// Options as [`xvlm::tasks::Work`] takes them. Through text: as values of JSON, numbers would get digits that nobody wrote.
 pub(crate) fn options(options: &impl Serialize) -> Result<Value, CliError> {
     Ok(serde_json::from_str(&serde_json::to_string(options)?)?)
+}
+
+/// SHA-256 of an option that is too long to stand among the others, such as what was read of a file.
+pub(crate) fn digest(option: &impl Serialize) -> Result<String, CliError> {
+    let digest = Sha256::digest(serde_json::to_vec(option)?);
+    Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
 }

@@ -20,8 +20,8 @@ use crate::output::{CliError, Rows};
 /// Boxes of phrases: those with an IoU of at least 0.5 with the truth, and the mean IoU (both in percent)
 ///
 /// With --weak, of a model that was never told a box: where it looks chooses among the boxes of a detector, or, where there
-/// are none, is pointed at. With --out, what is found is written to DIR/grounding.json, which `xvlm score grounding` reads: a
-/// list of {"ref_id", "bbox": [x, y, w, h]}, with --weak and a "point": [x, y].
+/// are none, is pointed at. With --out, what is found is written to DIR/grounding.json, with --weak to DIR/heat.json, which
+/// `xvlm score grounding` reads: a list of {"ref_id", "bbox": [x, y, w, h]}, with --weak and a "point": [x, y].
 #[derive(Args)]
 pub(crate) struct Grounding {
     #[command(flatten)]
@@ -123,7 +123,7 @@ impl Grounding {
         let Some(done) = done else { return Ok(()) };
         // A box that there is not is wrong.
         let found = done.answers.iter().map(|answer| (answer.bbox.unwrap_or_default(), Some(answer.point)));
-        let file = self.common.sweep.write("grounding.json", |out| write_results(&done.items, found, out))?;
+        let file = self.common.sweep.write("heat.json", |out| write_results(&done.items, found, out))?;
         self.print(&name, done.scores, (report, file), &done.left_out, weak_rows)
     }
 

@@ -157,7 +157,7 @@ impl Common {
         work: impl FnOnce(&Model, &mut Sweep) -> Result<T, TaskError>,
     ) -> Result<Option<T>, CliError> {
         let (model, from, max_bad_fraction) = (&self.model, Some(("data", data.to_owned())), self.max_bad_fraction);
-        let swept = Swept { units: stage, model, built_in, from, max_bad_fraction };
+        let swept = Swept { units: stage, model, built_in, from, max_bad_fraction, is_one: false };
         self.sweep.run(swept, |predictor, sweep| work(predictor.model(), sweep).map_err(CliError::from))
     }
 

@@ -40,6 +40,12 @@ fn pictures_are_heated() {
     assert_eq!(names(&dir.join("drawn")), ["000000-2.png", "000000.png", "000001.png"]);
     text(dir, &format!("ground {images} --text a~star --heat --layer 1 --draw heat"));
     assert_eq!(names(&dir.join("heat")), ["000000.png", "000001.png"]);
+    // What a folder has happens to be one picture.
+    fs::create_dir(dir.join("one")).unwrap();
+    fs::copy(dir.join("data/images/000000.png"), dir.join("one/a.png")).unwrap();
+    text(dir, "ground --model model --images one --text a~star --draw of-one");
+    assert_eq!(names(&dir.join("of-one")), ["a.png"]);
+    refused(dir, "ground --model model --images one --text a~star --draw a.png", &["--draw: expected a folder"]);
     refused(dir, &format!("ground {images} --text a~star --draw heat.png"), &["--draw: expected a folder"]);
     refused(dir, &format!("ground {image} --text a~star --heat --layer 0"), &["layer", "1 to 1, found 0"]);
 
@@ -66,12 +72,11 @@ fn the_built_in_world_is_scored() {
     let weak = json(dir, "eval grounding --model model --data data --weak --out weak");
     assert_eq!((&weak["count"], &weak["proposals"]), (&boxes["count"], &json!(false)));
     assert!(weak["pointing"].is_number() && weak["accuracy@0.5"].is_number(), "{weak}");
-    for (folder, answers) in [("boxes", "boxes.jsonl"), ("weak", "heat.jsonl")] {
-        let mut expected = [answers, "grounding.json"];
+    for (folder, result, answers) in [("boxes", "grounding.json", "boxes.jsonl"), ("weak", "heat.json", "heat.jsonl")] {
+        let mut expected = [answers, result];
         expected.sort_unstable();
         assert_eq!(names(&dir.join(folder)), expected);
-        let results: Vec<Value> =
-            serde_json::from_slice(&fs::read(dir.join(folder).join("grounding.json")).unwrap()).unwrap();
+        let results: Vec<Value> = serde_json::from_slice(&fs::read(dir.join(folder).join(result)).unwrap()).unwrap();
         assert_eq!(json!(results.len()), boxes["count"]);
         assert!(results.iter().all(|line| line["ref_id"].is_string() && line["bbox"].as_array().unwrap().len() == 4));
     }

@@ -230,7 +230,9 @@ fn questions_that_are_asked_to_stop_go_on() {
         signal(&child, name);
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.status.code(), code, "{name}: {}", stderr(&output));
-        assert!(code.is_none() || stderr(&output).contains(" of 3000 are done"), "{}", stderr(&output));
+        for told in ["finishing what is at hand and saving", "--resume goes on", " of 3000 are done"] {
+            assert!(code.is_none() || stderr(&output).contains(told), "{}", stderr(&output));
+        }
         assert!(!dir.join("stopped/matches.json").exists());
     }
     assert!(ask("stopped", "--resume").output().unwrap().status.success());

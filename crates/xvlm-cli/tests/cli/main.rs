@@ -284,7 +284,7 @@ fn bad_pictures_and_texts_are_refused() {
     refused(
         dir,
         &format!("ground {good} text.png --text a~star --draw out.png"),
-        &["--draw: expected a folder, since there are several pictures, found out.png"],
+        &["--draw: expected a folder, unless there is one --image, found out.png"],
     );
     refused(dir, &format!("ground {good} --text a~star --draw none/out.png"), &["none/out.png"]);
     refused(dir, &format!("caption {good} --device gpu"), &["device", "gpu"]);
