@@ -278,15 +278,15 @@ pub fn fill_in<E>(
         for of_one in described.chunk_by(|(a, _), (b, _)| a.0 == b.0) {
             let number = of_one[0].0.0;
             let mut told = 0;
-            for (&(_, image), outcome) in of_one {
+            for ((_, image), outcome) in of_one {
                 // What `describe` has said nothing about has no description; after an error, it is not known yet.
                 let outcome = match (outcome, &ended) {
                     (Some(outcome), _) => outcome.clone(),
                     (None, Ok(())) => Outcome::Wordless,
                     (None, Err(_)) => continue,
                 };
-                descriptions[number].extend(outcome.text().map(|text| (image, text.to_owned())));
-                filled[number].0.push(report(&pages[number], image, outcome));
+                descriptions[number].extend(outcome.text().map(|text| (*image, text.to_owned())));
+                filled[number].0.push(report(&pages[number], *image, outcome));
                 told += 1;
             }
             if told > 0 {
