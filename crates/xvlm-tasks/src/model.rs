@@ -103,9 +103,9 @@ pub struct Texts {
 
 impl Model {
     /// Opens a model folder, to compute on a device in `f32`, or as [`Compute`] says. The file of weights is mapped. On the CPU it
-    /// stays so as long as the model lives: linear layers and word embeddings are read from there when they are used first, and
-    /// laid out in memory once they are used often ([`PackedLinear::stored`](xvlm_kernels::PackedLinear::stored)). Until then it must
-    /// not be written to (see [`MappedFile`](xvlm_kernels::MappedFile)); replacing it, as this workspace writes files, does no
+    /// stays so as long as the model lives: rows of word embeddings are read from there, and linear layers are at first, until they
+    /// have been used often and are laid out in memory ([`PackedLinear::stored`](xvlm_kernels::PackedLinear::stored)). It must
+    /// not be written to meanwhile (see [`MappedFile`](xvlm_kernels::MappedFile)); replacing it, as this workspace writes files, does no
     /// harm. If it is written to, whatever reads it from then on fails with [`KernelError::Changed`](xvlm_kernels::KernelError::Changed).
     ///
     /// # Errors
