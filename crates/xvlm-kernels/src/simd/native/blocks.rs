@@ -273,8 +273,8 @@ struct Grid {
 }
 
 impl Grid {
-    /// The cheapest for threads of the same speed, that the slowest of them ends early: each column of blocks packs all of `a`, each row of
-    /// blocks fetches all of `b`, and a thread that finds no block waits for the others.
+    /// The one that threads of the same speed are done with first: each column of blocks packs all of `a`, each row of blocks
+    /// fetches all of `b`, and a thread that finds no block waits for the others.
     fn of(m: usize, n: usize, threads: usize) -> Self {
         let (tiles, panels) = (m.div_ceil(ROWS), n.div_ceil(COLUMNS));
         let fewest = m.div_ceil(TILES * ROWS);
@@ -454,4 +454,49 @@ fn with_scratch<R>(work: impl FnOnce(*mut u32) -> R) -> R {
     let result = work(memory.as_mut_ptr().cast());
     SCRATCH.set(memory);
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZES: [(usize, usize); 8] =
+        [(1, 1), (1, 768), (49, 4096), (144, 1024), (320, 768), (577, 3072), (9216, 128), (36_865, 97)];
+
+    #[test]
+    fn blocks_cover_the_result_once() {
+        for (m, n) in SIZES {
+            for threads in [1, 2, 3, 16] {
+                let grid = Grid::of(m, n, threads);
+                let blocks = || (0..grid.blocks()).map(|i| grid.block(i));
+                assert!(blocks().all(|(rows, columns)| {
+                    (1..=TILES * ROWS).contains(&rows.len())
+                        && !columns.is_empty()
+                        && columns.start.is_multiple_of(COLUMNS)
+                        && rows.end <= m
+                        && columns.end <= n
+                }));
+                let covered: usize = blocks().map(|(rows, columns)| rows.len() * columns.len()).sum();
+                let starts: std::collections::HashSet<_> =
+                    blocks().map(|(rows, columns)| (rows.start, columns.start)).collect();
+                assert_eq!((covered, starts.len()), (m * n, grid.blocks()), "{m} x {n} for {threads} threads");
+            }
+        }
+    }
+
+    #[test]
+    fn two_threads_end_together() {
+        for (m, n) in SIZES.into_iter().filter(|(m, n)| m * n > 1000) {
+            let blocks = Grid::of(m, n, 2).blocks();
+            assert!(blocks.is_multiple_of(2) || blocks > 100, "{m} x {n} in {blocks} blocks");
+        }
+    }
+
+    #[test]
+    fn parts_of_a_depth_are_as_many_as_needed_and_alike() {
+        for (k, expected) in [(0, 32), (1, 32), (768, 768), (769, 416), (1024, 512), (3072, 768), (4096, 704)] {
+            assert_eq!(block_depth::<f32>(k), expected, "of {k}");
+            assert_eq!(block_depth::<bf16>(2 * k), 2 * expected, "of {k} pairs");
+        }
+    }
 }
