@@ -466,7 +466,7 @@ mod tests {
     #[test]
     fn blocks_cover_the_result_once() {
         for (m, n) in SIZES {
-            for threads in [1, 2, 3, 16] {
+            for threads in [1, 2, 3, 7, 64] {
                 let grid = Grid::of(m, n, threads);
                 let blocks = || (0..grid.blocks()).map(|i| grid.block(i));
                 assert!(blocks().all(|(rows, columns)| {

@@ -194,7 +194,6 @@ mod tests {
     use std::ops::Range;
 
     use super::*;
-    use crate::simd::native::blocks::Grid;
 
     const SIZES: [(usize, usize); 6] = [(1, 1), (13, 2100), (168, 33), (169, 500), (400, 768), (1000, 31)];
     const THREADS: [usize; 5] = [1, 2, 3, 7, 64];
@@ -211,11 +210,9 @@ mod tests {
     }
 
     #[test]
-    fn every_number_of_a_result_is_in_one_part() {
+    fn tasks_cover_the_result_once() {
         for (m, n) in SIZES {
             for threads in THREADS {
-                let grid = Grid::of(m, n, threads);
-                check_cover((m, n), (0..grid.blocks()).map(|i| grid.block(i)));
                 let tasks = Tasks::of(m, n, threads);
                 let task = |i: usize| {
                     let (rows, panels) = tasks.task(i);
