@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
+use std::thread::LocalKey;
 
 use half::bf16;
 use rayon::prelude::*;
@@ -448,11 +449,15 @@ fn with_scratch<R>(work: impl FnOnce(*mut u32) -> R) -> R {
     thread_local! {
         static SCRATCH: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
     }
+    lend(&SCRATCH, TILES * ROWS * WORDS, work)
+}
 
-    let mut memory = SCRATCH.take();
-    memory.reserve(TILES * ROWS * WORDS / LANES);
-    let result = work(memory.as_mut_ptr().cast());
-    SCRATCH.set(memory);
+/// Lends `work` a thread's `memory`, with room for so many words.
+fn lend<R>(memory: &'static LocalKey<Cell<Vec<Line>>>, words: usize, work: impl FnOnce(*mut u32) -> R) -> R {
+    let mut lines = memory.take();
+    lines.reserve(words / LANES);
+    let result = work(lines.as_mut_ptr().cast());
+    memory.set(lines);
     result
 }
 

@@ -6,8 +6,8 @@ use std::cell::Cell;
 use rayon::prelude::*;
 
 use super::{
-    COLUMNS, FEW, LANES, Line, Multiplier, Native, Panel, Panels, ROWS, TILES, WORDS, Whole, block_depth, check, lines,
-    panel, part, with_scratch,
+    COLUMNS, FEW, LANES, Line, Multiplier, Native, Panel, Panels, ROWS, TILES, WORDS, Whole, block_depth, check, lend,
+    lines, panel, part, with_scratch,
 };
 use crate::host::Disjoint;
 use crate::numbers::Lines;
@@ -181,12 +181,7 @@ fn with_panels<R>(work: impl FnOnce(*mut u32) -> R) -> R {
     thread_local! {
         static PANELS: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
     }
-
-    let mut memory = PANELS.take();
-    memory.reserve(TOGETHER * COLUMNS * WORDS / LANES);
-    let result = work(memory.as_mut_ptr().cast());
-    PANELS.set(memory);
-    result
+    lend(&PANELS, TOGETHER * COLUMNS * WORDS, work)
 }
 
 #[cfg(test)]
